@@ -1,0 +1,95 @@
+"""Settings: a flat block of `name = value` lines in a script, overridden from outside.
+
+    python train.py config/shakespeare_mdm.py --max_iters=100 --compile
+
+Files of `name = value` lines and `--name=value` words are applied from left to right, so the last
+one wins. A name the script does not have, or a value of another type than its default, ends the
+script with one line. `--help` prints the block.
+"""
+
+import ast
+import difflib
+import runpy
+import sys
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one line, exit status 2, nothing overwritten."""
+
+
+def show_one_line(kind, error, trace):
+    """sys.excepthook of every script: a UserError is not a bug, so it gets no traceback."""
+    if not issubclass(kind, UserError):
+        return sys.__excepthook__(kind, error, trace)
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+def override(settings, argv=None):
+    """Applies config files and --name=value words to `settings`, the globals() of a script.
+
+    Settings are the lower-case globals that hold a bool, int, float, str or tuple; the type of the
+    default is the type of the setting. A config file also sets out_dir to out/<its name>, unless
+    it or a later word sets it. Returns the settings as a dict, to be kept with the run.
+    """
+    sys.excepthook = show_one_line
+    names = [n for n, v in settings.items() if not n.startswith('_') and n.islower()
+             and isinstance(v, (bool, int, float, str, tuple))]
+    for word in sys.argv[1:] if argv is None else argv:
+        if word in ('--help', '-h'):
+            print(help_text(settings['__file__'], names))
+            sys.exit(0)
+        if not word.startswith('--'):
+            given = read_config(word)
+            if 'out_dir' in names:
+                settings['out_dir'] = f'out/{Path(word).stem}'
+        else:
+            name, equals, value = word[2:].partition('=')  # the first '=' only: --start=a=b
+            given = {name: value if equals else 'True'}    # --resume is short for --resume=True
+        for name, value in given.items():
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f', did you mean {near[0]}?' if near else ' (--help lists them)'
+                raise UserError(f'no setting is called {name!r}{hint}')
+            settings[name] = convert(name, value, settings[name], from_text=word.startswith('--'))
+    return {name: settings[name] for name in names}
+
+
+def convert(name, value, default, from_text):
+    """The value for a setting whose default is `default`; an int does for a float."""
+    kind = type(default)
+    if from_text and kind is not str:
+        try:
+            value = ast.literal_eval(value.capitalize() if kind is bool else value)
+        except (ValueError, SyntaxError):
+            pass  # still a str, so refused below
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f'{name} is {value!r}, but it must be of type {kind.__name__}, '
+                        f'like {default!r}')
+    return value
+
+
+def read_config(path):
+    """The name = value pairs of a plain-Python file."""
+    if not Path(path).is_file():
+        raise UserError(f'there is no config file {path!r} (a setting is written --name=value)')
+    try:
+        found = runpy.run_path(path)
+    except Exception as e:
+        raise UserError(f'config file {path!r} does not run: {type(e).__name__}: {e}') from e
+    return {n: v for n, v in found.items() if not n.startswith('_') and type(v) is not type(ast)}
+
+
+def help_text(path, names):
+    """The docstring of the script and its block of settings, as they stand in its source."""
+    source = Path(path).read_text(encoding='utf-8')
+    tree = ast.parse(source)
+    rows = [node for node in tree.body
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in names]
+    lines, first = source.splitlines(), rows[0].lineno - 1
+    while lines[first - 1].startswith('#'):  # the heading of the first group belongs to it
+        first -= 1
+    return '\n'.join([ast.get_docstring(tree, clean=False), *lines[first:rows[-1].end_lineno]])
