@@ -1,0 +1,430 @@
+"""The transformer against torch's own, and the probability models against closed forms."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings, strategies as st
+
+from config import UserError
+from model import BOUNDS, KVCache, ModelConfig, Transformer, ar_loss, ar_nll, evaluate, \
+    load_checkpoint, load_model, mdm_loss, mdm_nelbo, noise, pick_device, rope_angles, rotate
+
+GPT2_STYLE = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
+
+
+def tiny(seed=0, std=0.5, **shape):
+    """A small Transformer with all weights random: a fresh one predicts the uniform distribution."""
+    shape = dict(vocab_size=12, block_size=16, n_layer=2, n_head=4, n_embd=32) | shape
+    model = Transformer(ModelConfig(**shape)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * std)
+    return model
+
+
+def tokens(B, T, V=12, seed=0):
+    return torch.randint(0, V - 1, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+class ContextFree(nn.Module):
+    """A predictor with the same distribution everywhere, that remembers what it was asked."""
+
+    def __init__(self, logits, T):
+        super().__init__()
+        self.logits = torch.cat([logits, torch.tensor([-torch.inf])])
+        self.mask_id = len(logits)
+        self.config = SimpleNamespace(block_size=T)
+        self.embed = nn.Embedding(1, 1)
+        self.asked = []
+
+    def forward(self, x, t=None, where=None, cache=None):
+        self.asked.append((x, t))
+        n = x.shape if where is None else (int(where.sum()),)
+        return self.logits.expand(*n, -1)
+
+
+# ---------------------------------------------------------------------------- the transformer
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_gpt2_style_equals_torchs_own_encoder(causal):
+    model = tiny(causal=causal, std=0.2, **GPT2_STYLE)
+    c = model.config
+    layers = []
+    for block in model.blocks:
+        layer = nn.TransformerEncoderLayer(c.n_embd, c.n_head, 4 * c.n_embd, 0.0, 'gelu',
+                                           batch_first=True, norm_first=True)
+        a = block.attn
+        layer.load_state_dict({
+            'self_attn.in_proj_weight': torch.cat([a.q.weight, a.k.weight, a.v.weight]),
+            'self_attn.in_proj_bias': torch.cat([a.q.bias, a.k.bias, a.v.bias]),
+            'self_attn.out_proj.weight': a.proj.weight, 'self_attn.out_proj.bias': a.proj.bias,
+            'linear1.weight': block.mlp.fc.weight, 'linear1.bias': block.mlp.fc.bias,
+            'linear2.weight': block.mlp.proj.weight, 'linear2.bias': block.mlp.proj.bias,
+            'norm1.weight': block.norm1.weight, 'norm1.bias': block.norm1.bias,
+            'norm2.weight': block.norm2.weight, 'norm2.bias': block.norm2.bias})
+        layers.append(layer.train())  # its fast path for inference is another implementation
+    x = tokens(3, 10)
+    h = model.embed(x) + model.embed_pos.weight[:10]
+    mask = nn.Transformer.generate_square_subsequent_mask(10) if causal else None
+    for layer in layers:
+        h = layer(h, src_mask=mask)
+    expected = model.norm(h) @ model.head.weight.T
+    torch.testing.assert_close(model(x)[..., :-1], expected[..., :-1], atol=1e-5, rtol=1e-5)
+
+
+def test_rope_is_complex_rotation_and_relative():
+    T, D = 9, 8
+    q, k = torch.randn(2, T, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cos, sin = (a.double() for a in rope_angles(T, D))
+    i = np.arange(D // 2)
+    turn = np.exp(1j * np.outer(np.arange(T), 10000.0 ** (-2 * i / D)))
+    z = (q[:, :D // 2].numpy() + 1j * q[:, D // 2:].numpy()) * turn
+    expected = torch.from_numpy(np.concatenate([z.real, z.imag], axis=1))
+    torch.testing.assert_close(rotate(q[None, None], cos, sin)[0, 0], expected, atol=1e-6, rtol=0)
+    # the same q and k at every position: their product depends on the distance alone
+    q, k = (rotate(v[:1].expand(T, D)[None, None], cos, sin)[0, 0] for v in (q, k))
+    product = q @ k.T
+    for d in range(-T + 1, T):
+        diagonal = product.diagonal(d)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('shape', [{}, GPT2_STYLE, dict(n_kv_head=2, mlp='swiglu')])
+def test_causal_logits_ignore_the_future_and_bidirectional_ones_do_not(shape):
+    x = tokens(2, 12)
+    for j in (0, 5, 11):
+        y = x.clone()
+        y[:, j] = (y[:, j] + 1) % 11
+        causal, both = tiny(causal=True, **shape), tiny(causal=False, **shape)
+        assert torch.equal(causal(x)[:, :j], causal(y)[:, :j])
+        assert not torch.equal(causal(x)[:, j:], causal(y)[:, j:])
+        changed = (both(x) != both(y)).any(-1)
+        assert changed.all(), 'every position sees every other'
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(1, 3),
+       st.sampled_from([1, 2, 4]), st.sampled_from(['rope', 'learned']), st.booleans())
+def test_cached_logits_equal_uncached_ones(chunks, B, n_kv_head, pos, qk_norm):
+    model = tiny(causal=True, n_kv_head=n_kv_head, pos=pos, qk_norm=qk_norm, block_size=25, std=0.3)
+    x = tokens(B, sum(chunks))
+    cache = KVCache(model.config, B, x.device)
+    parts = [model(part, cache=cache) for part in x.split(chunks, dim=1)]
+    assert cache.length == x.size(1)
+    torch.testing.assert_close(torch.cat(parts, 1), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_where_selects_logits():
+    model, x = tiny(), tokens(3, 8)
+    where = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) < 0.4
+    torch.testing.assert_close(model(x, where=where), model(x)[where])
+
+
+@pytest.mark.parametrize('shape', [{}, GPT2_STYLE, dict(tied=True), dict(n_kv_head=1)])
+def test_twins_have_equal_parameter_counts(shape):
+    counts = {sum(p.numel() for p in tiny(causal=causal, **shape).parameters())
+              for causal in (True, False)}
+    assert counts == {tiny(**shape).count_parameters()}
+    if shape == GPT2_STYLE:  # 12 C^2 + 13 C a layer [GPT-2], two norms' worth less at the end
+        C, V, T = 32, 12, 16
+        assert counts == {2 * V * C + T * C + 2 * (12 * C * C + 13 * C) + 2 * C}
+
+
+def test_time_conditioning_starts_as_the_identity_and_then_matters():
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(12, 16, n_embd=32, n_layer=2, time_cond=True)).eval()
+    plain = Transformer(ModelConfig(12, 16, n_embd=32, n_layer=2)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if 'modulate' not in name and 'time' not in name:
+                p.normal_(std=0.3)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    x, t = tokens(2, 8), torch.tensor([[0.3], [0.9]])
+    torch.testing.assert_close(model(x, t), plain(x))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.modulate.weight.normal_(std=0.1)
+    assert not torch.allclose(model(x, t), plain(x), atol=1e-3)
+    assert not torch.allclose(model(x, t)[0], model(x, 1 - t)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize('wrong, said', [
+    (dict(n_head=5), 'multiple of n_head'), (dict(n_kv_head=3), 'n_kv_head'),
+    (dict(pos='alibi'), 'not one of rope, learned'), (dict(norm='batch'), 'rmsnorm'),
+    (dict(mlp='silu'), 'swiglu'), (dict(n_embd=36, n_head=12), 'pairs of channels'),
+    (dict(causal=True, time_cond=True), 'time_cond')])
+def test_impossible_shapes_are_refused(wrong, said):
+    with pytest.raises(UserError, match=said):
+        ModelConfig(**(dict(vocab_size=5) | wrong))
+
+
+def test_context_too_long_is_refused():
+    with pytest.raises(UserError, match='17 tokens do not fit'):
+        tiny()(tokens(1, 17))
+
+
+# ------------------------------------------------------------------------- the probability models
+
+
+@pytest.mark.parametrize('schedule', ['linear', 'cosine'])
+def test_weight_is_the_derivative_of_the_schedule(schedule):
+    t, eps = torch.linspace(0.05, 0.95, 19, dtype=torch.float64), 1e-6
+    alpha, w = noise(t, schedule)
+    slope = (noise(t + eps, schedule)[0] - noise(t - eps, schedule)[0]) / (2 * eps)
+    torch.testing.assert_close(w, -slope / (1 - alpha), atol=1e-6, rtol=1e-6)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(noise(ends, schedule)[0], 1 - ends, atol=1e-12, rtol=0)
+
+
+def test_unknown_schedule_is_refused():
+    with pytest.raises(UserError, match='not one of linear, cosine'):
+        noise(torch.ones(1, 1), 'quadratic')
+
+
+@pytest.mark.parametrize('name', ['ar', 'mdm'])
+@pytest.mark.parametrize('shape', [{}, GPT2_STYLE])
+def test_a_fresh_model_is_uniform_and_its_bound_is_log_v(name, shape):
+    model = Transformer(ModelConfig(12, 16, causal=name == 'ar', n_embd=32, **shape)).eval()
+    nats = BOUNDS[name](model, tokens(7, 16), torch.Generator().manual_seed(0))
+    assert (nats / 16 - math.log(11)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize('schedule', ['linear', 'cosine'])
+def test_nelbo_of_a_context_free_predictor_is_its_nll(schedule):
+    """E[is_mask w(t)] = 1, whatever the schedule: the loss and the bound both find the exact nll."""
+    logits = torch.tensor([1.0, 0.0, -2.0, 0.5])
+    x0, generator = tokens(64, 20, V=5), torch.Generator().manual_seed(0)
+    model = ContextFree(logits, 20)
+    exact = -logits.log_softmax(0)[x0].sum().item() / x0.numel()
+    losses = torch.tensor([float(torch.tensor(1.0) * nats / count) for nats, count in (
+        mdm_loss(model, x0, generator, schedule=schedule) for _ in range(400))])
+    bounds = torch.stack([mdm_nelbo(model, x0, generator).sum() / x0.numel() for _ in range(400)])
+    for draws in (losses, bounds):
+        assert abs(draws.mean() - exact) < 4 * draws.std() / 20
+    assert bounds.std() < losses.std(), 'counts of masks vary less than their weights'
+
+
+def enumerated_nelbo(model, x0):
+    """The bound on -log p(x0) summed over every mask; x0 (T,).
+
+    The integral over t of 1/t * t^m (1 - t)^(T - m) is the beta function B(m, T - m + 1).
+    """
+    T, total = len(x0), 0.0
+    for mask in itertools.product([False, True], repeat=T):
+        m = sum(mask)
+        if m == 0:
+            continue
+        beta = math.factorial(m - 1) * math.factorial(T - m) / math.factorial(T)
+        is_mask = torch.tensor([mask])
+        logp = model(torch.where(is_mask, model.mask_id, x0[None]))[0].log_softmax(-1)
+        total -= beta * sum(logp[i, x0[i]].item() for i in range(T) if mask[i])
+    return total
+
+
+def test_three_tokens_of_three_letters_enumerated():
+    """Loss and bound against the closed form, in nats per token to 1e-3, and both above the truth."""
+    model = tiny(vocab_size=4, block_size=3, n_layer=1, n_head=2, n_embd=8, std=0.7)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for x0 in (torch.tensor([0, 1, 2]), torch.tensor([2, 2, 0])):
+            exact = enumerated_nelbo(model, x0) / 3
+            bound = mdm_nelbo(model, x0.expand(400_000, 3), generator)
+            assert abs(bound.mean().item() / 3 - exact) < 1e-3
+            for schedule in ('linear', 'cosine'):  # heavier tails, so within 4 standard errors
+                losses = [mdm_loss(model, x0.expand(10_000, 3), generator, schedule=schedule)
+                          for _ in range(40)]
+                losses = np.array([(nats / count).item() for nats, count in losses])
+                assert abs(losses.mean() - exact) < 4 * losses.std() / 40 ** 0.5 < 0.05
+
+
+def test_nll_of_all_texts_sums_to_one():
+    """exp(-nll) is a distribution over the 27 texts, and the chain rule of it is ar_nll."""
+    model = tiny(vocab_size=4, block_size=3, causal=True)
+    texts = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    with torch.no_grad():
+        nats = ar_nll(model, texts)
+        assert abs(torch.exp(-nats).sum().item() - 1) < 1e-5
+        one_by_one = 0.0  # by hand: start token, then each prefix in a pass of its own
+        for i in range(3):
+            prefix = torch.tensor([[3, *texts[5][:i].tolist()]])
+            one_by_one -= model(prefix)[0, -1].log_softmax(-1)[texts[5][i]].item()
+    assert abs(nats[5].item() - one_by_one) < 1e-5
+
+
+def test_nelbo_is_above_the_exact_any_order_likelihood():
+    """For one order the chain rule is a distribution; the bound averages -log p over all orders."""
+    model = tiny(vocab_size=4, block_size=3)
+    x0 = torch.tensor([0, 1, 2])
+    by_order = []
+    for order in itertools.permutations(range(3)):
+        xt, nats = torch.full((1, 3), 3), 0.0
+        for i in order:
+            nats -= model(xt)[0, i].log_softmax(-1)[x0[i]].item()
+            xt[0, i] = x0[i]
+        by_order.append(nats)
+    assert abs(np.mean(by_order) - enumerated_nelbo(model, x0)) < 1e-5
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 2 ** 31), st.sampled_from([(0.0, 1.0), (0.15, 0.99)]))
+def test_noise_levels_are_stratified(B, seed, mask_range):
+    model = ContextFree(torch.zeros(3), 4)
+    mdm_loss(model, tokens(B, 4, V=4), torch.Generator().manual_seed(seed), mask_range=mask_range)
+    lo, hi = mask_range
+    t = ((model.asked[0][1] - lo) / (hi - lo)).flatten().sort().values
+    assert 0 < t.min() + 1e-6 and t.max() <= 1 + 1e-6
+    strata = torch.arange(B) / B
+    assert (t >= strata - 1e-5).all() and (t <= strata + 1 / B + 1e-5).all()
+
+
+def test_share_of_masks_follows_the_level():
+    model, x0 = ContextFree(torch.zeros(3), 1000), tokens(50, 1000, V=4)
+    for schedule in ('linear', 'cosine'):
+        model.asked.clear()
+        mdm_loss(model, x0, torch.Generator().manual_seed(0), schedule=schedule)
+        xt, share = model.asked[0]
+        masked = (xt == 3).float().mean(1, keepdim=True)
+        assert (masked - share).abs().max() < 4 * 0.5 / math.sqrt(1000)
+
+
+def test_loss_weights_and_their_counts():
+    model, x0 = ContextFree(torch.tensor([0.3, 0.0, -1.0]), 50), tokens(6, 50, V=4)
+    found = {}
+    for loss_weight in ('elbo', 'flat', 'clipped', 'masked_mean'):
+        model.asked.clear()
+        nats, count = mdm_loss(model, x0, torch.Generator().manual_seed(3),
+                               loss_weight=loss_weight, w_max=2.0)
+        xt, t = model.asked[0]
+        found[loss_weight] = nats.item(), count.item()
+    is_mask, nll = (xt == 3).double(), -model.logits.double().log_softmax(-1)[x0]
+    for loss_weight, w in (('elbo', 1 / t), ('flat', 1 + 0 * t), ('masked_mean', 1 + 0 * t),
+                           ('clipped', (1 / t).clamp(max=2.0))):
+        assert found[loss_weight][0] == pytest.approx((w * is_mask * nll).sum().item(), rel=1e-5)
+        wanted = is_mask.sum() if loss_weight == 'masked_mean' else x0.numel()
+        assert found[loss_weight][1] == wanted
+    with pytest.raises(UserError, match='loss_weight'):
+        mdm_loss(model, x0, torch.Generator(), loss_weight='heavy')
+
+
+@pytest.mark.parametrize('fn', [mdm_loss, mdm_nelbo])
+def test_given_tokens_are_never_masked_nor_scored(fn):
+    model, x0 = ContextFree(torch.zeros(3), 10), tokens(40, 10, V=4)
+    given_tokens = torch.rand(40, 10, generator=torch.Generator().manual_seed(5)) < 0.5
+    given_tokens[:, 0] = False  # something is wanted in every row
+    found = fn(model, x0, torch.Generator().manual_seed(0), given_tokens)
+    xt, _ = model.asked[0]
+    assert not ((xt == 3) & given_tokens).any()
+    assert torch.equal(xt[given_tokens], x0[given_tokens])
+    if fn is mdm_nelbo:  # exact for uniform logits
+        torch.testing.assert_close(found, (~given_tokens).sum(1) * math.log(3))
+    else:
+        assert found[1] == (~given_tokens).sum()
+
+
+def test_given_tokens_do_not_count_in_ar():
+    model, x0 = ContextFree(torch.zeros(3), 10), tokens(4, 10, V=4)
+    given_tokens = torch.arange(10).expand(4, 10) < 3
+    nats, count = ar_loss(model, x0, None, given_tokens)
+    assert count == 28 and nats.item() == pytest.approx(28 * math.log(3), rel=1e-6)
+    torch.testing.assert_close(ar_nll(model, x0, None, given_tokens),
+                               torch.full((4,), 7 * math.log(3)))
+
+
+def test_gradients_are_finite_at_the_ends():
+    for lo_hi in ((1e-7, 1e-7), (1.0, 1.0)):
+        for schedule in ('linear', 'cosine'):
+            model = tiny()
+            nats, count = mdm_loss(model, tokens(4, 16), torch.Generator().manual_seed(0),
+                                   schedule=schedule, mask_range=lo_hi)
+            (nats / count).backward()
+            assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# ------------------------------------------------------------------- evaluation, devices, checkpoints
+
+
+@pytest.mark.parametrize('length', [16, 33, 47, 5])
+def test_evaluate_counts_every_token_once(length):
+    model = tiny(causal=True)
+    data = tokens(1, length)[0].numpy().astype(np.uint16)
+    got, error = evaluate(model, ar_nll, data, batch_size=2)
+    with torch.no_grad():
+        nats = sum(ar_nll(model, x[None]).item() for x in torch.from_numpy(data).long().split(16))
+    assert got == pytest.approx(nats / length, rel=1e-5) and math.isnan(error)
+
+
+def test_standard_error_is_that_of_independent_repeats():
+    """Over many seeds, the means scatter as much as the error says."""
+    model, data = tiny(), tokens(1, 64)[0].numpy().astype(np.uint16)
+    found = [evaluate(model, mdm_nelbo, data, 2, seed=seed, repeats=16) for seed in range(40)]
+    means, errors = np.array(found).T
+    assert 0.6 < means.std(ddof=1) / errors.mean() < 1.5
+
+
+def test_evaluate_leaves_the_mode_and_the_global_generator_alone():
+    model = tiny(dropout=0.1).train()
+    state = torch.get_rng_state()
+    evaluate(model, mdm_nelbo, np.arange(10, dtype=np.uint16), 2)
+    assert model.training and torch.equal(state, torch.get_rng_state())
+
+
+def test_ids_outside_the_vocabulary_are_refused():
+    with pytest.raises(UserError, match='id 11'):
+        evaluate(tiny(), mdm_nelbo, np.array([1, 11, 2], dtype=np.uint16), 2)
+
+
+@pytest.mark.parametrize('asked, cuda, mps, found', [
+    ('auto', True, True, 'cuda'), ('auto', False, True, 'mps'), ('auto', False, False, 'cpu'),
+    ('cpu', True, True, 'cpu'), ('cuda:1', True, False, 'cuda:1'), ('mps', False, True, 'mps')])
+def test_devices_are_picked(asked, cuda, mps, found):
+    assert pick_device(asked, lambda: cuda, lambda: mps) == found
+
+
+@pytest.mark.parametrize('asked', ['cuda', 'mps', 'tpu'])
+def test_absent_devices_are_refused(asked):
+    with pytest.raises(UserError, match='there is only cpu'):
+        pick_device(asked, lambda: False, lambda: False)
+
+
+def run_of(model, objective='mdm'):
+    c = model.config
+    shape = {k: v for k, v in vars(c).items() if k not in ('vocab_size', 'causal')}
+    return {'model': model.state_dict(), 'optimizer': [], 'config': shape | {'objective': objective},
+            'meta': {'vocab_size': c.vocab_size - 1}, 'iter': 3, 'rng': 1, 'best': 2.0}
+
+
+def test_checkpoints_come_back_and_damaged_ones_are_refused(tmp_path):
+    model = tiny()
+    with pytest.raises(UserError, match='is not a run'):
+        load_checkpoint(tmp_path)
+    path = tmp_path / 'ckpt.pt'
+    torch.save(run_of(model), path)
+    again = load_model(load_checkpoint(tmp_path), 'cpu')
+    assert torch.equal(again(tokens(2, 8)), model(tokens(2, 8)))
+    whole = path.read_bytes()
+    for damaged in (whole[:len(whole) // 2], b'', b'not a checkpoint'):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match='damaged'):
+            load_checkpoint(tmp_path)
+    torch.save({'model': {}}, path)
+    with pytest.raises(UserError, match='lacks best, config'):
+        load_checkpoint(tmp_path)
+    torch.save(run_of(model) | {'model': {'embed.weight': torch.zeros(1)}}, path)
+    with pytest.raises(UserError, match='do not fit'):
+        load_model(load_checkpoint(tmp_path), 'cpu')
+
+
+def test_checkpoints_are_not_unpickled(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ('this must never run',))
+    torch.save({'model': Evil()}, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='damaged or no checkpoint'):
+        load_checkpoint(tmp_path)
