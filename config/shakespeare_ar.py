@@ -1,0 +1,4 @@
+# The autoregressive twin of shakespeare_mdm.py: the same network, data and budget.
+# parameters: 3,181,312
+dataset = 'shakespeare_char'
+objective = 'ar'

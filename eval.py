@@ -1,0 +1,173 @@
+"""Measures runs side by side: how well they predict text, and what the text is like that they write.
+
+    python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=likelihood
+    python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=generation
+
+Prints a Markdown table with a row for each run and, below it, how the numbers were obtained.
+likelihood takes half a minute a run on 2 CPU cores, generation of 10,000 tokens two minutes.
+"""
+
+import math
+import re
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import config
+import sample
+from config import UserError
+from model import BOUND_NAMES, BOUNDS, evaluate, load_checkpoint, load_model, pick_device
+from prepare import load_meta, load_split, load_tokenizer
+
+# what is measured
+out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
+task = 'likelihood'    # likelihood, generation
+split = 'val'          # likelihood: train, val, test; always all of it
+device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
+seed = 1
+batch_size = 16        # rows at a time
+repeats = 8            # likelihood: independent draws of a bound, for its standard error
+gen_tokens = 10_000    # generation: how many to write, in texts as long as the context
+# generation: how text is decoded, the settings of sample.py
+decoder = 'auto'
+steps = 0
+noise_schedule = 'linear'
+order = 'max_prob'
+counts = 'linear'
+threshold = 0.0
+temperature = 1.0
+top_k = 0
+top_p = 1.0
+repetition_penalty = 1.0
+
+
+def load_runs(out_dirs, device):
+    """[(name, checkpoint, model)] of runs on one and the same data set."""
+    runs = []
+    for path in out_dirs.split(','):
+        checkpoint = load_checkpoint(path.strip(), device)
+        runs.append((Path(path.strip()).name, checkpoint, load_model(checkpoint, device)))
+    dataset = runs[0][1]['config']['dataset']
+    for name, checkpoint, _ in runs:
+        if checkpoint['meta'] != load_meta(checkpoint['config']['dataset']):
+            raise UserError(f'data/{checkpoint["config"]["dataset"]} is not what {name} was trained on')
+        if checkpoint['config']['dataset'] != dataset:
+            raise UserError(f'{runs[0][0]} was trained on {dataset}, {name} on '
+                            f'{checkpoint["config"]["dataset"]}: their tokens cannot be compared')
+    return runs
+
+
+def markdown(rows):
+    """A Markdown table of dicts with the same keys, the numbers aligned right."""
+    keys = list(rows[0])
+    cells = [keys] + [[str(row[key]) for key in keys] for row in rows]
+    width = [max(len(line[i]) for line in cells) for i in range(len(keys))]
+    lines = ['| ' + ' | '.join(c.ljust(w) if i == 0 else c.rjust(w)
+                               for i, (c, w) in enumerate(zip(line, width))) + ' |'
+             for line in cells]
+    rule = '|'.join('-' * (w + 2) if i == 0 else '-' * (w + 1) + ':' for i, w in enumerate(width))
+    return '\n'.join([lines[0], f'|{rule}|', *lines[1:]])
+
+
+def likelihood(runs, split, batch_size, seed, repeats):
+    """A row of numbers for each run: nats, bits and perplexity per token, bits per character.
+
+    All windows of the split, each as long as the context and read alone, in float32. An nll is
+    exact; a nelbo is an upper bound on it, drawn `repeats` times over the whole split.
+    """
+    rows = []
+    for name, checkpoint, model in tqdm(runs, desc='likelihood', disable=not sys.stderr.isatty()):
+        settings, meta = checkpoint['config'], checkpoint['meta']
+        objective, count = settings['objective'], None
+        data = load_split(settings['dataset'], split)
+        count = meta['counts'][split]
+        exact = objective == 'ar'
+        nats, error = evaluate(model, BOUNDS[objective], data, batch_size, seed,
+                               repeats=1 if exact else repeats)
+        bits, sign = nats / math.log(2), '' if exact else '<= '
+        rows.append({
+            'run': name, 'parameters': f'{model.count_parameters():,}',
+            'updates': f'{checkpoint["iter"]:,}', 'measured': BOUND_NAMES[objective].split()[0],
+            'nats/token': f'{sign}{nats:.4f}', 's.e.': 'exact' if exact else f'{error:.4f}',
+            'bits/token': f'{sign}{bits:.4f}',
+            'bits/char': f'{sign}{bits * count["tokens"] / count["characters"]:.4f}',
+            'perplexity': f'{sign}{math.exp(nats):.3f}'})
+    _, checkpoint, model = runs[0]
+    note = (f'{checkpoint["config"]["dataset"]} ({checkpoint["meta"]["source"]}), all of {split}: '
+            f'{len(data):,} tokens ({checkpoint["meta"]["tokenizer"]["kind"]}) in windows of '
+            f'{", ".join(sorted({str(m.config.block_size) for _, _, m in runs}))}; seed {seed}, '
+            f'{repeats} draws of each bound')
+    return rows, note
+
+
+def words_of(text):
+    """Runs of letters, apostrophes inside them, in lower case."""
+    return re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())
+
+
+def text_row(name, texts, ids, known):
+    """What can be counted in texts: known words, entropy of tokens, share of distinct n-grams."""
+    words = [word for text in texts for word in words_of(text)]
+    p = np.array(list(Counter(i for row in ids for i in row).values())) / sum(map(len, ids))
+    row = {'text': name, 'tokens': f'{sum(map(len, ids)):,}',
+           'known words': f'{100 * sum(w in known for w in words) / max(1, len(words)):.1f}%',
+           'unigram entropy (bits)': f'{-(p * np.log2(p)).sum():.3f}'}
+    for n in (1, 2, 3):
+        grams = list(zip(*(words[i:] for i in range(n))))
+        row[f'distinct-{n}'] = f'{len(set(grams)) / max(1, len(grams)):.3f}'
+    return row
+
+
+def generation(runs, settings):
+    """A row of counts for each run's own text, and one for as much of the validation split."""
+    _, checkpoint, model = runs[0]
+    dataset, meta = checkpoint['config']['dataset'], checkpoint['meta']
+    tokenizer = load_tokenizer(meta)
+    known = set(words_of(tokenizer.decode(load_split(dataset, 'train').tolist())))
+    held_out = load_split(dataset, 'val')[:settings['gen_tokens']].tolist()
+    rows = [text_row('validation text', [tokenizer.decode(held_out)], [held_out], known)
+            | {'passes per text': '', 'tokens/s': ''}]
+    for name, checkpoint, model in runs:
+        T = model.config.block_size
+        n_texts = math.ceil(settings['gen_tokens'] / T)
+        ids, nfes, seconds = [], [], 0.0
+        for begin in tqdm(range(0, n_texts, settings['batch_size']), desc=name,
+                          disable=not sys.stderr.isatty()):
+            n = min(settings['batch_size'], n_texts - begin)
+            x, nfe, took = sample.generate(
+                model, checkpoint['config']['objective'], [model.mask_id] * T,
+                settings | {'num_samples': n, 'seed': settings['seed'] + begin, 'gen_length': T})
+            ids += x.tolist()
+            nfes.append(nfe)
+            seconds += took
+        rows.append(text_row(name, [tokenizer.decode(row) for row in ids], ids, known)
+                    | {'passes per text': f'{np.mean(nfes):.0f}',
+                       'tokens/s': f'{n_texts * T / seconds:,.0f}'})
+    note = (f'{dataset} ({meta["source"]}); texts as long as the context, {settings["batch_size"]} '
+            f'at a time, seed {settings["seed"]}, temperature {settings["temperature"]}; a word is '
+            'known if it occurs in the training text')
+    return rows, note
+
+
+def main():
+    settings = config.override(globals())
+    if task not in ('likelihood', 'generation'):
+        raise UserError(f'task is {task!r}, not one of likelihood, generation')
+    for name in ('batch_size', 'repeats', 'gen_tokens'):
+        if settings[name] < 1:
+            raise UserError(f'{name} is {settings[name]}, but it must be 1 or more')
+    runs = load_runs(out_dir, pick_device(device))
+    if task == 'likelihood':
+        rows, note = likelihood(runs, split, batch_size, seed, repeats)
+    else:
+        rows, note = generation(runs, settings)
+    print(markdown(rows))
+    print(f'\n{note}. Command: python eval.py {shlex.join(sys.argv[1:])}')
+
+
+if __name__ == '__main__':
+    main()
