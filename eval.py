@@ -1,4 +1,4 @@
-"""Measures runs side by side: how well they predict text, and what the text is like that they write.
+"""Measures runs side by side: how well they predict text, and what they write.
 
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=likelihood
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=generation
@@ -53,11 +53,11 @@ def load_runs(out_dirs, device):
         runs.append((Path(path.strip()).name, checkpoint, load_model(checkpoint, device)))
     dataset = runs[0][1]['config']['dataset']
     for name, checkpoint, _ in runs:
-        if checkpoint['meta'] != load_meta(checkpoint['config']['dataset']):
-            raise UserError(f'data/{checkpoint["config"]["dataset"]} is not what {name} was trained on')
         if checkpoint['config']['dataset'] != dataset:
             raise UserError(f'{runs[0][0]} was trained on {dataset}, {name} on '
                             f'{checkpoint["config"]["dataset"]}: their tokens cannot be compared')
+        if checkpoint['meta'] != load_meta(dataset):
+            raise UserError(f'data/{dataset} is not what {name} was trained on')
     return runs
 
 

@@ -65,7 +65,7 @@ class ModelConfig:
             if getattr(self, name) not in known:
                 raise UserError(f'{name} is {getattr(self, name)!r}, not one of {", ".join(known)}')
         if self.causal and self.time_cond:
-            raise UserError('time_cond shows the network a noise level, but causal models have none')
+            raise UserError('time_cond shows the network a noise level; causal models have none')
         if self.pos == 'rope' and self.n_embd // self.n_head % 2:
             raise UserError(f'pos=rope turns pairs of channels, but a head has '
                             f'{self.n_embd // self.n_head} of them (n_embd / n_head)')
@@ -171,7 +171,7 @@ def make_norm(c):
 
 
 class Block(nn.Module):
-    """x + attention, then x + mlp, each behind a norm; with time, both are modulated [DiT, adaLN]."""
+    """x + attention, then x + mlp, each behind a norm; time modulates both [DiT, adaLN]."""
 
     def __init__(self, c, layer):
         super().__init__()
@@ -288,7 +288,7 @@ def noise(t, schedule):
         return 1 - t, 1 / t
     if schedule == 'cosine':
         return 1 - torch.sin(math.pi / 2 * t), math.pi / 2 / torch.tan(math.pi / 2 * t)
-    raise UserError(f'schedule is {schedule!r}, not one of linear, cosine')
+    raise UserError(f'schedule is {schedule!r}, not one of {", ".join(SCHEDULES)}')
 
 
 def ar_token_nll(model, x0):
@@ -323,8 +323,9 @@ def mdm_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight
     x0 (B, T) int64, clean tokens. Returns (nats, count), nats per token is the one by the other.
     With loss_weight='elbo' and the whole mask_range that is, in expectation, an upper bound on the
     nll; the other weights have the same optimum (every level's conditionals) but spend the
-    network's effort elsewhere: 'flat' w = 1, 'clipped' w = min(w(t), w_max), and 'masked_mean', w = 1
-    with the mean over masked tokens in place of all. Low-discrepancy t: one in each 1/B of (0, 1].
+    network's effort elsewhere: 'flat' w = 1, 'clipped' w = min(w(t), w_max), and 'masked_mean',
+    w = 1 with the mean over masked tokens in place of all. Low-discrepancy t: one in each 1/B of
+    (0, 1].
     mask_range=(lo, hi) squeezes t into (lo, hi]; (0.15, 0.15) is BERT.
     """
     B, T = x0.shape
@@ -338,8 +339,7 @@ def mdm_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight
     elif loss_weight in ('flat', 'masked_mean'):
         w = torch.ones_like(w)
     elif loss_weight != 'elbo':
-        raise UserError(f'loss_weight is {loss_weight!r}, not one of elbo, clipped, flat, '
-                        'masked_mean')
+        raise UserError(f'loss_weight is {loss_weight!r}, not one of {", ".join(LOSS_WEIGHTS)}')
 
     is_mask = (torch.rand(B, T, generator=generator, device=x0.device) >= alpha) & ~given
     xt = torch.where(is_mask, model.mask_id, x0)
@@ -358,10 +358,10 @@ def ar_nll(model, x0, generator=None, given=None):
 def mdm_nelbo(model, x0, generator, given=None):
     """An unbiased draw of the bound on -log p(x0) of every row, (B,), in nats [LLaDA eq. 14].
 
-        nelbo = E over l in 1..L, l of the L tokens masked:  L / l * sum over masked of -log p(x0_i | xt)
+        nelbo = E over l in 1..L, l of L tokens masked, of  L / l * sum of -log p(x0_i | xt)
 
     The same bound as mdm_loss's, integrated over the noise that leaves l masks; its variance is
-    lower, and it is exact for uniform logits. The l of a batch are stratified: one in each 1/B of 1..L.
+    lower, and it is exact for uniform logits. The l of a batch are stratified over 1..L.
     """
     B, T = x0.shape
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
@@ -379,6 +379,8 @@ def mdm_nelbo(model, x0, generator, given=None):
     return nll.sum(1) * (L / n_mask).squeeze(1)
 
 
+LOSS_WEIGHTS = ('elbo', 'clipped', 'flat', 'masked_mean')
+SCHEDULES = ('linear', 'cosine')
 LOSSES = {'ar': ar_loss, 'mdm': mdm_loss}
 BOUNDS = {'ar': ar_nll, 'mdm': mdm_nelbo}
 BOUND_NAMES = {'ar': 'nll', 'mdm': 'nelbo <='}  # a bound is called a bound wherever it is printed
@@ -386,7 +388,7 @@ BOUND_NAMES = {'ar': 'nll', 'mdm': 'nelbo <='}  # a bound is called a bound wher
 
 @torch.no_grad()
 def evaluate(model, bound, data, batch_size, seed=0, repeats=1, max_windows=None):
-    """Mean of bound(model, ...) over a split in nats per token, and the standard error of that mean.
+    """Mean of bound(model, ...) over a split, nats per token, and the standard error of that mean.
 
     data: a memmap of tokens, cut into windows of block_size, the last one as short as it comes, so
     that every token counts once (max_windows: that many, evenly spread). The error is that of the
@@ -414,10 +416,10 @@ def evaluate(model, bound, data, batch_size, seed=0, repeats=1, max_windows=None
         means.append(nats / (len(starts) * T + tail))
     model.train(was_training)
     error = np.std(means, ddof=1) / repeats ** 0.5 if repeats > 1 else math.nan
-    return np.mean(means), error
+    return float(np.mean(means)), float(error)
 
 
-# --------------------------------------------------------------------------- devices and checkpoints
+# ------------------------------------------------------------------------- devices and checkpoints
 
 
 def pick_device(device, cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available):
@@ -451,7 +453,8 @@ def load_checkpoint(out_dir, device='cpu'):
 def model_config(settings, meta):
     """The ModelConfig that a run's settings and its data set's meta describe."""
     shape = {name: settings[name] for name in ModelConfig.__dataclass_fields__ if name in settings}
-    return ModelConfig(vocab_size=meta['vocab_size'] + 1, causal=settings['objective'] == 'ar', **shape)
+    shape['causal'] = settings['objective'] == 'ar'
+    return ModelConfig(vocab_size=meta['vocab_size'] + 1, **shape)
 
 
 def load_model(checkpoint, device):

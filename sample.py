@@ -101,9 +101,9 @@ def seen_tokens(x, where, V):
 #
 # decode_x(model, x, *, ..., generator, on_step, **drawing) -> (x, nfe)
 #
-# x (B, T) int64 with mask_id where text is wanted; given tokens are never changed. nfe counts forward
-# passes of the network. on_step(x, nfe) is called after every step that changed something. drawing:
-# the keywords of draw().
+# x (B, T) int64 with mask_id where text is wanted; given tokens are never changed. nfe counts
+# forward passes of the network. on_step(x, nfe) is called after every step that changed something.
+# drawing: the keywords of draw().
 
 
 @torch.no_grad()
@@ -141,8 +141,8 @@ def decode_ar(model, x, *, generator, on_step=None, **drawing):
 def decode_ancestral(model, x, *, steps, schedule='linear', generator, on_step=None, **drawing):
     """The reverse process of masked diffusion in `steps` steps from t = 1 to 0 [MDLM eq. 7].
 
-        a masked token is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/steps,
-        and then drawn from p(x0 | xt)
+        a masked token is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t),
+        s = t - 1/steps, and then drawn from p(x0 | xt)
 
     Whether a token is revealed does not depend on the network, so that is drawn first: a step that
     reveals nothing needs no pass, one that does needs the head only where it does.
@@ -224,7 +224,7 @@ def score_of(order, logits, probability, generator):
 
 
 def pick_decoder(name, objective, length, settings):
-    """decode(model, x, generator=..., on_step=...) for a decoder's name and the settings it uses."""
+    """decode(model, x, generator=..., on_step=...) of that name, with the settings that it uses."""
     known = {'ar': ('ar',), 'mdm': ('ancestral', 'confidence')}[objective]
     name = known[0] if name == 'auto' else name
     if name not in known:
@@ -299,7 +299,7 @@ def show_corruption(text, tokenizer, mask_id, seed):
 
 
 def make_canvas(model, tokenizer, settings):
-    """The ids of one canvas, a list with mask_id where text is wanted: template, or start and gen_length."""
+    """The ids of one canvas: a template, or start with gen_length times mask_id behind it."""
     T, mask_id = model.config.block_size, model.mask_id
     if settings['template']:
         if settings['start'] or settings['gen_length']:
@@ -349,7 +349,8 @@ def main():
         print(tokenizer.decode(ids))
         print('-' * 80)
     written = num_samples * canvas.count(model.mask_id)
-    print(f'{written} tokens in {nfe} passes and {seconds:.2f} s, {written / seconds:,.0f} tokens/s')
+    print(f'{written} tokens in {nfe} passes and {seconds:.2f} s, '
+          f'{written / seconds:,.0f} tokens/s')
 
 
 if __name__ == '__main__':

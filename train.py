@@ -6,7 +6,8 @@
     python train.py --out_dir=out/shakespeare_mdm --resume
 
 The first takes about 10 minutes on 2 CPU cores. It prepares the data set if that is missing and
-writes a run to out_dir: ckpt.pt (weights and all that resuming needs), config.json, log.csv, loss.png.
+writes a run to out_dir: ckpt.pt (the weights and all that resuming needs), config.json, log.csv and
+loss.png. An interrupted run goes on with --resume as if nothing had happened.
 """
 
 import csv
@@ -28,8 +29,8 @@ from tqdm import tqdm
 import config
 import sample
 from config import UserError
-from model import BOUND_NAMES, BOUNDS, LOSSES, Transformer, evaluate, load_checkpoint, \
-    model_config, pick_device
+from model import BOUND_NAMES, BOUNDS, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, evaluate, \
+    load_checkpoint, model_config, pick_device
 from prepare import gather, load_meta, load_split, load_tokenizer, prepare
 
 # the run
@@ -126,9 +127,7 @@ def lr_factor(iteration, max_iters, warmup_iters, lr_schedule):
         return 0.5 * (1 + math.cos(math.pi * progress))
     if lr_schedule == 'wsd':
         return min(1.0, 5 * (1 - progress))
-    if lr_schedule == 'constant':
-        return 1.0
-    raise UserError(f'lr_schedule is {lr_schedule!r}, not one of cosine, wsd, constant')
+    return 1.0  # constant
 
 
 def write_atomically(path, content):
@@ -143,6 +142,15 @@ def write_atomically(path, content):
     except OSError as e:
         part.unlink(missing_ok=True)
         raise UserError(f'cannot write {path} ({e.strerror}); the one before it is intact') from e
+
+
+def write_log(rows, path):
+    """log.csv: a row for every look at the validation split."""
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
 
 
 def draw_losses(rows, path, title, bound_name, log_v):
@@ -176,13 +184,23 @@ checkpoint = load_checkpoint(out_dir) if resume else None
 if resume:  # the settings that the run has, then what this command line says
     globals().update({k: v for k, v in checkpoint['config'].items() if k in settings})
     settings = config.override(globals())
-if objective not in LOSSES:
-    raise UserError(f'objective is {objective!r}, not one of {", ".join(LOSSES)}')
+for name, fine, wanted in (
+        ('objective', objective in LOSSES, f'one of {", ".join(LOSSES)}'),
+        ('schedule', schedule in SCHEDULES, f'one of {", ".join(SCHEDULES)}'),
+        ('loss_weight', loss_weight in LOSS_WEIGHTS, f'one of {", ".join(LOSS_WEIGHTS)}'),
+        ('lr_schedule', lr_schedule in ('cosine', 'wsd', 'constant'), 'cosine, wsd or constant'),
+        ('dtype', dtype in ('auto', 'float32', 'bfloat16'), 'one of auto, float32, bfloat16'),
+        ('mask_range', len(mask_range) == 2 and 0 <= mask_range[0] <= mask_range[1] <= 1
+         and mask_range[1] > 0, '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0'),
+        ('max_iters', max_iters >= 0, '0 or more'), ('grad_clip', grad_clip >= 0, '0 or more'),
+        *((n, settings[n] >= 1, '1 or more') for n in (
+            'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head',
+            'n_embd', 'eval_interval', 'log_interval', 'eval_repeats'))):
+    if not fine:
+        raise UserError(f'{name} is {settings[name]!r}, but it must be {wanted}')
 device = pick_device(device)
 if dtype == 'auto':
     dtype = 'bfloat16' if device.startswith('cuda') else 'float32'
-lr_factor(0, max_iters, 0, lr_schedule)  # complain now, not after preparing the data
-
 if not (Path('data') / dataset / 'meta.json').exists():
     print(f'data/{dataset} is missing: preparing it')
     prepare(dataset)
@@ -219,74 +237,69 @@ if objective == 'mdm':
 autocast = torch.autocast(device.partition(':')[0], torch.bfloat16, enabled=dtype == 'bfloat16')
 log_v = math.log(meta['vocab_size'])
 tokens_per_iter = batch_size * gradient_accumulation_steps * block_size
-print(f'{dataset} ({meta["source"]}): {len(train_data):,} training tokens, {meta["vocab_size"]:,} '
-      f"different, log V' = {log_v:.3f}")
-print(f'{objective} with {model.count_parameters():,} parameters, {tokens_per_iter:,} tokens per '
-      f'update, {max_iters:,} updates = {max_iters * tokens_per_iter / len(train_data):.1f} epochs, '
-      f'on {device} in {dtype}')
+epochs = max_iters * tokens_per_iter / len(train_data)
+print(f'{dataset} ({meta["source"]}): {len(train_data):,} training tokens of '
+      f"{meta['vocab_size']:,} kinds, log V' = {log_v:.4f}")
+print(f'{objective}: {model.count_parameters():,} parameters, {tokens_per_iter:,} tokens per '
+      f'update, {max_iters:,} updates = {epochs:.1f} epochs, on {device} in {dtype}')
 
-# SIGINT and SIGTERM only leave a note here: the update at work is finished and saved before we go
+# SIGINT and SIGTERM only leave a note here: the update at work is finished, and saved, before we go
 caught = []
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: caught.append(number))
+for signal_number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signal_number, lambda number, frame: caught.append(number))
 out.mkdir(parents=True, exist_ok=True)
 if not resume:
     (out / 'ckpt.pt').unlink(missing_ok=True)  # of a run that --overwrite throws away
 write_atomically(out / 'config.json', json.dumps(settings, indent=2).encode())
+kept = 'nothing is saved yet' if not resume else f'{out}/ckpt.pt has the weights of {first_iter}'
 bar = tqdm(total=max_iters, initial=first_iter, unit='it', disable=not sys.stderr.isatty())
-seconds = float(rows[-1]['seconds']) if rows else 0.0  # of training, evaluations not counted
-seconds_here, tick, saved = 0.0, time.perf_counter(), first_iter if resume else None
+seconds = float(rows[-1]['seconds']) if rows else 0.0  # of training, looking not counted
+seconds_here = 0.0
 
 for iteration in range(first_iter, max_iters + 1):
-    # look at where we are, after `iteration` updates
+    factor = lr_factor(iteration, max_iters, warmup_iters, lr_schedule)
+
+    speed = tokens_per_iter * (iteration - first_iter) / max(seconds_here, 1e-9)
+    # look at the model as it is after `iteration` updates
     look = iteration % eval_interval == 0 or iteration == max_iters
     if look and not (rows and int(rows[-1]['iter']) == iteration):
         with autocast:
-            train_nats, _ = evaluate(model, bound, train_data, batch_size, max_windows=4 * batch_size)
-            val_nats, _ = evaluate(model, bound, val_data, batch_size)
-        if not math.isfinite(val_nats):
-            raise UserError(f'the validation {bound_name} is {val_nats} after {iteration} updates; '
-                            + ('nothing is saved yet' if saved is None else
-                               f'{out_dir}/ckpt.pt holds the weights after {saved}'))
-        speed = (iteration - first_iter) * tokens_per_iter / max(seconds_here, 1e-9)
+            val, _ = evaluate(model, bound, val_data, batch_size)
+            train, _ = evaluate(model, bound, train_data, batch_size, max_windows=4 * batch_size)
+        if not math.isfinite(val):
+            raise UserError(f'the validation loss is {val} after {iteration} updates; {kept}')
         rows.append({'iter': iteration, 'tokens': iteration * tokens_per_iter,
-                     'train': f'{train_nats:.6f}', 'val': f'{val_nats:.6f}', 'bound': bound_name,
-                     'lr': f'{learning_rate * lr_factor(iteration, max_iters, warmup_iters, lr_schedule):.3e}',
-                     'source': meta['source'], 'seconds': f'{seconds:.1f}',
-                     'tokens_per_second': f'{speed:.0f}'})
-        best = min(best, val_nats)
-        table = io.StringIO(newline='')
-        writer = csv.DictWriter(table, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(out / 'log.csv', table.getvalue().encode())
+                     'measured': bound_name, 'train': f'{train:.6f}', 'val': f'{val:.6f}',
+                     'lr': f'{factor * learning_rate:.3e}', 'data': meta['source'],
+                     'seconds': f'{seconds:.1f}', 'tokens_per_second': f'{speed:.0f}'})
+        best = min(best, val)
+        write_log(rows, out / 'log.csv')
         draw_losses(rows, out / 'loss.png', f'{objective} on {dataset}', bound_name, log_v)
-        bar.write(f'{iteration:6,} updates: {bound_name} {val_nats:.4f} nats/token on the validation '
-                  f'split, {train_nats:.4f} on training text, {speed:,.0f} tokens/s')
-    if (look or caught) and saved != iteration:
-        state = {'model': model.state_dict(), 'optimizer': [o.state_dict() for o in optimizers],
-                 'config': settings, 'meta': meta, 'iter': iteration, 'rng': seed, 'best': best}
+        bar.write(f'{iteration:6,} updates, {seconds:4.0f} s: {bound_name} {val:.4f} nats/token on '
+                  f'the validation split, {train:.4f} on training text')
+    if (look or caught) and not (resume and iteration == first_iter):
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save({'model': model.state_dict(), 'optimizer': [o.state_dict() for o in optimizers],
+                    'config': settings, 'meta': meta, 'iter': iteration, 'best': best,
+                    'rng': seed}, buffer)  # every draw follows from the seed and the iteration
         write_atomically(out / 'ckpt.pt', buffer.getbuffer())
-        saved = iteration
+        kept = f'{out}/ckpt.pt has the weights after {iteration} updates'
     if caught:
         bar.close()
-        print(f'stopped and saved after {iteration} updates; go on with: '
+        print(f'stopped and saved after {iteration} updates; go on with\n'
               f'python train.py --out_dir={out_dir} --resume')
         sys.exit(128 + caught[0])
     if iteration == max_iters:
         break
-    tick = time.perf_counter()
 
     # one update
-    factor = lr_factor(iteration, max_iters, warmup_iters, lr_schedule)
+    began = time.perf_counter()
     for group in (g for o in optimizers for g in o.param_groups):
         group['lr'] = factor * group['peak_lr']
     nats_sum, count_sum = 0.0, 0
     for micro in range(gradient_accumulation_steps):
         number = (seed * 2 ** 40 + iteration * 2 ** 12 + micro) % 2 ** 63
-        torch.manual_seed(number)  # dropout too follows from where we are, so nothing need be kept
+        torch.manual_seed(number)  # of dropout
         x0, generator = get_batch(train_data, batch_size, block_size, meta['vocab_size'], number,
                                   device)
         with autocast:
@@ -294,39 +307,37 @@ for iteration in range(first_iter, max_iters + 1):
         nats.backward()
         nats_sum, count_sum = nats_sum + nats.detach(), count_sum + count
     for p in model.parameters():
-        p.grad /= count_sum  # now the gradient of the mean over all tokens that count
+        p.grad /= count_sum.clamp(min=1)  # of the sum, now of the mean over all tokens that count
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     for o in optimizers:
         o.step()
         o.zero_grad()
-    now = time.perf_counter()
-    seconds, seconds_here = seconds + now - tick, seconds_here + now - tick
+    seconds, seconds_here = (s + time.perf_counter() - began for s in (seconds, seconds_here))
+    speed = tokens_per_iter * (iteration + 1 - first_iter) / seconds_here
     bar.update()
+
     if iteration % log_interval == 0 or caught:
-        loss = (nats_sum / count_sum).item()
+        loss = (nats_sum / count_sum).item()  # waits for the device, so not at every update
         if not math.isfinite(loss):
-            raise UserError(f'the loss is {loss} at update {iteration} (learning rate '
-                            f'{factor * learning_rate:.2e}); {out_dir}/ckpt.pt holds the weights '
-                            f'after {saved} updates')
-        speed = (iteration + 1 - first_iter) * tokens_per_iter / seconds_here
+            raise UserError(f'the loss is {loss} at update {iteration}, at a learning rate of '
+                            f'{factor * learning_rate:.2e}: lower it; {kept}')
         bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s')
         if bar.disable and iteration % (10 * log_interval) == 0:
-            left = (max_iters - iteration) * tokens_per_iter / speed
-            print(f'{iteration:6,} updates: loss {loss:.4f}, {speed:,.0f} tokens/s, '
-                  f'{left / 60:.1f} minutes left', flush=True)
+            minutes = (max_iters - iteration) * tokens_per_iter / speed / 60
+            print(f'{iteration:6,} updates, {seconds:4.0f} s: loss {loss:.4f}, '
+                  f'{speed:,.0f} tokens/s, {minutes:.1f} minutes left', flush=True)
 bar.close()
 
-with autocast:
-    repeats = 1 if objective == 'ar' else eval_repeats
-    nats, error = evaluate(model, bound, val_data, batch_size, seed=1, repeats=repeats)
-print(f'validation {bound_name} {nats:.4f}' + (f' +- {error:.4f}' if repeats > 1 else '')
-      + f' nats/token, {nats / math.log(2):.4f} bits/token ({len(val_data):,} tokens, {meta["source"]})')
-print(f'A sample, then what to try next (weights, log.csv and loss.png are in {out_dir}):\n')
-model.eval()
+repeats = 1 if objective == 'ar' else eval_repeats
+nats, error = evaluate(model, bound, val_data, batch_size, seed=1, repeats=repeats)
+print(f'{bound_name} {nats:.4f}{"" if repeats == 1 else f" +- {error:.4f}"} nats/token, '
+      f'{nats / math.log(2):.4f} bits/token on the validation split ({len(val_data):,} tokens of '
+      f'{meta["source"]}), in float32')
+print(f'\nThe run is in {out_dir}: ckpt.pt, log.csv, loss.png. A sample of it:\n')
 tokenizer = load_tokenizer(meta)
-defaults = vars(sample) | {'seed': seed, 'gen_length': min(256, block_size)}
-canvas = sample.make_canvas(model, tokenizer, defaults)
-x, _, _ = sample.generate(model, objective, canvas, defaults)
+defaults = vars(sample) | {'seed': seed}
+x, _, _ = sample.generate(model.eval(), objective, [model.mask_id] * block_size, defaults)
 print(tokenizer.decode(x[0].tolist()))
-print(f'\npython sample.py --out_dir={out_dir} --start="ROMEO:"'
-      f'\npython eval.py --out_dir={out_dir} --task=likelihood')
+print('\nTo try next:')
+print(f'python sample.py --out_dir={out_dir} --start="ROMEO:"')
+print(f'python eval.py --out_dir={out_dir} --task=likelihood')

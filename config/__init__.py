@@ -11,6 +11,7 @@ import ast
 import difflib
 import runpy
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -44,9 +45,9 @@ def override(settings, argv=None):
             given = read_config(word)
             if 'out_dir' in names:
                 settings['out_dir'] = f'out/{Path(word).stem}'
-        else:
-            name, equals, value = word[2:].partition('=')  # the first '=' only: --start=a=b
-            given = {name: value if equals else 'True'}    # --resume is short for --resume=True
+        else:  # the first '=' only, for --start=a=b; --resume is short for --resume=True
+            name, equals, value = word[2:].partition('=')
+            given = {name: value if equals else 'True'}
         for name, value in given.items():
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
@@ -60,15 +61,13 @@ def convert(name, value, default, from_text):
     """The value for a setting whose default is `default`; an int does for a float."""
     kind = type(default)
     if from_text and kind is not str:
-        try:
+        with suppress(ValueError, SyntaxError):  # then it stays a str and is refused below
             value = ast.literal_eval(value.capitalize() if kind is bool else value)
-        except (ValueError, SyntaxError):
-            pass  # still a str, so refused below
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise UserError(f'{name} is {value!r}, but it must be of type {kind.__name__}, '
-                        f'like {default!r}')
+        wanted = f'of type {kind.__name__}, like {default!r}'
+        raise UserError(f'{name} is {value!r}, but it must be {wanted}')
     return value
 
 
@@ -89,7 +88,5 @@ def help_text(path, names):
     tree = ast.parse(source)
     rows = [node for node in tree.body
             if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in names]
-    lines, first = source.splitlines(), rows[0].lineno - 1
-    while lines[first - 1].startswith('#'):  # the heading of the first group belongs to it
-        first -= 1
-    return '\n'.join([ast.get_docstring(tree, clean=False), *lines[first:rows[-1].end_lineno]])
+    block = source.splitlines()[rows[0].lineno - 2:rows[-1].end_lineno]  # -2: the first heading
+    return '\n'.join([ast.get_docstring(tree, clean=False), *block])

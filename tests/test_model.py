@@ -18,7 +18,7 @@ GPT2_STYLE = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, bi
 
 
 def tiny(seed=0, std=0.5, **shape):
-    """A small Transformer with all weights random: a fresh one predicts the uniform distribution."""
+    """A small Transformer with all weights random: a fresh one predicts uniformly."""
     shape = dict(vocab_size=12, block_size=16, n_layer=2, n_head=4, n_embd=32) | shape
     model = Transformer(ModelConfig(**shape)).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -198,7 +198,7 @@ def test_a_fresh_model_is_uniform_and_its_bound_is_log_v(name, shape):
 
 @pytest.mark.parametrize('schedule', ['linear', 'cosine'])
 def test_nelbo_of_a_context_free_predictor_is_its_nll(schedule):
-    """E[is_mask w(t)] = 1, whatever the schedule: the loss and the bound both find the exact nll."""
+    """E[is_mask w(t)] = 1 under any schedule: the loss and the bound both find the exact nll."""
     logits = torch.tensor([1.0, 0.0, -2.0, 0.5])
     x0, generator = tokens(64, 20, V=5), torch.Generator().manual_seed(0)
     model = ContextFree(logits, 20)
@@ -229,7 +229,7 @@ def enumerated_nelbo(model, x0):
 
 
 def test_three_tokens_of_three_letters_enumerated():
-    """Loss and bound against the closed form, in nats per token to 1e-3, and both above the truth."""
+    """Loss and bound against the closed form, in nats per token to 1e-3."""
     model = tiny(vocab_size=4, block_size=3, n_layer=1, n_head=2, n_embd=8, std=0.7)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -347,7 +347,7 @@ def test_gradients_are_finite_at_the_ends():
             assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-# ------------------------------------------------------------------- evaluation, devices, checkpoints
+# ------------------------------------------------------------ evaluation, devices, checkpoints
 
 
 @pytest.mark.parametrize('length', [16, 33, 47, 5])
@@ -396,7 +396,8 @@ def test_absent_devices_are_refused(asked):
 def run_of(model, objective='mdm'):
     c = model.config
     shape = {k: v for k, v in vars(c).items() if k not in ('vocab_size', 'causal')}
-    return {'model': model.state_dict(), 'optimizer': [], 'config': shape | {'objective': objective},
+    return {'model': model.state_dict(), 'optimizer': [],
+            'config': shape | {'objective': objective},
             'meta': {'vocab_size': c.vocab_size - 1}, 'iter': 3, 'rng': 1, 'best': 2.0}
 
 

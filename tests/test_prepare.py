@@ -256,9 +256,12 @@ def test_gather_reads_windows():
     prepare.prepare(write('verse.txt', VERSE))
     data = prepare.load_split('verse', 'train')
     assert isinstance(data, np.memmap) and data.dtype == np.uint16 and not data.flags.writeable
-    windows = prepare.gather(data, [5, 0, 5, len(data) - 8], 8)
+    V = prepare.load_meta('verse')['vocab_size']
+    windows = prepare.gather(data, [5, 0, 5, len(data) - 8], 8, V)
     assert windows.dtype == np.int64 and windows.shape == (4, 8)
     assert windows.tolist() == [data[s:s + 8].tolist() for s in (5, 0, 5, len(data) - 8)]
+    with pytest.raises(UserError, match=f'hold the id {V - 1}, but the vocabulary ends'):
+        prepare.gather(data, np.arange(len(data) - 8), 8, V - 1)
 
 
 def test_a_tokenizer_is_made_from_meta_alone():

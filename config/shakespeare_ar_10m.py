@@ -1,0 +1,13 @@
+# The autoregressive twin of shakespeare_mdm_10m.py (6 layers, 384 wide, context 256), for a GPU.
+# parameters: 10,672,512
+dataset = 'shakespeare_char'
+objective = 'ar'
+n_layer = 6
+n_head = 6
+n_embd = 384
+batch_size = 64
+max_iters = 5000
+eval_interval = 250
+warmup_iters = 100
+dropout = 0.2
+weight_decay = 0.1

@@ -1,0 +1,291 @@
+"""train.py as a user runs it: real subprocesses, every configuration, every refusal."""
+
+import ast
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import LOSSES, ModelConfig, Transformer, load_checkpoint, model_config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(p for p in (ROOT / 'config').glob('*.py') if p.name != '__init__.py')
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
+        '--max_iters=6', '--eval_interval=3', '--warmup_iters=2', '--device=cpu',
+        '--log_interval=1', '--dataset=verse', '--eval_repeats=2']
+# sentences in many orders, so that there is something to learn and nothing is repeated exactly
+VERSE = '\n'.join(f'The {a} {b} the {c}.' for a in ('cat', 'old king', 'rose', 'night', 'sea')
+                  for b in ('sees', 'loves', 'forgets', 'calls') for c in
+                  ('moon', 'wind', 'song', 'stone', 'crown', 'river', 'owl', 'snow')) + '\n'
+
+
+def run(script, *words, cwd):
+    return subprocess.run([sys.executable, ROOT / script, *words], cwd=cwd, capture_output=True,
+                          text=True, timeout=240)
+
+
+@pytest.fixture(scope='module')
+def verse(tmp_path_factory):
+    """A folder with the prepared data set `verse`; copied by the tests that break it."""
+    folder = tmp_path_factory.mktemp('verse')
+    (folder / 'verse.txt').write_text(VERSE)
+    done = run('prepare.py', 'verse.txt', cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def assert_one_line(done, *said):
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith('error: '), done.stderr
+    for words in said:
+        assert words in lines[0], lines[0]
+
+
+def weights(out_dir):
+    return load_checkpoint(out_dir)['model']
+
+
+def log_without_times(out_dir):
+    with open(out_dir / 'log.csv', newline='') as f:
+        return [{k: v for k, v in row.items() if 'second' not in k} for row in csv.DictReader(f)]
+
+
+@pytest.mark.parametrize('objective', ['ar', 'mdm'])
+def test_a_run_leaves_what_it_promises(verse, objective):
+    words = [*TINY, f'--objective={objective}', f'--out_dir=out/{objective}']
+    done = run('train.py', *words, cwd=verse)
+    assert done.returncode == 0, done.stderr
+    out = verse / 'out' / objective
+    assert {p.name for p in out.iterdir()} == {'ckpt.pt', 'config.json', 'log.csv', 'loss.png'}
+    assert (out / 'loss.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+    rows = log_without_times(out)
+    assert [int(row['iter']) for row in rows] == [0, 3, 6]
+    V = json.loads((verse / 'data/verse/meta.json').read_text())['vocab_size']
+    assert float(rows[0]['val']) == pytest.approx(math.log(V), abs=1e-4), 'uniform at first'
+    assert float(rows[-1]['val']) < float(rows[0]['val']) - 0.1
+    assert all(row['data'] == 'verse.txt' for row in rows), 'the source of the data stays with them'
+    assert all(row['measured'] == {'ar': 'nll', 'mdm': 'nelbo <='}[objective] for row in rows)
+    checkpoint = load_checkpoint(out)
+    assert checkpoint['iter'] == 6 and checkpoint['config']['objective'] == objective
+    assert checkpoint['best'] == pytest.approx(float(rows[-1]['val']), abs=1e-6)
+    assert checkpoint['config'] == json.loads((out / 'config.json').read_text()) | {
+        'mask_range': (0.0, 1.0)}  # JSON has no tuples
+    for words in ('parameters', "log V' =", 'nats/token',
+                  f'python sample.py --out_dir=out/{objective}',
+                  f'python eval.py --out_dir=out/{objective}'):
+        assert words in done.stdout
+
+
+def test_training_learns_the_text(verse):
+    """The bound falls well below the entropy of single characters, so context is used."""
+    done = run('train.py', *TINY, '--out_dir=out/learned', '--max_iters=300', '--eval_interval=300',
+               '--batch_size=8', '--warmup_iters=20', cwd=verse)
+    assert done.returncode == 0, done.stderr
+    p = np.bincount(np.fromfile(verse / 'data/verse/val.bin', np.uint16))
+    p = p[p > 0] / p.sum()
+    nelbo = float(log_without_times(verse / 'out/learned')[-1]['val'])
+    assert nelbo < -(p * np.log(p)).sum() - 0.25
+
+
+@pytest.mark.parametrize('words', [
+    ['--objective=ar', '--dropout=0.1', '--gradient_accumulation_steps=2'],
+    ['--objective=mdm', '--optimizer=adamw', '--lr_schedule=wsd', '--weight_decay=0.1']])
+def test_resumed_runs_end_in_the_same_bits(verse, words):
+    """Also of a run that was killed after a checkpoint, with rows of the log behind it."""
+    whole, parts = verse / 'out/whole', verse / 'out/parts'
+    done = run('train.py', *TINY, *words, '--out_dir=out/whole', '--overwrite', cwd=verse)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(parts, ignore_errors=True)
+    code = ('import os, runpy, sys, torch; sys.argv = sys.argv[1:]; save, done = torch.save, []\n'
+            'def once(*a):\n'
+            '    if len(done) == 2: os.kill(os.getpid(), 9)\n'  # at the third checkpoint
+            '    done.append(save(*a))\n'
+            'torch.save = once; runpy.run_path(sys.argv[0], run_name="__main__")')
+    killed = subprocess.run([sys.executable, '-c', code, ROOT / 'train.py', *TINY, *words,
+                             '--out_dir=out/parts'], cwd=verse, capture_output=True,
+                            env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert killed.returncode == -signal.SIGKILL
+    assert load_checkpoint(parts)['iter'] == 3 and len(log_without_times(parts)) == 3
+    done = run('train.py', '--out_dir=out/parts', '--resume', cwd=verse)
+    assert done.returncode == 0, done.stderr
+    assert log_without_times(parts) == log_without_times(whole)
+    a, b = weights(whole), weights(parts)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    sample = ['--gen_length=20', '--device=cpu']
+    texts = [run('sample.py', f'--out_dir={d}', *sample, cwd=verse).stdout for d in (whole, parts)]
+    assert texts[0].splitlines()[:-1] == texts[1].splitlines()[:-1] != []
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(verse, number):
+    out = verse / f'out/{number.name}'
+    words = [sys.executable, ROOT / 'train.py', *TINY, f'--out_dir={out}', '--max_iters=100000',
+             '--eval_interval=100000']
+    with subprocess.Popen(words, cwd=verse, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, env=os.environ | {'PYTHONUNBUFFERED': '1'}) as process:
+        for line in process.stdout:  # it trains once it reports a loss
+            if 'minutes left' in line:
+                process.send_signal(number)
+                break
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert f'python train.py --out_dir={out} --resume' in said
+    saved = load_checkpoint(out)['iter']
+    assert saved >= 1
+    done = run('train.py', f'--out_dir={out}', '--resume', f'--max_iters={saved + 2}', cwd=verse)
+    assert done.returncode == 0, done.stderr
+    assert load_checkpoint(out)['iter'] == saved + 2
+
+
+def test_a_broken_write_keeps_the_old_checkpoint(verse):
+    """The disk is full from the second checkpoint on: one line, and the first can be resumed."""
+    out = verse / 'out/full'
+    code = ('import os, runpy, sys; sys.argv = sys.argv[1:]; replace, n = os.replace, [0]\n'
+            'def full(a, b):\n'
+            '    n[0] += str(b).endswith("ckpt.pt")\n'
+            '    if n[0] == 2: raise OSError(28, "No space left on device")\n'
+            '    return replace(a, b)\n'
+            'os.replace = full; runpy.run_path(sys.argv[0], run_name="__main__")')
+    words = [sys.executable, '-c', code, ROOT / 'train.py', *TINY, f'--out_dir={out}']
+    done = subprocess.run(words, cwd=verse, capture_output=True, text=True,
+                          env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert_one_line(done, 'No space left on device', 'the one before it is intact')
+    assert load_checkpoint(out)['iter'] == 0 and not list(out.glob('*.part'))
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(verse):
+    done = run('train.py', *TINY, '--out_dir=out/nan', '--learning_rate=1e38', '--optimizer=adamw',
+               '--max_iters=50', '--eval_interval=50', cwd=verse)
+    assert_one_line(done, 'nan', 'ckpt.pt has the weights after 0 updates')
+    assert all(w.isfinite().all() for w in weights(verse / 'out/nan').values())
+
+
+def test_accumulation_equals_one_large_batch(verse):
+    """(nats, count) sums: two halves of a batch give the gradient of the whole, to 1e-6."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(12, 16, n_embd=32, n_layer=1, causal=True))
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.1)
+    x0 = torch.randint(0, 11, (6, 16))
+    found = []
+    for parts in ((x0,), x0.split(2)):
+        model.zero_grad()
+        total = 0
+        for part in parts:
+            nats, count = LOSSES['ar'](model, part)
+            nats.backward()
+            total += count
+        found.append([p.grad / total for p in model.parameters()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def header_count(path):
+    return int(re.search(r'^# parameters: ([\d,]+)', path.read_text(), re.M)[1].replace(',', ''))
+
+
+def settings_of(path):
+    """The settings of train.py under a configuration (None: its defaults), running neither."""
+    source = (ROOT / 'train.py').read_text().split('settings = config.override')[0]
+    found = {}
+    for text in (source, path.read_text() if path else ''):
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.Assign):
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+    return found
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.name)
+def test_configurations_have_the_parameters_they_say(path):
+    s = settings_of(path)
+    V = {'shakespeare_char': 65, 'shakespeare': 50_257}[s['dataset']]
+    with torch.device('meta'):
+        model = Transformer(model_config(s, {'vocab_size': V}))
+    assert model.count_parameters() == header_count(path)
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.name)
+def test_configurations_train_one_step_shrunk(path, verse):
+    done = run('train.py', path, *TINY, '--max_iters=1', '--out_dir=out/shrunk', '--overwrite',
+               cwd=verse)
+    assert done.returncode == 0, done.stderr
+
+
+def test_twins_differ_in_the_objective_alone():
+    for path in CONFIGS:
+        if '_ar' in path.name:
+            twin = path.with_name(path.name.replace('_ar', '_mdm'))
+            ar, mdm = settings_of(path), settings_of(twin)
+            differ = {k for k in ar if ar[k] != mdm[k]}
+            assert differ <= {'objective'}, f'{path.name}: {differ}'
+
+
+def test_the_defaults_are_the_laptop_mdm():
+    laptop = settings_of(ROOT / 'config/shakespeare_mdm.py')
+    assert laptop == settings_of(None)
+
+
+def test_an_unknown_data_set_ends_in_one_line(tmp_path):
+    """An unknown name cannot be prepared, which is found out before anything is written."""
+    done = run('train.py', *TINY, '--dataset=no_such_set', cwd=tmp_path)
+    assert_one_line(done, 'no_such_set')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('words, said', [
+    (['--max_iter=3'], 'did you mean max_iters'), (['--n_layer=two'], 'of type int'),
+    (['config/none.py'], 'there is no config file'), (['--objective=gan'], 'one of ar, mdm'),
+    (['--optimizer=sgd'], 'not one of muon, adamw'), (['--lr_schedule=x'], 'cosine, wsd'),
+    (['--n_head=3'], 'multiple of n_head'), (['--block_size=100000'], 'training tokens'),
+    (['--resume', '--out_dir=out/nowhere'], 'is not a run'), (['--device=tpu'], 'tpu'),
+    (['--batch_size=0'], 'batch_size'), (['--max_iters=-1'], 'max_iters'),
+    (['--dtype=int8'], 'dtype'),
+    (['--loss_weight=heavy'], 'loss_weight'), (['--mask_range=(0.5, 2.0)'], 'mask_range')])
+def test_bad_settings_end_in_one_line(verse, words, said):
+    done = run('train.py', *TINY, '--out_dir=out/bad', *words, cwd=verse)
+    assert_one_line(done, said)
+    assert not (verse / 'out/bad/ckpt.pt').exists()
+
+
+def test_a_run_is_not_overwritten_unasked(verse):
+    words = [*TINY, '--max_iters=1', '--out_dir=out/kept']
+    assert run('train.py', *words, cwd=verse).returncode == 0
+    before = (verse / 'out/kept/ckpt.pt').read_bytes()
+    assert_one_line(run('train.py', *words, cwd=verse), 'holds a run already', '--overwrite')
+    assert (verse / 'out/kept/ckpt.pt').read_bytes() == before
+    assert run('train.py', *words, '--overwrite', cwd=verse).returncode == 0
+    assert_one_line(run('train.py', '--out_dir=out/kept', '--resume', '--n_embd=64', cwd=verse),
+                    'another shape')
+
+
+def test_damaged_data_and_checkpoints_end_in_one_line(verse, tmp_path):
+    shutil.copytree(verse / 'data', tmp_path / 'data')
+    words = [*TINY, '--max_iters=1', '--out_dir=out/x']
+    assert run('train.py', *words, cwd=tmp_path).returncode == 0
+    ckpt = tmp_path / 'out/x/ckpt.pt'
+    ckpt.write_bytes(ckpt.read_bytes()[:1000])
+    assert_one_line(run('train.py', '--out_dir=out/x', '--resume', cwd=tmp_path), 'damaged')
+    (tmp_path / 'data/verse/val.bin').write_bytes(b'\xff\xff' * 3)
+    assert_one_line(run('train.py', *words, '--overwrite', cwd=tmp_path), 'val.bin')
+    assert ckpt.stat().st_size == 1000, 'what was there is there'
+    (tmp_path / 'data/verse/meta.json').write_text('{"name": ')
+    assert_one_line(run('train.py', *words, '--overwrite', cwd=tmp_path), 'meta.json is damaged')
+
+
+def test_ids_outside_the_vocabulary_end_in_one_line(verse, tmp_path):
+    shutil.copytree(verse / 'data', tmp_path / 'data')
+    path = tmp_path / 'data/verse/val.bin'
+    V = json.loads((tmp_path / 'data/verse/meta.json').read_text())['vocab_size']
+    path.write_bytes(V.to_bytes(2, 'little') * (path.stat().st_size // 2))  # all masks
+    assert_one_line(run('train.py', *TINY, '--out_dir=out/x', cwd=tmp_path), f'hold the id {V}')
