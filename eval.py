@@ -34,7 +34,7 @@ repeats = 8            # likelihood: independent draws of a bound, for its stand
 gen_tokens = 10_000    # generation: how many to write, in texts as long as the context
 # generation: how text is decoded, the settings of sample.py
 decoder = 'auto'
-steps = 0
+steps = 256
 noise_schedule = 'linear'
 order = 'max_prob'
 counts = 'linear'

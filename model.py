@@ -22,6 +22,7 @@ DiT 2212.09748 (adaLN). Everything is in nats per token.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -437,7 +438,7 @@ def pick_device(device, cuda=torch.cuda.is_available, mps=torch.backends.mps.is_
 def load_checkpoint(out_dir, device='cpu'):
     """The dict that train.py saved in out_dir/ckpt.pt: model, optimizer, config, meta, iter, ..."""
     path = Path(out_dir) / 'ckpt.pt'
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for names that are too long
         raise UserError(f'{out_dir} is not a run: it holds no ckpt.pt (train.py writes one)')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)

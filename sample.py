@@ -19,7 +19,7 @@ import torch
 
 import config
 from config import UserError
-from model import KVCache, load_checkpoint, load_model, noise, pick_device
+from model import SCHEDULES, KVCache, load_checkpoint, load_model, noise, pick_device
 from prepare import load_tokenizer
 
 # what is read
@@ -34,7 +34,7 @@ gen_length = 0         # tokens to write after start; 0 fills the model's contex
 seed = 1337
 # how it is decoded
 decoder = 'auto'       # ar, ancestral, confidence; auto is ar for ar models, else ancestral
-steps = 0              # decoding steps of ancestral and confidence; 0 is one per token
+steps = 256            # decoding steps of ancestral and confidence
 noise_schedule = 'linear'  # ancestral: linear, cosine; how the steps are spread
 order = 'max_prob'     # confidence: what goes first; max_prob, margin, entropy, random
 counts = 'linear'      # confidence: linear (as many each step), cosine (few first, then more)
@@ -44,9 +44,10 @@ top_k = 0              # draw among the k most likely tokens; 0 = all
 top_p = 1.0            # draw among the most likely tokens that hold this probability together
 repetition_penalty = 1.0  # above 1: tokens that the text has already become less likely
 
-BLANK = re.compile(r'\[_+(?::(\d+))?\]')
+BLANK = re.compile(r'\[_+(?::(\d{1,6}))?\]')
 BLANK_WIDTH = 5        # tokens of a [___] that does not say
 MASK_SHOWN = '█'
+ORDERS = ('max_prob', 'margin', 'entropy', 'random')
 
 
 def draw(logits, seen=None, *, generator, temperature=1.0, top_k=0, top_p=1.0,
@@ -68,7 +69,8 @@ def draw(logits, seen=None, *, generator, temperature=1.0, top_k=0, top_p=1.0,
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        p = (filter_logits(logits, top_k, top_p) / temperature).softmax(-1)
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # none above 0: no overflow
+        p = filter_logits(logits, top_k, top_p).softmax(-1)
         token = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)  # (N,)
     return token, probability.gather(-1, token[:, None])[:, 0]
 
@@ -102,8 +104,8 @@ def seen_tokens(x, where, V):
 # decode_x(model, x, *, ..., generator, on_step, **drawing) -> (x, nfe)
 #
 # x (B, T) int64 with mask_id where text is wanted; given tokens are never changed. nfe counts
-# forward passes of the network. on_step(x, nfe) is called after every step that changed something.
-# drawing: the keywords of draw().
+# forward passes of the network. on_step(x, nfe) is called after every step that changed something;
+# x may change after the call, so clone what is to be kept. drawing: the keywords of draw().
 
 
 @torch.no_grad()
@@ -118,10 +120,10 @@ def decode_ar(model, x, *, generator, on_step=None, **drawing):
     B, T = x.shape
     is_mask = x == model.mask_id
     cache = KVCache(c, B, x.device, model.embed.weight.dtype)
-    begin = 0  # the canvas token behind the start token in the window
+    begin, half = 0, (c.block_size + 1) // 2  # canvas token behind the start token in the window
     for i in is_mask.any(0).nonzero()[:, 0].tolist():
-        if i - begin >= c.block_size:
-            begin, cache.length = i - c.block_size // 2, 0
+        if i - begin >= c.block_size:  # a function of i, not of which rows had masks before it
+            begin, cache.length = ((i - c.block_size) // half + 1) * half, 0
         unread = x[:, begin + max(cache.length - 1, 0):i]  # behind the start token, up to i
         if cache.length == 0:
             unread = torch.cat([torch.full_like(x[:, :1], model.mask_id), unread], dim=1)
@@ -170,10 +172,10 @@ def decode_confidence(model, x, *, steps, order='max_prob', counts='linear', thr
     """The surest tokens first [MaskGIT sec. 3.2; LLaDA sec. 2.4; Fast-dLLM 2505.22618].
 
     Each pass draws a token for every mask and commits those with the highest score: by `order`,
-    the probability of the drawn token, its margin over the runner-up, minus the entropy of the
-    distribution, or at random. `counts` says how many masks of each row remain after i of `steps`
-    steps; with a threshold, a row commits all drawn tokens above it instead, and at least one,
-    for as many passes as that takes.
+    the probability of the drawn token, the margin of the best over the second, the entropy of the
+    distribution (as 1 / perplexity), or at random. `counts` says how many masks of each row remain
+    after i of `steps` steps; with a threshold, a row commits all drawn tokens above it instead, and
+    at least one, for as many passes as that takes.
     """
     x, nfe = x.clone(), 0
     n_masks = (x == model.mask_id).sum(1)  # (B,)
@@ -194,7 +196,8 @@ def decode_confidence(model, x, *, steps, order='max_prob', counts='linear', thr
                                   generator=generator, **drawing)
         score = score_of(order, logits, probability.to(x.device), generator).float()  # (N,)
         scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
-        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 = surest
+        # rounded, so that noise in the last bits does not order equals: they go from the left
+        rank = scores.round(decimals=5).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         commit = is_mask & (rank < quota[:, None])
         if threshold:
             commit |= is_mask & (scores > threshold)
@@ -216,14 +219,14 @@ def score_of(order, logits, probability, generator):
         best, second = p.topk(2, dim=-1).values.unbind(-1)
         return best - second
     if order == 'entropy':
-        return torch.special.xlogy(p, p).sum(-1)
-    raise UserError(f'order is {order!r}, not one of max_prob, margin, entropy, random')
+        return torch.special.xlogy(p, p).sum(-1).exp()  # 1 / perplexity, a probability again
+    raise UserError(f'order is {order!r}, not one of {", ".join(ORDERS)}')
 
 
 # ------------------------------------------------------------------------------ text in, text out
 
 
-def pick_decoder(name, objective, length, settings):
+def pick_decoder(name, objective, settings):
     """decode(model, x, generator=..., on_step=...) of that name, with the settings that it uses."""
     known = {'ar': ('ar',), 'mdm': ('ancestral', 'confidence')}[objective]
     name = known[0] if name == 'auto' else name
@@ -231,27 +234,29 @@ def pick_decoder(name, objective, length, settings):
         raise UserError(f'decoder is {name!r}, but {objective} models decode by '
                         f'{" or ".join(known)}')
     s = settings
-    steps = s['steps'] or length
     drawing = {k: s[k] for k in ('temperature', 'top_k', 'top_p', 'repetition_penalty')}
     if name == 'ar':
         return partial(decode_ar, **drawing)
     if name == 'ancestral':
-        return partial(decode_ancestral, steps=steps, schedule=s['noise_schedule'], **drawing)
-    return partial(decode_confidence, steps=steps, order=s['order'], counts=s['counts'],
+        return partial(decode_ancestral, steps=s['steps'], schedule=s['noise_schedule'], **drawing)
+    return partial(decode_confidence, steps=s['steps'], order=s['order'], counts=s['counts'],
                    threshold=s['threshold'], **drawing)
 
 
 def check_settings(s):
     """Raises UserError for values that no decoder can use."""
     for name, fine, wanted in (
-            ('steps', s['steps'] >= 0, '1 or more, or 0 for one per token'),
+            ('steps', s['steps'] >= 1, '1 or more'),
             ('num_samples', s['num_samples'] >= 1, '1 or more'),
             ('gen_length', s['gen_length'] >= 0, '1 or more, or 0 to fill the context'),
-            ('temperature', s['temperature'] >= 0, '0 or more'),
+            ('temperature', 0 <= s['temperature'] < math.inf, '0 or more'),
             ('top_k', s['top_k'] >= 0, '1 or more, or 0 for all'),
             ('top_p', 0 < s['top_p'] <= 1, 'in (0, 1]'),
             ('threshold', 0 <= s['threshold'] <= 1, 'in (0, 1], or 0 for none'),
-            ('repetition_penalty', s['repetition_penalty'] > 0, 'above 0'),
+            ('repetition_penalty', 0 < s['repetition_penalty'] < math.inf, 'above 0'),
+            ('seed', abs(s['seed']) < 2 ** 63, 'of at most 63 bits'),
+            ('order', s['order'] in ORDERS, f'one of {", ".join(ORDERS)}'),
+            ('noise_schedule', s['noise_schedule'] in SCHEDULES, f'one of {", ".join(SCHEDULES)}'),
             ('counts', s['counts'] in ('linear', 'cosine'), 'linear or cosine')):
         if not fine:
             raise UserError(f'{name} is {s[name]!r}, but it must be {wanted}')
@@ -324,7 +329,7 @@ def generate(model, objective, canvas, settings, on_step=None):
     generator = torch.Generator('cpu' if device.type == 'mps' else device)
     generator.manual_seed(settings['seed'])
     x = torch.tensor([canvas] * settings['num_samples'], device=device)
-    decode = pick_decoder(settings['decoder'], objective, canvas.count(model.mask_id), settings)
+    decode = pick_decoder(settings['decoder'], objective, settings)
     began = time.perf_counter()
     x, nfe = decode(model, x, generator=generator, on_step=on_step)
     return x.cpu(), nfe, time.perf_counter() - began

@@ -9,6 +9,7 @@ script with one line. `--help` prints the block.
 
 import ast
 import difflib
+import os
 import runpy
 import sys
 from contextlib import suppress
@@ -47,33 +48,32 @@ def override(settings, argv=None):
                 settings['out_dir'] = f'out/{Path(word).stem}'
         else:  # the first '=' only, for --start=a=b; --resume is short for --resume=True
             name, equals, value = word[2:].partition('=')
-            given = {name: value if equals else 'True'}
+            given = {name: value if equals else True}
         for name, value in given.items():
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
                 hint = f', did you mean {near[0]}?' if near else ' (--help lists them)'
                 raise UserError(f'no setting is called {name!r}{hint}')
-            settings[name] = convert(name, value, settings[name], from_text=word.startswith('--'))
+            settings[name] = convert(name, value, settings[name], word.startswith('--'))
     return {name: settings[name] for name in names}
 
 
 def convert(name, value, default, from_text):
     """The value for a setting whose default is `default`; an int does for a float."""
     kind = type(default)
-    if from_text and kind is not str:
-        with suppress(ValueError, SyntaxError):  # then it stays a str and is refused below
+    with suppress(Exception):  # what cannot be read stays as it is, and is refused below
+        if from_text and kind is not str and type(value) is str:
             value = ast.literal_eval(value.capitalize() if kind is bool else value)
-    if kind is float and type(value) is int:
-        value = float(value)
+        if kind is float and type(value) is int:
+            value = float(value)
     if type(value) is not kind:
-        wanted = f'of type {kind.__name__}, like {default!r}'
-        raise UserError(f'{name} is {value!r}, but it must be {wanted}')
+        raise UserError(f'{name} is {value!r}, but it must be of type {kind.__name__}')
     return value
 
 
 def read_config(path):
     """The name = value pairs of a plain-Python file."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f'there is no config file {path!r} (a setting is written --name=value)')
     try:
         found = runpy.run_path(path)
@@ -86,7 +86,7 @@ def help_text(path, names):
     """The docstring of the script and its block of settings, as they stand in its source."""
     source = Path(path).read_text(encoding='utf-8')
     tree = ast.parse(source)
-    rows = [node for node in tree.body
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in names]
+    rows = [next(node for node in tree.body if isinstance(node, ast.Assign)
+                 and getattr(node.targets[0], 'id', None) == name) for name in names]
     block = source.splitlines()[rows[0].lineno - 2:rows[-1].end_lineno]  # -2: the first heading
     return '\n'.join([ast.get_docstring(tree, clean=False), *block])
