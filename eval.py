@@ -2,11 +2,15 @@
 
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=likelihood
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=generation
+    python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=curves
 
-Prints a Markdown table with a row for each run and, below it, how the numbers were obtained.
-likelihood takes half a minute a run on 2 CPU cores, generation of 10,000 tokens two minutes.
+The first two print a Markdown table with a row for each run and, below it, how the numbers were
+obtained; on 2 CPU cores, likelihood takes a minute or two and generation about as long. The third
+draws the runs' losses over training into <report_dir>/curves.png, in a second.
 """
 
+import csv
+import itertools
 import math
 import re
 import shlex
@@ -14,18 +18,21 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import config
 import sample
 from config import UserError
-from model import BOUND_NAMES, BOUNDS, evaluate, load_checkpoint, load_model, pick_device
+from model import BOUND_NAMES, BOUNDS, ar_nll, evaluate, load_checkpoint, load_model, pick_device
 from prepare import load_meta, load_split, load_tokenizer
 
 # what is measured
 out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
-task = 'likelihood'    # likelihood, generation
+task = 'likelihood'    # likelihood, generation, curves
+report_dir = 'out/report'  # curves: where the picture goes
 split = 'val'          # likelihood: train, val, test; always all of it
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 seed = 1
@@ -122,15 +129,33 @@ def text_row(name, texts, ids, known):
     return row
 
 
+@torch.no_grad()
+def judged(runs, ids):
+    """{column: nats per token of texts (rows of ids) under the first AR run}, if there is one.
+
+    Beside the entropy: a text that repeats itself is likely too.
+    """
+    judges = [(name, model) for name, checkpoint, model in runs
+              if checkpoint['config']['objective'] == 'ar']
+    if not judges or max(map(len, ids)) > judges[0][1].config.block_size:
+        return {}
+    name, judge = judges[0]
+    x0 = torch.tensor(ids, device=judge.embed.weight.device)
+    nats = sum(ar_nll(judge, rows).sum().item() for rows in x0.split(16)) / x0.numel()
+    return {f'nll under {name}': f'{nats:.3f}'}
+
+
 def generation(runs, settings):
     """A row of counts for each run's own text, and one for as much of the validation split."""
     _, checkpoint, model = runs[0]
     dataset, meta = checkpoint['config']['dataset'], checkpoint['meta']
     tokenizer = load_tokenizer(meta)
     known = set(words_of(tokenizer.decode(load_split(dataset, 'train').tolist())))
-    held_out = load_split(dataset, 'val')[:settings['gen_tokens']].tolist()
-    rows = [text_row('validation text', [tokenizer.decode(held_out)], [held_out], known)
-            | {'passes per text': '', 'tokens/s': ''}]
+    T = model.config.block_size
+    held_out = load_split(dataset, 'val')[:settings['gen_tokens'] // T * T or T].reshape(-1, T)
+    rows = [text_row('validation text', [tokenizer.decode(held_out.flatten().tolist())],
+                     held_out.tolist(), known)
+            | judged(runs, held_out.tolist()) | {'passes per text': '', 'tokens/s': ''}]
     for name, checkpoint, model in runs:
         T = model.config.block_size
         n_texts = math.ceil(settings['gen_tokens'] / T)
@@ -145,7 +170,7 @@ def generation(runs, settings):
             nfes.append(nfe)
             seconds += took
         rows.append(text_row(name, [tokenizer.decode(row) for row in ids], ids, known)
-                    | {'passes per text': f'{np.mean(nfes):.0f}',
+                    | judged(runs, ids) | {'passes per text': f'{np.mean(nfes):.0f}',
                        'tokens/s': f'{n_texts * T / seconds:,.0f}'})
     note = (f'{dataset} ({meta["source"]}); texts as long as the context, {settings["batch_size"]} '
             f'at a time, seed {settings["seed"]}, temperature {settings["temperature"]}; a word is '
@@ -153,13 +178,44 @@ def generation(runs, settings):
     return rows, note
 
 
+def curves(out_dirs, path):
+    """Draws the validation loss of runs against training tokens and time, from their log.csv."""
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, constrained_layout=True)
+    styles = zip(('#0072B2', '#D55E00', '#009E73', '#CC79A7'), ('o', 's', '^', 'D'))
+    for out_dir, (color, marker) in zip(out_dirs.split(','), itertools.cycle(styles)):
+        log = Path(out_dir.strip(), 'log.csv')
+        if not log.is_file():
+            raise UserError(f'{out_dir} has no log.csv: it is not a run')
+        with open(log, newline='') as f:
+            rows = list(csv.DictReader(f))[1:]  # the first is log V' for all
+        measured = rows[0]['measured'].replace('<=', '(an upper bound on the nll)')
+        for ax, x in zip(axes, ([float(row['tokens']) / 1e6 for row in rows],
+                                [float(row['seconds']) / 60 for row in rows])):
+            ax.plot(x, [float(row['val']) for row in rows], marker=marker, ms=4, color=color,
+                    label=f'{log.parent.name}, {measured}')
+    axes[0].set(xlabel='training tokens (millions)', ylabel='validation loss (nats per token)')
+    axes[1].set(xlabel='training time (minutes)')
+    for ax in axes:
+        ax.grid(color='0.92')
+        ax.spines[['top', 'right']].set_visible(False)
+    axes[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
 def main():
     settings = config.override(globals())
-    if task not in ('likelihood', 'generation'):
-        raise UserError(f'task is {task!r}, not one of likelihood, generation')
+    if task not in ('likelihood', 'generation', 'curves'):
+        raise UserError(f'task is {task!r}, not one of likelihood, generation, curves')
     for name in ('batch_size', 'repeats', 'gen_tokens'):
         if settings[name] < 1:
             raise UserError(f'{name} is {settings[name]}, but it must be 1 or more')
+    if task == 'curves':
+        curves(out_dir, Path(report_dir, 'curves.png'))
+        return print(f'{report_dir}/curves.png')
     runs = load_runs(out_dir, pick_device(device))
     if task == 'likelihood':
         rows, note = likelihood(runs, split, batch_size, seed, repeats)

@@ -300,7 +300,8 @@ def ar_token_nll(model, x0):
     """
     start = torch.full_like(x0[:, :1], model.mask_id)
     logits = model(torch.cat([start, x0[:, :-1]], dim=1))  # (B, T, V)
-    return F.cross_entropy(logits.float().transpose(1, 2), x0, reduction='none')
+    nll = F.cross_entropy(logits.float().flatten(0, 1), x0.flatten(), reduction='none')
+    return nll.view_as(x0)
 
 
 def ar_loss(model, x0, generator=None, given=None):
@@ -433,6 +434,22 @@ def pick_device(device, cuda=torch.cuda.is_available, mps=torch.backends.mps.is_
         raise UserError(f'device is {device!r}, but here there is only '
                         f'{", ".join(name for name in there if there[name])} (or auto)')
     return device
+
+
+def pick_dtype(dtype, device, features=getattr(torch.cpu, 'get_capabilities', dict)):
+    """'float32' or 'bfloat16' for autocast: `dtype` itself, or for 'auto' what is fast on `device`.
+
+    A CPU with bfloat16 instructions multiplies matrices several times faster in it; one without
+    has to imitate them, which is slower than float32.
+    """
+    if dtype not in ('auto', 'float32', 'bfloat16'):
+        raise UserError(f'dtype is {dtype!r}, not one of auto, float32, bfloat16')
+    if dtype != 'auto':
+        return dtype
+    if device == 'cpu':
+        return 'bfloat16' if {'avx512_bf16', 'amx_bf16'} & {k for k, v in features().items() if v} \
+            else 'float32'
+    return 'bfloat16' if device.startswith('cuda') else 'float32'
 
 
 def load_checkpoint(out_dir, device='cpu'):

@@ -109,16 +109,18 @@ def seen_tokens(x, where, V):
 
 
 @torch.no_grad()
-def decode_ar(model, x, *, generator, on_step=None, **drawing):
+def decode_ar(model, x, *, eos_id=None, generator, on_step=None, **drawing):
     """Left to right, each token given those before it; a filled blank has not seen what follows.
 
     One pass per token, over that token alone: what was read before is in a KV cache. Rows may have
-    their masks at different places. A canvas longer than the context is read through a window that
-    holds the start token and the newest tokens, and drops its older half whenever it is full.
+    their masks at different places. A row that has written eos_id writes nothing else after it. A
+    canvas longer than the context is read through a window that holds the start token and the
+    newest tokens, and drops its older half whenever it is full.
     """
     x, c, nfe = x.clone(), model.config, 0
     B, T = x.shape
     is_mask = x == model.mask_id
+    ended = ~is_mask.any(1)  # (B,)
     cache = KVCache(c, B, x.device, model.embed.weight.dtype)
     begin, half = 0, (c.block_size + 1) // 2  # canvas token behind the start token in the window
     for i in is_mask.any(0).nonzero()[:, 0].tolist():
@@ -134,8 +136,14 @@ def decode_ar(model, x, *, generator, on_step=None, **drawing):
         token, _ = draw(logits, seen_tokens(x[:, :i], last[:, -1:], c.vocab_size),
                         generator=generator, **drawing)
         x[:, i] = torch.where(is_mask[:, i], token.to(x.device), x[:, i])
+        if eos_id is not None:
+            x[ended & is_mask[:, i], i] = eos_id
+            ended |= is_mask[:, i] & (x[:, i] == eos_id)
         if on_step is not None:
             on_step(x, nfe)
+        if ended.all():
+            x[x == model.mask_id] = eos_id
+            break
     return x, nfe
 
 
@@ -150,13 +158,14 @@ def decode_ancestral(model, x, *, steps, schedule='linear', generator, on_step=N
     reveals nothing needs no pass, one that does needs the head only where it does.
     """
     x, nfe = x.clone(), 0
-    alpha, _ = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), schedule)
+    alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), schedule)[0].tolist()
     for alpha_t, alpha_s in zip(alpha, alpha[1:]):
         u = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
         reveal = (x == model.mask_id) & (u < (alpha_s - alpha_t) / (1 - alpha_t))
         if not reveal.any():
             continue
-        logits = model(x, (1 - alpha_t).float().expand(x.size(0), 1).to(x.device), where=reveal)
+        t = torch.full((x.size(0), 1), 1 - alpha_t, device=x.device)
+        logits = model(x, t, where=reveal)  # (N, V), N tokens to reveal
         nfe += 1
         token, _ = draw(logits, seen_tokens(x, reveal, model.config.vocab_size),
                         generator=generator, **drawing)
@@ -226,7 +235,7 @@ def score_of(order, logits, probability, generator):
 # ------------------------------------------------------------------------------ text in, text out
 
 
-def pick_decoder(name, objective, settings):
+def pick_decoder(name, objective, settings, eos_id):
     """decode(model, x, generator=..., on_step=...) of that name, with the settings that it uses."""
     known = {'ar': ('ar',), 'mdm': ('ancestral', 'confidence')}[objective]
     name = known[0] if name == 'auto' else name
@@ -236,7 +245,7 @@ def pick_decoder(name, objective, settings):
     s = settings
     drawing = {k: s[k] for k in ('temperature', 'top_k', 'top_p', 'repetition_penalty')}
     if name == 'ar':
-        return partial(decode_ar, **drawing)
+        return partial(decode_ar, eos_id=eos_id, **drawing)
     if name == 'ancestral':
         return partial(decode_ancestral, steps=s['steps'], schedule=s['noise_schedule'], **drawing)
     return partial(decode_confidence, steps=s['steps'], order=s['order'], counts=s['counts'],
@@ -319,8 +328,11 @@ def make_canvas(model, tokenizer, settings):
     return given + [mask_id] * length
 
 
-def generate(model, objective, canvas, settings, on_step=None):
-    """num_samples fillings of one canvas: x (num_samples, T), nfe, and the seconds that it took."""
+def generate(model, objective, canvas, settings, eos_id=None, on_step=None):
+    """num_samples fillings of one canvas: x (num_samples, T), nfe, and the seconds that it took.
+
+    With an eos_id, AR decoding stops there; without, it goes on to the end of the canvas.
+    """
     check_settings(settings)
     if objective != 'ar' and len(canvas) > model.config.block_size:
         raise UserError(f'{len(canvas)} tokens do not fit into the context of this model, '
@@ -329,7 +341,7 @@ def generate(model, objective, canvas, settings, on_step=None):
     generator = torch.Generator('cpu' if device.type == 'mps' else device)
     generator.manual_seed(settings['seed'])
     x = torch.tensor([canvas] * settings['num_samples'], device=device)
-    decode = pick_decoder(settings['decoder'], objective, settings)
+    decode = pick_decoder(settings['decoder'], objective, settings, eos_id)
     began = time.perf_counter()
     x, nfe = decode(model, x, generator=generator, on_step=on_step)
     return x.cpu(), nfe, time.perf_counter() - began
@@ -349,9 +361,10 @@ def main():
     if corrupt:
         return show_corruption(corrupt, tokenizer, model.mask_id, seed)
     canvas = make_canvas(model, tokenizer, settings)
-    x, nfe, seconds = generate(model, checkpoint['config']['objective'], canvas, settings)
+    objective, eos_id = checkpoint['config']['objective'], meta['eos_id']
+    x, nfe, seconds = generate(model, objective, canvas, settings, eos_id)
     for ids in x.tolist():
-        print(tokenizer.decode(ids))
+        print(tokenizer.decode(ids[:ids.index(eos_id)] if eos_id in ids else ids))
         print('-' * 80)
     written = num_samples * canvas.count(model.mask_id)
     print(f'{written} tokens in {nfe} passes and {seconds:.2f} s, '

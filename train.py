@@ -2,7 +2,7 @@
 
     python train.py                                      masked diffusion on Tiny Shakespeare
     python train.py config/shakespeare_ar.py             its autoregressive twin
-    python train.py config/shakespeare_mdm_10m.py --device=cuda --batch_size=32
+    python train.py config/shakespeare_mdm_10m.py --device=cuda
     python train.py --out_dir=out/shakespeare_mdm --resume
 
 The first takes about 10 minutes on 2 CPU cores. It prepares the data set if that is missing and
@@ -30,7 +30,7 @@ import config
 import sample
 from config import UserError
 from model import BOUND_NAMES, BOUNDS, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, evaluate, \
-    load_checkpoint, model_config, pick_device
+    load_checkpoint, model_config, pick_device, pick_dtype
 from prepare import gather, load_meta, load_split, load_tokenizer, prepare
 
 # the run
@@ -39,7 +39,7 @@ resume = False              # go on with the run in out_dir, under the settings 
 overwrite = False           # throw away the run in out_dir
 seed = 1337
 device = 'auto'             # cuda, mps, cpu; auto takes the first that is there
-dtype = 'auto'              # float32, bfloat16 (autocast); auto is bfloat16 on cuda, else float32
+dtype = 'auto'              # float32, bfloat16 (autocast); auto is bfloat16 where that is fast
 compile = False             # torch.compile: faster after a minute or two of compiling
 # data
 dataset = 'shakespeare_char'  # a folder of data/, prepared if missing
@@ -67,7 +67,7 @@ w_max = 5.0                 # mdm: for loss_weight = clipped
 mask_range = (0.0, 1.0)     # mdm: levels t that are trained
 # optimiser
 optimizer = 'muon'          # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: all
-max_iters = 1000            # updates
+max_iters = 1500            # updates
 learning_rate = 3e-3        # AdamW's
 muon_lr = 0.02              # Muon's
 lr_schedule = 'cosine'      # cosine, wsd (constant, then linear over the last fifth), constant
@@ -96,26 +96,20 @@ def get_batch(data, B, T, vocab_size, number, device):
     return x0.to(device, non_blocking=True), torch.Generator(device).manual_seed(number)
 
 
-def make_optimizers(model, optimizer, learning_rate, muon_lr, betas, weight_decay):
+def make_optimizers(model, optimizer, betas, weight_decay):
     """[Muon, AdamW] or [AdamW]: Muon takes the matrices inside the blocks [Jordan 2024].
 
-    Weight decay falls on those matrices under either; each group keeps its peak rate as 'peak_lr'.
+    Weight decay falls on those matrices under either. The loop sets the learning rates.
     """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     inside = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in inside]
-    adam = partial(torch.optim.AdamW, lr=learning_rate, betas=betas, fused=True)
+    adam = partial(torch.optim.AdamW, betas=betas, fused=True)
     if optimizer == 'muon':
-        found = [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
-                 adam([{'params': rest, 'weight_decay': 0.0}])]
-    elif optimizer == 'adamw':
-        found = [adam([{'params': matrices, 'weight_decay': weight_decay},
-                       {'params': rest, 'weight_decay': 0.0}])]
-    else:
-        raise UserError(f'optimizer is {optimizer!r}, not one of muon, adamw')
-    for group in (g for o in found for g in o.param_groups):
-        group['peak_lr'] = group['lr']
-    return found
+        return [torch.optim.Muon(matrices, weight_decay=weight_decay),
+                adam([{'params': rest, 'weight_decay': 0.0}])]
+    return [adam([{'params': matrices, 'weight_decay': weight_decay},
+                  {'params': rest, 'weight_decay': 0.0}])]
 
 
 def lr_factor(iteration, max_iters, warmup_iters, lr_schedule):
@@ -165,7 +159,8 @@ def draw_losses(rows, path, title, bound_name, log_v):
     ax.axhline(log_v, color='0.5', lw=1, ls=':')
     ax.annotate("log V', a blind guess", (1, log_v), xycoords=('axes fraction', 'data'),
                 xytext=(-4, -4), textcoords='offset points', color='0.4', ha='right', va='top')
-    ax.set(xlabel='updates', title=title, ylabel=f'{bound_name}, nats per token')
+    name = bound_name.replace('<=', '(an upper bound on the nll)')
+    ax.set(xlabel='updates', title=title, ylabel=f'{name}, nats per token')
     ax.grid(color='0.92')
     ax.legend(frameon=False)
     buffer = io.BytesIO()
@@ -188,8 +183,8 @@ for name, fine, wanted in (
         ('objective', objective in LOSSES, f'one of {", ".join(LOSSES)}'),
         ('schedule', schedule in SCHEDULES, f'one of {", ".join(SCHEDULES)}'),
         ('loss_weight', loss_weight in LOSS_WEIGHTS, f'one of {", ".join(LOSS_WEIGHTS)}'),
+        ('optimizer', optimizer in ('muon', 'adamw'), 'muon or adamw'),
         ('lr_schedule', lr_schedule in ('cosine', 'wsd', 'constant'), 'cosine, wsd or constant'),
-        ('dtype', dtype in ('auto', 'float32', 'bfloat16'), 'one of auto, float32, bfloat16'),
         ('mask_range', len(mask_range) == 2 and 0 <= mask_range[0] <= mask_range[1] <= 1
          and mask_range[1] > 0, '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0'),
         ('max_iters', max_iters >= 0, '0 or more'), ('grad_clip', grad_clip >= 0, '0 or more'),
@@ -199,8 +194,7 @@ for name, fine, wanted in (
     if not fine:
         raise UserError(f'{name} is {settings[name]!r}, but it must be {wanted}')
 device = pick_device(device)
-if dtype == 'auto':
-    dtype = 'bfloat16' if device.startswith('cuda') else 'float32'
+dtype = pick_dtype(dtype, device)
 if not (Path('data') / dataset / 'meta.json').exists():
     print(f'data/{dataset} is missing: preparing it')
     prepare(dataset)
@@ -212,18 +206,18 @@ if len(train_data) < block_size:
 
 torch.manual_seed(seed)
 model = Transformer(model_config(settings, meta)).to(device)
-optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, (beta1, beta2), weight_decay)
+optimizers = make_optimizers(model, optimizer, (beta1, beta2), weight_decay)
 first_iter, best, rows = 0, math.inf, []
 if resume:
     if checkpoint['meta'] != meta:
         raise UserError(f'data/{dataset} is not what {out_dir} was trained on')
     try:
         model.load_state_dict(checkpoint['model'])
-    except RuntimeError as e:
+        for o, state in zip(optimizers, checkpoint['optimizer'], strict=True):
+            o.load_state_dict(state)
+    except (RuntimeError, ValueError) as e:
         raise UserError(f'the weights in {out_dir} have another shape than these settings ask '
-                        'for: resume without changing the model') from e
-    for o, state in zip(optimizers, checkpoint['optimizer']):
-        o.load_state_dict(state)
+                        'for: resume without changing the model or the optimizer') from e
     first_iter, best = checkpoint['iter'], checkpoint['best']
     with open(out / 'log.csv', newline='') as f:
         rows = [row for row in csv.DictReader(f) if int(row['iter']) <= first_iter]
@@ -259,8 +253,8 @@ seconds_here = 0.0
 for iteration in range(first_iter, max_iters + 1):
     factor = lr_factor(iteration, max_iters, warmup_iters, lr_schedule)
 
-    speed = tokens_per_iter * (iteration - first_iter) / max(seconds_here, 1e-9)
     # look at the model as it is after `iteration` updates
+    speed = tokens_per_iter * (iteration - first_iter) / max(seconds_here, 1e-9)
     look = iteration % eval_interval == 0 or iteration == max_iters
     if look and not (rows and int(rows[-1]['iter']) == iteration):
         with autocast:
@@ -294,8 +288,9 @@ for iteration in range(first_iter, max_iters + 1):
 
     # one update
     began = time.perf_counter()
-    for group in (g for o in optimizers for g in o.param_groups):
-        group['lr'] = factor * group['peak_lr']
+    for o in optimizers:
+        for group in o.param_groups:
+            group['lr'] = factor * (muon_lr if isinstance(o, torch.optim.Muon) else learning_rate)
     nats_sum, count_sum = 0.0, 0
     for micro in range(gradient_accumulation_steps):
         number = (seed * 2 ** 40 + iteration * 2 ** 12 + micro) % 2 ** 63
@@ -339,5 +334,5 @@ defaults = vars(sample) | {'seed': seed}
 x, _, _ = sample.generate(model.eval(), objective, [model.mask_id] * block_size, defaults)
 print(tokenizer.decode(x[0].tolist()))
 print('\nTo try next:')
-print(f'python sample.py --out_dir={out_dir} --start="ROMEO:"')
+print(f'python sample.py --out_dir={out_dir} --num_samples=3')
 print(f'python eval.py --out_dir={out_dir} --task=likelihood')

@@ -12,7 +12,8 @@ from hypothesis import given, settings, strategies as st
 
 from config import UserError
 from model import BOUNDS, KVCache, ModelConfig, Transformer, ar_loss, ar_nll, evaluate, \
-    load_checkpoint, load_model, mdm_loss, mdm_nelbo, noise, pick_device, rope_angles, rotate
+    load_checkpoint, load_model, mdm_loss, mdm_nelbo, noise, pick_device, pick_dtype, rope_angles, \
+    rotate
 
 GPT2_STYLE = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
 
@@ -391,6 +392,17 @@ def test_devices_are_picked(asked, cuda, mps, found):
 def test_absent_devices_are_refused(asked):
     with pytest.raises(UserError, match='there is only cpu'):
         pick_device(asked, lambda: False, lambda: False)
+
+
+@pytest.mark.parametrize('device, features, found', [
+    ('cuda:0', {}, 'bfloat16'), ('mps', {}, 'float32'), ('cpu', {}, 'float32'),
+    ('cpu', {'avx512_bf16': False, 'avx2': True}, 'float32'),
+    ('cpu', {'amx_bf16': True}, 'bfloat16'), ('cpu', {'avx512_bf16': True}, 'bfloat16')])
+def test_bfloat16_where_it_is_fast(device, features, found):
+    assert pick_dtype('auto', device, lambda: features) == found
+    assert pick_dtype('float32', device, lambda: features) == 'float32'
+    with pytest.raises(UserError, match='dtype'):
+        pick_dtype('int8', device)
 
 
 def run_of(model, objective='mdm'):

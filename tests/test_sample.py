@@ -503,6 +503,26 @@ def test_confidence_agrees_with_a_naive_loop(order, counts, steps):
             assert result == naive_confidence(model, row, order, left, penalty=penalty)[0]
 
 
+def test_ar_writes_nothing_after_eos():
+    """Rows end apart; each is the row without an eos up to its first one, then eos only."""
+    model = tiny_model(causal=True, seed=5, **WIDE)
+    x = torch.full((6, 14), WIDE_MASK)
+    x[:, 9] = 1  # given, behind where most rows end
+    free, _ = decode_ar(model, x, generator=noise_source(2))
+    eos = free[:, 3].mode().values.item()
+    y, nfe = decode_ar(model, x, eos_id=eos, generator=noise_source(2))
+    ends = []
+    for row, same in zip(y.tolist(), free.tolist()):
+        end = next((i for i, token in enumerate(row) if token == eos and i != 9), 14)
+        ends.append(end)
+        assert row[:end] == same[:end]
+        assert all(token == (1 if i == 9 else eos) for i, token in enumerate(row) if i > end)
+    assert len(set(ends)) > 1 and nfe <= 13
+    greedy = x[:1].clone()
+    first = decode_ar(model, greedy, temperature=0, generator=noise_source())[0][0, 0].item()
+    assert decode_ar(model, greedy, eos_id=first, temperature=0, generator=noise_source())[1] == 1
+
+
 @pytest.mark.parametrize('threshold', [0.2, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize('order', ORDERS[:3])
 def test_threshold_commits_all_above_it_and_at_least_one(order, threshold):

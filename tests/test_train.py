@@ -246,7 +246,7 @@ def test_an_unknown_data_set_ends_in_one_line(tmp_path):
 @pytest.mark.parametrize('words, said', [
     (['--max_iter=3'], 'did you mean max_iters'), (['--n_layer=two'], 'of type int'),
     (['config/none.py'], 'there is no config file'), (['--objective=gan'], 'one of ar, mdm'),
-    (['--optimizer=sgd'], 'not one of muon, adamw'), (['--lr_schedule=x'], 'cosine, wsd'),
+    (['--optimizer=sgd'], 'muon or adamw'), (['--lr_schedule=x'], 'cosine, wsd'),
     (['--n_head=3'], 'multiple of n_head'), (['--block_size=100000'], 'training tokens'),
     (['--resume', '--out_dir=out/nowhere'], 'is not a run'), (['--device=tpu'], 'tpu'),
     (['--batch_size=0'], 'batch_size'), (['--max_iters=-1'], 'max_iters'),

@@ -1,0 +1,153 @@
+"""eval.py: its numbers recomputed by hand, its tables parsed, its refusals."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import eval as evaluation
+from model import load_checkpoint, load_model
+from prepare import load_split
+
+ROOT = Path(__file__).parents[1]
+TEXT = '\n'.join(f'The {a} {b} the {c}.' for a in ('cat', 'old king', 'rose') for b in
+                 ('sees', 'forgets') for c in ('moon', 'wind', 'song', 'crown', 'owl')) + '\n'
+TRAIN = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=8',
+         '--max_iters=30', '--eval_interval=30', '--warmup_iters=2', '--dtype=float32']
+
+
+def run(script, *words, cwd):
+    return subprocess.run([sys.executable, ROOT / script, *words], cwd=cwd, capture_output=True,
+                          text=True, timeout=240)
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """A folder with the runs out/ar and out/mdm on one data set, and out/other on another."""
+    folder = tmp_path_factory.mktemp('runs')
+    for name, text, objectives in (('verse', TEXT, ('ar', 'mdm')), ('abc', 'abc ' * 99, ('ar',))):
+        (folder / f'{name}.txt').write_text(text)
+        assert run('prepare.py', f'{name}.txt', cwd=folder).returncode == 0
+        for objective in objectives:
+            out = objective if name == 'verse' else 'other'
+            done = run('train.py', *TRAIN, f'--dataset={name}', f'--objective={objective}',
+                       f'--out_dir=out/{out}', cwd=folder)
+            assert done.returncode == 0, done.stderr
+    return folder
+
+
+def table(text):
+    """The rows of a Markdown table as dicts."""
+    lines = [[cell.strip() for cell in line.strip('|').split('|')]
+             for line in text.splitlines() if line.startswith('|')]
+    return [dict(zip(lines[0], line)) for line in lines[2:]]
+
+
+def test_likelihood_of_both_kinds(runs, monkeypatch):
+    done = run('eval.py', '--out_dir=out/ar,out/mdm', '--repeats=20', cwd=runs)
+    assert done.returncode == 0, done.stderr
+    ar, mdm = table(done.stdout)
+    assert (ar['measured'], ar['s.e.'], mdm['measured']) == ('nll', 'exact', 'nelbo')
+    assert mdm['bits/token'].startswith('<= ') and not ar['bits/token'].startswith('<')
+    assert ar['parameters'] == mdm['parameters']
+    assert 'eval.py --out_dir=out/ar,out/mdm' in done.stdout and 'verse.txt' in done.stdout
+
+    monkeypatch.chdir(runs)  # the exact number again, by another path: window after window
+    model = load_model(load_checkpoint('out/ar'), 'cpu')
+    data, nats = torch.from_numpy(load_split('verse', 'val').astype(np.int64)), 0.0
+    with torch.no_grad():
+        for x in data.split(16):
+            logits = model(torch.cat([torch.tensor([model.mask_id]), x[:-1]])[None])[0]
+            nats += F.cross_entropy(logits, x, reduction='sum').item()
+    nats /= len(data)
+    assert float(ar['nats/token']) == pytest.approx(nats, abs=1e-4)
+    assert float(ar['bits/char']) == pytest.approx(nats / math.log(2), abs=1e-4)
+    assert float(ar['perplexity']) == pytest.approx(math.exp(nats), abs=1e-2)
+    # and the bound by the plain Monte Carlo estimate of its definition, at levels of its own
+    model = load_model(load_checkpoint('out/mdm'), 'cpu')
+    generator = torch.Generator().manual_seed(7)
+    n = len(data) // 16 * 16
+    draws = np.zeros(2000)
+    with torch.no_grad():
+        for x in (data[:n].view(-1, 16), data[n:][None]):
+            for i in range(len(draws)):
+                t = torch.rand(len(x), 1, generator=generator)
+                is_mask = torch.rand(x.shape, generator=generator) < t
+                logp = model(torch.where(is_mask, model.mask_id, x)).log_softmax(-1)
+                nll = -logp.gather(-1, x[..., None])[..., 0]
+                draws[i] += (torch.where(is_mask, nll, 0.0) / t).sum().item() / len(data)
+    error = math.hypot(draws.std() / len(draws) ** 0.5, float(mdm['s.e.']))
+    assert float(mdm['nats/token'][3:]) == pytest.approx(draws.mean(), abs=4 * error)
+    assert error < 0.05
+
+
+def test_generation_counts_words(runs):
+    words = ['--out_dir=out/ar,out/mdm', '--task=generation', '--gen_tokens=100']
+    done = run('eval.py', *words, cwd=runs)
+    assert done.returncode == 0, done.stderr
+    held_out, ar, mdm = table(done.stdout)
+    assert (ar['text'], mdm['text'], held_out['text']) == ('ar', 'mdm', 'validation text')
+    assert ar['tokens'] == mdm['tokens'] == '112', 'whole texts of 16 tokens'
+    assert all(0 < float(row['nll under ar']) < 5 for row in (held_out, ar, mdm))
+    assert ar['passes per text'] == '16' and 1 <= float(mdm['passes per text']) <= 16
+    again = table(run('eval.py', *words, cwd=runs).stdout)
+    for row, same in zip((held_out, ar, mdm), again):
+        row.pop('tokens/s')
+        same.pop('tokens/s')
+        assert row == same
+
+
+def test_curves_are_drawn(runs):
+    done = run('eval.py', '--out_dir=out/ar,out/mdm', '--task=curves', '--report_dir=r', cwd=runs)
+    assert done.returncode == 0, done.stderr
+    assert (runs / 'r/curves.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+
+
+def test_what_is_counted():
+    texts, ids = ["The cat's cat, zzz", 'the THE!'], [[1, 1, 2, 3], [1, 2]]
+    row = evaluation.text_row('x', texts, ids, {'the', "cat's", 'cat'})
+    assert row['known words'] == '83.3%' and row['tokens'] == '6'
+    p = np.array([3, 2, 1]) / 6
+    assert float(row['unigram entropy (bits)']) == pytest.approx(-(p * np.log2(p)).sum(), abs=1e-3)
+    words = ['the', "cat's", 'cat', 'zzz', 'the', 'the']
+    assert float(row['distinct-1']) == pytest.approx(4 / 6, abs=1e-3)
+    pairs = Counter(zip(words, words[1:]))
+    assert float(row['distinct-2']) == pytest.approx(len(pairs) / 5, abs=1e-3)
+
+
+def test_tables_are_markdown():
+    assert evaluation.markdown([{'a': 'x', 'b': 1}, {'a': 'long', 'b': 22}]) == (
+        '| a    |  b |\n|------|---:|\n| x    |  1 |\n| long | 22 |')
+
+
+@pytest.mark.parametrize('words, said', [
+    (['--out_dir=out/nowhere'], 'is not a run'), (['--task=sing'], 'likelihood, generation'),
+    (['--out_dir=out/ar,out/other'], 'cannot be compared'), (['--split=test'], "no split 'test'"),
+    (['--repeats=0'], 'repeats is 0'), (['--decoder=ar', '--task=generation'], 'mdm models decode'),
+    (['--taks=x'], 'did you mean task'),
+    (['--steps=0', '--task=generation'], 'steps is 0')])
+def test_bad_input_is_one_line(runs, words, said):
+    done = run('eval.py', '--out_dir=out/ar,out/mdm', *words, cwd=runs)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith('error: ') and said in lines[-1], done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_a_run_on_data_that_have_changed_is_refused(runs):
+    path = runs / 'data/verse/meta.json'
+    whole = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(whole) | {'sha256': 'another'}))
+        done = run('eval.py', '--out_dir=out/ar', cwd=runs)
+        assert done.returncode == 2 and re.search('is not what ar was trained on', done.stderr)
+    finally:
+        path.write_text(whole)

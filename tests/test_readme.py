@@ -1,0 +1,59 @@
+"""Every command of the README runs, at toy size and in the order in which it stands there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+TOY = {'train.py': ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
+                    '--max_iters=2', '--eval_interval=1', '--overwrite', '--device=cpu'],
+       'sample.py': ['--device=cpu'], 'eval.py': ['--device=cpu', '--repeats=2', '--gen_tokens=32']}
+WORDS = "O Romeo, ROMEO: wherefore art thou? To be or not to be: What's in a name! But soft\n"
+
+
+def commands():
+    """The lines of README's sh blocks that start a script, without their comments."""
+    blocks = re.findall(r'```sh\n(.*?)```', README, re.S)
+    lines = [line.split('  #')[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.split('&& ')[-1] for line in lines]
+    return [shlex.split(line) for line in lines if line.startswith('python ') and '.py' in line]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A folder with a small stand-in for Tiny Shakespeare: no test waits for a download."""
+    folder = tmp_path_factory.mktemp('readme')
+    (folder / 'words.txt').write_text(WORDS * 40)
+    done = subprocess.run([sys.executable, ROOT / 'prepare.py', 'words.txt',
+                           '--name=shakespeare_char'], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize('words', commands(), ids=' '.join)
+def test_commands_run(folder, words):
+    script, rest = words[1], words[2:]
+    if script == 'prepare.py':
+        return  # downloads: tests/test_prepare.py has them
+    rest = [str(ROOT / word) if word.startswith('config/') else word for word in rest]
+    toy = TOY[script]
+    if '--resume' in rest or script == 'train.py' and not rest:
+        toy = [word for word in toy if word != '--overwrite'] if '--resume' in rest else toy
+    done = subprocess.run([sys.executable, ROOT / script, *rest, *toy], cwd=folder, text=True,
+                          capture_output=True, timeout=240)
+    assert done.returncode == 0, f'{" ".join(words)}: {done.stderr}'
+
+
+def test_readme_names_both_set_up_commands():
+    assert 'pip install -e . && python train.py config/shakespeare_mdm.py' in README
+    assert "pip install -e '.[test]' && python -m pytest" in README
+
+
+def test_files_that_the_readme_shows_are_there():
+    for path in re.findall(r'\]\(([^)#:]+)\)|src="([^":]+)"', README):
+        assert (ROOT / (path[0] or path[1])).exists(), path
