@@ -39,14 +39,14 @@ seed = 1
 batch_size = 16        # rows at a time
 repeats = 8            # likelihood: independent draws of a bound, for its standard error
 gen_tokens = 10_000    # generation: how many to write, in texts as long as the context
-# generation: how text is decoded, the settings of sample.py
+# generation: how text is decoded, the settings of sample.py (decoder: of runs that are not ar)
 decoder = 'auto'
-steps = 256
+steps = 128
 noise_schedule = 'linear'
 order = 'max_prob'
 counts = 'linear'
 threshold = 0.0
-temperature = 1.0
+temperature = 0.7
 top_k = 0
 top_p = 1.0
 repetition_penalty = 1.0
@@ -157,15 +157,16 @@ def generation(runs, settings):
                      held_out.tolist(), known)
             | judged(runs, held_out.tolist()) | {'passes per text': '', 'tokens/s': ''}]
     for name, checkpoint, model in runs:
-        T = model.config.block_size
+        T, objective = model.config.block_size, checkpoint['config']['objective']
+        how = settings if objective != 'ar' else settings | {'decoder': 'auto'}  # it has but one
         n_texts = math.ceil(settings['gen_tokens'] / T)
         ids, nfes, seconds = [], [], 0.0
         for begin in tqdm(range(0, n_texts, settings['batch_size']), desc=name,
                           disable=not sys.stderr.isatty()):
             n = min(settings['batch_size'], n_texts - begin)
             x, nfe, took = sample.generate(
-                model, checkpoint['config']['objective'], [model.mask_id] * T,
-                settings | {'num_samples': n, 'seed': settings['seed'] + begin, 'gen_length': T})
+                model, objective, [model.mask_id] * T,
+                how | {'num_samples': n, 'seed': settings['seed'] + begin, 'gen_length': T})
             ids += x.tolist()
             nfes.append(nfe)
             seconds += took
@@ -200,7 +201,8 @@ def curves(out_dirs, path):
     for ax in axes:
         ax.grid(color='0.92')
         ax.spines[['top', 'right']].set_visible(False)
-    axes[0].legend(frameon=False)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=2,
+               frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
     plt.close(fig)

@@ -113,7 +113,10 @@ def load_meta(dataset):
 def load_split(dataset, split):
     """The ids of a split, a read-only uint16 memmap. Raises UserError."""
     path = Path('data', dataset, f'{split}.bin')
-    tokens = load_meta(dataset)['counts'].get(split, {'tokens': 0})['tokens']
+    counts = load_meta(dataset)['counts']
+    if split not in counts:
+        raise UserError(f'{dataset} has no split {split!r}, only {", ".join(counts)}')
+    tokens = counts[split]['tokens']
     size = path.stat().st_size if path.is_file() else 0
     if tokens == 0 or size != 2 * tokens:
         raise UserError(f'{path} has {size} bytes for {tokens} tokens: prepare {dataset} again')

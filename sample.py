@@ -34,12 +34,12 @@ gen_length = 0         # tokens to write after start; 0 fills the model's contex
 seed = 1337
 # how it is decoded
 decoder = 'auto'       # ar, ancestral, confidence; auto is ar for ar models, else ancestral
-steps = 256            # decoding steps of ancestral and confidence
+steps = 128            # decoding steps of ancestral and confidence
 noise_schedule = 'linear'  # ancestral: linear, cosine; how the steps are spread
 order = 'max_prob'     # confidence: what goes first; max_prob, margin, entropy, random
 counts = 'linear'      # confidence: linear (as many each step), cosine (few first, then more)
 threshold = 0.0        # confidence: commit all above it and at least one; 0 commits by counts
-temperature = 1.0      # 0 takes the most likely token
+temperature = 0.7      # 0 takes the most likely token; measured choices, see README
 top_k = 0              # draw among the k most likely tokens; 0 = all
 top_p = 1.0            # draw among the most likely tokens that hold this probability together
 repetition_penalty = 1.0  # above 1: tokens that the text has already become less likely

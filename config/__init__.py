@@ -21,8 +21,8 @@ class UserError(Exception):
 
 
 def show_one_line(kind, error, trace):
-    """sys.excepthook of every script: a UserError is not a bug, so it gets no traceback."""
-    if not issubclass(kind, UserError):
+    """sys.excepthook of every script: no traceback for what is no bug, a full disk among it."""
+    if not issubclass(kind, (UserError, OSError)):
         return sys.__excepthook__(kind, error, trace)
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)

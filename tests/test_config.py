@@ -309,7 +309,7 @@ def test_help_prints_the_docstring_and_the_block(words):
     assert done.stdout == SCRIPT[3:SCRIPT.index('"""\n\nimport')] + '\n' + SCRIPT[begin:end] + '\n'
 
 
-def test_show_one_line_is_for_user_errors_only(monkeypatch, capsys):
+def test_show_one_line_is_not_for_bugs(monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(sys, '__excepthook__', lambda *error: shown.append(error))
     trace = ValueError, ValueError('a bug'), None
@@ -323,6 +323,9 @@ def test_show_one_line_is_for_user_errors_only(monkeypatch, capsys):
         with pytest.raises(SystemExit) as leaving:
             config.show_one_line(kind, kind('mend this'), None)
         assert leaving.value.code == 2 and capsys.readouterr() == ('', 'error: mend this\n')
+    with pytest.raises(SystemExit):  # neither is a full disk a bug
+        config.show_one_line(OSError, OSError(28, 'No space left on device', 'x.bin'), None)
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'x.bin'\n"
     assert len(shown) == 1
 
 

@@ -97,7 +97,7 @@ def test_generation_counts_words(runs):
     assert (ar['text'], mdm['text'], held_out['text']) == ('ar', 'mdm', 'validation text')
     assert ar['tokens'] == mdm['tokens'] == '112', 'whole texts of 16 tokens'
     assert all(0 < float(row['nll under ar']) < 5 for row in (held_out, ar, mdm))
-    assert ar['passes per text'] == '16' and 1 <= float(mdm['passes per text']) <= 16
+    assert ar['passes per text'] == '16' and 1 <= float(mdm['passes per text']) <= 128
     again = table(run('eval.py', *words, cwd=runs).stdout)
     for row, same in zip((held_out, ar, mdm), again):
         row.pop('tokens/s')

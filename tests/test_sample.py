@@ -380,7 +380,7 @@ def naive_scores(p, order):
         return p.max(1)
     if order == 'margin':
         return np.sort(p, 1)[:, -1] - np.sort(p, 1)[:, -2]
-    return (p * np.log(np.where(p > 0, p, 1))).sum(1)
+    return np.exp((p * np.log(np.where(p > 0, p, 1))).sum(1))
 
 
 def naive_confidence(model, x, order, remaining=None, threshold=None, penalty=1.0):
