@@ -89,9 +89,8 @@ def likelihood(runs, split, batch_size, seed, repeats):
     rows = []
     for name, checkpoint, model in tqdm(runs, desc='likelihood', disable=not sys.stderr.isatty()):
         settings, meta = checkpoint['config'], checkpoint['meta']
-        objective, count = settings['objective'], None
+        objective, count = settings['objective'], meta['counts'].get(split)
         data = load_split(settings['dataset'], split)
-        count = meta['counts'][split]
         exact = objective == 'ar'
         nats, error = evaluate(model, BOUNDS[objective], data, batch_size, seed,
                                repeats=1 if exact else repeats)
