@@ -12,9 +12,9 @@ flat uint16 ids that are read as memmaps: on either side a corpus may be larger 
 """
 
 import base64
+import collections
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
@@ -423,10 +423,13 @@ def make_tokenizer(kind, chars, has_eot, train, vocab_size):
 def encode_stream(chunks, encoder, threads):
     """Yields the ids of a text in its order; several threads share the work and the vocabulary."""
     where = OUTSIDE_EOT if isinstance(encoder, CharTokenizer) else BEFORE_BLANK
-    pieces = recut(chunks, where)
     with ThreadPoolExecutor(threads) as pool:
-        while batch := list(itertools.islice(pieces, 4 * threads)):  # no more in memory than this
-            yield from pool.map(encoder.encode_array, batch)
+        at_work = collections.deque()
+        for piece in recut(chunks, where):
+            at_work.append(pool.submit(encoder.encode_array, piece))
+            if len(at_work) == 4 * threads:  # no more in memory than this
+                yield at_work.popleft().result()
+        yield from (work.result() for work in at_work)
 
 
 def prepare(what, name='', source='', tokenizer='', vocab_size=4096, threads=0):
