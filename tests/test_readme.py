@@ -41,11 +41,8 @@ def test_commands_run(folder, words):
     if script == 'prepare.py':
         return  # downloads: tests/test_prepare.py has them
     rest = [str(ROOT / word) if word.startswith('config/') else word for word in rest]
-    toy = TOY[script]
-    if '--resume' in rest or script == 'train.py' and not rest:
-        toy = [word for word in toy if word != '--overwrite'] if '--resume' in rest else toy
-    done = subprocess.run([sys.executable, ROOT / script, *rest, *toy], cwd=folder, text=True,
-                          capture_output=True, timeout=240)
+    done = subprocess.run([sys.executable, ROOT / script, *rest, *TOY[script]], cwd=folder,
+                          text=True, capture_output=True, timeout=240)
     assert done.returncode == 0, f'{" ".join(words)}: {done.stderr}'
 
 
