@@ -10,11 +10,14 @@ draws the runs' losses over training into <report_dir>/curves.png, in a second.
 """
 
 import csv
+import io
 import itertools
 import math
 import re
+import resource
 import shlex
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -205,6 +208,73 @@ def curves(out_dirs, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
     plt.close(fig)
+
+
+# ------------------------------------------------------------------------------ what train.py shows
+
+
+def flops_per_token(model, T):
+    """Multiplications and additions of an update for a token: 6 for every weight of a matrix, and
+    12 C in each layer for every position attended to [PaLM 2204.02311, app. B], half of them on
+    average if causal. Reading an embedding is none; the head is counted at all positions."""
+    c = model.config
+    weights = model.count_parameters() - (0 if c.tied else model.embed.weight.numel())
+    return 6 * weights + 12 * c.n_layer * c.n_embd * (T / 2 if c.causal else T)
+
+
+def fastest_flops(device, dtype):
+    """FLOP/s of torch.mm on square matrices, the most that can be hoped for on this device."""
+    n = 4096 if device.startswith('cuda') else 1024
+    a, seconds = torch.randn(n, n, device=device, dtype=getattr(torch, dtype)), []
+    while len(seconds) < 10 and sum(seconds) < 1:
+        began = time.perf_counter()
+        torch.mm(a, a)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * n ** 3 / sorted(seconds)[len(seconds) // 2]
+
+
+def print_bench(milliseconds, profiler, profiled, flops, peak, tokens_per_iter, device):
+    """The speed of the updates that --bench timed, and what the profiled ones were busy with."""
+    ms = sorted(milliseconds)[len(milliseconds) // 2]
+    memory = torch.cuda.max_memory_allocated() / 1e9 if device.startswith('cuda') else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else
+                                                              1024) / 1e9
+    print(f'{ms:.1f} ms per update (median of {len(milliseconds)}), '
+          f'{tokens_per_iter / ms * 1e3:,.0f} tokens/s, {flops / ms / 1e6:.1f} GFLOP/s = '
+          f'{100 * flops / ms * 1e3 / peak:.1f}% of the {peak / 1e9:.1f} of torch.mm, '
+          f'{memory:.2f} GB at most\n')
+    share = 'self_device_time_total' if device.startswith('cuda') else 'self_cpu_time_total'
+    events = sorted(profiler.key_averages(), key=lambda e: -getattr(e, share))
+    whole = sum(getattr(e, share) for e in events)
+    for e in events[:15]:
+        print(f'{100 * getattr(e, share) / whole:5.1f}%  {e.count // profiled:4} x  {e.key[:70]}')
+
+
+def draw_losses(rows, title, log_v):
+    """The bytes of loss.png: a run's losses over updates and tokens, log V' beside them."""
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    x = [int(row['iter']) for row in rows]
+    for key, label, style, color in (('train', 'training text', 'o--', '#E69F00'),
+                                     ('val', 'validation text', 'o-', '#0072B2')):
+        ax.plot(x, [float(row[key]) for row in rows], style, ms=4, label=label, color=color)
+    ax.axhline(log_v, color='0.5', lw=1, ls=':')
+    ax.annotate("log V', a blind guess", (1, log_v), xycoords=('axes fraction', 'data'),
+                xytext=(-4, -4), textcoords='offset points', color='0.4', ha='right', va='top')
+    name = rows[0]['measured'].replace('<=', '(an upper bound on the nll)')
+    ax.set(xlabel='updates', title=title, ylabel=f'{name}, nats per token')
+    per_update = int(rows[-1]['tokens']) / max(1, x[-1]) / 1e6
+    if per_update:
+        tokens = ax.secondary_xaxis('top', functions=(lambda n: n * per_update,
+                                                      lambda n: n / per_update))
+        tokens.set_xlabel('training tokens (millions)')
+    ax.grid(color='0.92')
+    ax.legend(frameon=False)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, dpi=150)
+    plt.close(fig)
+    return buffer.getvalue()
 
 
 def main():

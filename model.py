@@ -28,8 +28,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from config import UserError
 from prepare import gather
@@ -216,12 +218,13 @@ class Transformer(nn.Module):
         self.register_buffer('sin', sin, persistent=False)
         self.init_weights()
 
-    def forward(self, x, t=None, *, cache=None, where=None):
+    def forward(self, x, t=None, *, cache=None, where=None, hidden=False):
         """Logits (B, T, V), or (N, V) at the N positions where `where` (B, T) bool is True.
 
         x (B, T) int64: tokens, mask_id among them. t (B, 1): noise level, for time_cond alone;
         all callers pass 1 - alpha_t, the expected share of masks, which every schedule agrees on.
         cache: a KVCache that holds the tokens before x; x is added to it.
+        hidden: stop before the head, (B, T, C) or (N, C), of which logits() makes the rest.
         """
         B, T = x.shape
         start = cache.length if cache is not None else 0
@@ -242,7 +245,12 @@ class Transformer(nn.Module):
             cache.length += T
         if where is not None:
             h = h[where]  # (N, C): with a large V the head is most of the work
-        logits = self.head(self.norm(h))
+        h = self.norm(h)
+        return h if hidden else self.logits(h)
+
+    def logits(self, h):
+        """(..., V) from hidden states (..., C): what the head says, but never the mask."""
+        logits = self.head(h)
         logits[..., self.mask_id] = -torch.inf  # a prediction is a real token [MDLM sec. 3.2, SUBS]
         return logits
 
@@ -292,6 +300,22 @@ def noise(t, schedule):
     raise UserError(f'schedule is {schedule!r}, not one of {", ".join(SCHEDULES)}')
 
 
+def token_nll(model, h, target, at_once=2 ** 25):
+    """-log p(target) (N,) from hidden states h (N, C), in slices if N * V is more than `at_once`.
+
+    A slice keeps none of its logits for the backward pass, which computes them anew: with GPT-2's
+    50,257 tokens the logits of one batch are gigabytes, and the rest of the network is not.
+    """
+    def nll(h, target):
+        return F.cross_entropy(model.logits(h).float(), target, reduction='none')
+
+    rows = max(1, at_once // model.config.vocab_size)
+    if len(h) <= rows:
+        return nll(h, target)
+    return torch.cat([torch.utils.checkpoint.checkpoint(nll, *part, use_reentrant=False)
+                      for part in zip(h.split(rows), target.split(rows))])
+
+
 def ar_token_nll(model, x0):
     """-log p(x_i | x_<i) at every position, (B, T), from one causal pass.
 
@@ -299,9 +323,8 @@ def ar_token_nll(model, x0):
     are scored, with the same information as masked diffusion has at t = 1.
     """
     start = torch.full_like(x0[:, :1], model.mask_id)
-    logits = model(torch.cat([start, x0[:, :-1]], dim=1))  # (B, T, V)
-    nll = F.cross_entropy(logits.float().flatten(0, 1), x0.flatten(), reduction='none')
-    return nll.view_as(x0)
+    h = model(torch.cat([start, x0[:, :-1]], dim=1), hidden=True)  # (B, T, C)
+    return token_nll(model, h.flatten(0, 1), x0.flatten()).view_as(x0)
 
 
 def ar_loss(model, x0, generator=None, given=None):
@@ -345,8 +368,8 @@ def mdm_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight
 
     is_mask = (torch.rand(B, T, generator=generator, device=x0.device) >= alpha) & ~given
     xt = torch.where(is_mask, model.mask_id, x0)
-    logits = model(xt, 1 - alpha, where=is_mask)  # (N, V), N masked tokens
-    nll = F.cross_entropy(logits.float(), x0[is_mask], reduction='none')  # (N,)
+    h = model(xt, 1 - alpha, where=is_mask, hidden=True)  # (N, C), N masked tokens
+    nll = token_nll(model, h, x0[is_mask])  # (N,)
     nats = (w.expand(B, T)[is_mask] * nll).sum()
     return nats, is_mask.sum() if loss_weight == 'masked_mean' else (~given).sum()
 
@@ -375,8 +398,8 @@ def mdm_nelbo(model, x0, generator, given=None):
     is_mask = order.argsort(dim=1).argsort(dim=1) < n_mask  # l of the tokens not given, at random
 
     xt = torch.where(is_mask, model.mask_id, x0)
-    logits = model(xt, n_mask / L, where=is_mask)  # (N, V), N masked tokens
-    nll = F.cross_entropy(logits.float(), x0[is_mask], reduction='none')  # (N,)
+    h = model(xt, n_mask / L, where=is_mask, hidden=True)  # (N, C), N masked tokens
+    nll = token_nll(model, h, x0[is_mask])  # (N,)
     nll = torch.zeros(B, T, device=x0.device).masked_scatter(is_mask, nll)
     return nll.sum(1) * (L / n_mask).squeeze(1)
 
@@ -394,11 +417,13 @@ def evaluate(model, bound, data, batch_size, seed=0, repeats=1, max_windows=None
 
     data: a memmap of tokens, cut into windows of block_size, the last one as short as it comes, so
     that every token counts once (max_windows: that many, evenly spread). The error is that of the
-    Monte Carlo draws, from `repeats` independent ones; nan with one repeat.
+    Monte Carlo draws, from `repeats` independent ones; nan with one repeat. The processes of a
+    torchrun share the batches and all return the same.
     """
     was_training, device = model.training, model.embed.weight.device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.eval()
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device)
     T = min(model.config.block_size, len(data))
     starts = torch.arange(0, len(data) - T + 1, T)
     if max_windows is not None and max_windows < len(starts):
@@ -410,12 +435,17 @@ def evaluate(model, bound, data, batch_size, seed=0, repeats=1, max_windows=None
     if tail:
         batches.append((np.array([len(data) - tail]), tail))
     means = []
-    for _ in range(repeats):
-        nats = 0.0
-        for where, length in batches:
-            x0 = torch.from_numpy(gather(data, where, length, model.mask_id)).to(device)
-            nats += bound(model, x0, generator).sum().item()
-        means.append(nats / (len(starts) * T + tail))
+    for repeat in range(repeats):
+        nats = torch.zeros(len(batches), dtype=torch.float64)
+        for i in range(rank, len(batches), world):
+            x0 = torch.from_numpy(gather(data, *batches[i], model.mask_id)).to(device)
+            # a batch's noise does not depend on which process draws it
+            generator.manual_seed((seed * 2 ** 40 + repeat * 2 ** 24 + i) % 2 ** 63)
+            nats[i] = bound(model, x0, generator).sum()
+        if world > 1:  # every entry from one process, zero from the others: the sum is exact
+            nats = nats.to(device)
+            dist.all_reduce(nats)
+        means.append(nats.sum().item() / (len(starts) * T + tail))
     model.train(was_training)
     error = np.std(means, ddof=1) / repeats ** 0.5 if repeats > 1 else math.nan
     return float(np.mean(means)), float(error)

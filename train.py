@@ -1,13 +1,21 @@
-"""Trains a model: autoregressive (next token) or masked diffusion, from the same transformer.
+"""Trains a model, autoregressive (next token) or masked diffusion, from the same transformer.
 
     python train.py                                      masked diffusion on Tiny Shakespeare
     python train.py config/shakespeare_ar.py             its autoregressive twin
     python train.py config/shakespeare_mdm_10m.py --device=cuda
     python train.py --out_dir=out/shakespeare_mdm --resume
+    python train.py config/shakespeare_ar.py --bench=10  how fast, and where the time goes
+    torchrun --nproc_per_node=4 train.py config/shakespeare_mdm_10m.py
 
 The first takes about 10 minutes on 2 CPU cores. It prepares the data set if that is missing and
 writes a run to out_dir: ckpt.pt (the weights and all that resuming needs), config.json, log.csv and
 loss.png. An interrupted run goes on with --resume as if nothing had happened.
+
+Each process of a torchrun works through batch_size * gradient_accumulation_steps windows of its own
+in an update: 2 processes do in one pass what 1 process does in 2. With several machines, on each:
+
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=<0 or 1> --master_addr=<of machine 0>
+        --master_port=1234 train.py config/shakespeare_mdm_10m.py
 """
 
 import csv
@@ -21,14 +29,15 @@ import time
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import config
 import sample
 from config import UserError
+from eval import draw_losses, fastest_flops, flops_per_token, print_bench
 from model import BOUND_NAMES, BOUNDS, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, evaluate, \
     load_checkpoint, model_config, pick_device, pick_dtype
 from prepare import gather, load_meta, load_split, load_tokenizer, prepare
@@ -80,7 +89,11 @@ grad_clip = 1.0             # largest norm of the gradient; 0 = no limit
 eval_interval = 250         # updates between evaluations on the full validation split, checkpoints
 log_interval = 10           # updates between looks at the loss
 eval_repeats = 4            # independent draws of a bound at the end, for its standard error
+tensorboard = False         # also write the curves for TensorBoard, to out_dir
+wandb = False               # also send them to Weights & Biases, as project nanomdm
+bench = 0                   # only time this many updates and profile a few: nothing is written
 settings = config.override(globals())
+WARM_UP, PROFILED = 3, 3    # updates before and after those that bench times
 
 
 def get_batch(data, B, T, vocab_size, number, device):
@@ -96,8 +109,47 @@ def get_batch(data, B, T, vocab_size, number, device):
     return x0.to(device, non_blocking=True), torch.Generator(device).manual_seed(number)
 
 
-def make_optimizers(model, optimizer, betas, weight_decay):
-    """[Muon, AdamW] or [AdamW]: Muon takes the matrices inside the blocks [Jordan 2024].
+def orthogonalize(G, dtype):
+    """The nearest matrix to G / its norm whose singular values all lie near 1 [Jordan 2024, Muon].
+
+    Five steps of X <- a X + (b A + c A A) X, A = X X', an odd polynomial that takes all of (0, 1]
+    into about (0.7, 1.2); rows and columns are swapped where that makes A smaller.
+    """
+    X = (G if G.size(0) <= G.size(1) else G.T).to(dtype)
+    X = X / (X.norm() + 1e-7)
+    for _ in range(5):
+        A = X @ X.T
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    return X if G.size(0) <= G.size(1) else X.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of a matrix is orthogonalised: as large in every direction [Jordan].
+
+    Differs from torch.optim.Muon in its dtype alone, which that one fixes to bfloat16: on a CPU
+    without bfloat16 instructions an update would take 80 times longer.
+    """
+
+    def __init__(self, params, weight_decay, dtype, momentum=0.95):
+        super().__init__(params, {'lr': 0.0, 'weight_decay': weight_decay, 'momentum': momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                state = self.state[p]
+                if not state:
+                    state['momentum'] = torch.zeros_like(p)
+                average = state['momentum'].lerp_(p.grad, 1 - group['momentum'])
+                nesterov = p.grad.lerp(average, group['momentum'])
+                p.mul_(1 - group['lr'] * group['weight_decay'])
+                size = max(1, p.size(0) / p.size(1)) ** 0.5  # as far in spectral norm for any shape
+                p.add_(orthogonalize(nesterov, self.dtype), alpha=-group['lr'] * size)
+
+
+def make_optimizers(model, optimizer, betas, weight_decay, dtype):
+    """[Muon, AdamW] or [AdamW]: Muon takes the matrices inside the blocks.
 
     Weight decay falls on those matrices under either. The loop sets the learning rates.
     """
@@ -106,7 +158,7 @@ def make_optimizers(model, optimizer, betas, weight_decay):
     rest = [p for p in model.parameters() if id(p) not in inside]
     adam = partial(torch.optim.AdamW, betas=betas, fused=True)
     if optimizer == 'muon':
-        return [torch.optim.Muon(matrices, weight_decay=weight_decay),
+        return [Muon(matrices, weight_decay, dtype),
                 adam([{'params': rest, 'weight_decay': 0.0}])]
     return [adam([{'params': matrices, 'weight_decay': weight_decay},
                   {'params': rest, 'weight_decay': 0.0}])]
@@ -122,6 +174,33 @@ def lr_factor(iteration, max_iters, warmup_iters, lr_schedule):
     if lr_schedule == 'wsd':
         return min(1.0, 5 * (1 - progress))
     return 1.0  # constant
+
+
+class Parallel(torch.nn.parallel.DistributedDataParallel):
+    """The model on one of several processes: backward() adds up the gradients of all of them."""
+
+    def __getattr__(self, name):  # the losses ask it for mask_id, config and logits
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+def make_trackers(tensorboard, wandb, out_dir, settings):
+    """Functions (iteration, {name: number}), one for each tracker that is asked for."""
+    trackers = []
+    try:
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(out_dir)
+            trackers.append(lambda i, row: [writer.add_scalar(k, v, i) for k, v in row.items()])
+        if wandb:
+            from wandb import init
+            run = init(project='nanomdm', name=Path(out_dir).name, config=settings)
+            trackers.append(lambda i, row: run.log(row, step=i))
+    except ImportError as e:
+        raise UserError(f"{e}: python -m pip install -e '.[track]'") from e
+    return trackers
 
 
 def write_atomically(path, content):
@@ -147,32 +226,10 @@ def write_log(rows, path):
     write_atomically(path, text.getvalue().encode())
 
 
-def draw_losses(rows, path, title, bound_name, log_v):
-    """loss.png: the training and validation curves in nats per token, log V' beside them."""
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    x = [int(row['iter']) for row in rows]
-    for key, label, style, color in (('train', 'training text', 'o--', '#E69F00'),
-                                     ('val', 'validation text', 'o-', '#0072B2')):
-        ax.plot(x, [float(row[key]) for row in rows], style, ms=4, label=label, color=color)
-    ax.axhline(log_v, color='0.5', lw=1, ls=':')
-    ax.annotate("log V', a blind guess", (1, log_v), xycoords=('axes fraction', 'data'),
-                xytext=(-4, -4), textcoords='offset points', color='0.4', ha='right', va='top')
-    name = bound_name.replace('<=', '(an upper bound on the nll)')
-    ax.set(xlabel='updates', title=title, ylabel=f'{name}, nats per token')
-    ax.grid(color='0.92')
-    ax.legend(frameon=False)
-    buffer = io.BytesIO()
-    fig.savefig(buffer, dpi=150)
-    plt.close(fig)
-    write_atomically(path, buffer.getvalue())
-
-
 # -------------------------------------------------------- from here on it runs, from top to bottom
 
 out = Path(out_dir)
-if (out / 'ckpt.pt').exists() and not (resume or overwrite):
+if (out / 'ckpt.pt').exists() and not (resume or overwrite or bench):
     raise UserError(f'{out_dir} holds a run already: --resume goes on with it, --overwrite starts '
                     'anew, --out_dir=... puts the new one elsewhere')
 checkpoint = load_checkpoint(out_dir) if resume else None
@@ -187,17 +244,25 @@ for name, fine, wanted in (
         ('lr_schedule', lr_schedule in ('cosine', 'wsd', 'constant'), 'cosine, wsd or constant'),
         ('mask_range', len(mask_range) == 2 and 0 <= mask_range[0] <= mask_range[1] <= 1
          and mask_range[1] > 0, '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0'),
-        ('max_iters', max_iters >= 0, '0 or more'), ('grad_clip', grad_clip >= 0, '0 or more'),
+        *((n, settings[n] >= 0, '0 or more') for n in ('max_iters', 'grad_clip', 'bench')),
         *((n, settings[n] >= 1, '1 or more') for n in (
             'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head',
             'n_embd', 'eval_interval', 'log_interval', 'eval_repeats'))):
     if not fine:
         raise UserError(f'{name} is {settings[name]!r}, but it must be {wanted}')
+rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # of torchrun
 device = pick_device(device)
+if world > 1:
+    if device == 'cuda':
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
 dtype = pick_dtype(dtype, device)
-if not (Path('data') / dataset / 'meta.json').exists():
+if rank == 0 and not (Path('data') / dataset / 'meta.json').exists():
     print(f'data/{dataset} is missing: preparing it')
     prepare(dataset)
+if world > 1:
+    dist.barrier()  # from here on there is data, and every process has seen that out_dir is free
 meta = load_meta(dataset)
 train_data, val_data = load_split(dataset, 'train'), load_split(dataset, 'val')
 if len(train_data) < block_size:
@@ -206,7 +271,8 @@ if len(train_data) < block_size:
 
 torch.manual_seed(seed)
 model = Transformer(model_config(settings, meta)).to(device)
-optimizers = make_optimizers(model, optimizer, (beta1, beta2), weight_decay)
+optimizers = make_optimizers(model, optimizer, (beta1, beta2), weight_decay,
+                             getattr(torch, dtype))
 first_iter, best, rows = 0, math.inf, []
 if resume:
     if checkpoint['meta'] != meta:
@@ -223,6 +289,7 @@ if resume:
         rows = [row for row in csv.DictReader(f) if int(row['iter']) <= first_iter]
 if compile:
     model.compile()
+parallel = Parallel(model, broadcast_buffers=False) if world > 1 else model
 
 loss_fn, bound, bound_name = LOSSES[objective], BOUNDS[objective], BOUND_NAMES[objective]
 if objective == 'mdm':
@@ -230,104 +297,143 @@ if objective == 'mdm':
                       mask_range=mask_range)
 autocast = torch.autocast(device.partition(':')[0], torch.bfloat16, enabled=dtype == 'bfloat16')
 log_v = math.log(meta['vocab_size'])
-tokens_per_iter = batch_size * gradient_accumulation_steps * block_size
+tokens_per_iter = batch_size * gradient_accumulation_steps * world * block_size
 epochs = max_iters * tokens_per_iter / len(train_data)
-print(f'{dataset} ({meta["source"]}): {len(train_data):,} training tokens of '
-      f"{meta['vocab_size']:,} kinds, log V' = {log_v:.4f}")
-print(f'{objective}: {model.count_parameters():,} parameters, {tokens_per_iter:,} tokens per '
-      f'update, {max_iters:,} updates = {epochs:.1f} epochs, on {device} in {dtype}')
+flops, peak = tokens_per_iter * flops_per_token(model, block_size), fastest_flops(device, dtype)
+say = print if rank == 0 else lambda *words, **how: None
+say(f'{dataset} ({meta["source"]}): {len(train_data):,} training tokens of '
+    f"{meta['vocab_size']:,} kinds, log V' = {log_v:.4f}")
+say(f'{objective}: {model.count_parameters():,} parameters, {tokens_per_iter:,} tokens per '
+    f'update, {max_iters:,} updates = {epochs:.1f} epochs, on {device} in {dtype}'
+    + (f', {world} processes' if world > 1 else ''))
 
 # SIGINT and SIGTERM only leave a note here: the update at work is finished, and saved, before we go
 caught = []
 for signal_number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signal_number, lambda number, frame: caught.append(number))
-out.mkdir(parents=True, exist_ok=True)
-if not resume:
-    (out / 'ckpt.pt').unlink(missing_ok=True)  # of a run that --overwrite throws away
-write_atomically(out / 'config.json', json.dumps(settings, indent=2).encode())
+trackers = []
+if rank == 0 and not bench:  # the others write nothing
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        (out / 'ckpt.pt').unlink(missing_ok=True)  # of a run that --overwrite throws away
+    write_atomically(out / 'config.json', json.dumps(settings, indent=2).encode())
+    trackers = make_trackers(tensorboard, wandb, out_dir, settings)
 kept = 'nothing is saved yet' if not resume else f'{out}/ckpt.pt has the weights of {first_iter}'
-bar = tqdm(total=max_iters, initial=first_iter, unit='it', disable=not sys.stderr.isatty())
+bar = tqdm(total=max_iters, initial=first_iter, unit='it',
+           disable=not sys.stderr.isatty() or rank > 0)
 seconds = float(rows[-1]['seconds']) if rows else 0.0  # of training, looking not counted
-seconds_here = 0.0
+seconds_here, stop = 0.0, False
+if bench:
+    max_iters = first_iter + WARM_UP + bench + PROFILED
+    profiler, milliseconds = torch.profiler.profile(), []
 
 for iteration in range(first_iter, max_iters + 1):
     factor = lr_factor(iteration, max_iters, warmup_iters, lr_schedule)
 
     # look at the model as it is after `iteration` updates
     speed = tokens_per_iter * (iteration - first_iter) / max(seconds_here, 1e-9)
-    look = iteration % eval_interval == 0 or iteration == max_iters
+    look = not bench and (iteration % eval_interval == 0 or iteration == max_iters)
     if look and not (rows and int(rows[-1]['iter']) == iteration):
         with autocast:
             val, _ = evaluate(model, bound, val_data, batch_size)
             train, _ = evaluate(model, bound, train_data, batch_size, max_windows=4 * batch_size)
-        if not math.isfinite(val):
-            raise UserError(f'the validation loss is {val} after {iteration} updates; {kept}')
-        rows.append({'iter': iteration, 'tokens': iteration * tokens_per_iter,
+        if not val < 2 * log_v:  # nan is not, either
+            raise UserError(f'diverged: the validation loss is {val:.4g} after {iteration} updates '
+                            f'and at learning rate {factor * learning_rate:.2e}; {kept}')
+        tokens = tokens_per_iter * iteration if not rows else int(rows[-1]['tokens']) \
+            + tokens_per_iter * (iteration - int(rows[-1]['iter']))
+        rows.append({'iter': iteration, 'tokens': tokens,
                      'measured': bound_name, 'train': f'{train:.6f}', 'val': f'{val:.6f}',
                      'lr': f'{factor * learning_rate:.3e}', 'data': meta['source'],
                      'seconds': f'{seconds:.1f}', 'tokens_per_second': f'{speed:.0f}'})
         best = min(best, val)
-        write_log(rows, out / 'log.csv')
-        draw_losses(rows, out / 'loss.png', f'{objective} on {dataset}', bound_name, log_v)
-        bar.write(f'{iteration:6,} updates, {seconds:4.0f} s: {bound_name} {val:.4f} nats/token on '
-                  f'the validation split, {train:.4f} on training text')
-    if (look or caught) and not (resume and iteration == first_iter):
+        if rank == 0:
+            write_log(rows, out / 'log.csv')
+            picture = draw_losses(rows, f'{objective} on {dataset}', log_v)
+            write_atomically(out / 'loss.png', picture)
+            bar.write(f'{iteration:6,} updates, {seconds:4.0f} s: {bound_name} {val:.4f} '
+                      f'nats/token on the validation split, {train:.4f} on training text')
+        for track in trackers:
+            track(iteration, {f'train {bound_name}': train, f'val {bound_name}': val,
+                              'tokens/s': speed})
+    if (look or stop) and rank == 0 and not (bench or (resume and iteration == first_iter)):
         buffer = io.BytesIO()
         torch.save({'model': model.state_dict(), 'optimizer': [o.state_dict() for o in optimizers],
                     'config': settings, 'meta': meta, 'iter': iteration, 'best': best,
                     'rng': seed}, buffer)  # every draw follows from the seed and the iteration
         write_atomically(out / 'ckpt.pt', buffer.getbuffer())
         kept = f'{out}/ckpt.pt has the weights after {iteration} updates'
-    if caught:
+    if stop:
         bar.close()
-        print(f'stopped and saved after {iteration} updates; go on with\n'
-              f'python train.py --out_dir={out_dir} --resume')
-        sys.exit(128 + caught[0])
+        say(f'stopped and saved after {iteration} updates; go on with\n'
+            f'python train.py --out_dir={out_dir} --resume')
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])
     if iteration == max_iters:
         break
+    if bench and iteration == max_iters - PROFILED:
+        profiler.start()
 
     # one update
     began = time.perf_counter()
     for o in optimizers:
         for group in o.param_groups:
-            group['lr'] = factor * (muon_lr if isinstance(o, torch.optim.Muon) else learning_rate)
-    nats_sum, count_sum = 0.0, 0
+            group['lr'] = factor * (muon_lr if isinstance(o, Muon) else learning_rate)
+    sums = torch.zeros(3, device=device)  # nats, tokens that count, processes that caught a signal
     for micro in range(gradient_accumulation_steps):
-        number = (seed * 2 ** 40 + iteration * 2 ** 12 + micro) % 2 ** 63
+        number = (seed * 2 ** 40 + iteration * 2 ** 12 + micro * world + rank) % 2 ** 63
         torch.manual_seed(number)  # of dropout
         x0, generator = get_batch(train_data, batch_size, block_size, meta['vocab_size'], number,
                                   device)
+        parallel.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
         with autocast:
-            nats, count = loss_fn(model, x0, generator)
+            nats, count = loss_fn(parallel, x0, generator)
         nats.backward()
-        nats_sum, count_sum = nats_sum + nats.detach(), count_sum + count
-    for p in model.parameters():
-        p.grad /= count_sum.clamp(min=1)  # of the sum, now of the mean over all tokens that count
+        sums += torch.stack([nats.detach(), count, torch.zeros_like(nats)])
+    if world > 1:
+        sums[2] = len(caught)
+        dist.all_reduce(sums)
+    for p in model.parameters():  # of the sum (the mean, if by processes) of nats, now per token
+        p.grad *= world / sums[1].clamp(min=1)
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     for o in optimizers:
         o.step()
         o.zero_grad()
-    seconds, seconds_here = (s + time.perf_counter() - began for s in (seconds, seconds_here))
+    stop = sums[2].item() > 0 if world > 1 else bool(caught)  # all processes stop after the same
+    if bench:
+        sums.tolist()  # waits for the device
+    now = time.perf_counter() - began
+    seconds, seconds_here = seconds + now, seconds_here + now
     speed = tokens_per_iter * (iteration + 1 - first_iter) / seconds_here
     bar.update()
+    if bench and first_iter + WARM_UP <= iteration < max_iters - PROFILED:
+        milliseconds.append(1000 * now)
 
-    if iteration % log_interval == 0 or caught:
-        loss = (nats_sum / count_sum).item()  # waits for the device, so not at every update
-        if not math.isfinite(loss):
-            raise UserError(f'the loss is {loss} at update {iteration}, at a learning rate of '
-                            f'{factor * learning_rate:.2e}: lower it; {kept}')
-        bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s')
+    if (iteration % log_interval == 0 or stop) and not bench:
+        loss = (sums[0] / sums[1]).item()  # waits for the device, so not at every update
+        if not loss < 10 * log_v:
+            raise UserError(f'diverged: the loss is {loss:.4g} at update {iteration} and learning '
+                            f'rate {factor * learning_rate:.2e}: lower it; {kept}')
+        used = f'{100 * speed * flops / tokens_per_iter / world / peak:.0f}% of torch.mm'
+        bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s, {used}')
         if bar.disable and iteration % (10 * log_interval) == 0:
             minutes = (max_iters - iteration) * tokens_per_iter / speed / 60
-            print(f'{iteration:6,} updates, {seconds:4.0f} s: loss {loss:.4f}, '
-                  f'{speed:,.0f} tokens/s, {minutes:.1f} minutes left', flush=True)
+            say(f'{iteration:6,} updates, {seconds:4.0f} s: loss {loss:.4f}, {speed:,.0f} '
+                f'tokens/s, {used}, {minutes:.1f} minutes left', flush=True)
 bar.close()
+if bench:
+    profiler.stop()
+    print_bench(milliseconds, profiler, PROFILED, flops, peak, tokens_per_iter, device)
+    sys.exit()
 
 repeats = 1 if objective == 'ar' else eval_repeats
 nats, error = evaluate(model, bound, val_data, batch_size, seed=1, repeats=repeats)
-print(f'{bound_name} {nats:.4f}{"" if repeats == 1 else f" +- {error:.4f}"} nats/token, '
-      f'{nats / math.log(2):.4f} bits/token on the validation split ({len(val_data):,} tokens of '
-      f'{meta["source"]}), in float32')
+say(f'{bound_name} {nats:.4f}{"" if repeats == 1 else f" +- {error:.4f}"} nats/token, '
+    f'{nats / math.log(2):.4f} bits/token on the validation split ({len(val_data):,} tokens of '
+    f'{meta["source"]}), in float32')
+if world > 1:
+    dist.destroy_process_group()
+if rank > 0:
+    sys.exit()
 print(f'\nThe run is in {out_dir}: ckpt.pt, log.csv, loss.png. A sample of it:\n')
 tokenizer = load_tokenizer(meta)
 defaults = vars(sample) | {'seed': seed}

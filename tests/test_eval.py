@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
-from model import load_checkpoint, load_model
+from model import ModelConfig, Transformer, load_checkpoint, load_model
 from prepare import load_split
 
 ROOT = Path(__file__).parents[1]
@@ -151,3 +153,16 @@ def test_a_run_on_data_that_have_changed_is_refused(runs):
         assert done.returncode == 2 and re.search('is not what ar was trained on', done.stderr)
     finally:
         path.write_text(whole)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_flops_are_those_that_torch_counts(tied):
+    """Bidirectional: every product of an update, attention among them, in torch's own count."""
+    B, T = 3, 24
+    m = Transformer(ModelConfig(50, T, n_embd=32, n_layer=2, n_head=2, tied=tied, norm='layernorm'))
+    x = torch.randint(0, 50, (B, T))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        m(x).clamp(min=-9).sum().backward()
+    vectors = sum(p.numel() for p in m.parameters() if p.dim() < 2)  # norms: no matrix products
+    ours = B * T * (evaluation.flops_per_token(m, T) - 6 * vectors)
+    assert counter.get_total_flops() == ours

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings, strategies as st
 
+import model
 from config import UserError
 from model import BOUNDS, KVCache, ModelConfig, Transformer, ar_loss, ar_nll, evaluate, \
     load_checkpoint, load_model, mdm_loss, mdm_nelbo, noise, pick_device, pick_dtype, rope_angles, \
@@ -441,3 +442,22 @@ def test_checkpoints_are_not_unpickled(tmp_path):
     torch.save({'model': Evil()}, tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match='damaged or no checkpoint'):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize('objective', ['ar', 'mdm'])
+def test_sliced_cross_entropy_is_the_whole(objective, monkeypatch):
+    """Losses and gradients, when the logits of a batch are made in slices, each made twice."""
+    torch.manual_seed(0)
+    m = Transformer(ModelConfig(30, 16, n_embd=32, n_layer=1, causal=objective == 'ar'))
+    with torch.no_grad():
+        m.head.weight.normal_(std=0.1)
+    x0, found = torch.randint(0, 29, (6, 16)), []
+    for at_once in (2 ** 25, 30 * 7, 1):  # all, 7 positions, one
+        monkeypatch.setattr(model.token_nll, '__defaults__', (at_once,))
+        m.zero_grad()
+        nats, count = model.LOSSES[objective](m, x0, torch.Generator().manual_seed(1))
+        nats.backward()
+        found.append([nats / count, *(p.grad / count for p in m.parameters())])
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)

@@ -5,11 +5,13 @@ import csv
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,167 @@ def test_a_signal_saves_and_says_how_to_go_on(verse, number):
     assert load_checkpoint(out)['iter'] == saved + 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('words', [['--objective=ar', '--dropout=0.1'], ['--objective=mdm'],
+                                   ['--gradient_accumulation_steps=2', '--optimizer=adamw']])
+def test_a_run_killed_twenty_times_ends_in_the_same_bits(verse, words):
+    """SIGKILL at 20 random moments, wherever that finds it: training, looking, writing."""
+    words = [*TINY, *words, '--max_iters=600', '--eval_interval=5']
+    whole, parts = verse / 'out/unbroken', verse / 'out/broken'
+    began = time.monotonic()
+    done = run('train.py', *words, '--out_dir=out/unbroken', '--overwrite', cwd=verse)
+    lasted = time.monotonic() - began
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(parts, ignore_errors=True)
+    draws, kills, reached = random.Random(1), 0, []
+    while kills < 20:  # most of a life is importing torch, so a life lasts a fifth of the run
+        going_on = ['--out_dir=out/broken', '--resume'] if (parts / 'ckpt.pt').exists() else \
+            [*words, '--out_dir=out/broken', '--overwrite']
+        process = subprocess.Popen([sys.executable, ROOT / 'train.py', *going_on], cwd=verse,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            assert process.wait(lasted * draws.uniform(0.05, 0.45)) == 0, process.stderr.read()
+            shutil.rmtree(parts)  # it got to the end before it was killed: begin anew
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            if (parts / 'ckpt.pt').exists():
+                reached.append(load_checkpoint(parts)['iter'])  # it is whole, whenever it is read
+    assert len(set(reached)) > 3, f'killed at {reached}, hardly anywhere'
+    done = run('train.py', '--out_dir=out/broken', '--resume', cwd=verse)
+    assert done.returncode == 0, done.stderr
+    assert log_without_times(parts) == log_without_times(whole)
+    a, b = weights(whole), weights(parts)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def torchrun(n, *words, cwd, code=None):
+    """train.py on n processes; `code` runs before it in each of them."""
+    script = [ROOT / 'train.py', *words]
+    if code:
+        (cwd / 'before.py').write_text('import os, runpy, sys; sys.argv = sys.argv[1:]\n' + code +
+                                       'runpy.run_path(sys.argv[0], run_name="__main__")')
+        script = [cwd / 'before.py', *script]
+    return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                           f'--nproc_per_node={n}', *script], cwd=cwd, capture_output=True,
+                          text=True, timeout=240, env=os.environ | {'PYTHONPATH': str(ROOT)})
+
+
+@pytest.mark.parametrize('words', [['--objective=ar'], ['--objective=mdm', '--dropout=0.1']])
+def test_two_processes_equal_one_with_accumulation_two(verse, words):
+    """Real gloo processes: the same weights, and bounds that both have drawn one half of."""
+    words = [*TINY, *words, '--max_iters=3', '--overwrite', '--grad_clip=0']
+    done = torchrun(2, *words, '--out_dir=out/two', cwd=verse)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('parameters') == 1, 'one process speaks'
+    done = run('train.py', *words, '--gradient_accumulation_steps=2', '--out_dir=out/one',
+               cwd=verse)
+    assert done.returncode == 0, done.stderr
+    one, two = weights(verse / 'out/one'), weights(verse / 'out/two')
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=0)
+    for a, b in zip(*(log_without_times(verse / 'out' / d) for d in ('one', 'two')), strict=True):
+        assert float(a['val']) == pytest.approx(float(b['val']), abs=1e-6)
+        assert (a['iter'], a['tokens']) == (b['iter'], b['tokens'])
+    done = run('train.py', '--out_dir=out/two', '--resume', '--max_iters=5', cwd=verse)
+    assert done.returncode == 0, done.stderr  # and goes on alone, with half the tokens per update
+    assert [int(row['tokens']) for row in log_without_times(verse / 'out/two')] == \
+        [0, 3 * 256, 3 * 256 + 2 * 128]
+
+
+def test_a_process_that_dies_ends_the_others(verse):
+    code = ('import torch\n'
+            'if os.environ["RANK"] == "1":\n'
+            '    step = torch.optim.AdamW.step\n'
+            '    torch.optim.AdamW.step = lambda self: os.kill(os.getpid(), 9)\n')
+    done = torchrun(2, *TINY, '--out_dir=out/dies', '--max_iters=1000', cwd=verse, code=code)
+    assert done.returncode != 0 and 'SIGKILL' in done.stderr, done.stderr[-2000:]
+    assert load_checkpoint(verse / 'out/dies')['iter'] == 0
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_update(verse):
+    code = ('import torch, signal\n'
+            'step, done = torch.optim.AdamW.step, []\n'
+            'def third(self):\n'
+            '    done.append(step(self))\n'
+            '    if len(done) == 3 and os.environ["RANK"] == "1":\n'
+            '        os.kill(os.getpid(), signal.SIGTERM)\n'
+            'torch.optim.AdamW.step = third\n')
+    done = torchrun(2, *TINY, '--out_dir=out/stops', '--max_iters=1000', '--eval_interval=1000',
+                    cwd=verse, code=code)
+    assert '--out_dir=out/stops --resume' in done.stdout, done.stderr[-2000:]
+    assert load_checkpoint(verse / 'out/stops')['iter'] == 4, 'agreed on in the update after it'
+
+
+def definitions(*names):
+    """Functions and classes of train.py, which is a script and cannot be imported."""
+    found = {'torch': torch, 'np': np, 'math': math}
+    for node in ast.parse((ROOT / 'train.py').read_text()).body:
+        if getattr(node, 'name', None) in names:
+            exec(compile(ast.Module([node], []), 'train.py', 'exec'), found)
+    return [found[name] for name in names]
+
+
+@pytest.mark.parametrize('shape', [(8, 8), (8, 32), (32, 8)])
+def test_muon_is_that_of_torch(shape):
+    Muon, _ = definitions('Muon', 'orthogonalize')
+    Muon.__init__.__globals__['orthogonalize'] = definitions('orthogonalize')[0]
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(w) for w in torch.randn(shape).repeat(2, 1, 1))
+    optimizers = (Muon([ours], 0.1, torch.bfloat16), torch.optim.Muon([theirs], weight_decay=0.1))
+    for lr in (0.02, 0.05, 0.01):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for o in optimizers:
+            o.param_groups[0]['lr'] = lr
+            o.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_orthogonalize_keeps_directions_and_levels_their_sizes():
+    orthogonalize, = definitions('orthogonalize')
+    torch.manual_seed(0)
+    for shape in ((16, 16), (16, 64), (64, 16)):
+        G = torch.randn(shape)
+        X = orthogonalize(G, torch.float32)
+        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+        inside = U.T @ X @ Vh.T  # diagonal: the singular vectors are those of G
+        off = inside - inside.diag().diag()
+        assert off.abs().max() < 1e-3
+        large = S > 0.05 * S.norm()
+        assert (inside.diag()[large] > 0.6).all() and (inside.diag() < 1.3).all()
+
+
+def test_bench_measures_and_writes_nothing(verse):
+    done = run('train.py', *TINY, '--out_dir=out/bench', '--bench=4', cwd=verse)
+    assert done.returncode == 0, done.stderr
+    assert 'ms per update (median of 4)' in done.stdout and 'of torch.mm' in done.stdout
+    assert 'aten::' in done.stdout and not (verse / 'out/bench').exists()
+
+
+@pytest.mark.parametrize('name, module', [('tensorboard', 'torch/utils/tensorboard'),
+                                          ('wandb', 'wandb')])
+def test_trackers_get_the_losses_or_one_line_says_what_to_install(verse, tmp_path, name, module):
+    words = [*TINY, '--out_dir=out/tracked', '--overwrite', f'--{name}']
+    before = ('import os, runpy, sys, types; sys.argv = sys.argv[1:]; import torch\n'
+              'class Writer:\n'
+              '    def __init__(self, *a, **k): pass\n'
+              '    def add_scalar(self, k, v, i): print("tracked", i, k, v)\n'
+              '    def log(self, row, step): [print("tracked", step, *x) for x in row.items()]\n'
+              f'sys.modules["{module.replace("/", ".")}"] = %s\n'
+              'runpy.run_path(sys.argv[0], run_name="__main__")')
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    for stub, there in (('types.SimpleNamespace(SummaryWriter=Writer, init=Writer)', True),
+                        ('None', False)):
+        done = subprocess.run([sys.executable, '-c', before % stub, ROOT / 'train.py', *words],
+                              cwd=verse, capture_output=True, text=True, env=env)
+        if there:
+            assert re.findall(r'tracked (\d+) val nelbo <=', done.stdout) == ['0', '3', '6']
+        else:
+            assert_one_line(done, "'.[track]'")
+
+
 def test_a_broken_write_keeps_the_old_checkpoint(verse):
     """The disk is full from the second checkpoint on: one line, and the first can be resumed."""
     out = verse / 'out/full'
@@ -172,6 +335,12 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(verse):
                '--max_iters=50', '--eval_interval=50', cwd=verse)
     assert_one_line(done, 'nan', 'ckpt.pt has the weights after 0 updates')
     assert all(w.isfinite().all() for w in weights(verse / 'out/nan').values())
+
+
+def test_a_loss_far_above_a_blind_guess_stops_the_run(verse):
+    done = run('train.py', *TINY, '--out_dir=out/far', '--learning_rate=30.0', '--warmup_iters=0',
+               '--optimizer=adamw', '--max_iters=50', '--eval_interval=10', cwd=verse)
+    assert_one_line(done, 'diverged', 'learning rate', 'ckpt.pt has the weights after 0 updates')
 
 
 def test_accumulation_equals_one_large_batch(verse):
