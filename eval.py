@@ -34,21 +34,25 @@ from prepare import load_meta, load_split, load_tokenizer
 
 # what is measured
 out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
-task = 'likelihood'    # likelihood, generation, curves
-report_dir = 'out/report'  # curves: where the picture goes
+task = 'likelihood'    # likelihood, generation, speed, curves
+report_dir = 'out/report'  # speed, curves: where the picture goes
 split = 'val'          # likelihood: train, val, test; always all of it
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 seed = 1
 batch_size = 16        # rows at a time
 repeats = 8            # likelihood: independent draws of a bound, for its standard error
-gen_tokens = 10_000    # generation: how many to write, in texts as long as the context
-# generation: how text is decoded, the settings of sample.py (decoder: of runs that are not ar)
+gen_tokens = 10_000    # generation, speed: how many to write, in texts as long as the context
+# generation, speed: how text is decoded, as in sample.py (decoder: of runs that are not ar)
 decoder = 'auto'
 steps = 128
 noise_schedule = 'linear'
 order = 'max_prob'
 counts = 'linear'
-threshold = 0.0
+threshold = 0.9
+eta = 0.02
+block_length = 0
+prefix_cache = False
+guidance = 0.0
 temperature = 0.7
 top_k = 0
 top_p = 1.0
@@ -147,38 +151,139 @@ def judged(runs, ids):
     return {f'nll under {name}': f'{nats:.3f}'}
 
 
+def write(name, checkpoint, model, settings):
+    """Texts as long as the context, gen_tokens or a little more: (ids, nfe, seconds, passes).
+
+    ids: rows. nfe: passes that a text took, on average over the batches. passes: of all batches.
+    """
+    T, objective, how = model.config.block_size, checkpoint['config']['objective'], settings
+    if objective == 'ar':  # it has but one decoder
+        how = how | {'decoder': 'ar', 'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}
+    n_texts = math.ceil(settings['gen_tokens'] / T)
+    ids, nfes, seconds = [], [], 0.0
+    for begin in tqdm(range(0, n_texts, settings['batch_size']), desc=name, leave=False,
+                      disable=not sys.stderr.isatty()):
+        n = min(settings['batch_size'], n_texts - begin)
+        x, nfe, took = sample.generate(model, objective, [[model.mask_id] * T] * n,
+                                       how | {'seed': settings['seed'] + begin})
+        ids += x.tolist()
+        nfes.append(nfe)
+        seconds += took
+    return ids, np.mean(nfes), seconds, sum(nfes)
+
+
+def known_words(checkpoint):
+    """The words of the training text."""
+    tokenizer = load_tokenizer(checkpoint['meta'])
+    return set(words_of(tokenizer.decode(load_split(checkpoint['config']['dataset'],
+                                                    'train').tolist())))
+
+
+def held_out(checkpoint, T, n_tokens):
+    """Rows of T tokens from the beginning of the validation split, at least one."""
+    data = load_split(checkpoint['config']['dataset'], 'val')
+    return data[:max(1, n_tokens // T) * T].reshape(-1, T).tolist()
+
+
 def generation(runs, settings):
     """A row of counts for each run's own text, and one for as much of the validation split."""
     _, checkpoint, model = runs[0]
     dataset, meta = checkpoint['config']['dataset'], checkpoint['meta']
     tokenizer = load_tokenizer(meta)
-    known = set(words_of(tokenizer.decode(load_split(dataset, 'train').tolist())))
-    T = model.config.block_size
-    held_out = load_split(dataset, 'val')[:settings['gen_tokens'] // T * T or T].reshape(-1, T)
-    rows = [text_row('validation text', [tokenizer.decode(held_out.flatten().tolist())],
-                     held_out.tolist(), known)
-            | judged(runs, held_out.tolist()) | {'passes per text': '', 'tokens/s': ''}]
+    known, real = known_words(checkpoint), held_out(checkpoint, model.config.block_size,
+                                                    settings['gen_tokens'])
+    rows = [text_row('validation text', [tokenizer.decode(sum(real, []))], real, known)
+            | judged(runs, real) | {'passes per text': '', 'tokens/s': ''}]
     for name, checkpoint, model in runs:
-        T, objective = model.config.block_size, checkpoint['config']['objective']
-        how = settings if objective != 'ar' else settings | {'decoder': 'auto'}  # it has but one
-        n_texts = math.ceil(settings['gen_tokens'] / T)
-        ids, nfes, seconds = [], [], 0.0
-        for begin in tqdm(range(0, n_texts, settings['batch_size']), desc=name,
-                          disable=not sys.stderr.isatty()):
-            n = min(settings['batch_size'], n_texts - begin)
-            x, nfe, took = sample.generate(
-                model, objective, [model.mask_id] * T,
-                how | {'num_samples': n, 'seed': settings['seed'] + begin, 'gen_length': T})
-            ids += x.tolist()
-            nfes.append(nfe)
-            seconds += took
+        ids, nfe, seconds, _ = write(name, checkpoint, model, settings)
         rows.append(text_row(name, [tokenizer.decode(row) for row in ids], ids, known)
-                    | judged(runs, ids) | {'passes per text': f'{np.mean(nfes):.0f}',
-                       'tokens/s': f'{n_texts * T / seconds:,.0f}'})
+                    | judged(runs, ids) | {'passes per text': f'{nfe:.0f}',
+                       'tokens/s': f'{sum(map(len, ids)) / seconds:,.0f}'})
     note = (f'{dataset} ({meta["source"]}); texts as long as the context, {settings["batch_size"]} '
             f'at a time, seed {settings["seed"]}, temperature {settings["temperature"]}; a word is '
             'known if it occurs in the training text')
     return rows, note
+
+
+def decoders_of(objective, T):
+    """[(family, the one setting that moves, settings)]: the points of the figure of `speed`."""
+    if objective == 'ar':
+        return [('ar', '', {})]
+    steps = [n for n in (4, 8, 16, 32, 64, 128, 256) if n <= T]
+    families = {'ancestral': {'decoder': 'ancestral'}, 'confidence': {'decoder': 'confidence'},
+                'confidence, cosine': {'decoder': 'confidence', 'counts': 'cosine'},
+                'remask': {'decoder': 'remask'}, 'remdm': {'decoder': 'remdm'},
+                'in blocks': {'decoder': 'confidence', 'block_length': max(1, T // 8)},
+                'in blocks, cached': {'decoder': 'confidence', 'block_length': max(1, T // 8),
+                                      'prefix_cache': True}}
+    return [*((family, f'steps={n}', how | {'steps': n})
+              for family, how in families.items() for n in steps
+              if 'block_length' not in how or n >= 8),
+            *(('threshold', f'threshold={h}', {'decoder': 'threshold', 'threshold': h})
+              for h in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95))]
+
+
+def speed(runs, settings):
+    """A row for every decoder and number of steps: what it costs, and what its text is like."""
+    _, checkpoint, model = runs[0]
+    tokenizer, known = load_tokenizer(checkpoint['meta']), known_words(checkpoint)
+    real = held_out(checkpoint, model.config.block_size, settings['gen_tokens'])
+    rows = [{'run': 'validation text', 'decoder': '', 'setting': '', 'nfe': '', 'tokens/s': '',
+             'ms/pass': ''} | judged(runs, real)
+            | text_row('', [tokenizer.decode(sum(real, []))], real, known)]
+    for name, checkpoint, model in runs:
+        objective, T = checkpoint['config']['objective'], model.config.block_size
+        write('warm-up', checkpoint, model, settings | {'gen_tokens': T, 'steps': 4})
+        for family, setting, how in decoders_of(objective, T):
+            ids, nfe, seconds, passes = write(f'{family} {setting}', checkpoint, model,
+                                              settings | how)
+            rows.append({'run': name, 'decoder': family, 'setting': setting, 'nfe': f'{nfe:.0f}',
+                         'tokens/s': f'{sum(map(len, ids)) / seconds:,.0f}',
+                         'ms/pass': f'{1000 * seconds / passes:.1f}'} | judged(runs, ids)
+                        | text_row('', [tokenizer.decode(row) for row in ids], ids, known))
+    for row in rows:
+        for key in ('text', 'tokens', 'distinct-1', 'distinct-3'):
+            del row[key]
+    note = (f'{checkpoint["config"]["dataset"]} ({checkpoint["meta"]["source"]}); '
+            f'{settings["gen_tokens"]:,} tokens each, in texts as long as the context, '
+            f'{settings["batch_size"]} at a time (a pass serves them all), seed '
+            f'{settings["seed"]}, temperature {settings["temperature"]}, '
+            f'{torch.get_num_threads()} threads')
+    return rows, note
+
+
+def draw_speed(rows, path):
+    """speed.png: quality of text against passes, a line for every decoder."""
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    judge = next((key for key in rows[0] if key.startswith('nll under')), None)
+    panels = [(key, label) for key, label in (
+        (judge, f'{judge} (nats per token)'), ('known words', 'known words (%)'),
+        ('unigram entropy (bits)', 'unigram entropy (bits)')) if key]
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4),
+                             constrained_layout=True, squeeze=False)
+    colors = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45')
+    families = list(dict.fromkeys((row['run'], row['decoder']) for row in rows[1:]))
+    for ax, (key, label) in zip(axes[0], panels):
+        real = float(rows[0][key].rstrip('%'))
+        ax.axhline(real, color='0.5', lw=1, ls=':')
+        ax.annotate('validation text', (0, real), xycoords=('axes fraction', 'data'),
+                    xytext=(4, 3), textcoords='offset points', color='0.4', fontsize=8)
+        for i, family in enumerate(families):
+            points = sorted((float(row['nfe']), float(row[key].rstrip('%'))) for row in rows[1:]
+                            if (row['run'], row['decoder']) == family)
+            ax.plot(*zip(*points), marker='os^Dv<>P'[i % 8], ms=5, lw=1.3, label=', '.join(family),
+                    color=colors[i % 8])
+        ax.set(xscale='log', xlabel='passes per text', ylabel=label)
+        ax.set_xticks([4, 16, 64, 256], ['4', '16', '64', '256'])
+        ax.minorticks_off()
+        ax.grid(color='0.92')
+        ax.spines[['top', 'right']].set_visible(False)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=3,
+               frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
 
 
 def curves(out_dirs, path):
@@ -279,8 +384,8 @@ def draw_losses(rows, title, log_v):
 
 def main():
     settings = config.override(globals())
-    if task not in ('likelihood', 'generation', 'curves'):
-        raise UserError(f'task is {task!r}, not one of likelihood, generation, curves')
+    if task not in ('likelihood', 'generation', 'speed', 'curves'):
+        raise UserError(f'task is {task!r}, not one of likelihood, generation, speed, curves')
     for name in ('batch_size', 'repeats', 'gen_tokens'):
         if settings[name] < 1:
             raise UserError(f'{name} is {settings[name]}, but it must be 1 or more')
@@ -290,6 +395,10 @@ def main():
     runs = load_runs(out_dir, pick_device(device))
     if task == 'likelihood':
         rows, note = likelihood(runs, split, batch_size, seed, repeats)
+    elif task == 'speed':
+        rows, note = speed(runs, settings)
+        draw_speed(rows, Path(report_dir, 'speed.png'))
+        note += f'. Drawn in {report_dir}/speed.png'
     else:
         rows, note = generation(runs, settings)
     print(markdown(rows))

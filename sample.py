@@ -3,6 +3,7 @@
     python sample.py --out_dir=out/shakespeare_mdm --start="ROMEO:" --steps=64
     python sample.py --out_dir=out/shakespeare_ar --start="ROMEO:"
     python sample.py --out_dir=out/shakespeare_mdm --template="To [___] or not to [___:9]"
+    python sample.py --out_dir=out/shakespeare_mdm --prompt_file=prompts.txt --json
     python sample.py --corrupt="What's in a name?"
 
 A decoder gets a canvas, (B, T) tokens with mask_id wherever text is wanted, and returns it filled.
@@ -10,17 +11,23 @@ Continuing a prompt, infilling and writing from nothing differ only in where the
 """
 
 import math
+import os
 import re
+import shutil
+import sys
 import time
 from functools import partial
+from json import dumps
 from pathlib import Path
+from unicodedata import east_asian_width
 
+import numpy as np
 import torch
 
 import config
 from config import UserError
 from model import SCHEDULES, KVCache, load_checkpoint, load_model, noise, pick_device
-from prepare import load_tokenizer
+from prepare import EOT, load_tokenizer
 
 # what is read
 out_dir = 'out/shakespeare_mdm'  # the run whose model is used
@@ -28,21 +35,34 @@ device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 # what is wanted
 start = ''             # the text to go on from
 template = ''          # a text with blanks: [___] is 5 tokens wide, [___:9] is 9
+prompt_file = ''       # a prompt or a template on every line; - reads them from stdin
 corrupt = ''           # a text: show what the noise makes of it, and stop
-num_samples = 1
+num_samples = 1        # of each prompt
+batch_size = 16        # rows at a time
 gen_length = 0         # tokens to write after start; 0 fills the model's context
 seed = 1337
+# to be seen: how the first sample came about
+watch = False          # in the terminal, step by step; its time counts in the tokens/s printed
+watch_delay = 0.05     # seconds for which watch shows a step
+save = ''              # to a file: x.gif, x.png, x.html or x.jsonl
 # how it is decoded
-decoder = 'auto'       # ar, ancestral, confidence; auto is ar for ar models, else ancestral
-steps = 128            # decoding steps of ancestral and confidence
-noise_schedule = 'linear'  # ancestral: linear, cosine; how the steps are spread
-order = 'max_prob'     # confidence: what goes first; max_prob, margin, entropy, random
-counts = 'linear'      # confidence: linear (as many each step), cosine (few first, then more)
-threshold = 0.0        # confidence: commit all above it and at least one; 0 commits by counts
+decoder = 'auto'       # ar, ancestral, confidence, threshold, remask, remdm; auto: ar or ancestral
+steps = 128            # decoding steps; confidence, remask: 0 is one token a step
+noise_schedule = 'linear'  # ancestral, remdm: linear, cosine; how the steps are spread
+order = 'max_prob'     # confidence, threshold, remask: max_prob, margin, entropy, random
+counts = 'linear'      # confidence, remask: linear (as many each step), cosine (few first)
+threshold = 0.9        # threshold: each pass commits all above it, and at least one
+eta = 0.02             # remdm: largest chance per step that a written token is taken back
+block_length = 0       # write blocks of so many tokens from left to right; 0 is all at once
+prefix_cache = False   # read what precedes a block once: faster, but an approximation
+guidance = 0.0         # above 0: follow the given text more closely, at two passes a step
 temperature = 0.7      # 0 takes the most likely token; measured choices, see README
 top_k = 0              # draw among the k most likely tokens; 0 = all
 top_p = 1.0            # draw among the most likely tokens that hold this probability together
 repetition_penalty = 1.0  # above 1: tokens that the text has already become less likely
+# how it is shown
+cleanup = False        # drop words that repeat the one before them, in the text alone
+json = False           # one JSON object a line for each sample
 
 BLANK = re.compile(r'\[_+(?::(\d{1,6}))?\]')
 BLANK_WIDTH = 5        # tokens of a [___] that does not say
@@ -99,123 +119,6 @@ def seen_tokens(x, where, V):
     return seen[where.nonzero()[:, 0]]
 
 
-# -------------------------------------------------------------------------------------- decoders
-#
-# decode_x(model, x, *, ..., generator, on_step, **drawing) -> (x, nfe)
-#
-# x (B, T) int64 with mask_id where text is wanted; given tokens are never changed. nfe counts
-# forward passes of the network. on_step(x, nfe) is called after every step that changed something;
-# x may change after the call, so clone what is to be kept. drawing: the keywords of draw().
-
-
-@torch.no_grad()
-def decode_ar(model, x, *, eos_id=None, generator, on_step=None, **drawing):
-    """Left to right, each token given those before it; a filled blank has not seen what follows.
-
-    One pass per token, over that token alone: what was read before is in a KV cache. Rows may have
-    their masks at different places. A row that has written eos_id writes nothing else after it. A
-    canvas longer than the context is read through a window that holds the start token and the
-    newest tokens, and drops its older half whenever it is full.
-    """
-    x, c, nfe = x.clone(), model.config, 0
-    B, T = x.shape
-    is_mask = x == model.mask_id
-    ended = ~is_mask.any(1)  # (B,)
-    cache = KVCache(c, B, x.device, model.embed.weight.dtype)
-    begin, half = 0, (c.block_size + 1) // 2  # canvas token behind the start token in the window
-    for i in is_mask.any(0).nonzero()[:, 0].tolist():
-        if i - begin >= c.block_size:  # a function of i, not of which rows had masks before it
-            begin, cache.length = ((i - c.block_size) // half + 1) * half, 0
-        unread = x[:, begin + max(cache.length - 1, 0):i]  # behind the start token, up to i
-        if cache.length == 0:
-            unread = torch.cat([torch.full_like(x[:, :1], model.mask_id), unread], dim=1)
-        last = torch.zeros_like(unread, dtype=torch.bool)
-        last[:, -1] = True
-        logits = model(unread, cache=cache, where=last)  # (B, V)
-        nfe += 1
-        token, _ = draw(logits, seen_tokens(x[:, :i], last[:, -1:], c.vocab_size),
-                        generator=generator, **drawing)
-        x[:, i] = torch.where(is_mask[:, i], token.to(x.device), x[:, i])
-        if eos_id is not None:
-            x[ended & is_mask[:, i], i] = eos_id
-            ended |= is_mask[:, i] & (x[:, i] == eos_id)
-        if on_step is not None:
-            on_step(x, nfe)
-        if ended.all():
-            x[x == model.mask_id] = eos_id
-            break
-    return x, nfe
-
-
-@torch.no_grad()
-def decode_ancestral(model, x, *, steps, schedule='linear', generator, on_step=None, **drawing):
-    """The reverse process of masked diffusion in `steps` steps from t = 1 to 0 [MDLM eq. 7].
-
-        a masked token is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t),
-        s = t - 1/steps, and then drawn from p(x0 | xt)
-
-    Whether a token is revealed does not depend on the network, so that is drawn first: a step that
-    reveals nothing needs no pass, one that does needs the head only where it does.
-    """
-    x, nfe = x.clone(), 0
-    alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), schedule)[0].tolist()
-    for alpha_t, alpha_s in zip(alpha, alpha[1:]):
-        u = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
-        reveal = (x == model.mask_id) & (u < (alpha_s - alpha_t) / (1 - alpha_t))
-        if not reveal.any():
-            continue
-        t = torch.full((x.size(0), 1), 1 - alpha_t, device=x.device)
-        logits = model(x, t, where=reveal)  # (N, V), N tokens to reveal
-        nfe += 1
-        token, _ = draw(logits, seen_tokens(x, reveal, model.config.vocab_size),
-                        generator=generator, **drawing)
-        x[reveal] = token.to(x.device)
-        if on_step is not None:
-            on_step(x, nfe)
-    return x, nfe
-
-
-@torch.no_grad()
-def decode_confidence(model, x, *, steps, order='max_prob', counts='linear', threshold=0.0,
-                      generator, on_step=None, **drawing):
-    """The surest tokens first [MaskGIT sec. 3.2; LLaDA sec. 2.4; Fast-dLLM 2505.22618].
-
-    Each pass draws a token for every mask and commits those with the highest score: by `order`,
-    the probability of the drawn token, the margin of the best over the second, the entropy of the
-    distribution (as 1 / perplexity), or at random. `counts` says how many masks of each row remain
-    after i of `steps` steps; with a threshold, a row commits all drawn tokens above it instead, and
-    at least one, for as many passes as that takes.
-    """
-    x, nfe = x.clone(), 0
-    n_masks = (x == model.mask_id).sum(1)  # (B,)
-    for i in range(1, (x.size(1) if threshold else steps) + 1):
-        is_mask = x == model.mask_id
-        if threshold:
-            quota = is_mask.any(1).long()
-        else:
-            left = n_masks * (steps - i) // steps if counts == 'linear' else \
-                (n_masks * math.cos(math.pi / 2 * i / steps)).long()
-            quota = is_mask.sum(1) - left  # (B,)
-        if not quota.any():
-            continue
-        share = is_mask.float().mean(1, keepdim=True)  # (B, 1), 1 - alpha_t of this canvas
-        logits = model(x, share, where=is_mask)  # (N, V)
-        nfe += 1
-        token, probability = draw(logits, seen_tokens(x, is_mask, model.config.vocab_size),
-                                  generator=generator, **drawing)
-        score = score_of(order, logits, probability.to(x.device), generator).float()  # (N,)
-        scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
-        # rounded, so that noise in the last bits does not order equals: they go from the left
-        rank = scores.round(decimals=5).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        commit = is_mask & (rank < quota[:, None])
-        if threshold:
-            commit |= is_mask & (scores > threshold)
-        x = torch.where(commit, x.masked_scatter(is_mask, token.to(x.device)), x)
-        if on_step is not None:
-            on_step(x, nfe)
-    return x, nfe
-
-
 def score_of(order, logits, probability, generator):
     """How sure each of N predictions is, (N,), the higher the surer; logits (N, V)."""
     if order == 'max_prob':
@@ -232,43 +135,677 @@ def score_of(order, logits, probability, generator):
     raise UserError(f'order is {order!r}, not one of {", ".join(ORDERS)}')
 
 
+def guess(model, x, is_mask, order, generator, drawing):
+    """Draws a token for every mask at once: x with them, how sure each is, the logits there.
+
+    is_mask (B, T) bool. Returns (B, T) tokens, (B, T) scores, -inf where no mask is, and (N, V).
+    """
+    share = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), 1 - alpha_t of this canvas
+    logits = model(x, share, where=is_mask)  # (N, V)
+    token, probability = draw(logits, seen_tokens(x, is_mask, model.config.vocab_size),
+                              generator=generator, **drawing)
+    score = score_of(order, logits, probability.to(x.device), generator).float()  # (N,)
+    scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
+    return x.masked_scatter(is_mask, token.to(x.device)), scores, logits
+
+
+def rank(scores):
+    """(B, T): 0 for the highest score of a row, 1 for the next.
+
+    Rounded, so that noise in the last bits does not order equals: they go from the left.
+    """
+    return scores.round(decimals=5).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
+def masks_left(n, i, steps, counts):
+    """How many of n (B,) masks are left after i of `steps` steps; steps = 0 is one token a step.
+
+    'linear' gives what n / steps leaves over to the first steps, one each, as LLaDA's code does;
+    'cosine' is MaskGIT's, a few tokens at first, when little is known, and ever more later.
+    """
+    if steps == 0:
+        return (n - i).clamp(min=0)
+    if counts == 'linear':
+        return n - n // steps * i - (n % steps).clamp(max=i)
+    return (n.double() * math.cos(math.pi / 2 * i / steps)).long()
+
+
+def end_rows(x, wanted, mask_id, eos_id):
+    """Ends the rows that wrote an eos_id with no mask before it: x and wanted after that.
+
+    All that is wanted behind it becomes eos_id, and nothing more is wanted of such a row.
+    """
+    if eos_id is None:
+        return x, wanted
+    before = (x == mask_id).cumsum(1)  # masks up to here
+    ended = wanted & (x == eos_id) & (before == 0)
+    behind = ended.cumsum(1) > 0
+    x = torch.where(behind & (wanted | (x == mask_id)), eos_id, x)
+    return x, wanted & ~ended.any(1, keepdim=True)
+
+
+# -------------------------------------------------------------------------------------- decoders
+#
+# decode_x(model, x, *, wanted, ..., eos_id, generator, on_step, **drawing) -> (x, nfe)
+#
+# x (B, T) int64 with mask_id where text is wanted; given tokens are never changed. wanted (B, T)
+# bool: the masks to fill now, by default all; the others stay, and are read as masks. A row that
+# has written eos_id with no mask before it is at its end: what follows becomes eos_id. nfe counts
+# forward passes of the network. on_step(x, nfe, where, logits) is called after every step that
+# changed something, with the positions (B, T) bool that its pass predicted and the logits (N, V)
+# there; x may change after the call, so clone what is to be kept. drawing: the keywords of draw().
+
+
+@torch.no_grad()
+def decode_ar(model, x, *, wanted=None, eos_id=None, generator, on_step=None, **drawing):
+    """Left to right, each token given those before it; a filled blank has not seen what follows.
+
+    One pass per token, over that token alone: what was read before is in a KV cache. Rows may have
+    their masks at different places. A canvas longer than the context is read through a window that
+    holds the start token and the newest tokens, and drops its older half whenever it is full.
+    """
+    x, c, nfe = x.clone(), model.config, 0
+    wanted = x == model.mask_id if wanted is None else wanted
+    cache = KVCache(c, x.size(0), x.device, model.embed.weight.dtype)
+    begin, half = 0, (c.block_size + 1) // 2  # canvas token behind the start token in the window
+    for i in wanted.any(0).nonzero()[:, 0].tolist():
+        where = torch.zeros_like(wanted)
+        where[:, i] = wanted[:, i]
+        if not where.any():  # rows have ended since
+            continue
+        if i - begin >= c.block_size:  # a function of i, not of which rows had masks before it
+            begin, cache.length = ((i - c.block_size) // half + 1) * half, 0
+        unread = x[:, begin + max(cache.length - 1, 0):i]  # behind the start token, up to i
+        if cache.length == 0:
+            unread = torch.cat([torch.full_like(x[:, :1], model.mask_id), unread], dim=1)
+        last = torch.zeros_like(unread, dtype=torch.bool)
+        last[:, -1] = True
+        logits = model(unread, cache=cache, where=last)  # (B, V)
+        nfe += 1
+        token, _ = draw(logits, seen_tokens(x[:, :i], last[:, -1:], c.vocab_size),
+                        generator=generator, **drawing)
+        x[:, i] = torch.where(wanted[:, i], token.to(x.device), x[:, i])
+        x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
+        if on_step is not None:
+            on_step(x, nfe, where, logits[where[:, i]])
+    return x, nfe
+
+
+@torch.no_grad()
+def decode_ancestral(model, x, *, wanted=None, steps, noise_schedule='linear', eta=0.0, eos_id=None,
+                     generator, on_step=None, **drawing):
+    """The reverse process of masked diffusion in `steps` steps from t = 1 to 0 [MDLM eq. 7].
+
+        a masked token is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t),
+        s = t - 1/steps, and then drawn from p(x0 | xt)
+
+    Whether a token is revealed does not depend on the network, so that is drawn first: a step that
+    reveals nothing needs no pass, one that does needs the head only where it does.
+
+    With eta > 0 the process also takes tokens back, to draw them anew [ReMDM 2503.00307, 'cap'].
+    The expected share of masks at each t stays what it was:
+
+        a written token is masked again with probability sigma = min(eta, (1 - alpha_s) / alpha_t),
+        a masked one is revealed with (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+    """
+    x, nfe = x.clone(), 0
+    wanted = x == model.mask_id if wanted is None else wanted
+    later = ((x == model.mask_id) & ~wanted).float().mean(1, keepdim=True)  # (B, 1), not yet wanted
+    alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise_schedule)[0].tolist()
+    for alpha_t, alpha_s in zip(alpha, alpha[1:]):
+        u = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
+        sigma = min(eta, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 0.0  # at t = 1 all are masks
+        is_mask = wanted & (x == model.mask_id)
+        reveal = is_mask & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
+        remask = wanted & ~is_mask & (u < sigma)
+        if not (reveal | remask).any():
+            continue
+        if reveal.any():
+            logits = model(x, 1 - alpha_t * (1 - later), where=reveal)  # (N, V), N tokens to reveal
+            nfe += 1
+            token, _ = draw(logits, seen_tokens(x, reveal, model.config.vocab_size),
+                            generator=generator, **drawing)
+            x = x.masked_scatter(reveal, token.to(x.device))
+        x = torch.where(remask, model.mask_id, x)
+        x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
+        if on_step is not None:  # nothing is taken back before something was revealed: logits exist
+            on_step(x, nfe, reveal, logits if reveal.any() else logits[:0])
+    return x, nfe
+
+
+@torch.no_grad()
+def decode_confidence(model, x, *, wanted=None, steps, order='max_prob', counts='linear',
+                      eos_id=None, generator, on_step=None, **drawing):
+    """The surest tokens first, for good [MaskGIT sec. 3.2; LLaDA sec. 2.4].
+
+    Each pass draws a token for every mask and commits those with the highest score: by `order`,
+    the probability of the drawn token, the margin of the best over the second, the entropy of the
+    distribution (as 1 / perplexity), or at random. `counts` says how many masks of each row remain
+    after i of `steps` steps. The simplest decoder of all is this one with steps = 0 and temperature
+    = 0: write the one token that the model is surest of, look again, until no mask is left.
+    """
+    x, nfe = x.clone(), 0
+    wanted = x == model.mask_id if wanted is None else wanted
+    n_masks = wanted.sum(1)  # (B,)
+    for i in range(1, (steps or x.size(1)) + 1):
+        is_mask = wanted & (x == model.mask_id)
+        quota = is_mask.sum(1) - masks_left(n_masks, i, steps, counts)  # (B,)
+        if not (quota > 0).any():
+            continue
+        filled, scores, logits = guess(model, x, is_mask, order, generator, drawing)
+        nfe += 1
+        commit = is_mask & (rank(scores) < quota[:, None])
+        x = torch.where(commit, filled, x)
+        x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
+        if on_step is not None:
+            on_step(x, nfe, is_mask, logits)
+    return x, nfe
+
+
+@torch.no_grad()
+def decode_threshold(model, x, *, wanted=None, threshold, order='max_prob', eos_id=None,
+                     generator, on_step=None, **drawing):
+    """All tokens that are sure enough, in as many passes as that takes [Fast-dLLM 2505.22618].
+
+    Each pass draws a token for every mask and commits those whose score, as in decode_confidence,
+    is above the threshold, and the surest of each row in any case.
+    """
+    x, nfe = x.clone(), 0
+    wanted = x == model.mask_id if wanted is None else wanted
+    while (wanted & (x == model.mask_id)).any():
+        is_mask = wanted & (x == model.mask_id)
+        filled, scores, logits = guess(model, x, is_mask, order, generator, drawing)
+        nfe += 1
+        commit = is_mask & ((scores > threshold) | (rank(scores) == 0))
+        x = torch.where(commit, filled, x)
+        x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
+        if on_step is not None:
+            on_step(x, nfe, is_mask, logits)
+    return x, nfe
+
+
+@torch.no_grad()
+def decode_remask(model, x, *, wanted=None, steps, order='max_prob', counts='linear', eos_id=None,
+                  generator, on_step=None, **drawing):
+    """The surest tokens first, but none for good before the last step [Mask-Predict 1904.09324].
+
+    As decode_confidence, but every token keeps the score it had when it was drawn, and each step
+    keeps the surest of all, old and new, as many as `counts` allows; the others are masked again.
+    """
+    x, nfe = x.clone(), 0
+    wanted = x == model.mask_id if wanted is None else wanted
+    n_masks, sure = wanted.sum(1), torch.full(x.shape, -torch.inf, device=x.device)
+    for i in range(1, (steps or x.size(1)) + 1):
+        is_mask = wanted & (x == model.mask_id)
+        keep = n_masks - masks_left(n_masks, i, steps, counts)  # (B,)
+        if not (is_mask.any(1) & (keep > 0)).any():
+            continue
+        filled, scores, logits = guess(model, x, is_mask, order, generator, drawing)
+        nfe += 1
+        sure = torch.where(is_mask, scores, sure)
+        x = torch.where(wanted & (rank(sure) >= keep[:, None]), model.mask_id, filled)
+        x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
+        if on_step is not None:
+            on_step(x, nfe, is_mask, logits)
+    return x, nfe
+
+
+# ------------------------------------------------------- around the masked decoders: inner is one
+#
+# Both hand inner another model, called the same way: model(x, t, where=...), with mask_id, config.
+
+
+class PrefixCached:
+    """A model that reads what precedes `start` at its first call only [Fast-dLLM 2505.22618].
+
+    An approximation if the model is bidirectional: the tokens before `start` would see what is
+    written behind them, so their keys and values change, but here they stay as they were.
+    """
+
+    def __init__(self, model, start):
+        self.model, self.start, self.cache = model, start, None
+        self.config, self.mask_id = model.config, model.mask_id
+
+    def __call__(self, x, t=None, *, where):
+        begin = self.start
+        if self.cache is None:
+            begin = 0
+            self.cache = KVCache(self.config, x.size(0), x.device, self.model.embed.weight.dtype)
+        self.cache.length = begin
+        return self.model(x[:, begin:], t, cache=self.cache, where=where[:, begin:])
+
+
+@torch.no_grad()
+def decode_block(model, x, *, wanted=None, inner, block_length, steps=None, prefix_cache=False,
+                 generator, on_step=None, **drawing):
+    """Block by block from left to right, each by the decoder `inner` (semi-autoregressive).
+
+    Blocks of block_length columns begin at the first column that is wanted, and the last ends with
+    the last; the rows of a batch share them. What follows a block stays masked, and is read as
+    masks. The steps (None: inner takes none) are spread over the blocks by their lengths, and
+    each has one at least.
+    prefix_cache: the first pass of a block reads all, the others only the block and what follows
+    it. That is an approximation, see PrefixCached.
+    """
+    x, nfe = x.clone(), 0
+    wanted = x == model.mask_id if wanted is None else wanted
+    columns = wanted.any(0).nonzero()[:, 0].tolist()
+    first, end = (columns[0], columns[-1] + 1) if columns else (0, 0)
+
+    def counted(x, passes, where, logits):
+        on_step(x, nfe + passes, where, logits)
+
+    for start in range(first, end, block_length):
+        stop = min(start + block_length, end)
+        block = wanted & (x == model.mask_id)  # no mask is left in rows that have ended
+        block[:, :start] = False
+        block[:, stop:] = False
+        if not block.any():
+            continue
+        pace = {}
+        if steps is not None:
+            spent, due = (steps * (column - first) // (end - first) for column in (start, stop))
+            pace['steps'] = max(1, due - spent) if steps else 0
+        x, passes = inner(PrefixCached(model, start) if prefix_cache else model, x, wanted=block,
+                          generator=generator, on_step=None if on_step is None else counted,
+                          **pace, **drawing)
+        nfe += passes
+    return x, nfe
+
+
+class Guided:
+    """A model that follows the given tokens more closely, at two passes a call.
+
+    Unsupervised classifier-free guidance [2410.18514; cfg_scale of LLaDA's code]:
+
+        logits = blind + (guidance + 1) * (seeing - blind)
+
+    seeing reads the canvas, blind the same with the given tokens masked too.
+    """
+
+    def __init__(self, model, given, guidance):
+        self.model, self.given, self.guidance = model, given, guidance
+        self.config, self.mask_id = model.config, model.mask_id
+
+    def __call__(self, x, t=None, *, where):
+        hidden = torch.where(self.given, self.mask_id, x)
+        share = (hidden == self.mask_id).float().mean(1, keepdim=True)  # (B, 1)
+        blind, seeing = self.model(hidden, share, where=where), self.model(x, t, where=where)
+        logits = blind + (self.guidance + 1) * (seeing - blind)
+        logits[..., self.mask_id] = -torch.inf  # inf - inf is nan
+        return logits
+
+
+@torch.no_grad()
+def decode_guided(model, x, *, wanted=None, inner, guidance, generator, on_step=None, **drawing):
+    """By the decoder `inner` and a Guided model; nfe counts both passes of each call."""
+    def both(x, nfe, where, logits):
+        on_step(x, 2 * nfe, where, logits)
+
+    guided = Guided(model, x != model.mask_id, guidance)
+    x, nfe = inner(guided, x, wanted=wanted, generator=generator,
+                   on_step=None if on_step is None else both, **drawing)
+    return x, 2 * nfe
+
+
+# ------------------------------------------------------------------------------------ to be seen
+#
+# A Recorder is an on_step that keeps how a text came about. A Screen shows it meanwhile, and the
+# save_x(recorder, path, about) write it down, about['title'] above it.
+
+TOP = 5                # alternatives kept of each token
+COLUMNS = 80           # characters in a line of a picture
+FRAMES = 120           # of a GIF, at most
+ROWS, ROW_LINES = 9, 8  # of a PNG: steps shown, and lines of each, at most
+# Colours from the first step to the last are the upper half of viridis: lightness grows along it,
+# black ink is legible on all of it, and masks are darker, so that it works in grey as well.
+RAMP_256 = (31, 37, 36, 72, 71, 77, 113, 149, 185, 221)  # the like in a terminal's 256 colours
+MASK_COLOR, MASK_256 = '#3d4454', 240
+
+
+class Recorder:
+    """Keeps how row 0 of a canvas changed, whatever the decoder; called as its on_step.
+
+    steps: the canvas as it was given, then for each step {'step': 0, 1, ..., 'nfe': passes so far,
+    'ids': the canvas then, 'new': what changed}, a list of {'i': position, 'id': what came there,
+    mask_id if a token was taken back, 'text': that id decoded, 'p': the model's probability of it,
+    'alternatives': [[id, p, text], ...], the TOP likeliest}. Where the pass predicted nothing, p is
+    None and there are no alternatives. stood: for each position the texts it had, as shown.
+    """
+
+    def __init__(self, canvas, tokenizer, mask_id, show=None):
+        self.tokenizer, self.mask_id, self.show = tokenizer, mask_id, show
+        self.steps, self.stood = [], [[] for _ in canvas]
+        self.keep([None] * len(canvas), list(canvas), 0, {})
+
+    def __call__(self, x, nfe, where, logits):
+        predicted = where[0].nonzero()[:, 0].tolist()
+        self.keep(self.steps[-1]['ids'], x[0].tolist()[:len(self.stood)], nfe,
+                  dict(zip(predicted, logits[:len(predicted)])))
+        if self.show is not None:
+            self.show(self)
+
+    def keep(self, before, ids, nfe, logits):
+        """Adds a step; logits[i] (V,) are those of position i."""
+        new = []
+        for i, id in enumerate(ids):
+            if id == before[i]:
+                continue
+            p, alternatives = None, []
+            if i in logits and id != self.mask_id:
+                p_all = logits[i].float().softmax(-1).cpu()  # (V,)
+                p, best = round(p_all[id].item(), 6), p_all.topk(min(TOP, len(p_all) - 1))
+                alternatives = [[k, round(p_k, 6), self.tokenizer.decode([k])]
+                                for k, p_k in zip(best.indices.tolist(), best.values.tolist())]
+            text = MASK_SHOWN if id == self.mask_id else self.tokenizer.decode([id])
+            new.append({'i': i, 'id': id, 'text': text, 'p': p, 'alternatives': alternatives})
+            self.stood[i].append(visible(text))
+        self.steps.append({'step': len(self.steps), 'nfe': nfe, 'ids': ids, 'new': new})
+
+
+def visible(text):
+    """The text on one line, and with nothing in it that a terminal would obey."""
+    return ''.join('⏎' if c == '\n' else c if c.isprintable() else ' ' if c.isspace() else '�'
+                   for c in text.replace(EOT, '∎'))
+
+
+def layout(stood, columns):
+    """(line, column, width) of each token on a page, which breaks where the text does.
+
+    stood: for each position what stands there in turn, the last of it in the end. There is room for
+    the widest, so that nothing moves when masks become tokens.
+    """
+    places, line, column = [], 0, 0
+    for texts in stood:
+        width = max(sum(1 + (east_asian_width(c) in 'WF') for c in text) for text in texts)
+        if 0 < column > columns - width:
+            line, column = line + 1, 0
+        places.append((line, column, width))
+        column += width
+        if '⏎' in texts[-1]:
+            line, column = line + texts[-1].count('⏎'), 0
+    return places
+
+
+class Screen:
+    """Shows a Recorder's canvas in the terminal, each step over the one before.
+
+    The colour of a token tells how much of the canvas was filled when it came. Where there is no
+    terminal, each step is a line of text.
+    """
+
+    def __init__(self, delay):
+        self.delay, self.height, self.colors = delay, 0, {}
+
+    def __call__(self, r):
+        columns, rows = shutil.get_terminal_size()
+        step, texts = r.steps[-1], [texts[-1] for texts in r.stood]
+        left = step['ids'].count(r.mask_id)
+        if not sys.stdout.isatty():
+            print(f'pass {step["nfe"]}: {left} masks left | {"".join(texts)}'[:columns], flush=True)
+            return
+        filled = 1 - left / max(r.steps[0]['ids'].count(r.mask_id), left, 1)
+        for new in step['new']:
+            self.colors[new['i']] = RAMP_256[round(filled * (len(RAMP_256) - 1))]
+        places = layout([[text] for text in texts], columns - 1)  # the last column may wrap
+        lines, first_mask = [''] * (places[-1][0] + 1), len(places)
+        for i, (text, (line, _, _)) in enumerate(zip(texts, places)):
+            is_mask = step['ids'][i] == r.mask_id
+            first_mask = min(first_mask, line) if is_mask else first_mask
+            color = MASK_256 if is_mask else self.colors.get(i)
+            text = text.replace('⏎', '')[:columns - 1]
+            lines[line] += f'\x1b[38;5;{color}m{text}\x1b[m' if color else text
+        lines = lines[:max(first_mask + 1, rows - 2)][2 - rows:]  # a long text is followed down
+        lines.append(f'step {step["step"]}, pass {step["nfe"]}, {left} masks left'[:columns - 1])
+        # the cursor is hidden within this one string only, so that no error can leave it hidden
+        sys.stdout.write('\x1b[?25l' + f'\x1b[{self.height}A' * (self.height > 0)
+                         + ''.join(f'\x1b[2K{line}\n' for line in lines) + '\x1b[J\x1b[?25h')
+        sys.stdout.flush()
+        self.height = len(lines)
+        time.sleep(self.delay)
+
+
+def ramp(n):
+    """n colours, #rrggbb."""
+    from matplotlib import colormaps, colors
+    return [colors.to_hex(color) for color in colormaps['viridis'](np.linspace(0.5, 1, n))]
+
+
+def draw_steps(r, shown, stood, title, size):
+    """PIL images of the canvas after each of the steps `shown`, a character being size x 2 size.
+
+    Above it are the title and a bar with the colours of the steps so far.
+    """
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont  # comes with matplotlib
+    places, n, images = layout(stood, COLUMNS), len(r.steps) - 1, []
+    font = ImageFont.truetype(f'{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf', size * 5 // 3)
+    image = Image.new('RGB', (size * (COLUMNS + 2), size * 2 * (places[-1][0] + 3)), 'white')
+    draw = ImageDraw.Draw(image)
+
+    def put(line, column, width, text, color, height=1.0):
+        x, y, gap = size * (column + 1), size * (2 * line + 3), size // 10
+        right, bottom = x + size * width - 1 - gap, y + size * 2 * height - 1 - gap
+        draw.rectangle((x, y, max(x, right), bottom), color)
+        draw.text((x, y + size * 1.5), text, 'black', font, anchor='ls')
+
+    put(-0.9, COLUMNS / 2, COLUMNS / 2, '', MASK_COLOR, 0.4)
+    for k, (step, color) in enumerate(zip(r.steps, ['white', *ramp(n)])):
+        for new in step['new']:
+            is_mask = new['id'] == r.mask_id
+            put(*places[new['i']], '' if is_mask else visible(new['text']),
+                MASK_COLOR if is_mask else color)
+        if k > 0:
+            put(-0.9, COLUMNS / 2 * (1 + (k - 1) / n), COLUMNS / 2 / n + 0.1, '', color, 0.4)
+        if k in shown:
+            put(-1.2, 0, COLUMNS / 2, f'{title}, step {k} of {n}', 'white')
+            images.append(image.copy())
+    return images
+
+
+def save_gif(r, path, about):
+    """The canvas over time, at most FRAMES steps of it; the last stays for 4 seconds."""
+    from PIL import Image
+    shown = np.linspace(0, len(r.steps) - 1, min(len(r.steps), FRAMES)).round()
+    frames = draw_steps(r, shown, r.stood, about['title'], 10)
+    both = np.concatenate([np.asarray(frames[0]), np.asarray(frames[-1])])  # they have all colours
+    palette = Image.fromarray(both).quantize(256)
+    frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
+    pace = min(max(8000 // len(frames), 40), 300) // 10 * 10  # ms; GIFs count in hundredths of 1 s
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+                   duration=[pace] * (len(frames) - 1) + [4000])
+
+
+def save_png(r, path, about):
+    """ROWS of the steps one below the other, from masks to text; the first ROW_LINES of each."""
+    from PIL import Image
+    shown = np.linspace(0, len(r.steps) - 1, min(len(r.steps), ROWS)).round()
+    running = [[text.replace('⏎', ' ') for text in texts] for texts in r.stood]  # no line breaks
+    rows = [np.asarray(image)[:40 * (ROW_LINES + 2)]
+            for image in draw_steps(r, shown, running, about['title'], 20)]
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+HTML = """<!doctype html><html lang="en"><meta charset="utf-8"><title>nanoMDM</title>
+<meta name="viewport" content="width=device-width">
+<style>
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 48rem; margin: 2rem auto; padding: 0 1rem }
+nav { display: flex; gap: 1rem; align-items: center }
+input { flex: 1 }
+pre { overflow-x: auto; padding: 3px; font: 15px/1.5 "DejaVu Sans Mono", Menlo, monospace }
+span { display: inline-block; height: 1.4em; line-height: 1.4; vertical-align: top }
+pre span { box-shadow: inset -1px 0 Canvas }
+span:focus, span:hover { outline: 2px solid #d55e00 }
+#ramp { width: 8rem }
+#card { position: sticky; bottom: 0; min-height: 9em; background: Canvas; white-space: pre-wrap }
+</style>
+<h2 id="head"></h2>
+<nav><button id="button">Play</button><input id="slider" type="range" min="0" aria-label="step">
+<output id="label"></output></nav>
+<pre id="page"></pre>
+<p>Colour: the step at which a token came, first <span id="ramp"></span> last. Grey: masks. Plain:
+given. Point at a token, or go there by Tab and arrow keys, to see what it was drawn from.</p>
+<pre id="card"></pre>
+<script type="application/json" id="data">DATA</script>
+<script>
+const d = JSON.parse(data.textContent), last = d.steps.length - 1
+let chosen = d.chosen, before = 0, playing = false
+document.title = head.textContent = d.title
+ramp.style.background = `linear-gradient(90deg, ${d.colors}, ${d.colors.at(-1)})`
+const spans = d.places.map(([line, column, width], i) => {
+  const span = document.createElement('span')
+  span.style.width = width + 'ch'
+  span.tabIndex = -1
+  span.onpointerenter = span.onfocus = () => tell(i)
+  page.append('\\n'.repeat(line - before), span)
+  before = line
+  return span
+})
+function tell(i) {  // what the token at i was drawn from
+  card.textContent = spans[i].ariaLabel
+  spans[chosen].tabIndex = -1
+  spans[chosen = i].tabIndex = 0
+}
+function draw() {  // the canvas after as many steps as the slider says
+  const steps = d.steps.slice(0, +slider.value + 1)
+  for (const [i, text, color, said] of steps.flatMap(step => step.new)) {
+    spans[i].textContent = text
+    spans[i].style.background = color
+    spans[i].style.color = color && 'black'
+    spans[i].ariaLabel = said
+  }
+  label.textContent = steps.at(-1).label
+  tell(chosen)
+}
+page.onkeydown = ({key}) => spans[chosen + {ArrowLeft: -1, ArrowRight: 1}[key]]?.focus()
+button.onclick = () => {
+  playing = !playing
+  if (+slider.value === last) slider.value = 0
+}
+setInterval(() => {
+  if (playing) {
+    slider.stepUp()
+    draw()
+  }
+  playing = playing && +slider.value < last
+  button.textContent = playing ? 'Pause' : 'Play'
+}, Math.min(300, Math.max(40, 8000 / last)))
+slider.max = slider.value = last
+slider.oninput = draw
+draw()
+</script>
+"""
+
+
+def save_html(r, path, about):
+    """One page that needs no other: a slider over the steps, and what each token was drawn from."""
+    n = len(r.steps) - 1
+    steps, colors, changes = [], ramp(n), [-1] * len(r.stood)
+    for step, color in zip(r.steps, ['', *colors]):
+        steps.append({'label': f'step {step["step"]} of {n}, pass {step["nfe"]}, '
+                               f'{step["ids"].count(r.mask_id)} masks left', 'new': []})
+        for new in step['new']:
+            i, is_mask = new['i'], new['id'] == r.mask_id
+            changes[i] += 1
+            first = 'a mask' if is_mask else 'given'
+            came = f'from step {step["step"]} on' if changes[i] else first
+            said = [f'“{visible(new["text"])}” at position {i}, {came}']
+            if new['p'] is not None:
+                said[0] += f', probability {new["p"]:.3f}'
+            if changes[i] > 1:
+                said[0] += f', change {changes[i]} here'
+            for id, p, text in new['alternatives']:
+                drawn = ' ◂' if id == new['id'] else ''
+                said.append(f'{p:.3f} {"━" * round(20 * p):20} “{visible(text)}”{drawn}')
+            steps[-1]['new'].append([i, '' if is_mask else visible(new['text']),
+                                     MASK_COLOR if is_mask else color, '\n'.join(said)])
+    data = {'title': about['title'], 'places': layout(r.stood, COLUMNS), 'colors': colors,
+            'chosen': r.steps[0]['ids'].index(r.mask_id), 'steps': steps}
+    # all ASCII; and with no < in it, no text can end the script
+    Path(path).write_text(HTML.replace('DATA', dumps(data).replace('<', '\\u003c')))
+
+
+def save_jsonl(r, path, about):
+    """The raw data: a header, then the given canvas and each step, as in Recorder."""
+    Path(path).write_text(''.join(dumps(row) + '\n' for row in [about, *r.steps]))
+
+
+SAVERS = {'.gif': save_gif, '.png': save_png, '.html': save_html, '.jsonl': save_jsonl}
+
+
 # ------------------------------------------------------------------------------ text in, text out
 
+DECODERS = {  # name: the function, and its settings beside those of draw()
+    'ar': (decode_ar, ()),
+    'ancestral': (decode_ancestral, ('steps', 'noise_schedule')),
+    'confidence': (decode_confidence, ('steps', 'order', 'counts')),
+    'threshold': (decode_threshold, ('threshold', 'order')),
+    'remask': (decode_remask, ('steps', 'order', 'counts')),
+    'remdm': (decode_ancestral, ('steps', 'noise_schedule', 'eta'))}
 
-def pick_decoder(name, objective, settings, eos_id):
-    """decode(model, x, generator=..., on_step=...) of that name, with the settings that it uses."""
-    known = {'ar': ('ar',), 'mdm': ('ancestral', 'confidence')}[objective]
-    name = known[0] if name == 'auto' else name
-    if name not in known:
-        raise UserError(f'decoder is {name!r}, but {objective} models decode by '
-                        f'{" or ".join(known)}')
-    s = settings
+
+def decoder_name(name, objective):
+    """`name`, or for 'auto' the usual decoder of this objective, if the objective can serve it."""
+    if name not in ('auto', *DECODERS):
+        raise UserError(f'decoder is {name!r}, not one of auto, {", ".join(DECODERS)}')
+    masked = [known for known in DECODERS if known != 'ar']
+    if objective == 'ar' and name in masked:
+        raise UserError(f'decoder is {name!r}, but ar models decode by ar alone: they read only '
+                        'what stands before a token, and never learned what a mask is')
+    if objective == 'mdm' and name == 'ar':
+        raise UserError(f'decoder is {name!r}, but mdm models decode by {", ".join(masked)}: they '
+                        'predict a token at its mask, and ar at the token before it')
+    return {'ar': 'ar', 'mdm': 'ancestral'}[objective] if name == 'auto' else name
+
+
+def pick_decoder(objective, settings, eos_id):
+    """decode(model, x, generator=..., on_step=...) as the settings ask for."""
+    s, name = settings, decoder_name(settings['decoder'], objective)
+    function, takes = DECODERS[name]
+    if name == 'ar' and (s['block_length'] or s['guidance']):
+        raise UserError('block_length and guidance are for masks, and an ar model has none: it '
+                        'writes token by token, and cannot read a text whose beginning is hidden')
+    if name in ('ancestral', 'remdm') and s['steps'] == 0:
+        raise UserError(f'steps is 0, one token a step, but {name} reveals at random as many as '
+                        'it happens: it must be 1 or more')
     drawing = {k: s[k] for k in ('temperature', 'top_k', 'top_p', 'repetition_penalty')}
-    if name == 'ar':
-        return partial(decode_ar, eos_id=eos_id, **drawing)
-    if name == 'ancestral':
-        return partial(decode_ancestral, steps=s['steps'], schedule=s['noise_schedule'], **drawing)
-    return partial(decode_confidence, steps=s['steps'], order=s['order'], counts=s['counts'],
-                   threshold=s['threshold'], **drawing)
+    decode = partial(function, eos_id=eos_id, **{k: s[k] for k in takes}, **drawing)
+    if s['block_length']:
+        decode = partial(decode_block, inner=decode, block_length=s['block_length'],
+                         steps=s['steps'] if 'steps' in takes else None,
+                         prefix_cache=s['prefix_cache'])
+    if s['guidance']:
+        decode = partial(decode_guided, inner=decode, guidance=s['guidance'])
+    return decode
 
 
-def check_settings(s):
+def require(settings, *rules):
+    """Raises UserError for the first of the rules (name, fine, wanted) that is not kept."""
+    for name, fine, wanted in rules:
+        if not fine:
+            raise UserError(f'{name} is {settings[name]!r}, but it must be {wanted}')
+
+
+def check_decoding(s):
     """Raises UserError for values that no decoder can use."""
-    for name, fine, wanted in (
-            ('steps', s['steps'] >= 1, '1 or more'),
-            ('num_samples', s['num_samples'] >= 1, '1 or more'),
-            ('gen_length', s['gen_length'] >= 0, '1 or more, or 0 to fill the context'),
+    require(s, ('steps', s['steps'] >= 0, '1 or more, or 0 for one token a step'),
             ('temperature', 0 <= s['temperature'] < math.inf, '0 or more'),
             ('top_k', s['top_k'] >= 0, '1 or more, or 0 for all'),
             ('top_p', 0 < s['top_p'] <= 1, 'in (0, 1]'),
-            ('threshold', 0 <= s['threshold'] <= 1, 'in (0, 1], or 0 for none'),
+            ('threshold', 0 < s['threshold'] <= 1, 'in (0, 1]'),
+            ('eta', 0 <= s['eta'] <= 1, 'in [0, 1]'),
+            ('block_length', s['block_length'] >= 0, '1 or more, or 0 for all at once'),
+            ('guidance', 0 <= s['guidance'] < math.inf, 'above 0, or 0 for none'),
             ('repetition_penalty', 0 < s['repetition_penalty'] < math.inf, 'above 0'),
             ('seed', abs(s['seed']) < 2 ** 63, 'of at most 63 bits'),
             ('order', s['order'] in ORDERS, f'one of {", ".join(ORDERS)}'),
             ('noise_schedule', s['noise_schedule'] in SCHEDULES, f'one of {", ".join(SCHEDULES)}'),
-            ('counts', s['counts'] in ('linear', 'cosine'), 'linear or cosine')):
-        if not fine:
-            raise UserError(f'{name} is {s[name]!r}, but it must be {wanted}')
+            ('counts', s['counts'] in ('linear', 'cosine'), 'linear or cosine'),
+            ('prefix_cache', not s['prefix_cache'] or s['block_length'] > 0,
+             'off where block_length is 0: with no blocks, nothing precedes one'),
+            ('prefix_cache', not (s['prefix_cache'] and s['guidance']),
+             'off where guidance is on, which masks the very text that the cache would hold'))
 
 
 def template_canvas(template, tokenizer, mask_id):
@@ -312,44 +849,123 @@ def show_corruption(text, tokenizer, mask_id, seed):
         print(f't = {t:.1f}  {show(xt.tolist(), tokenizer, mask_id)}')
 
 
-def make_canvas(model, tokenizer, settings):
-    """The ids of one canvas: a template, or start with gen_length times mask_id behind it."""
+def make_canvas(model, tokenizer, kind, text, gen_length):
+    """The ids of one canvas: a 'template', or a 'prompt' with gen_length masks behind it."""
     T, mask_id = model.config.block_size, model.mask_id
-    if settings['template']:
-        if settings['start'] or settings['gen_length']:
-            raise UserError('a template says itself what is given and how much is wanted: '
-                            'leave out start and gen_length')
-        return template_canvas(settings['template'], tokenizer, mask_id)
-    given = tokenizer.encode(settings['start'])
-    length = settings['gen_length'] or T - len(given)
+    if kind == 'template':
+        return template_canvas(text, tokenizer, mask_id)
+    given = tokenizer.encode(text)
+    length = gen_length or T - len(given)
     if length <= 0:
-        raise UserError(f'start is {len(given)} tokens long and fills the context of {T}: '
-                        'shorten it, or set gen_length (ar models only)')
+        raise UserError(f'the prompt {text[:20]!r}... is {len(given)} tokens long and fills the '
+                        f'context of {T}: shorten it, or set gen_length (ar models only)')
     return given + [mask_id] * length
 
 
-def generate(model, objective, canvas, settings, eos_id=None, on_step=None):
-    """num_samples fillings of one canvas: x (num_samples, T), nfe, and the seconds that it took.
+def what_is_asked(settings):
+    """[(kind, text)], kind 'prompt' or 'template': of start, template or the lines of prompt_file.
 
-    With an eos_id, AR decoding stops there; without, it goes on to the end of the canvas.
+    A line with a blank is a template; empty lines are skipped.
     """
-    check_settings(settings)
-    if objective != 'ar' and len(canvas) > model.config.block_size:
-        raise UserError(f'{len(canvas)} tokens do not fit into the context of this model, '
+    start, template, path = (settings[k] for k in ('start', 'template', 'prompt_file'))
+    if not path:
+        if template and (start or settings['gen_length']):
+            raise UserError('a template says itself what is given and how much is wanted: '
+                            'leave out start and gen_length')
+        return [('template', template) if template else ('prompt', start)]
+    if start or template:
+        raise UserError('prompt_file says what is given: leave out start and template')
+    if path != '-' and not os.path.isfile(path):
+        raise UserError(f'there is no prompt_file {path!r} (- reads prompts from stdin)')
+    try:
+        text = sys.stdin.read() if path == '-' else Path(path).read_text(encoding='utf-8')
+    except UnicodeDecodeError as e:
+        raise UserError(f'prompt_file {path!r} is not a text in UTF-8 ({e.reason})') from e
+    lines = [line for line in text.split('\n') if line.strip()]
+    if not lines:
+        raise UserError(f'prompt_file {path!r} is empty: write a prompt or a template on each line')
+    return [('template' if BLANK.search(line) else 'prompt', line) for line in lines]
+
+
+def generate(model, objective, rows, settings, eos_id=None, on_step=None):
+    """The fillings of rows, canvases of one length: x (rows, T), nfe, and the seconds it took.
+
+    With an eos_id, a row ends there; without, it goes on to the end of the canvas.
+    """
+    check_decoding(settings)
+    if objective != 'ar' and len(rows[0]) > model.config.block_size:
+        raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
                         f'block_size is {model.config.block_size}')
     device = model.embed.weight.device
     generator = torch.Generator('cpu' if device.type == 'mps' else device)
     generator.manual_seed(settings['seed'])
-    x = torch.tensor([canvas] * settings['num_samples'], device=device)
-    decode = pick_decoder(settings['decoder'], objective, settings, eos_id)
+    decode = pick_decoder(objective, settings, eos_id)
     began = time.perf_counter()
-    x, nfe = decode(model, x, generator=generator, on_step=on_step)
+    x, nfe = decode(model, torch.tensor(rows, device=device), generator=generator, on_step=on_step)
     return x.cpu(), nfe, time.perf_counter() - began
+
+
+def batches(canvases, objective, mask_id, batch_size, block_length):
+    """Lists of the indices of canvases that are decoded together, batch_size of them at most.
+
+    AR takes canvases of any lengths together. Masked canvases have one length, since masks added
+    to one would change the text; in blocks, they are wanted in the same columns too.
+    """
+    groups = {}
+    for i, canvas in enumerate(canvases):
+        key = None
+        if objective != 'ar':
+            span = canvas.index(mask_id), canvas[::-1].index(mask_id)
+            key = len(canvas), span if block_length else None
+        groups.setdefault(key, []).append(i)
+    return [group[k:k + batch_size] for group in groups.values()
+            for k in range(0, len(group), batch_size)]
+
+
+def end_of(ids, canvas, eos_id, mask_id):
+    """How many of ids stand before the first eos_id that was written in place of a mask."""
+    pairs = list(zip(ids, canvas))
+    return pairs.index((eos_id, mask_id)) if (eos_id, mask_id) in pairs else len(pairs)
+
+
+def complete(model, objective, canvases, settings, eos_id=None, on_step=None):
+    """Fills canvases of any lengths, batch by batch: [(ids, figures)] in their order, and totals.
+
+    on_step sees the first batch, whose row 0 is the first canvas.
+    ids ends before an eos_id that was written. figures: nfe, seconds and tokens_per_second of the
+    batch it was in. totals: tokens written, each row's first eos_id among them; nfe; seconds.
+    """
+    done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), model.mask_id
+    for batch in batches(canvases, objective, mask_id, settings['batch_size'],
+                         settings['block_length']):
+        T = max(len(canvases[i]) for i in batch)
+        rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
+        how = settings | {'seed': settings['seed'] + batch[0]}
+        x, nfe, seconds = generate(model, objective, rows, how, eos_id,
+                                   on_step if batch[0] == 0 else None)
+        ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]
+        written = sum(canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends))
+        figures = {'nfe': nfe, 'seconds': seconds, 'tokens_per_second': written / seconds}
+        for i, ids, end in zip(batch, x.tolist(), ends):
+            done[i] = ids[:end], figures
+        totals = tuple(a + b for a, b in zip(totals, (written, nfe, seconds)))
+    return done, totals
+
+
+def without_repeated_words(text):
+    """text with one of each word that stands twice or more in a row, in capitals or not."""
+    word = r"[^\W\d_]+(?:['’][^\W\d_]+)*"
+    return re.sub(rf"(?i)(?<![\w'’])({word})(?:\s+\1(?!['’]?\w))+", r'\1', text)
 
 
 def main():
     settings = config.override(globals())
-    check_settings(settings)
+    check_decoding(settings)
+    require(settings, *((name, settings[name] >= 1, '1 or more')
+                        for name in ('num_samples', 'batch_size')),
+            ('gen_length', gen_length >= 0, '1 or more, or 0 to fill the context'))
+    require(settings, ('save', not save or Path(save).suffix in SAVERS,
+                       f'a file ending in one of {", ".join(SAVERS)}'))
     if corrupt and not (Path(out_dir) / 'ckpt.pt').is_file():  # letters will do
         chars = ''.join(sorted(set(corrupt)))
         tokenizer = load_tokenizer({'tokenizer': {'kind': 'char', 'chars': chars}, 'eos_id': None})
@@ -357,18 +973,30 @@ def main():
     place = pick_device(device)
     checkpoint = load_checkpoint(out_dir, place)
     model, meta = load_model(checkpoint, place), checkpoint['meta']
-    tokenizer = load_tokenizer(meta)
+    tokenizer, objective = load_tokenizer(meta), checkpoint['config']['objective']
     if corrupt:
         return show_corruption(corrupt, tokenizer, model.mask_id, seed)
-    canvas = make_canvas(model, tokenizer, settings)
-    objective, eos_id = checkpoint['config']['objective'], meta['eos_id']
-    x, nfe, seconds = generate(model, objective, canvas, settings, eos_id)
-    for ids in x.tolist():
-        print(tokenizer.decode(ids[:ids.index(eos_id)] if eos_id in ids else ids))
-        print('-' * 80)
-    written = num_samples * canvas.count(model.mask_id)
-    print(f'{written} tokens in {nfe} passes and {seconds:.2f} s, '
-          f'{written / seconds:,.0f} tokens/s')
+    asked = [question for question in what_is_asked(settings) for _ in range(num_samples)]
+    canvases = [make_canvas(model, tokenizer, kind, text, gen_length) for kind, text in asked]
+    recorder = Recorder(canvases[0], tokenizer, model.mask_id,
+                        Screen(watch_delay) if watch else None)
+    done, (written, nfe, seconds) = complete(model, objective, canvases, settings, meta['eos_id'],
+                                             recorder if watch or save else None)
+    for (kind, given), (ids, figures) in zip(asked, done):
+        text = tokenizer.decode(ids)
+        text = without_repeated_words(text) if cleanup else text
+        if json:
+            print(dumps({kind: given, 'text': text, 'tokens': ids, **figures, 'seed': seed,
+                         'decoder': decoder_name(decoder, objective)}))
+        else:
+            print(text, '-' * 80, sep='\n')
+    if not json:
+        print(f'{written} tokens in {nfe} passes and {seconds:.2f} s, '
+              f'{written / seconds:,.0f} tokens/s')
+    if save:
+        name = decoder_name(decoder, objective)
+        about = {'title': f'{Path(out_dir).name}, {name}', 'objective': objective, **settings}
+        SAVERS[Path(save).suffix](recorder, save, about | {'decoder': name})
 
 
 if __name__ == '__main__':

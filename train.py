@@ -437,7 +437,7 @@ if rank > 0:
 print(f'\nThe run is in {out_dir}: ckpt.pt, log.csv, loss.png. A sample of it:\n')
 tokenizer = load_tokenizer(meta)
 defaults = vars(sample) | {'seed': seed}
-x, _, _ = sample.generate(model.eval(), objective, [model.mask_id] * block_size, defaults)
+x, _, _ = sample.generate(model.eval(), objective, [[model.mask_id] * block_size], defaults)
 print(tokenizer.decode(x[0].tolist()))
 print('\nTo try next:')
 print(f'python sample.py --out_dir={out_dir} --num_samples=3')

@@ -154,11 +154,12 @@ def test_a_signal_saves_and_says_how_to_go_on(verse, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('words', [['--objective=ar', '--dropout=0.1'], ['--objective=mdm'],
-                                   ['--gradient_accumulation_steps=2', '--optimizer=adamw']])
+@pytest.mark.parametrize('words', [
+    ['--objective=ar', '--dropout=0.1', '--optimizer=adamw'],
+    ['--objective=mdm', '--gradient_accumulation_steps=2']])
 def test_a_run_killed_twenty_times_ends_in_the_same_bits(verse, words):
     """SIGKILL at 20 random moments, wherever that finds it: training, looking, writing."""
-    words = [*TINY, *words, '--max_iters=600', '--eval_interval=5']
+    words = [*TINY, *words, '--max_iters=200', '--eval_interval=5']
     whole, parts = verse / 'out/unbroken', verse / 'out/broken'
     began = time.monotonic()
     done = run('train.py', *words, '--out_dir=out/unbroken', '--overwrite', cwd=verse)
@@ -172,7 +173,7 @@ def test_a_run_killed_twenty_times_ends_in_the_same_bits(verse, words):
         process = subprocess.Popen([sys.executable, ROOT / 'train.py', *going_on], cwd=verse,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
-            assert process.wait(lasted * draws.uniform(0.05, 0.45)) == 0, process.stderr.read()
+            assert process.wait(lasted * draws.uniform(0.1, 0.6)) == 0, process.stderr.read()
             shutil.rmtree(parts)  # it got to the end before it was killed: begin anew
         except subprocess.TimeoutExpired:
             process.kill()
