@@ -59,7 +59,7 @@ block_size = 256            # T, tokens per window
 n_layer = 4
 n_head = 4
 n_kv_head = 0               # heads of keys and values; 0 = n_head
-n_embd = 256
+n_embd = 192
 pos = 'rope'                # rope, learned
 norm = 'rmsnorm'            # rmsnorm, layernorm
 mlp = 'relu2'               # relu2, swiglu, gelu
@@ -77,9 +77,9 @@ mask_range = (0.0, 1.0)     # mdm: levels t that are trained
 # optimiser
 optimizer = 'muon'          # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: all
 max_iters = 1500            # updates
-learning_rate = 3e-3        # AdamW's
+learning_rate = 6e-3        # AdamW's
 muon_lr = 0.02              # Muon's
-lr_schedule = 'cosine'      # cosine, wsd (constant, then linear over the last fifth), constant
+lr_schedule = 'wsd'         # wsd (constant, then linear over the last fifth), cosine, constant
 warmup_iters = 50           # updates over which the rates rise from 0
 weight_decay = 0.0          # of matrices in the blocks
 beta1 = 0.9                 # AdamW's averages of the gradient

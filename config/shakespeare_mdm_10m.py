@@ -11,3 +11,4 @@ eval_interval = 250
 warmup_iters = 100
 dropout = 0.2
 weight_decay = 0.1
+compile = True

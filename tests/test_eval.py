@@ -166,3 +166,22 @@ def test_flops_are_those_that_torch_counts(tied):
     vectors = sum(p.numel() for p in m.parameters() if p.dim() < 2)  # norms: no matrix products
     ours = B * T * (evaluation.flops_per_token(m, T) - 6 * vectors)
     assert counter.get_total_flops() == ours
+
+
+def test_speed_has_a_row_for_every_decoder_and_a_picture(runs):
+    done = run('eval.py', '--out_dir=out/ar,out/mdm', '--task=speed', '--gen_tokens=32',
+               '--report_dir=out/speed', cwd=runs)
+    assert done.returncode == 0, done.stderr
+    real, ar, *mdm = table(done.stdout)
+    assert real['run'] == 'validation text' and real['nfe'] == ''
+    assert (ar['decoder'], ar['nfe']) == ('ar', '16'), 'one pass a token'
+    assert [row['setting'] for row in mdm if row['decoder'] == 'remask'] == \
+        ['steps=4', 'steps=8', 'steps=16']
+    for row in mdm:
+        value = row['setting'].removeprefix('steps=')
+        if row['decoder'] in ('confidence', 'in blocks', 'in blocks, cached'):
+            assert row['nfe'] == value
+        assert 1 <= int(row['nfe']) <= 16 and float(row['ms/pass']) > 0
+        assert float(row['nll under ar']) > 0 and 'distinct-2' in row
+    picture = (runs / 'out/speed/speed.png').read_bytes()
+    assert picture[:8] == b'\x89PNG\r\n\x1a\n' and len(picture) > 10_000

@@ -359,7 +359,8 @@ def test_save_writes_by_the_extension(run, tmp_path, ending):
 
 
 @pytest.mark.parametrize('name, says', [
-    ('x.mp4', "error: save is '{}', but it must end in one of .gif, .png, .html, .jsonl"),
+    ('x.mp4', "error: save is '{}', but it must be a file "
+     'ending in one of .gif, .png, .html, .jsonl'),
     ('no/folder/x.gif', "error: [Errno 2] No such file or directory: '{}'")])
 def test_what_cannot_be_saved_is_said_in_one_line(run, tmp_path, name, says):
     path = tmp_path / name

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / 'config').glob('*.py') if p.name != '__init__.py')
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
         '--max_iters=6', '--eval_interval=3', '--warmup_iters=2', '--device=cpu',
-        '--log_interval=1', '--dataset=verse', '--eval_repeats=2']
+        '--log_interval=1', '--dataset=verse', '--eval_repeats=2', '--compile=False']
 # sentences in many orders, so that there is something to learn and nothing is repeated exactly
 VERSE = '\n'.join(f'The {a} {b} the {c}.' for a in ('cat', 'old king', 'rose', 'night', 'sea')
                   for b in ('sees', 'loves', 'forgets', 'calls') for c in
