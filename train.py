@@ -39,7 +39,7 @@ import sample
 from config import UserError
 from eval import draw_losses, fastest_flops, flops_per_token, print_bench
 from model import BOUND_NAMES, BOUNDS, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, evaluate, \
-    load_checkpoint, model_config, pick_device, pick_dtype
+    load_checkpoint, mixed_seed, model_config, pick_device, pick_dtype
 from prepare import gather, load_meta, load_split, load_tokenizer, prepare
 
 # the run
@@ -76,7 +76,7 @@ w_max = 5.0                 # mdm: for loss_weight = clipped
 mask_range = (0.0, 1.0)     # mdm: levels t that are trained
 # optimiser
 optimizer = 'muon'          # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: all
-max_iters = 1500            # updates
+max_iters = 1200            # updates
 learning_rate = 6e-3        # AdamW's
 muon_lr = 0.02              # Muon's
 lr_schedule = 'wsd'         # wsd (constant, then linear over the last fifth), cosine, constant
@@ -86,7 +86,7 @@ beta1 = 0.9                 # AdamW's averages of the gradient
 beta2 = 0.99                # and of its square
 grad_clip = 1.0             # largest norm of the gradient; 0 = no limit
 # watching
-eval_interval = 250         # updates between evaluations on the full validation split, checkpoints
+eval_interval = 200         # updates between evaluations on the full validation split, checkpoints
 log_interval = 10           # updates between looks at the loss
 eval_repeats = 4            # independent draws of a bound at the end, for its standard error
 tensorboard = False         # also write the curves for TensorBoard, to out_dir
@@ -380,7 +380,7 @@ for iteration in range(first_iter, max_iters + 1):
             group['lr'] = factor * (muon_lr if isinstance(o, Muon) else learning_rate)
     sums = torch.zeros(3, device=device)  # nats, tokens that count, processes that caught a signal
     for micro in range(gradient_accumulation_steps):
-        number = (seed * 2 ** 40 + iteration * 2 ** 12 + micro * world + rank) % 2 ** 63
+        number = mixed_seed(seed, iteration, micro * world + rank)
         torch.manual_seed(number)  # of dropout
         x0, generator = get_batch(train_data, batch_size, block_size, meta['vocab_size'], number,
                                   device)

@@ -461,3 +461,15 @@ def test_sliced_cross_entropy_is_the_whole(objective, monkeypatch):
     for other in found[1:]:
         for a, b in zip(found[0], other):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_every_number_of_a_mixed_seed_counts():
+    """Also those beyond the 32 bits that a generator on the CPU looks at."""
+    seeds = {model.mixed_seed(*n) for n in itertools.product((0, 1, 2 ** 40, -1), (0, 1), (0, 1))}
+    assert len(seeds) == 16 and all(0 <= seed < 2 ** 32 for seed in seeds)
+    m = Transformer(ModelConfig(8, 4, n_embd=8, n_layer=1, n_head=1))
+    with torch.no_grad():
+        m.head.weight.normal_()
+    data = np.random.default_rng(0).integers(0, 7, 100).astype(np.uint16)
+    drawn = [evaluate(m, BOUNDS['mdm'], data, 4, seed=seed)[0] for seed in (0, 1, 2 ** 40)]
+    assert len(set(drawn)) == 3
