@@ -262,7 +262,8 @@ def draw_speed(rows, path):
         ('unigram entropy (bits)', 'unigram entropy (bits)')) if key]
     fig, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4),
                              constrained_layout=True, squeeze=False)
-    colors = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45')
+    colors = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
+              '#882255')
     families = list(dict.fromkeys((row['run'], row['decoder']) for row in rows[1:]))
     for ax, (key, label) in zip(axes[0], panels):
         real = float(rows[0][key].rstrip('%'))
@@ -272,8 +273,8 @@ def draw_speed(rows, path):
         for i, family in enumerate(families):
             points = sorted((float(row['nfe']), float(row[key].rstrip('%'))) for row in rows[1:]
                             if (row['run'], row['decoder']) == family)
-            ax.plot(*zip(*points), marker='os^Dv<>P'[i % 8], ms=5, lw=1.3, label=', '.join(family),
-                    color=colors[i % 8])
+            ax.plot(*zip(*points), marker='*s^Dv<>Po'[i % 9], ms=9 if i == 0 else 5, lw=1.3,
+                    label=', '.join(family), color=colors[i % 9])
         ax.set(xscale='log', xlabel='passes per text', ylabel=label)
         ax.set_xticks([4, 16, 64, 256], ['4', '16', '64', '256'])
         ax.minorticks_off()

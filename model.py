@@ -300,7 +300,7 @@ def noise(t, schedule):
     raise UserError(f'schedule is {schedule!r}, not one of {", ".join(SCHEDULES)}')
 
 
-def token_nll(model, h, target, at_once=2 ** 25):
+def token_nll(model, h, target, at_once=2 ** 28):
     """-log p(target) (N,) from hidden states h (N, C), in slices if N * V is more than `at_once`.
 
     A slice keeps none of its logits for the backward pass, which computes them anew: with GPT-2's
