@@ -596,7 +596,7 @@ def draw_steps(r, shown, stood, title, size):
             put(*places[new['i']], '' if is_mask else visible(new['text']),
                 MASK_COLOR if is_mask else color)
         if k > 0:
-            put(-0.9, COLUMNS / 2 * (1 + (k - 1) / n), COLUMNS / 2 / n + 0.1, '', color, 0.4)
+            put(-0.9, COLUMNS / 2 * (1 + (k - 1) / n), COLUMNS / 2 / n + 0.3, '', color, 0.4)
         if k in shown:
             put(-1.2, 0, COLUMNS / 2, f'{title}, step {k} of {n}', 'white')
             images.append(image.copy())

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group('readme')  # in their order, so by one process
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
-TOY = {'train.py': ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=128', '--batch_size=4',
-                    '--max_iters=2', '--eval_interval=1', '--overwrite', '--device=cpu'],
+TOY = {'train.py': ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=128', '--overwrite',
+                    '--batch_size=4', '--max_iters=2', '--eval_interval=1', '--device=cpu'],
        'sample.py': ['--device=cpu'], 'eval.py': ['--device=cpu', '--repeats=2', '--gen_tokens=32']}
 WORDS = "O Romeo, ROMEO: wherefore art thou? To be or not to be: What's in a name! But soft\n"
 
