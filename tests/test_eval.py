@@ -19,7 +19,6 @@ import eval as evaluation
 from model import ModelConfig, Transformer, load_checkpoint, load_model
 from prepare import load_split
 
-pytestmark = pytest.mark.xdist_group('eval')  # by one process, for the runs that all look at
 ROOT = Path(__file__).parents[1]
 TEXT = '\n'.join(f'The {a} {b} the {c}.' for a in ('cat', 'old king', 'rose') for b in
                  ('sees', 'forgets') for c in ('moon', 'wind', 'song', 'crown', 'owl')) + '\n'
