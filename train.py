@@ -55,6 +55,7 @@ dataset = 'shakespeare_char'  # a folder of data/, prepared if missing
 batch_size = 16             # B, windows per forward and backward pass
 gradient_accumulation_steps = 1  # passes per update
 block_size = 256            # T, tokens per window
+train_tokens = 0            # train on the first so many tokens of the training split; 0 = all
 # model
 n_layer = 4
 n_head = 4
@@ -244,7 +245,8 @@ for name, fine, wanted in (
         ('lr_schedule', lr_schedule in ('cosine', 'wsd', 'constant'), 'cosine, wsd or constant'),
         ('mask_range', len(mask_range) == 2 and 0 <= mask_range[0] <= mask_range[1] <= 1
          and mask_range[1] > 0, '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0'),
-        *((n, settings[n] >= 0, '0 or more') for n in ('max_iters', 'grad_clip', 'bench')),
+        *((n, settings[n] >= 0, '0 or more') for n in (
+            'max_iters', 'train_tokens', 'grad_clip', 'bench')),
         *((n, settings[n] >= 1, '1 or more') for n in (
             'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head',
             'n_embd', 'eval_interval', 'log_interval', 'eval_repeats'))):
@@ -264,7 +266,8 @@ if rank == 0 and not (Path('data') / dataset / 'meta.json').exists():
 if world > 1:
     dist.barrier()  # from here on there is data, and every process has seen that out_dir is free
 meta = load_meta(dataset)
-train_data, val_data = load_split(dataset, 'train'), load_split(dataset, 'val')
+train_data, val_data = load_split(dataset, 'train')[:train_tokens or None], \
+    load_split(dataset, 'val')
 if len(train_data) < block_size:
     raise UserError(f'block_size is {block_size}, but data/{dataset} has only '
                     f'{len(train_data):,} training tokens')
