@@ -24,6 +24,7 @@ DiT 2212.09748 (adaLN). Everything is in nats per token.
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from config import UserError
-from prepare import gather
+from prepare import gather, gather_rows, row_batches, row_widths
 
 # ---------------------------------------------------------------------------- the transformer
 
@@ -52,6 +53,7 @@ class ModelConfig:
     pos: str = 'rope'         # rope, learned
     norm: str = 'rmsnorm'     # rmsnorm, layernorm
     mlp: str = 'relu2'        # relu2, swiglu, gelu
+    n_hidden: int = 0         # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
     qk_norm: bool = True      # normalise queries and keys, so that attention logits stay small
     bias: bool = False        # biases in linear layers and in layernorm
     tied: bool = False        # the head shares the embedding's matrix
@@ -152,7 +154,7 @@ class MLP(nn.Module):
         super().__init__()
         self.kind = c.mlp
         # swiglu has a third matrix, so 8/3 C wide it costs what the others do at 4 C
-        hidden = 4 * c.n_embd if c.mlp != 'swiglu' else 8 * c.n_embd // 3
+        hidden = c.n_hidden or (4 * c.n_embd if c.mlp != 'swiglu' else 8 * c.n_embd // 3)
         self.fc = nn.Linear(c.n_embd, hidden, bias=c.bias)
         self.gate = nn.Linear(c.n_embd, hidden, bias=c.bias) if c.mlp == 'swiglu' else None
         self.proj = nn.Linear(hidden, c.n_embd, bias=c.bias)
@@ -420,41 +422,65 @@ def mixed_seed(*numbers):
     return int(np.random.SeedSequence([n % 2 ** 64 for n in numbers]).generate_state(1)[0])
 
 
+def evaluation_windows(data, T, batch_size, vocab_size, max_windows):
+    """[function that reads a batch of windows: x0 (B, T) int64, and nothing given]."""
+    T = min(T, len(data))
+    starts = np.arange(0, len(data) - T + 1, T)
+    tail = len(data) - len(starts) * T
+    if max_windows is not None and max_windows < len(starts):
+        starts = starts[torch.linspace(0, len(starts) - 1, max_windows).long().numpy()]
+        tail = 0
+    parts = [(starts[i:i + batch_size], T) for i in range(0, len(starts), batch_size)]
+    if tail:
+        parts.append((np.array([len(data) - tail]), tail))
+    return [lambda part=part: (gather(data, *part, vocab_size), None) for part in parts]
+
+
+def evaluation_rows(data, meta, batch_size, predict_pad, max_rows):
+    """[function that reads a batch of rows of one width: x0 (B, T) int64, given (B, T) bool]."""
+    rows = data.reshape(-1, meta['row_length'])
+    if max_rows is not None and max_rows < len(rows):
+        rows = rows[torch.linspace(0, len(rows) - 1, max_rows).long().numpy()]
+    batches = row_batches(row_widths(rows, meta, predict_pad), batch_size)
+    return [partial(gather_rows, rows.reshape(-1), batch, meta, predict_pad) for batch in batches]
+
+
 @torch.no_grad()
-def evaluate(model, bound, data, batch_size, seed=0, repeats=1, max_windows=None):
+def evaluate(model, bound, data, batch_size, seed=0, repeats=1, max_windows=None, meta=None,
+             predict_pad=False):
     """Mean of bound(model, ...) over a split, nats per token, and the standard error of that mean.
 
     data: a memmap of tokens, cut into windows of block_size, the last one as short as it comes, so
-    that every token counts once (max_windows: that many, evenly spread). The error is that of the
-    Monte Carlo draws, from `repeats` independent ones; nan with one repeat. The processes of a
-    torchrun share the batches and all return the same.
+    that every token counts once (max_windows: that many, evenly spread). Under a meta whose layout
+    is rows: the rows, each read alone, in which all that is behind the prompt counts once, PAD
+    among it if predict_pad. The error is that of the Monte Carlo draws, from `repeats` independent
+    ones; nan with one repeat. The processes of a torchrun share the batches and all return the
+    same.
     """
     was_training, device = model.training, model.embed.weight.device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.eval()
     generator = torch.Generator(device)
-    T = min(model.config.block_size, len(data))
-    starts = torch.arange(0, len(data) - T + 1, T)
-    if max_windows is not None and max_windows < len(starts):
-        starts = starts[torch.linspace(0, len(starts) - 1, max_windows).long()]
-        tail = 0
+    if meta is not None and meta['layout'] == 'rows':
+        reads = evaluation_rows(data, meta, batch_size, predict_pad, max_windows)
     else:
-        tail = len(data) - len(starts) * T
-    batches = [(chunk.numpy(), T) for chunk in starts.split(batch_size)]
-    if tail:
-        batches.append((np.array([len(data) - tail]), tail))
+        reads = evaluation_windows(data, model.config.block_size, batch_size, model.mask_id,
+                                   max_windows)
     means = []
     for repeat in range(repeats):
-        nats = torch.zeros(len(batches), dtype=torch.float64)
-        for i in range(rank, len(batches), world):
-            x0 = torch.from_numpy(gather(data, *batches[i], model.mask_id)).to(device)
+        sums = torch.zeros(len(reads), 2, dtype=torch.float64)  # nats, tokens that count
+        for i in range(rank, len(reads), world):
+            x0, given = (torch.from_numpy(part).to(device) if part is not None else None
+                         for part in reads[i]())
             # a batch's noise does not depend on which process draws it
             generator.manual_seed(mixed_seed(seed, repeat, i))
-            nats[i] = bound(model, x0, generator).sum()
+            sums[i, 0] = bound(model, x0, generator, given).sum()
+            sums[i, 1] = x0.numel() if given is None else (~given).sum()
         if world > 1:  # every entry from one process, zero from the others: the sum is exact
-            nats = nats.to(device)
-            dist.all_reduce(nats)
-        means.append(nats.sum().item() / (len(starts) * T + tail))
+            sums = sums.to(device)
+            dist.all_reduce(sums)
+        nats, count = sums.sum(0).tolist()
+        means.append(nats / count)
     model.train(was_training)
     error = np.std(means, ddof=1) / repeats ** 0.5 if repeats > 1 else math.nan
     return float(np.mean(means)), float(error)

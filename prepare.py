@@ -6,15 +6,26 @@
     python prepare.py wikitext103            # 540 MB, a minute
     python prepare.py text8                  # 100 MB, seconds: 27 characters
     python prepare.py path/to/any.txt --tokenizer=bpe --vocab_size=1024
+    python prepare.py multi30k               # 29,000 captions, seconds: English to French
+    python prepare.py opus_books             # 127,000 sentences of novels, a minute: the same
+    python prepare.py NAME --prompts=FILE --answers=FILE      # line by line
+    python prepare.py path/to/any.jsonl --fields=question,answer
+    python prepare.py path/to/any.txt --documents             # one in each row
 
 A download, kept in data/downloads, comes on top once. Text is read as a stream, and the bins are
 flat uint16 ids that are read as memmaps: on either side a corpus may be larger than memory.
+
+All but the last four are one stream of text. Those are rows of one length instead, in which stands
+[prompt SEP answer EOS PAD...] or [document EOS PAD...]: a model of them learns where to end.
 """
 
 import base64
 import collections
+import csv
+import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -39,8 +50,16 @@ name = ''          # of the folder in data/; '' = that of the data set, or of th
 source = ''        # a local copy of the data set: the text, the zip, or a folder with WikiText
 tokenizer = ''     # char, gpt2, bpe (learned from the train split); '' = the data set's own, which
                    # is char for a file of yours
-vocab_size = 4096  # of bpe: 256 bytes, merges and end-of-text
-threads = 0        # that tokenise at the same time for gpt2 and bpe; 0 = one per core
+vocab_size = 0     # of bpe: 256 bytes, merges and special tokens; 0 = the data set's own, which is
+                   # 4096 for a file of yours
+threads = 0        # that tokenise a stream at the same time for gpt2 and bpe; 0 = one per core
+# rows
+prompts = ''       # two files of which line i of the one is answered by line i of the other
+answers = ''
+fields = ''        # 'question,answer': the columns of a .csv, or the keys of a .jsonl, that are those
+documents = False  # a row for each text between EOTs; in a file without an EOT, for each line
+max_prompt = 128   # tokens; a pair with a longer side is dropped, for half an answer is a wrong one
+max_answer = 128   # tokens; of a longer document the rest is cut off
 
 TINY_SHAKESPEARE = (
     ['https://raw.githubusercontent.com/karpathy/char-rnn/master/data/',
@@ -56,7 +75,14 @@ DATASETS = {  # tokenizer, mirrors, file, its sha256
     'wikitext103': ('gpt2', WIKITEXT_MIRRORS, 'wikitext-103-v1.zip',
                     '242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590'),
     'text8': ('char', ['https://mattmahoney.net/dc/', 'https://data.deepai.org/'], 'text8.zip',
-              'a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232')}
+              'a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232'),
+    # No sha256 of these two: nobody here has seen the published files to compare with.
+    'multi30k': ('bpe', ['https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/'],
+                 'multi30k', None),
+    'opus_books': ('bpe', ['https://object.pouta.csc.fi/OPUS-Books/v1/moses/'],
+                   'en-fr.txt.zip', None)}
+VOCAB_SIZES = {'multi30k': 8000, 'opus_books': 20_000}
+MULTI30K = {'train': 'train', 'val': 'val', 'test': 'test_2016_flickr'}  # stems of the gzips
 SPLIT_ENDS = {'text8': {'train': 0.9, 'val': 0.95, 'test': 1}}  # 90M, 5M, 5M, as everyone has it
 # A title stands between empty lines, which in WikiText hold a space; sections have more `=`. That
 # finds the 600 + 60 + 60 articles of WikiText-2 and skips the lines of tables that look alike.
@@ -65,6 +91,7 @@ PLAYS = ['coriolanus', 'richard-iii', 'richard-ii', 'romeo-and-juliet', 'henry-v
          'a-winter-s-tale', 'measure-for-measure', 'the-taming-of-the-shrew', 'the-tempest']
 
 EOT = '<|endoftext|>'
+SPECIALS = {'eos_id': EOT, 'sep_id': '<|sep|>', 'pad_id': '<|pad|>'}  # in the order of their ids
 # GPT-2's, in possessive form (++), which matches the same but never has to backtrack.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
@@ -86,8 +113,8 @@ MAX_UNCUT = 32_000_000   # characters in a row without a place to cut
 DOWNLOADS = Path('data', 'downloads')
 TOKENIZER_KEYS = {'char': {'chars'}, 'gpt2': set(), 'bpe': {'pattern', 'ranks'}}
 META_TYPES = {
-    'name': str, 'layout': str, 'row_length': int | None, 'vocab_size': int, 'mask_id': int,
-    'eos_id': int | None, 'sep_id': int | None, 'pad_id': int | None, 'tokenizer': dict,
+    'name': str, 'layout': str, 'row_length': int | None, 'max_answer': int | None,
+    'vocab_size': int, 'mask_id': int, 'eos_id': int | None, 'sep_id': int | None, 'pad_id': int | None, 'tokenizer': dict,
     'source': str, 'sha256': str, 'counts': dict}
 
 
@@ -98,7 +125,7 @@ def load_meta(dataset):
         raise UserError(f'there is no {path}: run python prepare.py {dataset}')
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
-        wrong = [key for key, kind in META_TYPES.items() if not isinstance(meta[key], kind)]
+        wrong = [key for key, kind in META_TYPES.items() if not isinstance(meta.get(key), kind)]
         if TOKENIZER_KEYS[meta['tokenizer']['kind']] != meta['tokenizer'].keys() - {'kind'}:
             wrong.append('tokenizer')
         wrong += [split for split, count in meta['counts'].items()
@@ -136,6 +163,50 @@ def gather(data, starts, length, vocab_size):
     return ids
 
 
+def row_lengths(rows, meta):
+    """(prompts, ends), (N,) each: the tokens of rows (N, row_length) up to SEP and up to EOS.
+
+    Both included, and 0 for the prompt of a document. No prompt or answer contains an EOS.
+    """
+    ends = (rows == meta['eos_id']).argmax(1) + 1
+    if meta['sep_id'] is None:
+        return np.zeros_like(ends), ends
+    return (rows == meta['sep_id']).argmax(1) + 1, ends
+
+
+def row_widths(rows, meta, predict_pad=False):
+    """Tokens (N,) of each of rows (N, row_length) that a model sees: it all, and no PAD.
+
+    predict_pad: what is behind the prompt is as wide as the longest answer and its EOS, so that
+    nothing but the tokens tells where an answer ends."""
+    prompts, ends = row_lengths(rows, meta)
+    return prompts + meta['max_answer'] + 1 if predict_pad else ends
+
+
+def row_batches(widths, batch_size, rng=None):
+    """[(B,) numbers of rows of one width]: every row once, B <= batch_size, in random order if rng.
+
+    Of one width, for PAD costs time, and shows a model that sees both ways how long the answer is.
+    """
+    order = np.arange(len(widths)) if rng is None else rng.permutation(len(widths))
+    order = order[widths[order].argsort(kind='stable')]
+    groups = np.split(order, np.flatnonzero(np.diff(widths[order])) + 1)
+    batches = [group[i:i + batch_size] for group in groups
+               for i in range(0, len(group), batch_size)]
+    return batches if rng is None else [batches[i] for i in rng.permutation(len(batches))]
+
+
+def gather_rows(data, numbers, meta, predict_pad=False):
+    """(x0 (B, T) int64, given (B, T) bool) of some rows of a split, T the width of the widest.
+
+    given: True in the prompt and at SEP. Raises UserError for ids outside the vocabulary."""
+    x0 = gather(data, np.asarray(numbers) * meta['row_length'], meta['row_length'],
+                meta['vocab_size'])
+    T = row_widths(x0, meta, predict_pad).max()
+    prompts, _ = row_lengths(x0, meta)
+    return x0[:, :T], np.arange(T) < prompts[:, None]
+
+
 def sha256_of(*files):
     """The sha256 of the bytes of files (paths, also into a zip), one after the other."""
     digest = hashlib.sha256()
@@ -164,11 +235,12 @@ def append_rest(url, part, timeout):
 
 
 def download(urls, path, sha256, timeout=(3, 15), tries=4, pause=0.5):
-    """Fetches `path` from the first mirror that has it with this sha256. Raises UserError.
+    """Fetches `path` from the first mirror that has it with this sha256, unless that is None.
 
     timeout: seconds to connect, and to wait for a byte. A broken download stays as path.part and
-    is resumed, now or in a later run; path itself appears once the checksum is right."""
-    if path.is_file() and sha256_of(path) == sha256:
+    is resumed, now or in a later run; path itself appears once the checksum is right. Raises UserError.
+    """
+    if path.is_file() and sha256 in (None, sha256_of(path)):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f'{path}.part')
@@ -178,7 +250,7 @@ def download(urls, path, sha256, timeout=(3, 15), tries=4, pause=0.5):
             resumed = part.exists()
             try:
                 append_rest(url, part, timeout)
-                if sha256_of(part) == sha256:
+                if sha256 in (None, sha256_of(part)):
                     return os.replace(part, path)
                 part.unlink()
                 problem, again = 'wrong checksum', resumed  # of what was there before, perhaps
@@ -236,6 +308,15 @@ def find_dataset(what):
     return DOWNLOADS / file, mirrors[0] + file
 
 
+def members(path):
+    """{name: path, also into a zip} of the files in a folder or zip, or of the one file."""
+    if path.is_dir():
+        return {p.name: p for p in path.iterdir()}
+    if zipfile.is_zipfile(path):
+        return {Path(m).name: zipfile.Path(path, m) for m in zipfile.ZipFile(path).namelist()}
+    return {path.name: path}
+
+
 def find_text(what, source):
     """([paths, also into a zip], source in words): of one text, or of the three of WikiText."""
     path, words = Path(source or what), Path(source or what).name
@@ -243,12 +324,7 @@ def find_text(what, source):
         path, words = find_dataset(what)
     if not path.exists():
         raise UserError(f'there is no file {str(path)!r} (data sets: {", ".join(DATASETS)})')
-    if path.is_dir():
-        files = {p.name: p for p in path.iterdir()}
-    elif zipfile.is_zipfile(path):
-        files = {Path(m).name: zipfile.Path(path, m) for m in zipfile.ZipFile(path).namelist()}
-    else:
-        files = {path.name: path}
+    files = members(path)
     wikitext = what in ('wikitext2', 'wikitext103')
     found = [*files.values()] if not wikitext else [
         files[file] for stem in ('train', 'valid', 'test')
@@ -296,6 +372,48 @@ def read_wikitext(file, label):
         first = 0
 
 
+def read_parts(file, label, separator='\n'):
+    """The parts of a UTF-8 file that end in `separator`, each with it; the last may lack it."""
+    rest = ''
+    for chunk in read_chunks(file, label):
+        *parts, rest = (rest + chunk).split(separator)
+        yield from (part + separator for part in parts)
+    if rest:
+        yield rest
+
+
+def read_pairs(prompts, answers):
+    """Yields (line i of the one file, line i of the other). Raises UserError if one is longer."""
+    sides = [read_parts(file, str(file)) for file in (prompts, answers)]
+    for i, pair in enumerate(itertools.zip_longest(*sides), start=1):
+        if None in pair:
+            longer, shorter = (answers, prompts) if pair[0] is None else (prompts, answers)
+            raise UserError(f'{longer} has a line {i}, but {shorter} ends before it: they must '
+                            'correspond line by line')
+        yield pair
+
+
+def read_fields(file, fields):
+    """Yields (prompt, answer): two named columns of a .csv, two keys of a .jsonl."""
+    lines = read_parts(file, str(file))
+    try:
+        records = csv.DictReader(lines) if file.suffix == '.csv' else map(json.loads, lines)
+        for i, record in enumerate(records, start=1):
+            if missing := [field for field in fields if record.get(field) is None]:
+                raise UserError(f'record {i} of {file} has no {" and no ".join(missing)}, only '
+                                f'{", ".join(map(str, record))}')
+            yield tuple(str(record[field]) for field in fields)
+    except (ValueError, AttributeError, csv.Error) as e:
+        raise UserError(f'{file} is not a .csv or .jsonl of records: {e}') from e
+
+
+def read_documents(file, label):
+    """Yields ('', document): the texts between EOTs, or the lines if there is no EOT at all."""
+    has_eot = any(EOT in chunk for chunk in recut(read_chunks(file, label), OUTSIDE_EOT))
+    for part in read_parts(file, label, EOT if has_eot else '\n'):
+        yield '', part.removesuffix(EOT) if has_eot else part
+
+
 def progress(chunks, label, total=None):
     """The same chunks, with a bar on stderr where it takes longer than a second."""
     with tqdm(desc=label, total=total, unit='char', unit_scale=True, delay=1) as bar:
@@ -315,6 +433,72 @@ def open_splits(what, files):
     stops = [int(n * end) for end in ends.values()]
     return {split: partial(read, start, stop)
             for split, start, stop in zip(ends, [0, *stops], stops)}
+
+
+def find_named_pairs(what, source):
+    """({split or 'all': (English file, French file)}, source in words) of a known data set."""
+    _, (mirror,), file, sha256 = DATASETS[what]
+    path, words = Path(source or DOWNLOADS / file), Path(source).name or mirror + file
+    wanted = {split: (split, 'test2016')[split == 'test'] for split in MULTI30K}
+    if what == 'opus_books':
+        wanted = {'all': 'Books.en-fr'}
+        if not source:
+            download([mirror + file], path, sha256)
+    elif not source:
+        for split, language in itertools.product(MULTI30K, ('en', 'fr')):
+            zipped = path / f'{MULTI30K[split]}.{language}.gz'
+            download([mirror + zipped.name], zipped, sha256)
+            plain = path / f'{wanted[split]}.{language}'
+            plain.write_bytes(gzip.decompress(zipped.read_bytes()))
+    files = members(path) if path.exists() else {}
+    pairs = {split: [f'{stem}.{language}' for language in ('en', 'fr')]
+             for split, stem in wanted.items()}
+    if lacking := [name for pair in pairs.values() for name in pair if name not in files]:
+        raise UserError(f'{path} is not {what}: it has no {", ".join(lacking)}')
+    return {split: [files[name] for name in pair] for split, pair in pairs.items()}, words
+
+
+def open_rows(what, source, prompts, answers, fields, documents):
+    """({split: function that starts its (prompt, answer)s}, [paths], source in words).
+
+    What is not split by its makers: the last tenth is val, or of OPUS Books random hundredths are
+    val and test, for its end is one book."""
+    if what in DATASETS:
+        found, words = find_named_pairs(what, source)
+        files = [file for pair in found.values() for file in pair]
+        reads = {split: partial(read_pairs, *pair) for split, pair in found.items()}
+        if 'all' not in reads:
+            return reads, files, words
+        read = reads['all']
+    else:
+        if [bool(prompts or answers), bool(fields), documents].count(True) > 1:
+            raise UserError('rows are made of --prompts and --answers, of --fields, or of '
+                            '--documents: not of two of these')
+        aligned = prompts or answers
+        files = [Path(file) for file in ((prompts, answers) if aligned else (source or what,))]
+        words = ', '.join(file.name for file in files)
+        if missing := [str(file) for file in files if not file.is_file()]:
+            raise UserError(f'there is no file {missing[0]!r}')
+        read = partial(read_pairs, *files) if aligned else partial(read_documents, *files, what)
+        if fields:
+            read = partial(read_fields, *files, fields.split(','))
+    n = sum(1 for _ in read())
+    part = np.searchsorted([int(n * 0.9)], np.arange(n), side='right')  # 0 train, 1 val, 2 test
+    if what == 'opus_books':
+        part = np.random.default_rng(0).permutation(
+            np.searchsorted([n - 2 * (n // 100), n - n // 100], np.arange(n), side='right'))
+    def some(number):
+        return itertools.compress(read(), part == number)
+    return {split: partial(some, number) for number, split in enumerate(('train', 'val', 'test'))
+            if number in part}, files, words
+
+
+def characters_of(splits, kind):
+    """The characters that occur in rows, in order; none if the tokenizer does not ask for them."""
+    if kind != 'char':
+        return ''
+    return ''.join(sorted({c for read in splits.values() for pair in read() for side in pair
+                           for c in side.encode('utf-8', 'replace').decode()}))
 
 
 def code_points(text):
@@ -339,17 +523,19 @@ def scan(splits):
 
 
 class CharTokenizer:
-    """One id per character, in the order of `chars`; then eos_id, unless None, for EOT."""
+    """One id per character, in the order of `chars`; then those of `specials` {text: id}."""
 
-    def __init__(self, chars, eos_id):
-        self.pieces = [*chars, *([EOT] if eos_id is not None else [])]
+    def __init__(self, chars, specials):
+        self.pieces = [*chars, *specials]
         self.ids = np.full(0x110000, MAX_VOCAB_SIZE, np.uint16)  # by code point
         self.ids[code_points(chars)] = np.arange(len(chars))
-        self.ids[ord(MARK)] = MAX_VOCAB_SIZE if eos_id is None else eos_id
+        self.takes_eot = specials.keys() == {EOT}  # in rows no text has a special token's id
+        if self.takes_eot:
+            self.ids[ord(MARK)] = specials[EOT]
 
     def encode_array(self, text):
         """ids of `text`, uint16."""
-        codes = code_points(text.replace(EOT, MARK) if self.pieces[-1:] == [EOT] else text)
+        codes = code_points(text.replace(EOT, MARK) if self.takes_eot else text)
         ids = self.ids[codes]
         if lacking := {repr(chr(code)) for code in codes[ids == MAX_VOCAB_SIZE]}:
             raise UserError(f'the tokenizer does not know {" ".join(sorted(lacking)[:9])}')
@@ -363,14 +549,17 @@ class CharTokenizer:
 
 
 class BytePairTokenizer:
-    """A tiktoken.Encoding that takes an EOT in the text for one id."""
+    """A tiktoken.Encoding that takes an EOT in the text for one id, but not in rows."""
 
     def __init__(self, encoding):
         self.encoding = encoding
+        self.in_text = encoding.special_tokens_set & {EOT} \
+            if encoding.special_tokens_set <= {EOT} else set()
 
     def encode_array(self, text):
         """ids of `text`, uint16. Other threads run meanwhile: tiktoken is Rust."""
-        return self.encoding.encode_to_numpy(text, allowed_special={EOT}).astype(np.uint16)
+        return self.encoding.encode_to_numpy(
+            text, allowed_special=self.in_text, disallowed_special=()).astype(np.uint16)
 
     def encode(self, text):
         return self.encode_array(text).tolist()
@@ -382,42 +571,47 @@ class BytePairTokenizer:
 def load_tokenizer(meta):
     """The tokenizer `meta` describes: encode(text) -> list of ids, decode(ids) -> text."""
     spec = meta['tokenizer']
+    specials = {text: meta[key] for key, text in SPECIALS.items() if meta.get(key) is not None}
     if spec['kind'] == 'char':
-        return CharTokenizer(spec['chars'], meta['eos_id'])
+        return CharTokenizer(spec['chars'], specials)
     if spec['kind'] == 'bpe':
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec['ranks'])}
         return BytePairTokenizer(tiktoken.Encoding('bpe', pat_str=spec['pattern'],
-                                 mergeable_ranks=ranks, special_tokens={EOT: meta['eos_id']}))
+                                                   mergeable_ranks=ranks, special_tokens=specials))
     try:
-        return BytePairTokenizer(tiktoken.get_encoding('gpt2'))  # downloads it once
+        gpt2 = tiktoken.get_encoding('gpt2')  # downloads it once
+        return BytePairTokenizer(tiktoken.Encoding(
+            'gpt2', pat_str=gpt2._pat_str, mergeable_ranks=gpt2._mergeable_ranks,
+            special_tokens=specials) if len(specials) > 1 else gpt2)
     except (requests.RequestException, OSError, ValueError) as e:
         raise UserError("GPT-2's files vocab.bpe and encoder.json cannot be fetched: set TIKTOKEN_"
                         "CACHE_DIR to a copy of tiktoken's cache, or use --tokenizer=bpe") from e
 
 
-def make_tokenizer(kind, chars, has_eot, train, vocab_size):
-    """(description for meta.json, V', eos_id) of a tokenizer for a corpus.
+def make_tokenizer(kind, chars, texts, vocab_size, n_special):
+    """(description for meta.json, ordinary tokens) of a tokenizer, learned from texts if it is bpe.
 
-    Of byte pairs it keeps, in base64, the bytes of each token in the order of their ids."""
+    The ids of n_special special tokens come next. Of byte pairs it keeps, in base64, the bytes of
+    each token in the order of their ids."""
     if kind == 'gpt2':
-        return {'kind': kind}, 50_257, 50_256
+        return {'kind': kind}, 50_256
     if kind == 'char':
-        if len(chars) + has_eot > MAX_VOCAB_SIZE:
+        if len(chars) + n_special > MAX_VOCAB_SIZE:
             raise UserError(f'{len(chars):,} different characters: too many, use --tokenizer=bpe')
-        return {'kind': kind, 'chars': chars}, len(chars) + has_eot, len(chars) if has_eot else None
-    if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(f'vocab_size is {vocab_size}, but must be 257 to {MAX_VOCAB_SIZE}')
+        return {'kind': kind, 'chars': chars}, len(chars)
+    if not 256 + n_special <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(f'vocab_size is {vocab_size}, but must be {256 + n_special} to '
+                        f'{MAX_VOCAB_SIZE}')
     try:
         import rustbpe  # only here: not everybody installs it
     except ImportError as e:
         raise UserError("--tokenizer=bpe needs rustbpe: pip install -e '.[bpe]'") from e
     trainer = rustbpe.Tokenizer()
-    text = recut(progress(train, 'learning byte pairs'), BEFORE_BLANK)
-    trainer.train_from_iterator((piece for chunk in text for piece in chunk.split(EOT)),
-                                vocab_size - 1, buffer_size=16, pattern=GPT2_PATTERN)
+    trainer.train_from_iterator(texts, vocab_size - n_special, buffer_size=16,
+                                pattern=GPT2_PATTERN)
     tokens = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     ranks = [base64.b64encode(bytes(token)).decode() for token, _ in tokens]
-    return {'kind': kind, 'pattern': GPT2_PATTERN, 'ranks': ranks}, len(ranks) + 1, len(ranks)
+    return {'kind': kind, 'pattern': GPT2_PATTERN, 'ranks': ranks}, len(ranks)
 
 
 def encode_stream(chunks, encoder, threads):
@@ -432,12 +626,46 @@ def encode_stream(chunks, encoder, threads):
         yield from (work.result() for work in at_work)
 
 
-def prepare(what, name='', source='', tokenizer='', vocab_size=4096, threads=0):
+def encode_rows(pairs, encoder, meta, max_prompt, max_answer, count):
+    """Yields the rows (row_length,) of a split, and writes into `count` what became of them.
+
+    Characters and bytes are those of the answers or documents, as `scored` tokens are. A pair with
+    an empty or too long side is dropped, and so is an empty document; a long one is cut."""
+    count |= dict.fromkeys(('rows', 'scored', 'longest', 'characters', 'bytes', 'empty', 'long'), 0)
+    is_pair = meta['sep_id'] is not None
+    for sides in pairs:
+        prompt, text = (side.encode('utf-8', 'replace').decode().strip() for side in sides)
+        if not text or (is_pair and not prompt):
+            count['empty'] += 1
+            continue
+        start, answer = encoder.encode(prompt), encoder.encode(text)
+        if len(start) > max_prompt or len(answer) > max_answer:
+            count['long'] += 1
+            if is_pair:
+                continue
+            answer = answer[:max_answer]
+            text = encoder.decode(answer)
+        start += [meta['sep_id']] if is_pair else []
+        row = np.full(meta['row_length'], meta['pad_id'], np.uint16)
+        row[:len(start) + len(answer) + 1] = [*start, *answer, meta['eos_id']]
+        count['rows'] += 1
+        count['scored'] += len(answer) + 1
+        count['longest'] = max(count['longest'], len(answer))
+        count['characters'] += len(text)
+        count['bytes'] += len(text.encode('utf-8'))
+        yield row
+
+
+def prepare(what, name='', source='', tokenizer='', vocab_size=0, threads=0, prompts='',
+            answers='', fields='', documents=False, max_prompt=128, max_answer=128):
     """Writes data/<name>/{train,val[,test]}.bin and meta.json, and returns what meta.json says.
 
     what: a name in DATASETS, or the path of a text, whose first 90% of characters are train and
-    the rest val. The others are the settings above. All is made in a folder aside and then renamed,
-    so that what was there stays until the new data set is complete. Raises UserError."""
+    the rest val; of prompts and answers it is the name. The others are the settings above. All is
+    made in a folder aside and then renamed, so that what was there stays until the new data set is
+    complete. Raises UserError."""
+    is_pair = bool(what in VOCAB_SIZES or prompts or answers or fields)
+    layout = 'rows' if is_pair or documents else 'stream'
     kind = tokenizer or DATASETS.get(what, ['char'])[0]
     target = Path('data', name or (what if what in DATASETS else Path(what).stem))
     if kind not in TOKENIZER_KEYS:
@@ -445,26 +673,46 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=4096, threads=0):
     taken = target.exists() and not (target / 'meta.json').exists()  # by something else of yours
     if taken or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
         raise UserError(f'{target} cannot be the folder of a data set: choose another --name')
-    files, words = find_text(what, source)
-    splits = open_splits(what, files)
-    counts, chars, has_eot = scan(splits)
-    spec, size, eos_id = make_tokenizer(kind, chars, has_eot, splits['train'](), vocab_size)
-    meta = {'name': target.name, 'layout': 'stream', 'row_length': None, 'vocab_size': size,
-            'mask_id': size, 'eos_id': eos_id, 'sep_id': None, 'pad_id': None, 'tokenizer': spec,
-            'source': words, 'sha256': sha256_of(*files), 'counts': counts}
+    if layout == 'rows':
+        splits, files, words = open_rows(what, source, prompts, answers, fields, documents)
+        counts, chars = {split: {} for split in splits}, characters_of(splits, kind)
+        texts = (side for pair in splits['train']() for side in pair)
+        specials = list(SPECIALS) if is_pair else ['eos_id', 'pad_id']
+    else:
+        files, words = find_text(what, source)
+        splits = open_splits(what, files)
+        counts, chars, has_eot = scan(splits)
+        text = recut(progress(splits['train'](), 'learning byte pairs'), BEFORE_BLANK)
+        texts = (piece for chunk in text for piece in chunk.split(EOT))
+        specials = ['eos_id'] if has_eot or kind != 'char' else []
+    spec, n = make_tokenizer(kind, chars, texts, vocab_size or VOCAB_SIZES.get(what, 4096),
+                             len(specials))
+    meta = {'name': target.name, 'layout': layout,
+            'row_length': (max_prompt + 1) * is_pair + max_answer + 1 if layout == 'rows' else None,
+            'vocab_size': n + len(specials), 'mask_id': n + len(specials),
+            **dict.fromkeys(SPECIALS), **{key: n + i for i, key in enumerate(specials)},
+            'tokenizer': spec, 'source': words, 'sha256': sha256_of(*files), 'counts': counts}
     encoder = load_tokenizer(meta)
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.preparing-', dir='data') as folder:
         work = Path(folder, 'new')
         work.mkdir()
         for split, read in splits.items():
-            text = progress(read(), f'{target.name} {split}', counts[split]['characters'])
+            label = f'{target.name} {split}'
+            if layout == 'rows':
+                pieces = encode_rows(tqdm(read(), label, unit='row', delay=1), encoder, meta,
+                                     max_prompt, max_answer, counts[split])
+            else:
+                text = progress(read(), label, counts[split]['characters'])
+                pieces = encode_stream(text, encoder, threads or os.cpu_count())
             with open(work / f'{split}.bin', 'wb') as f:
-                for ids in encode_stream(text, encoder, threads or os.cpu_count()):
+                for ids in pieces:
                     f.write(ids.astype('<u2').tobytes())
                 counts[split]['tokens'] = tokens = f.tell() // 2
             if tokens < 2:
                 raise UserError(f'{what} is too short: its {split} split has {tokens} tokens')
+        if layout == 'rows':
+            meta['max_answer'] = max(count['longest'] for count in counts.values())
         (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
         if target.exists():
             os.replace(target, Path(folder, 'old'))
@@ -475,8 +723,14 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=4096, threads=0):
 def main():
     what = [word for word in sys.argv[1:] if not word.startswith('-')][:1]
     override(globals(), [word for word in sys.argv[1:] if word not in what] if what else ['--help'])
-    meta = prepare(*what, name, source, tokenizer, vocab_size, threads)
+    meta = prepare(*what, name, source, tokenizer, vocab_size, threads, prompts, answers, fields,
+                   documents, max_prompt, max_answer)
     tokens = ', '.join(f'{split} {count["tokens"]:,}' for split, count in meta['counts'].items())
+    if meta['layout'] == 'rows':
+        tokens = ', '.join(
+            f'{split} {count["rows"]:,} rows ({count["empty"]} empty and dropped, {count["long"]} '
+            f'too long and {"cut" if documents else "dropped"}), {count["scored"]:,}'
+            for split, count in meta['counts'].items())
     print(f"data/{meta['name']}: {tokens} tokens of {meta['vocab_size']:,} kinds. {meta['source']}")
 
 

@@ -40,7 +40,8 @@ from config import UserError
 from eval import draw_losses, fastest_flops, flops_per_token, print_bench
 from model import BOUND_NAMES, BOUNDS, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, evaluate, \
     load_checkpoint, mixed_seed, model_config, pick_device, pick_dtype
-from prepare import gather, load_meta, load_split, load_tokenizer, prepare
+from prepare import gather, gather_rows, load_meta, load_split, load_tokenizer, prepare, \
+    row_batches, row_lengths, row_widths
 
 # the run
 out_dir = 'out/shakespeare_mdm'  # where it is written; a config file sets out/<its name>
@@ -56,6 +57,9 @@ batch_size = 16             # B, windows per forward and backward pass
 gradient_accumulation_steps = 1  # passes per update
 block_size = 256            # T, tokens per window
 train_tokens = 0            # train on the first so many tokens of the training split; 0 = all
+# rows: data of prompts and answers, or of documents; see prepare.py
+predict_pad = False         # score the PADs behind an answer too, up to the longest answer's end
+score_prompt = False        # ar: score the prompt too, when training
 # model
 n_layer = 4
 n_head = 4
@@ -64,6 +68,7 @@ n_embd = 192
 pos = 'rope'                # rope, learned
 norm = 'rmsnorm'            # rmsnorm, layernorm
 mlp = 'relu2'               # relu2, swiglu, gelu
+n_hidden = 0                # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
 qk_norm = True
 bias = False
 tied = False                # the head shares the embedding's matrix
@@ -97,17 +102,40 @@ settings = config.override(globals())
 WARM_UP, PROFILED = 3, 3    # updates before and after those that bench times
 
 
-def get_batch(data, B, T, vocab_size, number, device):
-    """Windows (B, T) int64 at random places, and the generator that draws their noise.
+def get_windows(data, B, T, vocab_size, number):
+    """Windows (B, T) int64 at random places, in which nothing is given.
 
-    Both follow from `number` alone: a resumed run sees what the killed one would have seen, and a
-    batch is the same whether its parts run one after the other or on many processes.
+    They follow from `number` alone, as their noise does: a resumed run sees what the killed one
+    would have seen, and a batch is the same whether its parts run one after the other or on many
+    processes.
     """
     starts = np.random.default_rng(number).integers(0, len(data) - T + 1, B)
-    x0 = torch.from_numpy(gather(data, starts, T, vocab_size))
-    if device.startswith('cuda'):
-        x0 = x0.pin_memory()
-    return x0.to(device, non_blocking=True), torch.Generator(device).manual_seed(number)
+    return torch.from_numpy(gather(data, starts, T, vocab_size)), None
+
+
+class RowBatches:
+    """The endless sequence of batches of rows, each of rows of one width, shuffled every epoch.
+
+    batches[number] follows from the seed and `number` alone, like a batch of windows.
+    """
+
+    def __init__(self, data, meta, batch_size, predict_pad, seed):
+        self.data, self.meta, self.predict_pad = data, meta, predict_pad
+        self.batch_size, self.seed = batch_size, seed
+        rows = data.reshape(-1, meta['row_length'])
+        self.widths = row_widths(rows, meta, predict_pad)  # (N,)
+        self.known = row_lengths(rows, meta)[1].sum()  # tokens of all rows that are no PAD
+        self.per_epoch = len(row_batches(self.widths, batch_size))
+        self.epoch, self.batches = -1, []
+
+    def __getitem__(self, number):
+        """x0 (B, T) int64, given (B, T) bool."""
+        epoch, i = divmod(number, self.per_epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng(mixed_seed(self.seed, epoch))
+            self.epoch, self.batches = epoch, row_batches(self.widths, self.batch_size, rng)
+        x0, given = gather_rows(self.data, self.batches[i], self.meta, self.predict_pad)
+        return torch.from_numpy(x0), torch.from_numpy(given)
 
 
 def orthogonalize(G, dtype):
@@ -268,7 +296,22 @@ if world > 1:
 meta = load_meta(dataset)
 train_data, val_data = load_split(dataset, 'train')[:train_tokens or None], \
     load_split(dataset, 'val')
-if len(train_data) < block_size:
+row_data = None
+if meta['layout'] == 'rows':
+    if train_tokens:
+        raise UserError(f'train_tokens is for a stream of text, but data/{dataset} has rows')
+    if score_prompt and objective != 'ar':
+        raise UserError('score_prompt is for objective=ar alone: this one sees the whole prompt')
+    row_data = RowBatches(train_data, meta, batch_size, predict_pad, seed)
+    val_rows = val_data.reshape(-1, meta['row_length'])
+    widest = max(row_data.widths.max(), row_widths(val_rows, meta, predict_pad).max())
+    if widest > block_size:
+        raise UserError(f'data/{dataset} has rows of {widest} tokens: set block_size, which is '
+                        f'{block_size}, to {widest} or more')
+elif predict_pad or score_prompt:
+    raise UserError('predict_pad and score_prompt are for rows, but '
+                    f'data/{dataset} is a stream of text')
+elif len(train_data) < block_size:
     raise UserError(f'block_size is {block_size}, but data/{dataset} has only '
                     f'{len(train_data):,} training tokens')
 
@@ -298,14 +341,24 @@ loss_fn, bound, bound_name = LOSSES[objective], BOUNDS[objective], BOUND_NAMES[o
 if objective == 'mdm':
     loss_fn = partial(loss_fn, schedule=schedule, loss_weight=loss_weight, w_max=w_max,
                       mask_range=mask_range)
+measure = partial(evaluate, model, bound, batch_size=batch_size, meta=meta, predict_pad=predict_pad)
 autocast = torch.autocast(device.partition(':')[0], torch.bfloat16, enabled=dtype == 'bfloat16')
 log_v = math.log(meta['vocab_size'])
-tokens_per_iter = batch_size * gradient_accumulation_steps * world * block_size
-epochs = max_iters * tokens_per_iter / len(train_data)
-flops, peak = tokens_per_iter * flops_per_token(model, block_size), fastest_flops(device, dtype)
+passes = gradient_accumulation_steps * world
+tokens_per_epoch, T = len(train_data), block_size
+tokens_per_iter = batch_size * passes * block_size
+if row_data:  # means: every batch has its own width
+    tokens_per_epoch, T = int(row_data.widths.sum()), round(row_data.widths.mean())
+    tokens_per_iter = round(tokens_per_epoch / row_data.per_epoch * passes)
+epochs = max_iters * tokens_per_iter / tokens_per_epoch
+flops, peak = tokens_per_iter * flops_per_token(model, T), fastest_flops(device, dtype)
 say = print if rank == 0 else lambda *words, **how: None
-say(f'{dataset} ({meta["source"]}): {len(train_data):,} training tokens of '
+say(f'{dataset} ({meta["source"]}): {tokens_per_epoch:,} training tokens of '
     f"{meta['vocab_size']:,} kinds, log V' = {log_v:.4f}")
+if row_data:
+    say(f'{len(row_data.widths):,} rows of {row_data.widths.min()} to {row_data.widths.max()} '
+        f'tokens, {row_data.per_epoch:,} batches an epoch, '
+        f'{100 * (1 - row_data.known / tokens_per_epoch):.1f}% of what is computed is PAD')
 say(f'{objective}: {model.count_parameters():,} parameters, {tokens_per_iter:,} tokens per '
     f'update, {max_iters:,} updates = {epochs:.1f} epochs, on {device} in {dtype}'
     + (f', {world} processes' if world > 1 else ''))
@@ -338,8 +391,8 @@ for iteration in range(first_iter, max_iters + 1):
     look = not bench and (iteration % eval_interval == 0 or iteration == max_iters)
     if look and not (rows and int(rows[-1]['iter']) == iteration):
         with autocast:
-            val, _ = evaluate(model, bound, val_data, batch_size)
-            train, _ = evaluate(model, bound, train_data, batch_size, max_windows=4 * batch_size)
+            val, _ = measure(data=val_data)
+            train, _ = measure(data=train_data, max_windows=4 * batch_size)
         if not val < 2 * log_v:  # nan is not, either
             raise UserError(f'diverged: the validation loss is {val:.4g} after {iteration} updates '
                             f'and at learning rate {factor * learning_rate:.2e}; {kept}')
@@ -385,11 +438,18 @@ for iteration in range(first_iter, max_iters + 1):
     for micro in range(gradient_accumulation_steps):
         number = mixed_seed(seed, iteration, micro * world + rank)
         torch.manual_seed(number)  # of dropout
-        x0, generator = get_batch(train_data, batch_size, block_size, meta['vocab_size'], number,
-                                  device)
+        if row_data:
+            x0, given = row_data[(iteration * gradient_accumulation_steps + micro) * world + rank]
+        else:
+            x0, given = get_windows(train_data, batch_size, block_size, meta['vocab_size'], number)
+        if device.startswith('cuda'):
+            x0 = x0.pin_memory()
+        x0 = x0.to(device, non_blocking=True)
+        generator = torch.Generator(device).manual_seed(number)
+        given = None if given is None or score_prompt else given.to(device)
         parallel.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
         with autocast:
-            nats, count = loss_fn(parallel, x0, generator)
+            nats, count = loss_fn(parallel, x0, generator, given)
         nats.backward()
         sums += torch.stack([nats.detach(), count, torch.zeros_like(nats)])
     if world > 1:
@@ -429,13 +489,17 @@ if bench:
     sys.exit()
 
 repeats = 1 if objective == 'ar' else eval_repeats
-nats, error = evaluate(model, bound, val_data, batch_size, seed=1, repeats=repeats)
+scored = f'{len(val_rows):,} rows' if row_data else f'{len(val_data):,} tokens'
+nats, error = measure(data=val_data, seed=1, repeats=repeats)
 say(f'{bound_name} {nats:.4f}{"" if repeats == 1 else f" +- {error:.4f}"} nats/token, '
-    f'{nats / math.log(2):.4f} bits/token on the validation split ({len(val_data):,} tokens of '
+    f'{nats / math.log(2):.4f} bits/token on the validation split ({scored} of '
     f'{meta["source"]}), in float32')
 if world > 1:
     dist.destroy_process_group()
 if rank > 0:
+    sys.exit()
+if row_data:
+    print(f'\nThe run is in {out_dir}: ckpt.pt, log.csv, loss.png.')
     sys.exit()
 print(f'\nThe run is in {out_dir}: ckpt.pt, log.csv, loss.png. A sample of it:\n')
 tokenizer = load_tokenizer(meta)

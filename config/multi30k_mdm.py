@@ -1,0 +1,10 @@
+# Masked diffusion that translates image captions from English into French, for a laptop.
+# parameters: 3,307,392
+dataset = 'multi30k'
+objective = 'mdm'
+block_size = 128
+batch_size = 64
+tied = True
+max_iters = 3000
+eval_interval = 500
+warmup_iters = 100
