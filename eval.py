@@ -3,6 +3,7 @@
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=likelihood
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=generation
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=curves
+    python eval.py --out_dir=out/multi30k_ar,out/multi30k_mdm --task=translation --split=test
 
 The first two print a Markdown table with a row for each run and, below it, how the numbers were
 obtained; on 2 CPU cores, likelihood takes a minute or two and generation about as long. The third
@@ -19,7 +20,9 @@ import shlex
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -34,14 +37,22 @@ from prepare import load_meta, load_split, load_tokenizer
 
 # what is measured
 out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
-task = 'likelihood'    # likelihood, generation, speed, curves, reversal
-report_dir = 'out/report'  # speed, curves: where the picture goes
-split = 'val'          # likelihood: train, val, test; always all of it
+task = 'likelihood'    # likelihood, generation, speed, curves, translation, reversal
+report_dir = 'out/report'  # speed, curves, translation: where the picture goes
+split = 'val'          # likelihood, translation: train, val, test; always all of it
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 seed = 1
 batch_size = 16        # rows at a time
 repeats = 8            # likelihood: independent draws of a bound, for its standard error
 gen_tokens = 10_000    # generation, speed: how many to write, in texts as long as the context
+# translation, or whatever the answers to prompts are
+file = ''              # lines of (level TAB) prompt TAB answer, in place of the split
+max_rows = 0           # the first so many; 0 = all
+greedy = True          # the likeliest tokens, and decoder auto is confidence; False: as below
+answer_steps = (1, 4, 8, 16)  # mdm: in place of steps, one after the other
+length = 'auto'        # mdm: as in sample.py, or reference, that of the right answer; a,b for both
+length_ratio = 1.3
+length_extra = 2
 # generation, speed: how text is decoded, as in sample.py (decoder: of runs that are not ar)
 decoder = 'auto'
 steps = 128
@@ -356,6 +367,166 @@ def reversal(runs, settings):
     return rows, note
 
 
+# ----------------------------------------------------------------------------------- translation
+
+
+def file_pairs(path):
+    """[(level, prompt, answer)] of a file with tabs: its columns, the first of which may lack."""
+    try:
+        text = Path(path).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f'file {path!r} cannot be read ({type(e).__name__})') from e
+    pairs = []
+    for line in filter(str.strip, text.split('\n')):
+        pairs.append([column.strip() for column in ['', *line.split('\t')][-3:]])
+        if line.count('\t') not in (1, 2) or not all(pairs[-1][1:]):
+            raise UserError(f'{path} has the line {line[:40]!r}: write prompt TAB answer, or level '
+                            'TAB prompt TAB answer')
+    return pairs
+
+
+def row_pairs(meta, split):
+    """[(level, prompt, answer)] of all rows of a split; the level is ''."""
+    tokenizer = load_tokenizer(meta)
+    rows = load_split(meta['name'], split).reshape(-1, meta['row_length']).tolist()
+    return [('', *map(tokenizer.decode, sample.split_row(row, meta))) for row in rows]
+
+
+def answer(model, run, meta, pairs, settings):
+    """The answers of a model to the prompts of pairs, [text], and {column: figure} of them.
+
+    run: the settings of training. Prompts of like lengths go together: few wait for others.
+    """
+    tokenizer = load_tokenizer(meta)
+    prompts, right = ([tokenizer.encode(pair[i]) for pair in pairs] for i in (1, 2))
+    canvases = sample.row_canvases(prompts, run, meta, settings, right)
+    order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
+    done, (_, _, seconds) = sample.complete(model, run['objective'], [canvases[i] for i in order],
+                                            settings, meta['eos_id'])
+    done = [done[k] for k in np.argsort(order)]
+    ids = [sample.split_row(row, meta)[1] for row, _ in done]
+    shares = {'length ratio': [len(a) / max(1, len(b)) for a, b in zip(ids, right)],
+              'no EOS': [len(row) == len(canvas) for (row, _), canvas in zip(done, canvases)],
+              'empty': [not row for row in ids]}
+    return [tokenizer.decode(row) for row in ids], {
+        **{name: f'{np.mean(share):.3f}' for name, share in shares.items()},
+        'nfe': f'{np.mean([figures["nfe"] for _, figures in done]):.1f}',
+        'sentences/s': f'{len(pairs) / seconds:,.1f}'}
+
+
+def make_score():
+    """score(texts, right) -> {column: score}, and how the scores are obtained, in words.
+
+    BERTScore is one of them where bert-score is installed and its model can be loaded.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+        from sacrebleu.metrics import BLEU, CHRF
+    except ImportError as e:
+        raise UserError(f"--task=translation needs {e.name}: pip install -e '.[eval]'") from e
+    # rouge-score's own words are of a-z and 0-9: it would cut French ones at every accent
+    rouge = RougeScorer(['rouge1', 'rougeL'], tokenizer=SimpleNamespace(tokenize=words_of))
+    bleu, chrf, bert = BLEU(), CHRF(), None
+    with suppress(Exception):  # not installed, not on the disk, or of versions that do not fit
+        from bert_score import BERTScorer
+        bert = BERTScorer('bert-base-multilingual-cased')
+
+    def score(texts, right):
+        found = [rouge.score(b, a) for a, b in zip(texts, right)]
+        row = {'BLEU': bleu.corpus_score(texts, [right]).score,
+               'chrF': chrf.corpus_score(texts, [right]).score,
+               'ROUGE-1': 100 * np.mean([f['rouge1'].fmeasure for f in found]),
+               'ROUGE-L': 100 * np.mean([f['rougeL'].fmeasure for f in found])}
+        if bert is not None:
+            row['BERTScore'] = 100 * bert.score(texts, right)[2].mean().item()
+        return {key: f'{value:.2f}' for key, value in row.items()}
+
+    score(['a'], ['a'])  # without a score there is no signature
+    return score, (f'BLEU {bleu.get_signature()}; chrF {chrf.get_signature()}; ROUGE: F1 of words '
+                   'in lower case, mean over prompts' + ('; BERTScore: F1, bert-base-multilingual-'
+                   'cased' if bert is not None else '; no BERTScore: no bert-score, or no model'))
+
+
+def ways_to_answer(run, settings):
+    """[(length, steps, settings)]: the decodings of a run that `translation` compares."""
+    s = settings | ({'temperature': 0.0} if settings['greedy'] else {})
+    if run['objective'] == 'ar':  # it has but one decoder, and writes its own end
+        return [('', '', s | {'decoder': 'ar', 'block_length': 0, 'prefix_cache': False,
+                              'guidance': 0.0, 'length': 'auto'})]
+    if s['decoder'] == 'auto':
+        s = s | {'decoder': 'confidence' if s['greedy'] else 'ancestral'}
+    names = [sample.length_name(name.strip(), run) for name in s['length'].split(',')]
+    if s['decoder'] == 'threshold':  # it takes as many as it needs
+        return [(name, '', s | {'length': name}) for name in dict.fromkeys(names)]
+    return [(name, n, s | {'length': name, 'steps': n})
+            for name in dict.fromkeys(names) for n in s['answer_steps']]
+
+
+def translation(runs, settings):
+    """A row of scores for each run and way to decode it; of a file it also prints all texts."""
+    score, how = make_score()
+    meta, path, all_steps = runs[0][1]['meta'], settings['file'], settings['answer_steps']
+    sample.require(settings, ('max_rows', settings['max_rows'] >= 0, '1 or more, or 0 for all'),
+                   ('answer_steps', all_steps and {type(n) for n in all_steps} == {int},
+                    'of whole numbers, as in (1, 4, 8) or (16,)'))
+    if meta['sep_id'] is None:
+        raise UserError(f'data/{meta["name"]} has no prompts and answers: nothing to translate')
+    pairs = file_pairs(path) if path else row_pairs(meta, settings['split'])
+    pairs = pairs[:settings['max_rows'] or None]
+    if not pairs:
+        raise UserError(f'{path} is empty: write prompt TAB answer on each line')
+    levels, _, right = map(list, zip(*pairs))
+    rows, texts = [], {'reference': right}
+    for name, checkpoint, model in runs:
+        run = checkpoint['config']
+        for length, steps, s in ways_to_answer(run, settings):
+            written, figures = answer(model, run, meta, pairs, s)
+            rows.append({'run': name, 'decoder': s['decoder'], 'length': length, 'steps': steps}
+                        | score(written, right) | figures)
+            for level in filter(None, dict.fromkeys(levels)):
+                part = [(a, b) for a, b, c in zip(written, right, levels) if c == level]
+                rows[-1][f'BLEU {level}'] = score(*map(list, zip(*part)))['BLEU']
+            texts[' '.join(f'{name} {length} {steps}'.split())] = written
+    if path:
+        for i, (level, prompt, _) in enumerate(pairs):
+            print(f'{level} {prompt}'.strip(), *(f'    {name}: {written[i]}' for name, written
+                                                 in texts.items()), '', sep='\n')
+    drawn = 'the likeliest tokens' if settings['greedy'] else \
+        f'temperature {settings["temperature"]}'
+    note = (f'{path or settings["split"] + " of " + meta["name"]} ({meta["source"]}): '
+            f'{len(pairs):,} prompts, {settings["batch_size"]} at a time, the masked ones of one '
+            f'length; {drawn}, seed {settings["seed"]}; length ratio: tokens by those of the right '
+            f'answer, mean; nfe: of a batch, mean over prompts; {how}')
+    return rows, note
+
+
+def draw_translation(rows, path):
+    """translation.png: BLEU against passes, a line for a masked run and length, and one for AR."""
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6.4, 4.4), constrained_layout=True)
+    colors = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45')
+    lines = list(dict.fromkeys((row['run'], row['decoder'], row['length']) for row in rows))
+    for i, line in enumerate(lines):
+        points = sorted((float(row['nfe']), float(row['BLEU'])) for row in rows
+                        if (row['run'], row['decoder'], row['length']) == line)
+        label, color = ', '.join(filter(None, line)), colors[i % len(colors)]
+        if line[1] == 'ar':
+            ax.axhline(points[0][1], color=color, lw=1, ls=':')
+        ax.plot(*zip(*points), marker='*s^Dv<>P'[i % 8], ms=9 if line[1] == 'ar' else 5, lw=1.3,
+                label=label, color=color)
+    ax.set(xscale='log', xlabel='passes per sentence', ylabel='BLEU')
+    ax.set_xticks([1, 2, 4, 8, 16, 32], ['1', '2', '4', '8', '16', '32'])
+    ax.minorticks_off()
+    ax.grid(color='0.92')
+    ax.spines[['top', 'right']].set_visible(False)
+    fig.legend(*ax.get_legend_handles_labels(), loc='outside upper center', ncols=2,
+               frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
 # ------------------------------------------------------------------------------ what train.py shows
 
 
@@ -425,9 +596,9 @@ def draw_losses(rows, title, log_v):
 
 def main():
     settings = config.override(globals())
-    if task not in ('likelihood', 'generation', 'speed', 'curves', 'reversal'):
-        raise UserError(f'task is {task!r}, not one of likelihood, generation, speed, curves, '
-                        'reversal')
+    tasks = ('likelihood', 'generation', 'speed', 'curves', 'translation', 'reversal')
+    if task not in tasks:
+        raise UserError(f'task is {task!r}, not one of {", ".join(tasks)}')
     for name in ('batch_size', 'repeats', 'gen_tokens'):
         if settings[name] < 1:
             raise UserError(f'{name} is {settings[name]}, but it must be 1 or more')
@@ -443,6 +614,10 @@ def main():
         note += f'. Drawn in {report_dir}/speed.png'
     elif task == 'reversal':
         rows, note = reversal(runs, settings)
+    elif task == 'translation':
+        rows, note = translation(runs, settings)
+        draw_translation(rows, Path(report_dir, 'translation.png'))
+        note += f'. Drawn in {report_dir}/translation.png'
     else:
         rows, note = generation(runs, settings)
     print(markdown(rows))

@@ -4,6 +4,7 @@
     python sample.py --out_dir=out/shakespeare_ar --start="ROMEO:"
     python sample.py --out_dir=out/shakespeare_mdm --template="To [___] or not to [___:9]"
     python sample.py --out_dir=out/shakespeare_mdm --prompt_file=prompts.txt --json
+    python sample.py --out_dir=out/multi30k_mdm --start="A man is sleeping."
     python sample.py --corrupt="What's in a name?"
 
 A decoder gets a canvas, (B, T) tokens with mask_id wherever text is wanted, and returns it filled.
@@ -41,6 +42,10 @@ num_samples = 1        # of each prompt
 batch_size = 16        # rows at a time
 gen_length = 0         # tokens to write after start; 0 fills the model's context
 seed = 1337
+# of runs on prompts and answers: start is a prompt, and what is written is the answer
+length = 'auto'        # mdm, masks for it: full, ratio; auto is full if run with predict_pad
+length_ratio = 1.3     # ratio: so many for a token of the prompt
+length_extra = 2       # ratio: and so many more
 # to be seen: how the first sample came about
 watch = False          # in the terminal, step by step; its time counts in the tokens/s printed
 watch_delay = 0.05     # seconds for which watch shows a step
@@ -68,6 +73,7 @@ BLANK = re.compile(r'\[_+(?::(\d{1,6}))?\]')
 BLANK_WIDTH = 5        # tokens of a [___] that does not say
 MASK_SHOWN = '█'
 ORDERS = ('max_prob', 'margin', 'entropy', 'random')
+LENGTHS = ('full', 'ratio', 'reference')
 
 
 def draw(logits, seen=None, *, generator, temperature=1.0, top_k=0, top_p=1.0,
@@ -887,6 +893,63 @@ def what_is_asked(settings):
     return [('template' if BLANK.search(line) else 'prompt', line) for line in lines]
 
 
+def check_asked(asked, settings, objective):
+    """Raises UserError for what a model of prompts and answers cannot be asked."""
+    require(settings, ('gen_length', settings['gen_length'] == 0,
+                       '0 for a run on prompts and answers: length says how long an answer is'),
+            ('length', objective != 'ar' or settings['length'] == 'auto',
+             'auto for an ar model, which writes until it is done'))
+    for kind, text in asked:
+        if kind == 'template':
+            raise UserError(f'{text[:20]!r}... is a template, but this run is on prompts and '
+                            'answers: give it a prompt')
+        if not text.strip():
+            raise UserError('this run is on prompts and answers: ask it by start or prompt_file')
+
+
+def split_row(ids, meta):
+    """(prompt, answer) of a row: the ids before SEP, and those behind it up to EOS, without PAD."""
+    middle, special = ids.index(meta['sep_id']), (meta['sep_id'], meta['pad_id'])
+    answer = ids[middle + 1:]
+    answer = answer[:answer.index(meta['eos_id'])] if meta['eos_id'] in answer else answer
+    return ids[:middle], [i for i in answer if i not in special]
+
+
+def length_name(name, run):
+    """`name`, or for 'auto' the `length` that suits `run`, the settings of training."""
+    if name not in ('auto', *LENGTHS):
+        raise UserError(f'length is {name!r}, not one of auto, {", ".join(LENGTHS)}')
+    return ('full' if run['predict_pad'] else 'ratio') if name == 'auto' else name
+
+
+def row_canvases(prompts, run, meta, settings, answers=None):
+    """prompt SEP and masks for the answer and its EOS, for each of prompts, lists of ids.
+
+    run: the settings of training. Autoregression has the rest of the context and writes its own
+    end. Masked diffusion is told how many tokens it can write, and only if it was trained to
+    predict PAD does it know what to do with more than the answer needs. `length` is 'full', the
+    number in training; 'ratio', by the length of the prompt; or 'reference', what the right answer
+    needs, which is all that answers, lists of ids, are read for.
+    """
+    name = length_name(settings['length'], run)
+    ratio, extra = settings['length_ratio'], settings['length_extra']
+    require(settings, ('length_ratio', 0 <= ratio < math.inf, '0 or more'),
+            ('length', name != 'reference' or answers is not None,
+             'another where no right answer is known'))
+    canvases = []
+    for i, prompt in enumerate(prompts):
+        room = width = run['block_size'] - len(prompt) - 1
+        if room < 1:
+            raise UserError(f'a prompt of {len(prompt)} tokens leaves no room for an answer: '
+                            f'block_size is {run["block_size"]}')
+        if run['objective'] != 'ar':
+            width = meta['max_answer'] + 1 if name == 'full' else \
+                int(ratio * len(prompt)) + extra if name == 'ratio' else len(answers[i]) + 1
+        masks = [meta['mask_id']] * max(1, min(width, room))
+        canvases.append([*prompt, meta['sep_id'], *masks])
+    return canvases
+
+
 def generate(model, objective, rows, settings, eos_id=None, on_step=None):
     """The fillings of rows, canvases of one length: x (rows, T), nfe, and the seconds it took.
 
@@ -977,12 +1040,19 @@ def main():
     if corrupt:
         return show_corruption(corrupt, tokenizer, model.mask_id, seed)
     asked = [question for question in what_is_asked(settings) for _ in range(num_samples)]
-    canvases = [make_canvas(model, tokenizer, kind, text, gen_length) for kind, text in asked]
+    if meta['sep_id'] is None:
+        require(settings, ('length', length == 'auto', 'auto for a run without answers'))
+        canvases = [make_canvas(model, tokenizer, kind, text, gen_length) for kind, text in asked]
+    else:
+        check_asked(asked, settings, objective)
+        prompts = [tokenizer.encode(text.strip()) for _, text in asked]
+        canvases = row_canvases(prompts, checkpoint['config'], meta, settings)
     recorder = Recorder(canvases[0], tokenizer, model.mask_id,
                         Screen(watch_delay) if watch else None)
     done, (written, nfe, seconds) = complete(model, objective, canvases, settings, meta['eos_id'],
                                              recorder if watch or save else None)
     for (kind, given), (ids, figures) in zip(asked, done):
+        ids = ids if meta['sep_id'] is None else split_row(ids, meta)[1]
         text = tokenizer.decode(ids)
         text = without_repeated_words(text) if cleanup else text
         if json:

@@ -7,16 +7,20 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sacrebleu import corpus_bleu, corpus_chrf
+from test_sample import BOOK, META, Phrasebook, trained
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 import sample
+from config import UserError
 from model import ModelConfig, Transformer, load_checkpoint, load_model
 from prepare import load_split, load_tokenizer, prepare
 
@@ -221,3 +225,123 @@ def test_reversal_needs_facts(runs):
     done = run('eval.py', '--out_dir=out/ar', '--task=reversal', cwd=runs)
     assert done.returncode == 2 and 'prepare.py reversal' in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+# Translation
+
+LEVELS = ROOT / 'data' / 'levels.en-fr.tsv'
+WRONG = {'ab': 'ba', 'abc': 'cab d', 'h': '', 'a b a': 'aa aa', 'dd': 'hh hhhh', 'g g g g': 'fe'}
+HOW = {'batch_size': 4, 'answer_steps': (2, 20), 'max_rows': 0, 'file': 'book.tsv'}
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    """A folder with BOOK as book.tsv, two levels of three lines each."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f'level {1 + i // 3}\t{a}\t{b}\n' for i, (a, b) in enumerate(BOOK.items())]
+    Path('book.tsv').write_text(''.join(lines) + '\n')
+    return tmp_path
+
+
+def translated(answers, objective='mdm', **settings):
+    checkpoint = {'config': trained(objective), 'meta': META}
+    return evaluation.translation([('run', checkpoint, Phrasebook(answers))],
+                                  vars(evaluation) | HOW | settings)
+
+
+@pytest.mark.parametrize('objective, settings, ways', [
+    ('ar', {}, [('ar', '', '')]), ('mdm', {}, [('confidence', 'full', n) for n in (2, 20)]),
+    ('mdm', {'length': 'reference, full', 'answer_steps': (3,)},
+     [('confidence', name, 3) for name in ('reference', 'full')]),
+    ('mdm', {'decoder': 'threshold', 'block_length': 2}, [('threshold', 'full', '')])])
+def test_who_knows_the_answers_has_full_marks(book, objective, settings, ways):
+    rows, note = translated(BOOK, objective, **settings)
+    assert [(row['decoder'], row['length'], row['steps']) for row in rows] == ways
+    for row in rows:
+        assert {row[key] for key in ('chrF', 'ROUGE-1', 'ROUGE-L')} == {'100.00'}
+        assert (row['length ratio'], row['no EOS'], row['empty']) == ('1.000', '0.000', '0.000')
+        right = [*BOOK.values()]
+        assert float(row['BLEU']) == pytest.approx(corpus_bleu(right, [right]).score, abs=5e-3)
+    assert '6 prompts' in note and 'nrefs:1|case:mixed' in note and 'seed 1' in note
+
+
+def test_scores_are_those_of_their_definitions(book, capsys):
+    """BLEU and chrF by sacrebleu's own functions; ROUGE-1 by counting; and all texts are shown."""
+    (row,), _ = translated(WRONG, 'ar')
+    written, right = list(WRONG.values()), list(BOOK.values())
+    assert float(row['BLEU']) == pytest.approx(corpus_bleu(written, [right]).score, abs=5e-3)
+    assert float(row['chrF']) == pytest.approx(corpus_chrf(written, [right]).score, abs=5e-3)
+    for level, part in (('level 1', slice(0, 3)), ('level 2', slice(3, 6))):
+        bleu = corpus_bleu(written[part], [right[part]]).score
+        assert float(row[f'BLEU {level}']) == pytest.approx(bleu, abs=5e-3)
+    f1 = []
+    for a, b in zip(map(str.split, written), map(str.split, right)):
+        common = sum((Counter(a) & Counter(b)).values())
+        f1.append(2 * common / (len(a) + len(b)))
+    assert float(row['ROUGE-1']) == pytest.approx(100 * np.mean(f1), abs=5e-3)
+    ratios = [len(a) / len(b) for a, b in zip(written, right)]
+    assert float(row['length ratio']) == pytest.approx(np.mean(ratios), abs=5e-4)
+    assert row['empty'] == '0.167'
+    shown = capsys.readouterr().out.split('\n\n')
+    assert shown[1] == 'level 1 abc\n    reference: cab b\n    run: cab d'
+
+
+def test_french_words_stay_whole():
+    score, _ = evaluation.make_score()
+    assert score(["L'été à Évry"], ["l'été, À Évry !"])['ROUGE-L'] == '100.00'
+    assert score(['un été'], ['un étang'])['ROUGE-1'] == '50.00'
+
+
+def test_answers_that_do_not_end_are_counted(book):
+    """12 masks and no EOS in them; and a prompt is not answered better for its reference."""
+    endless = dict.fromkeys(BOOK, 'a' * 30)
+    (row, _), _ = translated(endless, length='ratio', length_ratio=0.0, length_extra=4)
+    assert (row['no EOS'], row['nfe']) == ('1.000', '2.0')
+    assert float(row['length ratio']) == pytest.approx(np.mean([4 / len(b) for b in BOOK.values()]),
+                                                       abs=5e-4)
+    texts = []
+    for answers in (BOOK, dict.fromkeys(BOOK, 'h'), dict.fromkeys(BOOK, 'hhh')):
+        pairs = [('', *pair) for pair in answers.items()]
+        texts.append([evaluation.answer(Phrasebook(WRONG), trained(), META, pairs,
+                                        vars(evaluation) | {'temperature': 0.0, 'length': name,
+                                                            'decoder': 'confidence'})[0]
+                      for name in ('full', 'ratio', 'reference')])
+    assert texts[0][:2] == texts[1][:2] == texts[2][:2] and texts[1][2] != texts[2][2]
+
+
+def test_files_have_two_columns_or_three(tmp_path):
+    path = tmp_path / 'x.tsv'
+    path.write_text(' a b \tc\r\n\nlevel\td\te f\n', newline='')
+    assert evaluation.file_pairs(path) == [['', 'a b', 'c'], ['level', 'd', 'e f']]
+    levels = Counter(level for level, _, _ in evaluation.file_pairs(LEVELS))
+    assert levels == dict.fromkeys(('basics', 'grammar', 'compound', 'complex', 'literary'), 10)
+
+
+@pytest.mark.parametrize('settings, said', [
+    ({'file': 'nowhere.tsv'}, 'cannot be read'), ({'file': 'one.tsv'}, 'write prompt TAB answer'),
+    ({'file': 'blank.tsv'}, 'is empty'), ({'file': 'gap.tsv'}, 'write prompt TAB answer'),
+    ({'max_rows': -1}, 'max_rows'), ({'answer_steps': ()}, 'answer_steps'),
+    ({'answer_steps': (1, 'x')}, 'answer_steps'), ({'length': 'full,long'}, "length is 'long'")])
+def test_what_cannot_be_translated(book, settings, said):
+    for name, text in (('one', 'a\n'), ('blank', '\n\n'), ('gap', 'a\t \n')):
+        Path(f'{name}.tsv').write_text(text)
+    with pytest.raises(UserError, match=re.escape(said)):
+        translated(BOOK, **settings)
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'sacrebleu.metrics', None)
+    with pytest.raises(UserError, match=r"needs sacrebleu.*'\.\[eval\]'"):
+        evaluation.make_score()
+
+
+def test_bertscore_is_a_column_where_it_is_installed(monkeypatch):
+    class Scorer:
+        def __init__(self, name):
+            assert name == 'bert-base-multilingual-cased'
+
+        def score(self, texts, right):
+            return None, None, torch.tensor([a == b for a, b in zip(texts, right)]).float()
+
+    assert 'BERTScore' not in evaluation.make_score()[0](['a', 'b'], ['a', 'c'])
+    monkeypatch.setitem(sys.modules, 'bert_score', SimpleNamespace(BERTScorer=Scorer))
+    score, note = evaluation.make_score()
+    assert score(['a', 'b'], ['a', 'c'])['BERTScore'] == '50.00' and 'F1, bert-base' in note

@@ -1265,3 +1265,157 @@ def test_help_in_the_shell_shows_every_setting(runs):
               'seed', 'decoder', 'steps', 'threshold', 'temperature', 'top_k', 'top_p')
     assert {a or b for a, b in shown} >= set(wanted)
     assert 'def ' not in done.stdout
+
+
+# Rows: prompts and answers
+
+
+LETTERS = 'abcdefgh '
+META = {'name': 'rows', 'layout': 'rows', 'row_length': 16, 'max_answer': 7, 'vocab_size': 12,
+        'mask_id': 12, 'eos_id': 9, 'sep_id': 10, 'pad_id': 11, 'source': 'a test', 'sha256': '',
+        'tokenizer': {'kind': 'char', 'chars': LETTERS}, 'counts': {}}
+BOOK = {'ab': 'ba', 'abc': 'cab b', 'h': 'h', 'a b a': 'aaaaaaa', 'dd': 'hh', 'g g g g': 'fed'}
+
+
+def encoded(text):
+    return prepare.load_tokenizer(META).encode(text)
+
+
+class Phrasebook:
+    """Stands in for a model that knows the answers to some prompts by heart, {prompt: answer}."""
+
+    def __init__(self, book, block_size=20):
+        self.book = {tuple(encoded(prompt)): [*encoded(answer), META['eos_id']]
+                     for prompt, answer in book.items()}
+        self.config = ModelConfig(13, block_size, n_layer=1, n_head=1, n_embd=2)
+        self.mask_id, self.embed = META['mask_id'], torch.nn.Embedding(1, 1)
+
+    def __call__(self, x, t=None, *, cache=None, where):
+        """Logits (N, V) that know what stands there; those of a cache, what stands next."""
+        if cache is not None:
+            x = cache.read = x if cache.length == 0 else torch.cat([cache.read, x], dim=1)
+            cache.length = x.size(1)
+            x, rows, columns = x[:, 1:], range(len(x)), [x.size(1) - 1] * len(x)
+        else:
+            rows, columns = where.nonzero().T.tolist()
+        logits = torch.zeros(len(columns), 13)
+        for n, (row, column) in enumerate(zip(rows, columns)):
+            ids = x[row].tolist()
+            if META['sep_id'] not in ids:  # still inside the prompt: nobody asks
+                continue
+            middle = ids.index(META['sep_id'])
+            answer = self.book[tuple(ids[:middle])] + [META['pad_id']] * 99
+            logits[n, answer[column - middle - 1]] = 20 + 7 * column % 5  # not the surest first
+        logits[:, self.mask_id] = -math.inf
+        return logits
+
+
+def row_settings(**settings):
+    return vars(sample) | {'temperature': 0.0, 'decoder': 'confidence', 'batch_size': 2} | settings
+
+
+def trained(objective='mdm', predict_pad=True, block_size=20):
+    return {'objective': objective, 'predict_pad': predict_pad, 'block_size': block_size}
+
+
+@pytest.mark.parametrize('objective, settings', [
+    ('ar', {'decoder': 'ar'}), ('mdm', {}), ('mdm', {'length': 'reference', 'steps': 3}),
+    ('mdm', {'block_length': 2, 'steps': 5}), ('mdm', {'decoder': 'threshold'}),
+    ('mdm', {'length': 'ratio', 'length_ratio': 1.0, 'length_extra': 8, 'steps': 0}),
+    ('mdm', {'decoder': 'ancestral', 'steps': 4})])
+def test_a_model_that_knows_the_answers_gives_them(objective, settings):
+    prompts, answers = (list(map(encoded, texts)) for texts in (BOOK, BOOK.values()))
+    how = row_settings(**settings)
+    canvases = sample.row_canvases(prompts, trained(objective), META, how, answers)
+    done, (written, _, _) = sample.complete(Phrasebook(BOOK), objective, canvases, how, 9)
+    assert [sample.split_row(ids, META) for ids, _ in done] == list(zip(prompts, answers))
+    assert written == sum(len(answer) + 1 for answer in answers), 'each with its EOS'
+    assert all(ids == prompt + [10] + answer for (ids, _), prompt, answer in
+               zip(done, prompts, answers)), 'nothing is left behind EOS'
+
+
+def masks(canvases):
+    assert all(canvas[-1] == 12 for canvas in canvases)
+    return [canvas.count(12) for canvas in canvases]
+
+
+def test_how_many_masks_an_answer_gets():
+    prompts, answers = [[1], [1] * 6, [2] * 12], [[3], [3] * 4, []]
+
+    def widths(run, **settings):
+        canvases = sample.row_canvases(prompts, run, META, row_settings(**settings), answers)
+        assert [canvas[:len(ids) + 1] for canvas, ids in zip(canvases, prompts)] == \
+            [[*ids, 10] for ids in prompts]
+        return masks(canvases)
+
+    assert widths(trained()) == widths(trained(), length='full') == [8, 8, 7], 'the window, if fits'
+    ratio = [3, 9, 17]  # int(1.3 n) + 2
+    assert widths(trained(predict_pad=False, block_size=99)) == ratio
+    assert widths(trained(block_size=99), length='ratio') == ratio
+    assert widths(trained(), length='ratio', length_ratio=0.5, length_extra=1) == [1, 4, 7]
+    assert widths(trained(), length='ratio', length_ratio=0.0, length_extra=-3) == [1, 1, 1]
+    assert widths(trained(), length='reference') == [2, 5, 1]
+    assert widths(trained('ar')) == [18, 13, 7], 'all of the context'
+
+
+def test_of_the_right_answer_no_more_than_its_length_is_known():
+    prompts = [[1, 2], [3]]
+    for name in sample.LENGTHS:
+        how = row_settings(length=name)
+        one, other, longer = (sample.row_canvases(prompts, trained(), META, how, answers)
+                              for answers in ([[4, 5], [6]], [[7, 0], [1]], [[4, 5, 5], [6, 6]]))
+        assert one == other and (one != longer) == (name == 'reference')
+
+
+@pytest.mark.parametrize('ids, prompt, answer', [
+    ([1, 10, 2, 3, 9, 11, 11], [1], [2, 3]), ([1, 1, 10, 9, 5], [1, 1], []), ([10, 4], [], [4]),
+    ([1, 10, 2, 11, 3, 10, 4, 9, 9], [1], [2, 3, 4]), ([1, 10, 11, 11], [1], []),
+    ([9, 10, 2, 9], [9], [2])])
+def test_an_answer_is_what_stands_between_sep_and_eos(ids, prompt, answer):
+    assert sample.split_row(ids, META) == (prompt, answer)
+
+
+@pytest.fixture(scope='module')
+def row_runs(runs):
+    """The runs row_ar, row_mdm and row_pad, with random weights, beside the others."""
+    settings = torch.load(runs / 'mdm' / 'ckpt.pt', weights_only=True)['config']
+    for name, run in (('row_ar', trained('ar')), ('row_mdm', trained(predict_pad=False)),
+                      ('row_pad', trained())):
+        model = tiny_model(run['objective'] == 'ar', 13, 20, seed=3)
+        (runs / name).mkdir()
+        torch.save({'model': model.state_dict(), 'optimizer': [], 'meta': META, 'iter': 7,
+                    'config': settings | run, 'rng': 0, 'best': 1.5}, runs / name / 'ckpt.pt')
+    return runs
+
+
+@pytest.mark.parametrize('name, width', [('row_ar', 14), ('row_mdm', 8), ('row_pad', 8)])
+def test_prompts_are_answered_from_the_command_line(row_runs, run_main, name, width):
+    (row_runs / 'questions.txt').write_text('abc h\n\n  ab\n')
+    words = (f'--out_dir={name}', '--num_samples=8', '--temperature=1')
+    status, out, err = run_main('--start= abc h ', '--json', *words)
+    rows = objects(out)
+    assert (status, err, len(rows)) == (0, '', 8)
+    assert {len(row['tokens']) for row in rows} != {width}, 'some end'
+    for row in rows:
+        assert row['prompt'] == ' abc h ' and set(row['tokens']) <= set(range(9))
+        assert row['text'] == ''.join(LETTERS[i] for i in row['tokens'])
+        assert len(row['tokens']) <= width
+    assert len({row['text'] for row in rows}) > 4
+    found, _ = texts(run_main('--prompt_file=questions.txt', *words)[1])
+    assert len(found) == 16 and set(''.join(found)) <= set(LETTERS)
+    assert found[:8] == [row['text'] for row in rows], 'spaces around a prompt mean nothing'
+
+
+@pytest.mark.parametrize('words, problem', [
+    (['--start='], 'ask it by start'), (['--start=  '], 'ask it by start'), (['--template=a [_]'], 'is a template'),
+    (['--start=' + 'a' * 19], 'no room for an answer'), (['--start=ab', '--gen_length=3'], 'length'),
+    (['--start=ab', '--length=long'], 'auto, full, ratio'), (['--start=x'], "know 'x'"),
+    (['--start=ab', '--length=reference'], 'no right answer'),
+    (['--start=ab', '--length=ratio', '--length_ratio=1e999'], 'length_ratio is inf'),
+    (['--start=ab', '--length=ratio', '--length_ratio=-1'], 'length_ratio is -1'),
+    (['--start=ab', '--length=full', '--out_dir=row_ar'], 'until it is done'),
+    (['--start=a', '--length=full', '--out_dir=mdm'], 'without answers')])
+def test_bad_questions_are_one_line(row_runs, run_main, words, problem):
+    status, out, err = run_main('--out_dir=row_mdm', *words)
+    assert (status, out) == (2, '')
+    assert re.fullmatch(r'error: [^\n]+\n', err) and problem in err
