@@ -484,8 +484,8 @@ def uniform_cost(logits, x0, xt, alpha):
     """
     logits, alpha = logits[:, :-1], alpha.clamp(1e-6, 1 - 1e-6)[:, None]  # V' real tokens
     a = logits.size(1) * alpha
-    xbar = a * F.one_hot(x0, logits.size(1)) + 1 - alpha  # (N, V')
-    xbar_p = a * logits.softmax(-1) + 1 - alpha  # (N, V')
+    xbar = a * F.one_hot(x0, logits.size(1)) + (1 - alpha)  # (N, V')
+    xbar_p = a * logits.softmax(-1) + (1 - alpha)  # (N, V'); without () it would lose 1 - alpha
     r, s = (x / x.gather(1, xt[:, None]) for x in (xbar, xbar_p))
     y = s / r
     return (r * (y - 1 - y.log())).sum(1) / a[:, 0]
