@@ -1,4 +1,4 @@
-# Masked diffusion in 1000 discrete steps (D3PM): shakespeare_mdm.py on a grid, shown the noise level.
+# Masked diffusion in 1000 discrete steps (D3PM), the network being shown the level.
 # parameters: 2,772,288
 dataset = 'shakespeare_char'
 objective = 'd3pm'
