@@ -233,7 +233,8 @@ class Transformer(nn.Module):
         self.register_buffer('sin', sin, persistent=False)
         self.init_weights()
 
-    def forward(self, x, t=None, *, cache=None, where=None, hidden=False, block_length=0):
+    def forward(self, x, t=None, *, cache=None, where=None, hidden=False, block_length=0,
+                mixture=None):
         """Logits (B, T, V), or (N, V) at the N positions where `where` (B, T) bool is True.
 
         x (B, T) int64: tokens, mask_id among them. t (B, 1): noise level, for time_cond alone;
@@ -242,6 +243,7 @@ class Transformer(nn.Module):
         hidden: stop before the head, (B, T, C) or (N, C), of which logits() makes the rest.
         block_length: above 0, x is [xt ; x0], (B, 2T), and xt, whose logits are returned, sees of
         x0 the blocks before its own; t may then be (B, T), a level for every position of xt.
+        mixture: ids and weights, 2 x (B, T, K): so much of the embeddings of so many ids, not of x.
         """
         B, T = x.size(0), x.size(1) // 2 if block_length else x.size(1)
         start = cache.length if cache is not None else 0
@@ -252,7 +254,10 @@ class Transformer(nn.Module):
         if block_length:  # both halves stand at the same positions, and x0 has no noise
             position, mask = position.repeat(2), block_mask(T, block_length, x.device)
             t = None if t is None else torch.cat([t.expand(B, T), torch.zeros_like(x[:, T:])], 1)
-        h = self.embed(x)  # (B, T, C)
+        if mixture is None:
+            h = self.embed(x)  # (B, T, C)
+        else:
+            h = (self.embed(mixture[0]) * mixture[1][..., None]).sum(2)  # (B, T, C)
         rope = None
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
@@ -485,35 +490,94 @@ def uniform_cost(logits, x0, xt, alpha):
     """
     logits, alpha = logits[:, :-1], alpha.clamp(1e-6, 1 - 1e-6)[:, None]  # V' real tokens
     a = logits.size(1) * alpha
-    xbar = a * F.one_hot(x0, logits.size(1)) + 1 - alpha  # (N, V')
-    xbar_p = a * logits.softmax(-1) + 1 - alpha  # (N, V')
+    xbar = a * F.one_hot(x0, logits.size(1)) + (1 - alpha)  # (N, V')
+    xbar_p = a * logits.softmax(-1) + (1 - alpha)  # (N, V'); without () it would lose 1 - alpha
     r, s = (x / x.gather(1, xt[:, None]) for x in (xbar, xbar_p))
     y = s / r
     return (r * (y - 1 - y.log())).sum(1) / a[:, 0]
 
 
+def symmetric_kl(logits, x0):
+    """KL(p || q) + KL(q || p), (N,), of the prediction p and of q, onehot(x0) smoothed a little."""
+    logp = logits[:, :-1].log_softmax(-1)  # (N, V')
+    q = (1 - SMOOTHING) * F.one_hot(x0, logp.size(1)) + SMOOTHING / logp.size(1)
+    return ((q - logp.exp()) * (q.log() - logp)).sum(1)
+
+
+def soft_noise(lam, n_real):
+    """P(x0 is the argmax of soft_tokens) as alpha, and its slope over lam, 2 x (B, 1).
+
+        P = E over g ~ N(0, 1) of  Phi(g + (1 - lam) / lam)^(V' - 1),  alpha = (V' P - 1) / (V' - 1)
+
+    [Duo eq. 10, for this mixture]. The other tokens are as likely as each other, so that the argmax
+    is uniform noise at the level of this alpha.
+    """
+    lam64, g = lam.cpu().double(), torch.linspace(-9, 9, 1001, dtype=torch.float64)  # mps has none
+    normal = torch.distributions.Normal(0.0, 1.0)
+    p, at = normal.log_prob(g).exp() * 18 / 1000, g + (1 - lam64) / lam64  # (1001,), (B, 1001)
+    kept = (p * normal.cdf(at) ** (n_real - 1)).sum(1, keepdim=True)
+    slope = (p * normal.cdf(at) ** (n_real - 2) * normal.log_prob(at).exp()).sum(1, keepdim=True)
+    return (((n_real * kept - 1) / (n_real - 1)).to(lam), (-n_real * slope / lam64 ** 2).to(lam))
+
+
+def soft_tokens(x0, lam, tau, n_real, generator):
+    """softmax(((1 - lam) * onehot(x0) + lam * gauss) / tau) by ids and weights, 2 x (B, T, 3).
+
+    Only x0 and the two others with the largest noise: tau is so small that a third has no weight.
+    The two largest of n Gaussians are drawn as such: Phi of them are u^(1/n) and that of the first
+    times v^(1/(n - 1)), u and v uniform. So it costs the same for any V'.
+    """
+    how, n = {'generator': generator, 'device': x0.device}, n_real - 1
+    log_u, log_v = torch.rand(2, *x0.shape, **how).log()
+    first = -torch.special.ndtri(-torch.expm1(log_u / n))  # (B, T)
+    second = -torch.special.ndtri(-torch.expm1(log_u / n + log_v / (n - 1)))
+    one = 1 + torch.randint(n, x0.shape, **how)  # how far from x0 the first stands
+    two = 1 + (one + torch.randint(n - 1, x0.shape, **how)) % n  # any other distance
+    ids = (x0[..., None] + torch.stack([torch.zeros_like(x0), one, two], dim=2)) % n_real
+    own = (1 - lam) / lam + torch.randn(x0.shape, **how)
+    return ids, (torch.stack([own, first, second], dim=2) * lam[..., None] / tau).softmax(2)
+
+
 def uniform_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight='elbo',
-                 w_max=5.0, mask_range=(0.0, 1.0)):
+                 w_max=5.0, mask_range=(0.0, 1.0), divergence='elbo', soft_inputs=False, tau=1e-3):
     """Negative ELBO of diffusion whose noise is random tokens, one t per row [UDLM, Duo].
 
         nelbo = mean over (b, i) of  w(t[b]) * (1 - alpha[b]) * uniform_cost[b, i]
 
     As mdm_loss, but a token that is not kept becomes any of the V' real ones, perhaps itself: the
-    network cannot know which are noise, so all are scored, and none is ever beyond correction.
+    network cannot know which are noise, so all are scored, and none is ever beyond correction. The
+    best prediction is p(x0[b, i] | xt[b] without its i-th token).
+    soft_inputs: the network reads soft_tokens, of which xt is the argmax, lam in SOFT_RANGE in the
+    place of t and of the schedule [Duo sec. 4.1]. divergence: 'symmetric_kl' in the place of the
+    weighted cost, or 'scaled_kl', that times lam / (V' (1 - lam) + lam); lam is 1 - alpha if hard.
     """
     B, T = x0.shape
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
     t = levels(B, mask_range, generator, x0.device)[:, None]  # (B, 1)
-    alpha, w = noise(t, schedule)
-    w = training_weight(w, loss_weight, w_max)
+    if soft_inputs:
+        lam = SOFT_RANGE[0] + (SOFT_RANGE[1] - SOFT_RANGE[0]) * t
+        alpha, slope = soft_noise(lam, model.mask_id)
+        w = -slope * (SOFT_RANGE[1] - SOFT_RANGE[0]) / (1 - alpha)
+        ids, share = soft_tokens(x0, lam, tau, model.mask_id, generator)
+        share[given] = torch.tensor([1.0, 0.0, 0.0], device=x0.device)
+        xt, mixture = ids.gather(2, share.argmax(2, keepdim=True))[..., 0], (ids, share)
+    else:
+        alpha, w = noise(t, schedule)
+        lam, mixture = 1 - alpha, None
+        is_noise = (torch.rand(B, T, generator=generator, device=x0.device) >= alpha) & ~given
+        other = torch.randint(model.mask_id, (B, T), generator=generator, device=x0.device)
+        xt = torch.where(is_noise, other, x0)
 
-    is_noise = (torch.rand(B, T, generator=generator, device=x0.device) >= alpha) & ~given
-    other = torch.randint(model.mask_id, (B, T), generator=generator, device=x0.device)
-    xt = torch.where(is_noise, other, x0)
-    h = model(xt, 1 - alpha, where=~given, hidden=True)  # (N, C), N tokens not given
-    alpha, w = alpha.expand(B, T)[~given], w.expand(B, T)[~given]  # 2 x (N,)
-    cost = token_costs(model, uniform_cost, h, x0[~given], xt[~given], alpha)
-    return (w * (1 - alpha) * cost).sum(), (~given).sum()
+    h = model(xt, 1 - alpha, where=~given, hidden=True, mixture=mixture)  # (N, C), not given
+    if divergence == 'elbo':
+        w = training_weight(w, loss_weight, w_max) * (1 - alpha)  # (B, 1)
+        cost = token_costs(model, uniform_cost, h, x0[~given], xt[~given],
+                           alpha.expand(B, T)[~given])
+    else:
+        w = lam / (model.mask_id * (1 - lam) + lam) if divergence == 'scaled_kl' \
+            else torch.ones_like(lam)
+        cost = token_costs(model, symmetric_kl, h, x0[~given])
+    return (w.expand(B, T)[~given] * cost).sum(), (~given).sum()
 
 
 def block_loss(model, x0, generator, given=None, *, block_length=16, schedule='linear',
@@ -677,6 +741,9 @@ def ordered_nll(model, x0, order, given=None):
 
 
 POWER = 2  # of the polynomial schedule
+SOFT_RANGE = (0.25, 0.5)  # the share of Gaussian noise in soft tokens
+SMOOTHING = 1e-3  # of targets, so that a divergence from them is finite
+DIVERGENCES = ('elbo', 'symmetric_kl', 'scaled_kl')
 LOSS_WEIGHTS = ('elbo', 'clipped', 'flat', 'masked_mean')
 SCHEDULES = ('linear', 'cosine', 'polynomial')
 LOSSES = {'ar': ar_loss, 'mdm': mdm_loss, 'd3pm': d3pm_loss, 'uniform': uniform_loss,

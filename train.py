@@ -38,8 +38,8 @@ import config
 import sample
 from config import UserError
 from eval import draw_losses, fastest_flops, flops_per_token, print_bench
-from model import BOUND_NAMES, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, bound_of, evaluate, \
-    load_checkpoint, loss_of, mixed_seed, model_config, pick_device, pick_dtype
+from model import BOUND_NAMES, DIVERGENCES, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, \
+    bound_of, evaluate, load_checkpoint, loss_of, mixed_seed, model_config, pick_device, pick_dtype
 from prepare import gather, gather_rows, load_meta, load_split, load_tokenizer, prepare, \
     row_batches, row_lengths, row_widths
 
@@ -83,6 +83,8 @@ mask_range = (0.0, 1.0)     # levels t that are trained
 diffusion_steps = 1000      # d3pm: N, from all masks to none
 subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
 block_length = 16           # block: tokens per block
+soft_inputs = False         # uniform: train on mixtures of tokens, ever closer to a single one
+divergence = 'elbo'         # uniform: elbo, symmetric_kl, scaled_kl; to train, never reported
 # optimiser
 optimizer = 'muon'          # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: all
 max_iters = 1200            # updates
@@ -276,6 +278,8 @@ for name, fine, wanted in (
         ('lr_schedule', lr_schedule in ('cosine', 'wsd', 'constant'), 'cosine, wsd or constant'),
         ('mask_range', len(mask_range) == 2 and 0 <= mask_range[0] <= mask_range[1] <= 1
          and mask_range[1] > 0, '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0'),
+        ('divergence', divergence in DIVERGENCES, f'one of {", ".join(DIVERGENCES)}'),
+        ('soft_inputs', objective == 'uniform' or not soft_inputs, 'False (but for uniform)'),
         ('subs', subs or objective == 'd3pm', 'True (d3pm alone has a use for the mask)'),
         *((n, settings[n] >= 0, '0 or more') for n in (
             'max_iters', 'train_tokens', 'grad_clip', 'bench')),
@@ -437,6 +441,7 @@ for iteration in range(first_iter, max_iters + 1):
         for group in o.param_groups:
             group['lr'] = factor * (muon_lr if isinstance(o, Muon) else learning_rate)
     sums = torch.zeros(3, device=device)  # nats, tokens that count, processes that caught a signal
+    anneal = {'tau': 1e-3 * 1e-5 ** (iteration / max_iters)} if soft_inputs else {}  # to argmax
     for micro in range(gradient_accumulation_steps):
         number = mixed_seed(seed, iteration, micro * world + rank)
         torch.manual_seed(number)  # of dropout
@@ -451,7 +456,7 @@ for iteration in range(first_iter, max_iters + 1):
         given = None if given is None or score_prompt else given.to(device)
         parallel.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
         with autocast:
-            nats, count = loss_fn(parallel, x0, generator, given)
+            nats, count = loss_fn(parallel, x0, generator, given, **anneal)
         nats.backward()
         sums += torch.stack([nats.detach(), count, torch.zeros_like(nats)])
     if world > 1:

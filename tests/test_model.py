@@ -2,19 +2,23 @@
 
 import itertools
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 import model
 from config import UserError
-from model import BOUNDS, KVCache, ModelConfig, Transformer, ar_loss, ar_nll, evaluate, \
-    load_checkpoint, load_model, mdm_loss, mdm_nelbo, noise, pick_device, pick_dtype, rope_angles, \
-    rotate
+from model import BOUNDS, LOSSES, SCHEDULES, KVCache, ModelConfig, Transformer, ar_loss, ar_nll, \
+    block_loss, block_nelbo, bound_of, d3pm_loss, d3pm_nelbo, evaluate, load_checkpoint, \
+    load_model, loss_of, mdm_loss, mdm_nelbo, noise, ordered_nll, pick_device, pick_dtype, \
+    rope_angles, rotate, soft_noise, soft_tokens, symmetric_kl, uniform_cost, uniform_loss, \
+    uniform_nelbo
 
 GPT2_STYLE = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
 
@@ -45,7 +49,9 @@ class ContextFree(nn.Module):
         self.embed = nn.Embedding(1, 1)
         self.asked = []
 
-    def forward(self, x, t=None, where=None, cache=None, hidden=False):
+    def forward(self, x, t=None, where=None, cache=None, hidden=False, block_length=0,
+                mixture=None):
+        x = x[:, :x.size(1) // 2] if block_length else x
         self.asked.append((x, t))
         n = x.shape if where is None else (int(where.sum()),)
         h = torch.zeros(*n, 1)
@@ -179,7 +185,7 @@ def test_context_too_long_is_refused():
 # ------------------------------------------------------------------------- the probability models
 
 
-@pytest.mark.parametrize('schedule', ['linear', 'cosine'])
+@pytest.mark.parametrize('schedule', SCHEDULES)
 def test_weight_is_the_derivative_of_the_schedule(schedule):
     t, eps = torch.linspace(0.05, 0.95, 19, dtype=torch.float64), 1e-6
     alpha, w = noise(t, schedule)
@@ -194,7 +200,7 @@ def test_unknown_schedule_is_refused():
         noise(torch.ones(1, 1), 'quadratic')
 
 
-@pytest.mark.parametrize('name', ['ar', 'mdm'])
+@pytest.mark.parametrize('name', ['ar', 'mdm', 'd3pm', 'block'])
 @pytest.mark.parametrize('shape', [{}, GPT2_STYLE])
 def test_a_fresh_model_is_uniform_and_its_bound_is_log_v(name, shape):
     model = Transformer(ModelConfig(12, 16, causal=name == 'ar', n_embd=32, **shape)).eval()
@@ -202,7 +208,7 @@ def test_a_fresh_model_is_uniform_and_its_bound_is_log_v(name, shape):
     assert (nats / 16 - math.log(11)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize('schedule', ['linear', 'cosine'])
+@pytest.mark.parametrize('schedule', SCHEDULES)
 def test_nelbo_of_a_context_free_predictor_is_its_nll(schedule):
     """E[is_mask w(t)] = 1 under any schedule: the loss and the bound both find the exact nll."""
     logits = torch.tensor([1.0, 0.0, -2.0, 0.5])
@@ -243,7 +249,7 @@ def test_three_tokens_of_three_letters_enumerated():
             exact = enumerated_nelbo(model, x0) / 3
             bound = mdm_nelbo(model, x0.expand(400_000, 3), generator)
             assert abs(bound.mean().item() / 3 - exact) < 1e-3
-            for schedule in ('linear', 'cosine'):  # heavier tails, so within 4 standard errors
+            for schedule in SCHEDULES:  # heavier tails, so within 4 standard errors
                 losses = [mdm_loss(model, x0.expand(10_000, 3), generator, schedule=schedule)
                           for _ in range(40)]
                 losses = np.array([(nats / count).item() for nats, count in losses])
@@ -292,7 +298,7 @@ def test_noise_levels_are_stratified(B, seed, mask_range):
 
 def test_share_of_masks_follows_the_level():
     model, x0 = ContextFree(torch.zeros(3), 1000), tokens(50, 1000, V=4)
-    for schedule in ('linear', 'cosine'):
+    for schedule in SCHEDULES:
         model.asked.clear()
         mdm_loss(model, x0, torch.Generator().manual_seed(0), schedule=schedule)
         xt, share = model.asked[0]
@@ -319,7 +325,8 @@ def test_loss_weights_and_their_counts():
         mdm_loss(model, x0, torch.Generator(), loss_weight='heavy')
 
 
-@pytest.mark.parametrize('fn', [mdm_loss, mdm_nelbo])
+@pytest.mark.parametrize('fn', [mdm_loss, mdm_nelbo, d3pm_loss, d3pm_nelbo, block_loss,
+                                block_nelbo])
 def test_given_tokens_are_never_masked_nor_scored(fn):
     model, x0 = ContextFree(torch.zeros(3), 10), tokens(40, 10, V=4)
     given_tokens = torch.rand(40, 10, generator=torch.Generator().manual_seed(5)) < 0.5
@@ -328,7 +335,7 @@ def test_given_tokens_are_never_masked_nor_scored(fn):
     xt, _ = model.asked[0]
     assert not ((xt == 3) & given_tokens).any()
     assert torch.equal(xt[given_tokens], x0[given_tokens])
-    if fn is mdm_nelbo:  # exact for uniform logits
+    if fn in BOUNDS.values():  # exact for uniform logits
         torch.testing.assert_close(found, (~given_tokens).sum(1) * math.log(3))
     else:
         assert found[1] == (~given_tokens).sum()
@@ -343,14 +350,398 @@ def test_given_tokens_do_not_count_in_ar():
                                torch.full((4,), 7 * math.log(3)))
 
 
-def test_gradients_are_finite_at_the_ends():
+@pytest.mark.parametrize('name', ['mdm', 'd3pm', 'uniform', 'block'])
+def test_gradients_are_finite_at_the_ends(name):
     for lo_hi in ((1e-7, 1e-7), (1.0, 1.0)):
-        for schedule in ('linear', 'cosine'):
-            model = tiny()
-            nats, count = mdm_loss(model, tokens(4, 16), torch.Generator().manual_seed(0),
-                                   schedule=schedule, mask_range=lo_hi)
+        for schedule in SCHEDULES:
+            model, x0 = tiny(subs=name != 'd3pm'), tokens(4, 16)
+            nats, count = LOSSES[name](model, x0, torch.Generator().manual_seed(0),
+                                       schedule=schedule, mask_range=lo_hi)
             (nats / count).backward()
+            assert nats.isfinite()
             assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# ------------------------------------------------------------ d3pm, uniform, block, given orders
+
+
+def average(draw, n):
+    """Mean of n calls of draw(), and the standard error of it."""
+    with torch.no_grad():
+        drawn = torch.tensor([float(draw()) for _ in range(n)], dtype=torch.float64)
+    return drawn.mean().item(), (drawn.std() / n ** 0.5).item()
+
+
+def divergence(true, ours):
+    """KL of distributions along the last axis, each normalised here."""
+    true, ours = (p / p.sum(-1, keepdims=True) for p in (true, ours))
+    ratio = np.divide(true, ours, out=np.ones_like(true), where=true > 0)
+    return (true * np.log(ratio)).sum(-1)
+
+
+def enumerated_d3pm(predict, x0, alpha, V):
+    """The bound in discrete steps on -log p(x0), by its definition: all steps, masks, outcomes.
+
+    predict(xt, share (N,)) -> probabilities (N, T, V) of every token, the mask among them; x0 (T,).
+    """
+    T, total, a_t, a_s = len(x0), 0.0, alpha[1:], alpha[:-1]
+    joint = np.zeros((len(a_t), V, V))  # P(xs, xt = mask | x0), x0 by column
+    joint[:] = np.eye(V)
+    joint *= np.where(np.arange(V) < V - 1, (a_s - a_t)[:, None], 1.0)[:, None]
+    joint[:, -1, :-1] = (1 - a_s)[:, None]
+    for mask in itertools.product([False, True], repeat=T):
+        m = sum(mask)
+        p = predict(torch.where(torch.tensor(mask), V - 1, x0), 1 - a_t)
+        for j in np.flatnonzero(mask):
+            kl = divergence(joint[:, :, x0[j]], np.einsum('nsx,nx->ns', joint, p[:, j]))
+            total += ((1 - a_t) ** m * a_t ** (T - m) * kl).sum()
+    return total
+
+
+@pytest.mark.parametrize('subs', [True, False])
+@pytest.mark.parametrize('schedule', ['linear', 'polynomial'])
+def test_d3pm_is_the_sum_of_divergences_over_all_steps(subs, schedule):
+    model = tiny(vocab_size=4, block_size=3, n_layer=1, n_head=2, n_embd=8, subs=subs,
+                 time_cond=True)
+    x0, generator = torch.tensor([0, 2, 1]), torch.Generator().manual_seed(0)
+
+    def predict(xt, share):
+        logits = model(xt.expand(len(share), -1), torch.tensor(share)[:, None].float())
+        return logits.double().softmax(-1).numpy()
+
+    how = dict(diffusion_steps=5, schedule=schedule)
+    alpha = noise(torch.arange(6, dtype=torch.float64) / 5, schedule)[0].numpy()
+    with torch.no_grad():
+        exact = enumerated_d3pm(predict, x0, alpha, 4)
+    for draw in (lambda: d3pm_nelbo(model, x0.expand(2000, 3), generator, **how).mean(),
+                 lambda: d3pm_loss(model, x0.expand(2000, 3), generator, **how)[0] / 2000):
+        mean, error = average(draw, 20)
+        assert abs(mean - exact) < 4 * error < 0.03 * exact
+
+
+def test_d3pm_falls_to_the_entropy_as_steps_grow():
+    """For the best prediction: in ever more steps, independent guesses at a time cost ever less."""
+    joint = np.random.default_rng(0).dirichlet(np.full(27, 0.3)).reshape(3, 3, 3)
+
+    def predict(xt, share):
+        table = joint[tuple(slice(None) if j == 3 else slice(j, j + 1) for j in xt.tolist())]
+        out = np.zeros((3, 4))
+        for j in np.flatnonzero(xt == 3):
+            out[j, :3] = table.sum(tuple(k for k in range(3) if k != j)) / table.sum()
+        return np.broadcast_to(out, (len(share), 3, 4))
+
+    entropy, found = -(joint * np.log(joint)).sum(), []
+    for steps in (10, 100, 1000):
+        alpha = 1 - np.arange(steps + 1) / steps
+        found.append(sum(joint[x0] * enumerated_d3pm(predict, torch.tensor(x0), alpha, 4)
+                         for x0 in np.ndindex(3, 3, 3)))
+    gap = np.array(found) - entropy
+    assert gap[0] > 5 * gap[1] > 25 * gap[2] > 0 and gap[2] < 1e-3, gap
+
+
+def test_with_a_probability_of_the_mask_a_fresh_d3pm_is_log_v_in_the_mean():
+    """Over one draw of every step; each row's own differs, by what telescopes in the sum."""
+    model = Transformer(ModelConfig(12, 16, n_embd=32, subs=False)).eval()
+    with torch.no_grad():
+        logits = model(tokens(1, 16))
+        nats = d3pm_nelbo(model, tokens(8, 16), torch.Generator().manual_seed(0), diffusion_steps=8)
+    assert logits.isfinite().all() and nats.std() > 1
+    assert nats.mean().item() / 16 == pytest.approx(math.log(12), abs=1e-5)
+    assert tiny()(tokens(1, 16))[..., -1].max() == -math.inf
+
+
+def uniform_integral(logits, x0):
+    """E over xt and integral over alpha of uniform_cost, (K,) real logits, one token x0."""
+    K, n = len(logits), 20_000
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    alpha, slope = 1 - u ** 3, 3 * u ** 2  # many points near alpha = 1, where log(1 - alpha) is
+    total = 0.0
+    logits = torch.cat([logits, torch.tensor([-torch.inf])]).double()
+    for xt in range(K):
+        cost = uniform_cost(logits.expand(n, -1), torch.full((n,), x0), torch.full((n,), xt), alpha)
+        total += (cost * (alpha * (xt == x0) + (1 - alpha) / K) * slope).mean().item()
+    return total
+
+
+def test_uniform_nelbo_of_a_context_free_predictor_is_its_nll():
+    """The reverse process of a distribution of one token is exact, so the bound is tight."""
+    for logits in (torch.zeros(5), torch.tensor([1.0, 0.0, -2.0, 0.5])):
+        for x0 in range(3):
+            exact = -logits.double().log_softmax(0)[x0].item()
+            assert uniform_integral(logits, x0) == pytest.approx(exact, abs=2e-5)
+
+
+def test_uniform_cost_is_the_rate_of_divergences_of_small_steps():
+    """For a network that changes its mind with t and xt: KL of posteriors [Duo eq. 5], V' = 4."""
+    K, steps, x0, total, density = 4, 4000, 1, 0.0, 0.0
+    table, drift = torch.randn(2, K, K, generator=torch.Generator().manual_seed(0)).double()
+    i, eye = torch.arange(1, steps + 1, dtype=torch.float64)[:, None], torch.eye(K).double()
+    a_t, a_s, a = 1 - i / steps, 1 - (i - 1) / steps, 1 - (i - 0.5) / steps  # 3 x (steps, 1)
+    for xt in range(K):
+        forward = a_t / a_s * eye[xt] + (1 - a_t / a_s) / K  # P(xt | xs), (steps, K)
+        p = (table[xt] + (1 - a_t) * drift[xt]).softmax(-1)
+        kl = divergence(*((forward * (a_s * x + (1 - a_s) / K)).numpy() for x in (eye[x0], p)))
+        total += ((a_t * (xt == x0) + (1 - a_t) / K)[:, 0].numpy() * kl).sum()
+        logits = F.pad(table[xt] + (1 - a) * drift[xt], (0, 1), value=-torch.inf)
+        cost = uniform_cost(logits, *torch.tensor([[x0], [xt]]).expand(2, steps), a[:, 0])
+        density += ((a * (xt == x0) + (1 - a) / K)[:, 0] * cost).mean().item()
+    assert density == pytest.approx(total, abs=2e-3) and total > 1
+
+
+class LeaveOneOut(ContextFree):
+    """The best predictor under uniform noise: p(x0_i | xt without token i), of a known joint."""
+
+    def __init__(self, joint):
+        super().__init__(torch.zeros(joint.shape[0]), joint.ndim)
+        self.joint = torch.from_numpy(joint)
+
+    def forward(self, x, t=None, where=None, hidden=False, mixture=None):
+        K, T = self.joint.size(0), self.joint.dim()
+        eye = torch.eye(K, dtype=torch.float64)[x]  # (B, T, K)
+        likely = (1 - t.double())[..., None] * eye + t.double()[..., None] / K
+        logits = torch.full((*x.shape, K + 1), -torch.inf)
+        for i in range(T):
+            letters = 'abc'[:T]
+            others = [j for j in range(T) if j != i]
+            p = torch.einsum(','.join([letters, *('z' + letters[j] for j in others)])
+                             + '->z' + letters[i], self.joint, *(likely[:, j] for j in others))
+            logits[:, i, :K] = p.log().float()
+        return logits[where]
+
+    def logits(self, h):
+        return h
+
+
+def test_uniform_nelbo_of_the_best_predictor_is_the_entropy():
+    """Three dependent tokens: loss and bound, drawn, in the mean over the distribution."""
+    joint = np.random.default_rng(1).dirichlet(np.full(27, 0.3)).reshape(3, 3, 3)
+    texts = torch.tensor(list(np.ndindex(3, 3, 3)))
+    generator = torch.Generator().manual_seed(0)
+    x0 = texts[torch.multinomial(torch.from_numpy(joint.flatten()), 6000, True,
+                                 generator=generator)]
+    model, entropy = LeaveOneOut(joint), -(joint * np.log(joint)).sum()
+    exact = -np.log(joint[tuple(x0.T.numpy())]).mean()  # of these texts; the entropy is its mean
+    assert abs(exact - entropy) < 0.05
+    bound = average(lambda: uniform_nelbo(model, x0, generator).mean(), 30)
+    assert abs(bound[0] - exact) < 0.04 and bound[1] < 0.015
+    for schedule in SCHEDULES:
+        loss = average(lambda: uniform_loss(model, x0, generator, schedule=schedule)[0] / len(x0),
+                       30)
+        assert abs(loss[0] - bound[0]) < 4 * math.hypot(loss[1], bound[1]) < 0.25
+        assert loss[1] > 1.5 * bound[1], 'the draws of the bound vary less'
+
+
+def test_uniform_noise_is_of_real_tokens_and_given_ones_stay():
+    model, x0 = ContextFree(torch.zeros(5), 100), tokens(300, 100, V=6)
+    given_tokens = torch.rand(300, 100, generator=torch.Generator().manual_seed(5)) < 0.5
+    generator = torch.Generator().manual_seed(0)
+    nats, count = uniform_loss(model, x0, generator, given_tokens, mask_range=(0.5, 0.5))
+    xt, t = model.asked[0]
+    assert torch.equal(xt[given_tokens], x0[given_tokens]) and xt.max() == 4
+    assert count == (~given_tokens).sum() and (t == 0.5).all()
+    changed = (xt != x0)[~given_tokens].float().mean().item()
+    assert changed == pytest.approx(0.5 * 4 / 5, abs=4 * 0.5 / count.item() ** 0.5)
+    counts = torch.bincount((xt - x0)[~given_tokens & (xt != x0)] % 5, minlength=5)[1:].double()
+    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 16.3  # chi-square, 3, 0.001
+    mean, error = average(lambda: uniform_nelbo(model, x0, generator, given_tokens).sum() / count,
+                          60)
+    assert abs(mean - math.log(5)) < 4 * error < 0.05
+    flat = uniform_loss(model, x0, torch.Generator().manual_seed(1), mask_range=(0.1, 0.1),
+                        loss_weight='flat')[0]
+    elbo = uniform_loss(model, x0, torch.Generator().manual_seed(1), mask_range=(0.1, 0.1))[0]
+    torch.testing.assert_close(elbo, 10 * flat)
+
+
+def test_uniform_cost_is_precise_in_float32():
+    """At both ends and for predictions far from and close to the truth, as in float64."""
+    generator = torch.Generator().manual_seed(0)
+    for eps in (1e-6, 1e-4, 1e-2):
+        for alpha in (eps, 1 - eps):
+            alpha = torch.full((200,), alpha, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
+            logits = torch.cat([torch.randn(200, 50, generator=generator) * 5,
+                                torch.full((200, 1), -torch.inf)], dim=1)
+            x0, xt = torch.randint(50, (2, 200), generator=generator)
+            xt[:100] = x0[:100]
+            exact = uniform_cost(logits.double(), x0, xt, alpha.double())
+            found = uniform_cost(logits, x0, xt, alpha)
+            torch.testing.assert_close(found.double(), exact, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize('K', [3, 40])
+def test_soft_tokens_are_the_largest_of_a_noisy_onehot(K):
+    """Against all K Gaussians; at K = 3 three entries are all, so the weights are compared too."""
+    generator, n, lam = torch.Generator().manual_seed(0), 100_000, torch.tensor([[0.25], [0.45]])
+    x0 = torch.full((2, n), 2)
+    tau = 0.05 if K == 3 else 0.01
+    ids, share = soft_tokens(x0, lam, tau, K, generator)
+    assert (ids.sort(2).values.diff(dim=2) > 0).all() and ids.max() < K and (ids[..., 0] == 2).all()
+    logits = lam[..., None] * torch.randn(2, n, K, generator=generator)
+    logits[..., 2] += 1 - lam
+    brute = (logits / tau).softmax(2)
+    kept = (share.argmax(2) == 0).double().mean(1, keepdim=True)
+    alpha, slope = soft_noise(lam, K)
+    assert (kept - ((K - 1) * alpha + 1) / K).abs().max() < 4 * 0.5 / n ** 0.5
+    assert (kept[:, 0] - (brute.argmax(2) == 2).double().mean(1)).abs().max() < 6 * 0.5 / n ** 0.5
+    h = 1e-3
+    ahead, behind = (soft_noise(lam.double() + d, K)[0] for d in (h, -h))
+    torch.testing.assert_close(slope.double(), (ahead - behind) / (2 * h), atol=1e-3, rtol=1e-3)
+    largest = torch.stack([s.sort(2).values[..., -3:].mean(1) for s in (share, brute)])
+    assert (largest[0] - largest[1]).abs().max() < (0.003 if K == 3 else 0.02)
+    changed = ids.gather(2, share.argmax(2, keepdim=True))[share.argmax(2) > 0].flatten()
+    counts = torch.bincount(changed, minlength=K)[torch.arange(K) != 2].double()
+    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < {3: 10.8, 40: 71.0}[K]
+    assert soft_tokens(x0, lam, 1e-8, K, generator)[1].amax(2).mean() > 0.9999
+
+
+def test_soft_inputs_integrate_the_same_density():
+    """Of a context-free predictor, the soft loss is the hard bound between its two alphas."""
+    K, logits = 4, torch.tensor([1.0, 0.0, -2.0, 0.5])
+    high, low = (soft_noise(torch.tensor([[lam]]), K)[0].item() for lam in (0.25, 0.5))
+    a = low + (high - low) * (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    exact = 0.0
+    for xt in range(K):
+        cost = uniform_cost(F.pad(logits, (0, 1), value=-torch.inf).double().expand(2000, -1),
+                            torch.full((2000,), 2), torch.full((2000,), xt), a)
+        exact += ((a * (xt == 2) + (1 - a) / K) * cost).mean().item() * (high - low)
+    model, generator = ContextFree(logits, 20), torch.Generator().manual_seed(0)
+    known = torch.arange(20).expand(50, 20) < 5
+    x0 = torch.full((50, 20), 2)
+    mean, error = average(lambda: uniform_loss(model, x0, generator, known, soft_inputs=True)[0]
+                          / 750, 200)
+    assert abs(mean - exact) < 4 * error < 0.05 * exact
+    assert all((xt[known] == 2).all() for xt, _ in model.asked)
+
+
+def test_a_mixture_of_one_token_is_that_token():
+    m, x = tiny(), tokens(2, 8)
+    ids, share = torch.stack([x, (x + 1) % 11], 2), torch.zeros(2, 8, 2)
+    share[..., 0] = 1
+    torch.testing.assert_close(m(x, mixture=(ids, share)), m(x))
+    share[:] = 0.5  # half of each: the rows of another table
+    half = m.embed.weight.detach()[ids].mean(2).flatten(0, 1)
+    mixed = m(x, mixture=(ids, share))
+    m.embed.weight = nn.Parameter(half)
+    torch.testing.assert_close(m(torch.arange(16).view(2, 8)), mixed)
+
+
+def test_symmetric_kl_is_that_of_torch_and_scaled_as_stated():
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
+    x0 = torch.tensor([0, 1, 2, 3, 0, 1])
+    q = torch.full((6, 4), 1e-3 / 4, dtype=torch.float64)
+    q[torch.arange(6), x0] += 1 - 1e-3
+    p, q = (torch.distributions.Categorical(probs=x) for x in (logits[:, :-1].softmax(1), q))
+    kl = torch.distributions.kl_divergence
+    torch.testing.assert_close(symmetric_kl(logits, x0), kl(p, q) + kl(q, p))
+    model, x0 = ContextFree(torch.zeros(4), 7), tokens(1, 7, V=5)
+    for how, lam in ((dict(mask_range=(0.3, 0.3)), 0.3),
+                     (dict(mask_range=(0.6, 0.6), soft_inputs=True), 0.4)):
+        plain, scaled = (uniform_loss(model, x0, torch.Generator().manual_seed(0), divergence=name,
+                                      **how)[0] for name in ('symmetric_kl', 'scaled_kl'))
+        torch.testing.assert_close(scaled / plain, torch.tensor(lam / (4 * (1 - lam) + lam)))
+
+
+@pytest.mark.parametrize('time_cond', [False, True])
+def test_one_block_is_mdm(time_cond):
+    model, x0 = tiny(std=0.2, time_cond=time_cond), tokens(4, 16)
+    given_tokens = torch.arange(16).expand(4, 16) < torch.tensor([[0], [3], [15], [16]])
+    for pair in ((mdm_loss, block_loss), (mdm_nelbo, block_nelbo)):
+        one, block = (fn(model, x0, torch.Generator().manual_seed(0), given_tokens, **how)
+                      for fn, how in zip(pair, ({}, {'block_length': 16})))
+        torch.testing.assert_close(one, block, atol=1e-4, rtol=1e-5)
+    assert one[3] == 0, 'nothing was wanted'
+
+
+@pytest.mark.parametrize('shape', [dict(time_cond=True), dict(n_kv_head=2), GPT2_STYLE])
+@pytest.mark.parametrize('T, block_length', [(16, 4), (13, 4), (5, 8)])
+def test_finished_blocks_in_a_cache_are_the_block_mask(shape, T, block_length):
+    """Decoding, block after block, sees what training saw; each block at a level of its own."""
+    model, x0 = tiny(std=0.2, **shape), tokens(3, T)
+    generator = torch.Generator().manual_seed(0)
+    xt = torch.where(torch.rand(3, T, generator=generator) < 0.5, model.mask_id, x0)
+    t = torch.rand(3, math.ceil(T / block_length), generator=generator)
+    levels = t.repeat_interleave(block_length, dim=1)[:, :T]
+    both = model(torch.cat([xt, x0], dim=1), levels, block_length=block_length)
+    cache = KVCache(model.config, 3, x0.device)
+    parts = []
+    for n, (noisy, clean) in enumerate(zip(xt.split(block_length, 1), x0.split(block_length, 1))):
+        done = cache.length
+        parts.append(model(noisy, t[:, n:n + 1], cache=cache))
+        cache.length = done
+        model(clean, torch.zeros(3, 1), cache=cache)
+    torch.testing.assert_close(torch.cat(parts, 1), both, atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_of_one_mask_are_clean_prefixes():
+    """block_length = 1 at t = 1 is autoregression: -log p(x_i) behind x_<i, the mask in its place.
+
+    The clean tokens see what precedes them alone, which is the network with causal = True.
+    """
+    model, x0 = tiny(), tokens(3, 10)
+    causal = tiny(causal=True)
+    nats, count = block_loss(model, x0, torch.Generator().manual_seed(0), block_length=1,
+                             mask_range=(1.0, 1.0))
+    by_hand = 0.0
+    for i in range(10):
+        prefix = torch.cat([x0[:, :i], torch.full((3, 1), 11)], dim=1)
+        by_hand -= causal(prefix)[:, -1].log_softmax(-1).gather(1, x0[:, i:i + 1]).sum()
+    assert count == 30
+    torch.testing.assert_close(nats, by_hand)
+
+
+def test_block_bound_enumerated():
+    """Two blocks, of two tokens and of one; loss and bound against all masks of each block."""
+    model = tiny(vocab_size=4, block_size=3, n_layer=1, n_head=2, n_embd=8, std=0.7)
+    x0, generator = torch.tensor([[0, 2, 1]]), torch.Generator().manual_seed(0)
+
+    def nll(xt, where):
+        logp = model(torch.cat([torch.tensor([xt]), x0], 1), block_length=2)[0].log_softmax(-1)
+        return -sum(logp[i, x0[0, i]].item() for i in where)
+
+    with torch.no_grad():  # in a block of two, B(1, 2) = 1/2 for one mask and B(2, 1) = 1/2 for two
+        exact = 0.5 * (nll([3, 2, 1], [0]) + nll([0, 3, 1], [1]) + nll([3, 3, 1], [0, 1])) \
+            + nll([0, 2, 3], [2])
+    x0s = x0.expand(2000, 3)
+    for draw in (lambda: block_nelbo(model, x0s, generator, block_length=2).mean(),
+                 lambda: block_loss(model, x0s, generator, block_length=2,
+                                    schedule='polynomial')[0] / 2000):  # of finite variance
+        mean, error = average(draw, 20)
+        assert abs(mean - exact) < 4 * error < 0.15
+
+
+def test_the_mean_over_all_orders_is_the_bound():
+    model = tiny(vocab_size=4, block_size=3, std=0.7)
+    x0, orders = torch.tensor([0, 1, 2]), torch.tensor(list(itertools.permutations(range(3))))
+    with torch.no_grad():
+        nats = ordered_nll(model, x0.expand(6, 3), orders)
+        assert nats.mean().item() == pytest.approx(enumerated_nelbo(model, x0), abs=1e-5)
+        xt, by_hand = torch.full((1, 3), 3), 0.0
+        for i in (2, 0, 1):  # two cyclic steps: its inverse is another order
+            by_hand -= model(xt)[0, i].log_softmax(-1)[x0[i]].item()
+            xt[0, i] = x0[i]
+        assert nats[orders.tolist().index([2, 0, 1])].item() == pytest.approx(by_hand, abs=1e-5)
+        known = torch.tensor([[False, True, False]])
+        conditional = ordered_nll(model, x0[None], orders[:1], known)
+        xt = torch.tensor([[3, 1, 3]])
+        by_hand = -model(xt)[0, 0].log_softmax(-1)[0] - \
+            model(torch.tensor([[0, 1, 3]]))[0, 2].log_softmax(-1)[2]
+    assert conditional.item() == pytest.approx(by_hand.item(), abs=1e-5)
+
+
+def test_settings_choose_the_loss_and_the_bound():
+    """Each takes what it needs; a run from before a setting existed has its default."""
+    m, x0 = tiny(std=0.2), tokens(6, 16)
+    for name, how, bound_how in (
+            ('ar', {}, {}), ('mdm', dict(loss_weight='flat', schedule='cosine'), {}),
+            ('d3pm', *[dict(diffusion_steps=3, schedule='cosine')] * 2),
+            ('uniform', dict(loss_weight='flat'), {}),
+            ('block', dict(block_length=5), dict(block_length=5))):
+        chosen = {'objective': name, 'n_layer': 2} | how
+        for ours, theirs, keywords in ((loss_of(chosen), LOSSES[name], how),
+                                       (bound_of(chosen), BOUNDS[name], bound_how)):
+            with torch.no_grad():
+                a, b, plain = (list(map(float, fn(m, x0, torch.Generator().manual_seed(0), None)))
+                               for fn in (ours, partial(theirs, **keywords), theirs))
+            assert a == b and (a == plain) == (not keywords)
 
 
 # ------------------------------------------------------------ evaluation, devices, checkpoints
@@ -448,7 +839,7 @@ def test_checkpoints_are_not_unpickled(tmp_path):
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize('objective', ['ar', 'mdm'])
+@pytest.mark.parametrize('objective', LOSSES)
 def test_sliced_cross_entropy_is_the_whole(objective, monkeypatch):
     """Losses and gradients, when the logits of a batch are made in slices, each made twice."""
     torch.manual_seed(0)
@@ -459,7 +850,7 @@ def test_sliced_cross_entropy_is_the_whole(objective, monkeypatch):
     for at_once in (2 ** 25, 30 * 7, 1):  # all, 7 positions, one
         monkeypatch.setattr(model.token_costs, '__kwdefaults__', {'at_once': at_once})
         m.zero_grad()
-        nats, count = model.LOSSES[objective](m, x0, torch.Generator().manual_seed(1))
+        nats, count = LOSSES[objective](m, x0, torch.Generator().manual_seed(1))
         nats.backward()
         found.append([nats / count, *(p.grad / count for p in m.parameters())])
     for other in found[1:]:

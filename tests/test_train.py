@@ -105,7 +105,10 @@ def test_training_learns_the_text(verse):
 
 @pytest.mark.parametrize('words', [
     ['--objective=ar', '--dropout=0.1', '--gradient_accumulation_steps=2'],
-    ['--objective=mdm', '--optimizer=adamw', '--lr_schedule=wsd', '--weight_decay=0.1']])
+    ['--objective=mdm', '--optimizer=adamw', '--lr_schedule=wsd', '--weight_decay=0.1'],
+    ['--objective=d3pm', '--subs=False', '--time_cond', '--diffusion_steps=10'],
+    ['--objective=uniform', '--time_cond', '--soft_inputs', '--divergence=scaled_kl'],
+    ['--objective=block', '--block_length=5']])
 def test_resumed_runs_end_in_the_same_bits(verse, words):
     """Also of a run that was killed after a checkpoint, with rows of the log behind it."""
     whole, parts = verse / 'out/whole', verse / 'out/parts'
@@ -424,6 +427,8 @@ def test_an_unknown_data_set_ends_in_one_line(tmp_path):
     (['--resume', '--out_dir=out/nowhere'], 'is not a run'), (['--device=tpu'], 'tpu'),
     (['--batch_size=0'], 'batch_size'), (['--max_iters=-1'], 'max_iters'),
     (['--dtype=int8'], 'dtype'),
+    (['--subs=False'], 'd3pm alone'), (['--soft_inputs'], 'uniform'),
+    (['--divergence=x'], 'scaled_kl'), (['--block_length=0'], 'block_length'),
     (['--loss_weight=heavy'], 'loss_weight'), (['--mask_range=(0.5, 2.0)'], 'mask_range')])
 def test_bad_settings_end_in_one_line(verse, words, said):
     done = run('train.py', *TINY, '--out_dir=out/bad', *words, cwd=verse)

@@ -1,0 +1,21 @@
+# The recipe of tutorials on masked diffusion: a GPT-2 shown the noise level by adaLN, and AdamW.
+# parameters: 7,305,728
+dataset = 'shakespeare_char'
+objective = 'mdm'
+loss_weight = 'masked_mean'
+block_size = 128
+batch_size = 64
+n_layer = 6
+n_head = 8
+n_embd = 256
+pos = 'learned'
+norm = 'layernorm'
+mlp = 'gelu'
+qk_norm = False
+bias = True
+time_cond = True
+dropout = 0.1
+optimizer = 'adamw'
+learning_rate = 3e-4
+warmup_iters = 1000
+max_iters = 5000
