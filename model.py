@@ -57,6 +57,8 @@ class ModelConfig:
     tied: bool = False        # the head shares the embedding's matrix
     time_cond: bool = False   # tell the network t (adaLN); xt shows it already for masked noise
     dropout: float = 0.0
+    subs: bool = True         # the mask is never predicted; False: d3pm may predict it
+    block_length: int = 0     # of objective block; 0 = none
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
