@@ -28,7 +28,7 @@ import sample
 from config import UserError
 from model import ModelConfig, Transformer
 from sample import (decode_ancestral, decode_ar, decode_block, decode_confidence, decode_guided,
-                    decode_remask, decode_threshold, draw)
+                    decode_remask, decode_threshold, decode_uniform, draw)
 
 REPOSITORY = Path(__file__).parents[1]
 ORDERS = ('max_prob', 'margin', 'entropy', 'random')
@@ -126,8 +126,8 @@ def distribution(logits, seen, temperature, top_k, top_p, repetition_penalty):
 def test_frequencies_are_those_of_the_closed_form(drawing):
     logits, seen = [1.2, -0.4, 0.9, -8.0, 0.1, -math.inf], [True, True, False, False, True, False]
     drawing = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'repetition_penalty': 1.0} | drawing
-    token, _ = draw(torch.tensor([logits] * 200_000), torch.tensor([seen] * 200_000),
-                    generator=noise_source(), **drawing)
+    token, _ = draw(torch.tensor([logits] * 200_000),
+                    lambda: torch.tensor([seen] * 200_000), generator=noise_source(), **drawing)
     expected = distribution(logits, seen, **drawing)
     assert p_value(collections.Counter(token.tolist()), expected) > 1e-4
     assert (3 in expected) == (5 not in expected and drawing['top_k'] == 0
@@ -167,7 +167,7 @@ def test_top_k_and_top_p_keep_exactly_the_right_set(logits, top_k, top_p, seed):
 def test_temperature_0_takes_the_likeliest_token_after_the_penalty(seed, penalty):
     logits = torch.randn(4, 6, generator=noise_source(seed))
     seen = torch.rand(4, 6, generator=noise_source(seed + 1)) < 0.5
-    token, _ = draw(logits, seen, generator=noise_source(), temperature=0,
+    token, _ = draw(logits, lambda: seen, generator=noise_source(), temperature=0,
                     repetition_penalty=penalty)
     for row, z in enumerate(logits.double().numpy()):
         z = np.where(seen[row], np.where(z > 0, z / penalty, z * penalty), z)
@@ -183,8 +183,8 @@ def test_the_probability_is_the_models_own():
     p = np.exp(logits.double().numpy())
     p /= p.sum(1, keepdims=True)
     for temperature in (0, 0.2, 1.0, 4.0):
-        token, probability = draw(logits, seen, generator=noise_source(), temperature=temperature,
-                                  top_k=4, top_p=0.8, repetition_penalty=1.7)
+        token, probability = draw(logits, lambda: seen, generator=noise_source(), top_k=4,
+                                  temperature=temperature, top_p=0.8, repetition_penalty=1.7)
         assert probability.numpy() == pytest.approx(p[np.arange(50), token.numpy()], rel=1e-5)
 
 
@@ -394,6 +394,190 @@ def test_blocks_of_the_reverse_process_follow_their_chains(eta):
     assert p_value(tally(y), chain(steps)) > 1e-4
     whole = reverse_chain(model, 5, 'linear', eta=eta)
     assert p_value(tally(y), whole) < 1e-6
+
+
+def whole_posterior(alpha_t, alpha_s, i, p, noise):
+    """q(xs | xt = i, x0 ~ p) by Bayes' rule, from matrices; noise (V,): what corrupts a token."""
+    stay, V = alpha_t / alpha_s, len(p)
+    step = stay * np.eye(V) + (1 - stay) * np.ones((V, 1)) * noise  # q(xt | xs), rows sum to 1
+    joint = (alpha_s * p + (1 - alpha_s) * noise) * step[:, i]
+    return joint / joint.sum()
+
+
+def posterior_step(model, alpha_t, alpha_s, temperature, noise, x, fillable=range(LENGTH)):
+    """{canvas: probability} of one reverse step by the whole posterior, whatever the noise is."""
+    p, V = predictions(model, x, 1 - alpha_t), len(noise)
+    p = p[:, :V] ** (1 / temperature)
+    p /= p.sum(1, keepdims=True)
+    choices = [[(token, 1.0)] if i not in fillable else
+               list(enumerate(whole_posterior(alpha_t, alpha_s, token, p[i], noise)))
+               for i, token in enumerate(x)]
+    after = collections.defaultdict(float)
+    for ys in itertools.product(*choices):
+        after[tuple(v for v, _ in ys)] += math.prod(q for _, q in ys)
+    return after
+
+
+def may_predict_masks(model):
+    """The model with a finite logit of the mask, as d3pm trains it with subs=False."""
+    model.config.subs, model.logits = False, lambda h: model.head(h)
+    return model
+
+
+def only_letters(states):
+    """Given that no mask is left: {text: probability}."""
+    real = {x: p for x, p in states.items() if LETTERS not in x}
+    return {x: p / sum(real.values()) for x, p in real.items()}
+
+
+@pytest.mark.parametrize('time_cond', [False, True])
+@pytest.mark.parametrize('N, schedule', [(1, 'linear'), (3, 'linear'), (4, 'cosine')])
+def test_d3pm_may_predict_the_mask(time_cond, N, schedule):
+    """Each step by Bayes' rule with a prediction that includes the mask, the last one without."""
+    model = may_predict_masks(tiny_model(V=LETTERS + 1, T=LENGTH, seed=7, time_cond=time_cond))
+    recorded = []
+    y, _ = decode_ancestral(model, torch.tensor([BLANK_ROW] * ROWS), steps=N,
+                            noise_schedule=schedule, generator=noise_source(N),
+                            on_step=lambda x, *_: recorded.append(x.clone()))
+    states, alpha = {BLANK_ROW: 1.0}, ALPHA[schedule]
+    for n in range(N, 0, -1):
+        after = collections.Counter()
+        for x, q in states.items():
+            fillable = [i for i, v in enumerate(x) if v == LETTERS]
+            moved = posterior_step(model, alpha(n / N), alpha((n - 1) / N), 1.0,
+                                   np.eye(LETTERS + 1)[LETTERS], x, fillable)
+            for z, r in (only_letters(moved) if n == 1 else moved).items():
+                after[z] += q * r
+        states = after
+        assert p_value(tally(recorded[N - n]), states) > 1e-4
+    assert torch.equal(y, recorded[-1]) and (y != LETTERS).all()
+    if N > 1:  # the test can tell: by p(x0 | xt) alone fewer masks would be left
+        model.config.subs = True
+        first = []
+        decode_ancestral(model, torch.tensor([BLANK_ROW] * ROWS), steps=N, noise_schedule=schedule,
+                         generator=noise_source(N), on_step=lambda x, *_: first.append(x.clone()))
+        assert (first[-2] == LETTERS).sum() < (recorded[-2] == LETTERS).sum()
+
+
+@pytest.mark.parametrize('decoder', [
+    partial(decode_confidence, steps=4), partial(decode_threshold, threshold=0.5),
+    partial(decode_remask, steps=4), partial(decode_ancestral, steps=6, eta=0.3),
+    partial(decode_ancestral, steps=6), partial(decode_guided, guidance=1.0, inner=partial(
+        decode_ancestral, steps=6)), partial(decode_block, inner=decode_ancestral, steps=6,
+                                             block_length=2, prefix_cache=True)])
+def test_no_mask_is_left_where_the_mask_may_be_predicted(decoder):
+    model = may_predict_masks(tiny_model(seed=2))
+    model.head.weight.data[-1] *= 5
+    x = torch.full((20, 8), MASK)
+    x[:, 3] = 1
+    for temperature in (0, 1.0):
+        y, _ = decoder(model, x, temperature=temperature, generator=noise_source(),
+                       on_step=lambda *step: step[3][:, MASK].max() == -torch.inf or 1 / 0)
+        assert (y != MASK).all() and (y[:, 3] == 1).all()
+
+
+# Uniform noise
+
+UNIFORM_K = 3
+
+
+@pytest.mark.parametrize('N, schedule, temperature, given', [
+    (1, 'linear', 1.0, None), (2, 'linear', 1.0, None), (3, 'cosine', 0.6, None),
+    (4, 'linear', 1.0, None), (3, 'linear', 1.0, 2)])
+def test_uniform_follows_the_reverse_chain(N, schedule, temperature, given):
+    """T = 2, V' = 3, after every step: from uniform noise on, all that is wanted moves."""
+    model, recorded = tiny_model(V=UNIFORM_K + 1, T=2, seed=7, time_cond=True), []
+    x = torch.full((ROWS, 2), UNIFORM_K)
+    wanted = [0, 1] if given is None else [0]
+    x[:, 1] = UNIFORM_K if given is None else given
+    y, nfe = decode_uniform(model, x, steps=N, noise_schedule=schedule, temperature=temperature,
+                            generator=noise_source(N), on_step=lambda x, *_: recorded.append(x))
+    assert nfe == N == len(recorded) and torch.equal(recorded[-1], y)
+    letters = range(UNIFORM_K)
+    texts = list(itertools.product(letters, letters if given is None else [given]))
+    states, alpha = dict.fromkeys(texts, 1 / len(texts)), ALPHA[schedule]
+    for n in range(N, 0, -1):
+        after = collections.Counter()
+        for z, q in states.items():
+            for z2, r in posterior_step(model, alpha(n / N), alpha((n - 1) / N), temperature,
+                                        np.full(UNIFORM_K, 1 / UNIFORM_K), z, wanted).items():
+                after[z2] += q * r
+        states = after
+        assert p_value(tally(recorded[N - n]), states) > 1e-4
+
+
+class Optimal:
+    """The best predictor for known texts: p(x0_i | the other corrupted tokens), by enumeration.
+
+    The one whose reverse chain is exact in the limit of many steps: it leaves its own token to the
+    posterior [Duo's and UDLM's bound is least there].
+    """
+
+    def __init__(self, p):
+        self.p, self.mask_id = p, UNIFORM_K  # p (K, K), of texts of two tokens
+        self.config = ModelConfig(UNIFORM_K + 1, 2)
+
+    def __call__(self, x, t, *, where):
+        alpha, both = 1 - t[0, 0].item(), torch.empty(len(x), 2, UNIFORM_K + 1)
+        keep = alpha * torch.eye(UNIFORM_K) + (1 - alpha) / UNIFORM_K  # (x0, xt)
+        both[:, 0, :UNIFORM_K] = (self.p @ keep).T[x[:, 1]].log()
+        both[:, 1, :UNIFORM_K] = (self.p.T @ keep).T[x[:, 0]].log()
+        both[:, :, UNIFORM_K] = -torch.inf
+        return both[where]
+
+
+def test_the_best_uniform_model_writes_the_texts_it_knows():
+    """Chi-square against the data itself; tokens that do not match are mended along the way."""
+    p = torch.tensor([[0.3, 0.01, 0.02], [0.02, 0.25, 0.05], [0.01, 0.04, 0.3]])
+    x, recorded = torch.full((8000, 2), UNIFORM_K), []
+    y, _ = decode_uniform(Optimal(p), x, steps=150, generator=noise_source(),
+                          on_step=lambda x, *_: recorded.append(x))
+    data = {(i, j): p[i, j].item() for i in range(UNIFORM_K) for j in range(UNIFORM_K)}
+    assert p_value(tally(y), data) > 1e-4
+    at_once, _ = decode_uniform(Optimal(p), x, steps=1, generator=noise_source())
+    assert p_value(tally(at_once), data) < 1e-6
+    halfway = recorded[75]
+    assert ((halfway != y).any(1) & (halfway[:, 0] != halfway[:, 1])).float().mean() > 0.1
+
+
+@repeatable(max_examples=30)
+@given(x=canvases(), steps=st.integers(1, 8), seed=st.integers(0, 999), eos=st.sampled_from(
+    [None, 2]), drawing=st.sampled_from([{}, {'temperature': 0}, {'top_k': 1},
+                                         {'repetition_penalty': 1.5, 'top_p': 0.8}]))
+def test_uniform_keeps_its_promises(x, steps, seed, eos, drawing):
+    model, canvas, recorded, calls = model_for('mdm'), x.clone(), [], []
+    hook = model.register_forward_hook(lambda _, words, out: calls.append((words, out)))
+    decode = partial(decode_uniform, model, x, steps=steps, eos_id=eos, **drawing)
+    y, nfe = decode(generator=noise_source(seed), on_step=lambda *step: recorded.append(step))
+    hook.remove()
+    assert torch.equal(x, canvas) and torch.equal(y[x != MASK], x[x != MASK])
+    assert y.shape == x.shape and y.min() >= 0 and y.max() < MASK, 'a mask is left'
+    assert nfe == len(calls) == len(recorded) == steps * bool((x == MASK).any())
+    assert torch.equal(decode(generator=noise_source(seed))[0], y)
+    for n, (((read, t), out), (after, count, where, logits)) in enumerate(zip(calls, recorded)):
+        assert torch.equal(where, x == MASK) and count == n + 1 and logits is out
+        assert t.shape == (len(x), 1) and (t - (1 - n / steps)).abs().max() < 1e-6
+        assert torch.equal(read[x != MASK], x[x != MASK]) and (read != MASK).all()
+        assert n == 0 or torch.equal(read, recorded[n - 1][0])
+    if recorded:
+        assert torch.equal(recorded[-1][0], y)
+    if eos is not None:
+        assert torch.equal(y, ended(y, x, eos, MASK))
+    if drawing == {'temperature': 0} and recorded and eos is None:
+        best = recorded[-1][3].argmax(-1)
+        assert torch.equal(y[x == MASK], best), 'the last step is greedy'
+
+
+def test_uniform_rows_read_only_themselves():
+    """The other row's given text changes nothing: the random numbers of a row are its own."""
+    model, x = model_for('mdm'), torch.full((2, 8), MASK)
+    x[:, :2] = torch.tensor([[1, 2], [3, 0]])
+    other = x.clone()
+    other[1, :2] = torch.tensor([0, 0])
+    for temperature in (0, 0.8):
+        a, b = (decode_uniform(model, rows, steps=6, temperature=temperature,
+                               generator=noise_source(1))[0] for rows in (x, other))
+        assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
 
 
 def any_order_average(model):
@@ -766,10 +950,10 @@ def test_guidance_agrees_with_a_naive_loop(guidance, time_cond):
 # Where a text ends
 
 
-def ended(free, x, eos):
+def ended(free, x, eos, mask=WIDE_MASK):
     """The rows of free with eos, from the first that was written on, wherever x has masks."""
     rows = free.clone()
-    for row, was in zip(rows, x == WIDE_MASK):
+    for row, was in zip(rows, x == mask):
         for i in range(len(row)):
             if was[i] and row[i] == eos:
                 row[i + 1:][was[i + 1:]] = eos
@@ -1205,15 +1389,16 @@ BAD = [
     (['--block_length=-1'], 'block_length is -1'),
     (['--prefix_cache'], 'block_length is 0'),
     (['--prefix_cache', '--block_length=4', '--guidance=1'], 'guidance is on'),
-    (['--out_dir=ar', '--block_length=4'], 'token by token'),
-    (['--out_dir=ar', '--guidance=1'], 'beginning is hidden'),
+    (['--out_dir=ar', '--block_length=4'], 'ar models have none: they read only what'),
+    (['--out_dir=ar', '--guidance=1'], 'never learned what a mask is'),
     (['--prompt_file=nowhere.txt'], 'no prompt_file'), (['--prompt_file=mdm'], 'no prompt_file'),
     (['--prompt_file=blank.txt'], 'is empty'), (['--prompt_file=latin.txt'], 'UTF-8'),
     (['--prompt_file=verse.txt', '--start=a'], 'leave out start'),
     (['--prompt_file=verse.txt', '--template=[_]'], 'leave out start'),
     (['--repetition_penalty=0'], 'repetition_penalty'),
     (['--counts=square'], 'linear or cosine'),
-    (['--decoder=greedy'], 'ar, ancestral, confidence, threshold, remask, remdm'),
+    (['--decoder=greedy'], 'ar, ancestral, confidence, threshold, remask, remdm, uniform'),
+    (['--decoder=uniform'], 'ar and uniform read texts without any'),
     (['--decoder=ar'], 'decode by ancestral, confidence, threshold, remask, remdm: they predict'),
     (['--out_dir=ar', '--decoder=ancestral'], 'decode by ar'),
     (['--out_dir=ar', '--decoder=threshold'], 'never learned what a mask is'),
