@@ -513,6 +513,8 @@ def model_config(settings, meta):
     """The ModelConfig that a run's settings and its data set's meta describe."""
     shape = {name: settings[name] for name in ModelConfig.__dataclass_fields__ if name in settings}
     shape['causal'] = settings['objective'] == 'ar'
+    if settings['objective'] != 'block':
+        shape['block_length'] = 0
     return ModelConfig(vocab_size=meta['vocab_size'] + 1, **shape)
 
 

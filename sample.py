@@ -462,10 +462,10 @@ class BlockCached:
     def enter(self, x, start, stop):
         """Goes to the block x[:, start:stop], and returns how many passes what precedes it took."""
         c, self.block = self.config, slice(start, stop)
-        begin = window(start // c.block_length, c.block_size // c.block_length) * c.block_length
-        if begin > self.begin:
-            self.begin, self.cache.length = begin, 0
-        unread = range(begin + self.cache.length, start, c.block_length)
+        if stop - self.begin > c.block_size:
+            begin = window(start // c.block_length, c.block_size // c.block_length or 1)
+            self.begin, self.cache.length = begin * c.block_length, 0
+        unread = range(self.begin + self.cache.length, start, c.block_length)
         for k in unread:  # one at a time: the tokens of a block see no later block
             self.model(x[:, k:k + c.block_length], x.new_zeros(len(x), 1).float(), hidden=True,
                        cache=self.cache)

@@ -926,6 +926,131 @@ def test_the_first_pass_of_every_block_is_exact():
     assert len(starts) == 4 and all(exact[i] for i in starts) and not all(exact)
 
 
+# Models that were trained on blocks
+
+
+def block_model(L, V=12, T=16, seed=6, **shape):
+    return tiny_model(V=V, T=T, seed=seed, **shape, block_length=L)
+
+
+def block_logits(model, x, L, window=(0, None)):
+    """(B, T, V) of one pass without a cache over the blocks in the window: a token sees no later
+    block, its position is that in the window, and t is 0 but for the share of masks in the last.
+    """
+    x, attention = x[:, slice(*window)], torch.nn.functional.scaled_dot_product_attention
+    block = torch.arange(x.size(1)) // L
+    share = (x[:, block == block[-1]] == WIDE_MASK).float().mean(1, keepdim=True)  # (B, 1)
+    t = torch.where(block == block[-1], share, 0.0)  # (B, T)
+
+    def blockwise(q, k, v, **_):
+        return attention(q, k, v, attn_mask=block[:, None] >= block, enable_gqa=True)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.nn.functional, 'scaled_dot_product_attention', blockwise)
+        return model(x, t)
+
+
+def block_window(start, L, context):
+    """Where the blocks begin that are read with the one at `start`, by walking there."""
+    begin, n = 0, context // L
+    for k in range(start // L + 1):
+        if k - begin >= n:
+            begin += (n + 1) // 2
+    return begin * L
+
+
+INNER = {'ancestral': partial(decode_ancestral), 'confidence': partial(decode_confidence),
+         'threshold': lambda model, x, steps, **rest: decode_threshold(model, x, threshold=0.3,
+                                                                       **rest)}
+
+
+@pytest.mark.parametrize('shape', [{'time_cond': True}, *SHAPES[1:]])
+@pytest.mark.parametrize('inner', INNER)
+@pytest.mark.parametrize('L, T', [(4, 16), (1, 9), (3, 14), (4, 43), (16, 40)])
+def test_a_block_model_reads_as_if_there_were_no_cache(shape, inner, L, T):
+    """All logits by full passes, windows and prompts too; nothing that follows a block counts."""
+    model, steps, calls = block_model(L, **shape), [], []
+    x = torch.cat([wide_canvas(3, k, 0.7) for k in range(3)], dim=1)[:, :T]
+    x[:, 1], x[:, L + 2:L + 3], before = WIDE_MASK, 3, [x]
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    y, nfe = decode_block(model, x, inner=INNER[inner], block_length=0, steps=2 * T // L + 2,
+                          generator=noise_source(), on_step=lambda *step: steps.append(
+                              [a.clone() if torch.is_tensor(a) else a for a in step]))
+    hook.remove()
+    assert nfe == len(calls) and (y != WIDE_MASK).all()
+    assert torch.equal(y[x != WIDE_MASK], x[x != WIDE_MASK]) and torch.equal(steps[-1][0], y)
+    for after, count, where, logits in steps:
+        columns = where.any(0).nonzero()[:, 0].tolist()
+        start = columns[0] // L * L
+        begin, stop = block_window(start, L, 16), min(start + L, T)
+        assert columns[-1] < stop and (before[-1][:, :start] != WIDE_MASK).all()
+        full = block_logits(model, before[-1], L, (begin, stop))
+        assert torch.allclose(full[where[:, begin:stop]], logits, atol=1e-5, rtol=1e-5)
+        before.append(after)
+    held, reads, last = 0, 0, 0  # finished blocks that are in the cache, each read once in a window
+    for start in range(0, T, L):
+        if (x[:, start:start + L] == WIDE_MASK).any():
+            begin = block_window(start, L, 16)
+            reads += (start - (held if begin == last else begin)) // L
+            held, last = start, begin
+    assert nfe == len(steps) + reads
+
+
+def test_a_block_model_reads_the_rest_of_its_block_and_nothing_behind_it():
+    model, x = block_model(4), wide_canvas(1, 3, 0.0).expand(WIDE_MASK, -1).clone()
+    x[:, 5] = WIDE_MASK
+    behind, beside = x.clone(), x.clone()
+    behind[:, 8] = beside[:, 7] = torch.arange(WIDE_MASK)
+    decode = partial(decode_block, model, inner=decode_confidence, block_length=4, steps=0,
+                     generator=noise_source())
+    logits = []
+    for canvas in (behind, beside):
+        decode(canvas, on_step=lambda *step: logits.append(step[3]))
+    assert (logits[0] == logits[0][0]).all() and not torch.allclose(logits[1], logits[1][:1])
+
+
+def test_blocks_of_a_block_model_follow_their_chains():
+    """Blocks of 2 and 1, each a reverse process of its own, with 3 and 2 of 5 steps."""
+    model = block_model(2, V=LETTERS + 1, T=LENGTH, seed=7)
+    y, _ = decode_block(model, torch.tensor([BLANK_ROW] * ROWS), inner=decode_ancestral, steps=5,
+                        block_length=2, generator=noise_source(3))
+
+    class Whole:  # for reverse_step: the first block alone, then all
+        def __call__(self, x, t):
+            alone = model(x[:, :2])
+            return alone.new_zeros(1, LENGTH, LETTERS + 1).index_copy_(
+                1, torch.arange(2), alone).index_copy_(
+                1, torch.tensor([2]), block_logits(model, x, 2)[:, 2:])
+
+    steps = [partial(reverse_step, Whole(), 1 - n / k, 1 - (n - 1) / k, 1.0, fillable=fillable)
+             for k, fillable in ((3, (0, 1)), (2, (2,))) for n in range(k, 0, -1)]
+    assert p_value(tally(y), chain(steps)) > 1e-4
+    other = block_model(0, V=LETTERS + 1, T=LENGTH, seed=7)
+    y, _ = decode_block(other, torch.tensor([BLANK_ROW] * ROWS), inner=decode_ancestral, steps=5,
+                        block_length=2, generator=noise_source(3))
+    assert p_value(tally(y), chain(steps)) < 1e-6
+
+
+@repeatable(max_examples=25)
+@given(x=canvases(max_rows=4), L=st.sampled_from([1, 2, 3, 8]), repeats=st.integers(1, 3),
+       inner=st.sampled_from([decode_confidence, decode_remask, decode_threshold]))
+def test_rows_of_a_block_model_are_independent_when_greedy(x, L, repeats, inner):
+    """Of any length; with an eos, a row is as without it up to its end."""
+    x = x.repeat(1, repeats)
+    x[:, 0] = x[:, -1] = MASK
+    rest = {'threshold': 0.4} if inner is decode_threshold else {'steps': 0}
+    inner = partial(inner, temperature=0, **rest)
+    decode = partial(decode_block, block_model(L, V=5, T=8, seed=2, pos='learned'), inner=inner,
+                     block_length=L, generator=noise_source())
+    together, nfe = decode(x)
+    assert torch.equal(together, torch.cat([decode(row[None])[0] for row in x]))
+    assert torch.equal(together[x != MASK], x[x != MASK]) and (together != MASK).all()
+    shorter, fewer = decode(x, eos_id=2)
+    if inner.func is not decode_remask:
+        assert torch.equal(shorter, ended(together, x, 2, MASK))
+    assert fewer <= nfe
+
+
 @pytest.mark.parametrize('guidance', [0.7, 3.0])
 @pytest.mark.parametrize('time_cond', [False, True])
 def test_guidance_agrees_with_a_naive_loop(guidance, time_cond):
