@@ -892,9 +892,8 @@ def decoder_name(name, objective):
         raise UserError(f'decoder is {name!r}, not one of auto, {", ".join(DECODERS)}')
     known, reason = SERVED_BY[objective]
     if name not in ('auto', *known):
-        alone = ' alone' if len(known) == 1 else ''
-        raise UserError(f'decoder is {name!r}, but {objective} models decode by {", ".join(known)}'
-                        f'{alone}: they {reason}')
+        raise UserError(f'decoder is {name!r}, but {objective} models decode by {", ".join(known)} '
+                        f'alone: they {reason}')
     return known[0] if name == 'auto' else name
 
 

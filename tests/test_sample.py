@@ -1275,7 +1275,7 @@ VERSE = 3 * "ROMEO:\nTo be, or not to be? What's in a name!\n\nJULIET:\nThat we 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """A folder with the runs ar and mdm, damaged and foreign checkpoints, and an empty folder."""
+    """A folder with a run of every objective, damaged and foreign checkpoints, an empty folder."""
     root = tmp_path_factory.mktemp('runs')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -1284,11 +1284,13 @@ def runs(tmp_path_factory):
     shape = {'block_size': CONTEXT, 'n_layer': 2, 'n_head': 2, 'n_kv_head': 0, 'n_embd': 16,
              'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'relu2', 'qk_norm': True, 'bias': False,
              'tied': False, 'time_cond': False, 'dropout': 0.0}
-    for objective in ('ar', 'mdm'):
+    new = {'subs': False, 'block_length': 4}  # settings that the runs before did not have
+    for objective, more in (('ar', {}), ('mdm', {}), ('d3pm', new),
+                            ('uniform', new | {'subs': True}), ('block', new | {'subs': True})):
         model = tiny_model(objective == 'ar', meta['vocab_size'] + 1, CONTEXT)
         (root / objective).mkdir()
         torch.save({'model': model.state_dict(), 'optimizer': [], 'meta': meta, 'iter': 7,
-                    'config': shape | {'objective': objective}, 'rng': 0, 'best': 1.5},
+                    'config': shape | {'objective': objective} | more, 'rng': 0, 'best': 1.5},
                    root / objective / 'ckpt.pt')
     whole = (root / 'mdm' / 'ckpt.pt').read_bytes()
     misfit = torch.load(root / 'mdm' / 'ckpt.pt', weights_only=True)
@@ -1350,7 +1352,14 @@ def texts(out):
     (['--out_dir=mdm', '--decoder=confidence', '--block_length=4', '--steps=10'], [10]),
     (['--out_dir=mdm', '--decoder=confidence', '--guidance=0.5', '--steps=10'], [20]),
     (['--out_dir=mdm', '--noise_schedule=cosine', '--top_k=3', '--top_p=0.9',
-      '--repetition_penalty=1.2'], range(1, 19))])
+      '--repetition_penalty=1.2'], range(1, 19)),
+    (['--out_dir=d3pm', '--steps=9'], range(1, 10)),
+    (['--out_dir=d3pm', '--decoder=threshold', '--threshold=0.3'], range(1, 19)),
+    (['--out_dir=uniform', '--steps=9'], [9]),
+    (['--out_dir=uniform', '--temperature=0', '--repetition_penalty=1.2', '--steps=3'], [3]),
+    (['--out_dir=block'], range(10, 24)),
+    (['--out_dir=block', '--block_length=4', '--decoder=confidence', '--steps=10'], [15]),
+    (['--out_dir=block', '--decoder=threshold', '--threshold=0.3'], range(10, 24))])
 def test_start_is_continued_to_the_end_of_the_context(run_main, words, passes):
     status, out, err = run_main('--start=ROMEO:', '--device=cpu', *words)
     (text,), (written, nfe) = texts(out)
@@ -1358,6 +1367,15 @@ def test_start_is_continued_to_the_end_of_the_context(run_main, words, passes):
     assert text.startswith('ROMEO:') and len(text) == CONTEXT and set(text) <= set(VERSE)
     assert written == CONTEXT - 6 and nfe in passes
     assert texts(run_main('--start=ROMEO:', '--device=cpu', *words)[1])[0] == [text]
+
+
+def test_a_block_model_writes_on_beyond_its_context(run_main):
+    """Longer than the context by a prompt, by what is wanted, and by the two together."""
+    for start, length in (('R' * 60, 3), ('', 70), ('To be, or not to be', 50)):
+        words = ('--out_dir=block', f'--start={start}', f'--gen_length={length}', '--steps=40')
+        (text,), (written, nfe) = texts(run_main(*words)[1])
+        assert text.startswith(start) and len(text) == len(start) + length and written == length
+        assert nfe > length / 4
 
 
 def test_num_samples_gen_length_and_seed(run_main):
@@ -1399,13 +1417,16 @@ def test_masked_canvases_go_together_only_if_they_are_alike():
     assert sample.batches(canvases, 'ar', 9, 4, 0) == [[0, 1, 2, 3], [4, 5]]
     assert sample.batches(canvases, 'mdm', 9, 2, 0) == [[0, 2], [3, 5], [1, 4]]
     assert sample.batches(canvases, 'mdm', 9, 4, 5) == [[0, 2, 5], [1, 4], [3]]
+    assert sample.batches(canvases, 'block', 9, 4, 0) == [[0, 2, 5], [1, 4], [3]]
 
 
 def test_json_lines_say_what_was_done(run_main, runs):
     words = ('--start=ROMEO:', '--gen_length=10', '--num_samples=5', '--json', '--batch_size=2')
     for name, how, decoder, passes in (
             ('ar', [], 'ar', [10]), ('mdm', ['--seed=4'], 'ancestral', range(5, 21)),
-            ('mdm', ['--decoder=confidence', '--guidance=1'], 'confidence', [20])):
+            ('mdm', ['--decoder=confidence', '--guidance=1'], 'confidence', [20]),
+            ('uniform', ['--steps=7'], 'uniform', [7]), ('block', [], 'ancestral', range(5, 25)),
+            ('d3pm', [], 'ancestral', range(5, 21))):
         status, out, err = run_main(f'--out_dir={name}', *words, *how)
         rows = objects(out)
         assert (status, err, len(rows)) == (0, '', 5)
@@ -1467,7 +1488,7 @@ def test_eval_has_the_same_settings_of_decoding():
 
 
 def test_nothing_given_fills_the_context(run_main):
-    for name in ('ar', 'mdm'):
+    for name in ('ar', 'mdm', 'd3pm', 'uniform', 'block'):
         (text,), (written, _) = texts(run_main(f'--out_dir={name}')[1])
         assert len(text) == written == CONTEXT
 
@@ -1524,9 +1545,21 @@ BAD = [
     (['--counts=square'], 'linear or cosine'),
     (['--decoder=greedy'], 'ar, ancestral, confidence, threshold, remask, remdm, uniform'),
     (['--decoder=uniform'], 'ar and uniform read texts without any'),
-    (['--decoder=ar'], 'decode by ancestral, confidence, threshold, remask, remdm: they predict'),
+    (['--decoder=ar'], 'decode by ancestral, confidence, threshold, remask, remdm alone: '
+     'they predict'),
     (['--out_dir=ar', '--decoder=ancestral'], 'decode by ar'),
     (['--out_dir=ar', '--decoder=threshold'], 'never learned what a mask is'),
+    *((['--out_dir=uniform', f'--decoder={name}'], 'uniform models decode by uniform alone: they '
+       'may change every token') for name in ('ar', 'confidence', 'threshold', 'remask', 'remdm')),
+    *(([f'--out_dir={name}', '--decoder=uniform'], f'{name} models decode by ancestral, confi')
+      for name in ('d3pm', 'block')),
+    (['--out_dir=uniform', '--steps=0'], 'but uniform leaves to chance'),
+    (['--out_dir=uniform', '--block_length=4'], 'none is ever a mask'),
+    (['--out_dir=uniform', '--guidance=1'], 'none is ever a mask'),
+    (['--out_dir=uniform', '--template=[___:25]'], f'block_size is {CONTEXT}'),
+    (['--out_dir=block', '--block_length=5'], 'this model learned blocks of 4'),
+    (['--out_dir=block', '--guidance=1'], 'reads what is finished only once'),
+    (['--out_dir=block', '--decoder=ar'], 'block models decode by'),
     (['--decoder=confidence', '--order=best'], 'max_prob, margin, entropy, random'),
     (['--noise_schedule=square'], 'noise_schedule is'), (['--order=best'], 'order is'),
     (['--temperature=1e999'], 'temperature is inf'), (['--repetition_penalty=1e999'], 'penalty is'),
