@@ -61,7 +61,8 @@ class ModelConfig:
     tied: bool = False        # the head shares the embedding's matrix
     time_cond: bool = False   # tell the network t (adaLN); xt shows it already for masked noise
     dropout: float = 0.0
-    subs: bool = True         # the mask is never predicted; False: its logit is one like the others
+    subs: bool = True         # the mask is never predicted; False: d3pm may predict it
+    block_length: int = 0     # of objective block; 0 = none
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -894,6 +895,8 @@ def model_config(settings, meta):
     """The ModelConfig that a run's settings and its data set's meta describe."""
     shape = {name: settings[name] for name in ModelConfig.__dataclass_fields__ if name in settings}
     shape['causal'] = settings['objective'] == 'ar'
+    if settings['objective'] != 'block':
+        shape['block_length'] = 0
     return ModelConfig(vocab_size=meta['vocab_size'] + 1, **shape)
 
 

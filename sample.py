@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -24,6 +25,7 @@ from unicodedata import east_asian_width
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import config
 from config import UserError
@@ -51,14 +53,14 @@ watch = False          # in the terminal, step by step; its time counts in the t
 watch_delay = 0.05     # seconds for which watch shows a step
 save = ''              # to a file: x.gif, x.png, x.html or x.jsonl
 # how it is decoded
-decoder = 'auto'       # ar, ancestral, confidence, threshold, remask, remdm; auto: ar or ancestral
+decoder = 'auto'       # ar, ancestral, confidence, threshold, remask, remdm, uniform, auto
 steps = 128            # decoding steps; confidence, remask: 0 is one token a step
-noise_schedule = 'linear'  # ancestral, remdm: linear, cosine; how the steps are spread
+noise_schedule = 'linear'  # ancestral, remdm, uniform: how the steps are spread; cosine, polynomial
 order = 'max_prob'     # confidence, threshold, remask: max_prob, margin, entropy, random
 counts = 'linear'      # confidence, remask: linear (as many each step), cosine (few first)
 threshold = 0.9        # threshold: each pass commits all above it, and at least one
 eta = 0.02             # remdm: largest chance per step that a written token is taken back
-block_length = 0       # write blocks of so many tokens from left to right; 0 is all at once
+block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
 prefix_cache = False   # read what precedes a block once: faster, but an approximation
 guidance = 0.0         # above 0: follow the given text more closely, at two passes a step
 temperature = 0.7      # 0 takes the most likely token; measured choices, see README
@@ -76,29 +78,41 @@ ORDERS = ('max_prob', 'margin', 'entropy', 'random')
 LENGTHS = ('full', 'ratio', 'reference')
 
 
-def draw(logits, seen=None, *, generator, temperature=1.0, top_k=0, top_p=1.0,
-         repetition_penalty=1.0):
-    """One token for each row of logits (N, V), and the model's own probability of it: 2 x (N,).
+def chances(logits, seen=None, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
+    """(N, V) float64, the distributions to draw from where the model's logits are (N, V).
 
-    seen (N, V) bool: tokens that repetition_penalty makes less likely [CTRL 1909.05858, sec. 4.1].
-    The draw is exact: argmax of p / e with e ~ Exponential(1) has the distribution p, and float64
-    keeps its tails, which float32 noise cuts off [2409.02908]. The probability is that of the
-    untempered, unfiltered model: how sure it is does not depend on how we draw.
+    seen: a function that returns (N, V) bool, the tokens that repetition_penalty makes less likely
+    [CTRL 1909.05858, sec. 4.1]; the table is large, so nobody makes it who does not need it.
     """
-    if generator.device.type != logits.device.type:  # mps has no float64: draw on the CPU
-        logits, seen = logits.cpu(), seen if seen is None else seen.cpu()
-    probability = logits.float().softmax(-1)  # (N, V)
     logits = logits.double()
     if repetition_penalty != 1.0:
         less = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, less, logits)
+        logits = torch.where(seen().to(logits.device), less, logits)
     if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # none above 0: no overflow
-        p = filter_logits(logits, top_k, top_p).softmax(-1)
-        token = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)  # (N,)
-    return token, probability.gather(-1, token[:, None])[:, 0]
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # none above 0: no overflow
+    return filter_logits(logits, top_k, top_p).softmax(-1)
+
+
+def race(p, generator):
+    """One token (N,) for each row of p (N, V) float64, whose rows need not sum to 1.
+
+    The draw is exact: argmax of p / e with e ~ Exponential(1) has the distribution p, and float64
+    keeps its tails, which float32 noise cuts off [2409.02908].
+    """
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+
+
+def draw(logits, seen=None, *, generator, temperature=1.0, **drawing):
+    """One token for each row of logits (N, V), and the model's own probability of it: 2 x (N,).
+
+    The arguments are those of chances(). The probability is that of the untempered, unfiltered
+    model: how sure it is does not depend on how we draw.
+    """
+    logits = logits.to(generator.device)  # mps has no float64: its generator is on the CPU
+    p = chances(logits, seen, temperature=temperature, **drawing)  # (N, V)
+    token = p.argmax(-1) if temperature == 0 else race(p, generator)  # (N,)
+    return token, logits.float().softmax(-1).gather(-1, token[:, None])[:, 0]
 
 
 def filter_logits(logits, top_k, top_p):
@@ -148,7 +162,8 @@ def guess(model, x, is_mask, order, generator, drawing):
     """
     share = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), 1 - alpha_t of this canvas
     logits = model(x, share, where=is_mask)  # (N, V)
-    token, probability = draw(logits, seen_tokens(x, is_mask, model.config.vocab_size),
+    logits[:, -1] = -torch.inf  # as it is, unless d3pm has learned to predict the mask
+    token, probability = draw(logits, partial(seen_tokens, x, is_mask, logits.size(-1)),
                               generator=generator, **drawing)
     score = score_of(order, logits, probability.to(x.device), generator).float()  # (N,)
     scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
@@ -199,7 +214,17 @@ def end_rows(x, wanted, mask_id, eos_id):
 # has written eos_id with no mask before it is at its end: what follows becomes eos_id. nfe counts
 # forward passes of the network. on_step(x, nfe, where, logits) is called after every step that
 # changed something, with the positions (B, T) bool that its pass predicted and the logits (N, V)
-# there; x may change after the call, so clone what is to be kept. drawing: the keywords of draw().
+# there; x may change after the call, so clone what is to be kept. drawing: the keywords of
+# chances().
+
+
+def window(i, size):
+    """Where the window of `size` tokens begins in which token i is written.
+
+    It drops its older half whenever it is full: a function of i, not of what was read before.
+    """
+    half = (size + 1) // 2
+    return 0 if i < size else ((i - size) // half + 1) * half
 
 
 @torch.no_grad()
@@ -213,14 +238,14 @@ def decode_ar(model, x, *, wanted=None, eos_id=None, generator, on_step=None, **
     x, c, nfe = x.clone(), model.config, 0
     wanted = x == model.mask_id if wanted is None else wanted
     cache = KVCache(c, x.size(0), x.device, model.embed.weight.dtype)
-    begin, half = 0, (c.block_size + 1) // 2  # canvas token behind the start token in the window
+    begin = 0  # canvas token behind the start token in the window
     for i in wanted.any(0).nonzero()[:, 0].tolist():
         where = torch.zeros_like(wanted)
         where[:, i] = wanted[:, i]
         if not where.any():  # rows have ended since
             continue
-        if i - begin >= c.block_size:  # a function of i, not of which rows had masks before it
-            begin, cache.length = ((i - c.block_size) // half + 1) * half, 0
+        if window(i, c.block_size) > begin:
+            begin, cache.length = window(i, c.block_size), 0
         unread = x[:, begin + max(cache.length - 1, 0):i]  # behind the start token, up to i
         if cache.length == 0:
             unread = torch.cat([torch.full_like(x[:, :1], model.mask_id), unread], dim=1)
@@ -228,7 +253,7 @@ def decode_ar(model, x, *, wanted=None, eos_id=None, generator, on_step=None, **
         last[:, -1] = True
         logits = model(unread, cache=cache, where=last)  # (B, V)
         nfe += 1
-        token, _ = draw(logits, seen_tokens(x[:, :i], last[:, -1:], c.vocab_size),
+        token, _ = draw(logits, partial(seen_tokens, x[:, :i], last[:, -1:], c.vocab_size),
                         generator=generator, **drawing)
         x[:, i] = torch.where(wanted[:, i], token.to(x.device), x[:, i])
         x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
@@ -253,6 +278,10 @@ def decode_ancestral(model, x, *, wanted=None, steps, noise_schedule='linear', e
 
         a written token is masked again with probability sigma = min(eta, (1 - alpha_s) / alpha_t),
         a masked one is revealed with (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+
+    A d3pm model with subs=False gives the mask a probability p too. Of its masked tokens fewer are
+    revealed, before the last step: the posterior q(xs | xt, x0) at the prediction for x0 reveals
+    one with probability (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p)).
     """
     x, nfe = x.clone(), 0
     wanted = x == model.mask_id if wanted is None else wanted
@@ -269,13 +298,56 @@ def decode_ancestral(model, x, *, wanted=None, steps, noise_schedule='linear', e
         if reveal.any():
             logits = model(x, 1 - alpha_t * (1 - later), where=reveal)  # (N, V), N tokens to reveal
             nfe += 1
-            token, _ = draw(logits, seen_tokens(x, reveal, model.config.vocab_size),
+            if not model.config.subs and eta == 0 and alpha_s < 1:
+                p = logits.float().softmax(-1)[:, -1]  # (N,), of the mask
+                chance = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
+                remask[reveal] = u[reveal] >= chance
+            logits[:, -1] = -torch.inf
+            token, _ = draw(logits, partial(seen_tokens, x, reveal, logits.size(-1)),
                             generator=generator, **drawing)
             x = x.masked_scatter(reveal, token.to(x.device))
         x = torch.where(remask, model.mask_id, x)
         x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
         if on_step is not None:  # nothing is taken back before something was revealed: logits exist
             on_step(x, nfe, reveal, logits if reveal.any() else logits[:0])
+    return x, nfe
+
+
+@torch.no_grad()
+def decode_uniform(model, x, *, wanted=None, steps, noise_schedule='linear', eos_id=None,
+                   generator, on_step=None, **drawing):
+    """The reverse process of uniform-state diffusion in `steps` steps from t = 1 to 0.
+
+    All that is wanted starts as uniformly random tokens, and all of it may change at every step, so
+    that errors are mended. With s = t - 1/steps, K real tokens and p_j = p(x0 = j | xt), a token i
+    becomes j with a probability proportional to q(xt = i | xs = j) * q(xs = j | x0), where the
+    prediction stands for x0 [D3PM 2107.03006 eq. 3; Duo 2506.10892]:
+
+        (alpha_t / alpha_s * [i = j] + (1 - alpha_t / alpha_s) / K) * (alpha_s * p_j
+                                                                       + (1 - alpha_s) / K)
+
+    Temperature and the filters shape p. At temperature 0 it is all on the likeliest token: so ends
+    the last step, where alpha_s = 1, while the steps before it still draw noise.
+    """
+    x, nfe, K = x.clone(), 0, model.config.vocab_size - 1
+    wanted = x == model.mask_id if wanted is None else wanted
+    start = torch.randint(K, x.shape, generator=generator, device=generator.device).to(x.device)
+    x = torch.where(wanted, start, x)
+    alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise_schedule)[0].tolist()
+    for alpha_t, alpha_s in zip(alpha, alpha[1:]):
+        if not wanted.any():
+            continue
+        t = torch.full((x.size(0), 1), 1 - alpha_t, device=x.device)
+        logits = model(x, t, where=wanted)  # (N, V)
+        nfe += 1
+        p = chances(logits.to(generator.device), partial(seen_tokens, x, wanted, K + 1),
+                    **drawing)[:, :K]  # (N, K)
+        keep, now = alpha_t / alpha_s, F.one_hot(x[wanted], K).to(p)  # now (N, K)
+        p = (keep * now + (1 - keep) / K) * (alpha_s * p + (1 - alpha_s) / K)
+        x = x.masked_scatter(wanted, race(p, generator).to(x.device))
+        x, _ = end_rows(x, wanted, model.mask_id, eos_id if alpha_s == 1 else None)
+        if on_step is not None:
+            on_step(x, nfe, wanted, logits)
     return x, nfe
 
 
@@ -358,7 +430,7 @@ def decode_remask(model, x, *, wanted=None, steps, order='max_prob', counts='lin
 
 # ------------------------------------------------------- around the masked decoders: inner is one
 #
-# Both hand inner another model, called the same way: model(x, t, where=...), with mask_id, config.
+# All hand inner another model, called the same way: model(x, t, where=...), with mask_id, config.
 
 
 class PrefixCached:
@@ -381,6 +453,38 @@ class PrefixCached:
         return self.model(x[:, begin:], t, cache=self.cache, where=where[:, begin:])
 
 
+class BlockCached:
+    """A model that was trained on blocks: it reads one block, and those before it from a cache.
+
+    Exact: a finished block has not seen what follows it, so its keys and values stay as they are.
+    Where the canvas is longer than the context, a window of whole blocks slides over it.
+    """
+
+    def __init__(self, model, B):
+        self.model, self.config, self.mask_id = model, model.config, model.mask_id
+        weight = model.embed.weight
+        self.cache, self.begin = KVCache(model.config, B, weight.device, weight.dtype), 0
+
+    def enter(self, x, start, stop):
+        """Goes to the block x[:, start:stop], and returns how many passes what precedes it took."""
+        c, self.block = self.config, slice(start, stop)
+        if stop - self.begin > c.block_size:
+            begin = window(start // c.block_length, c.block_size // c.block_length or 1)
+            self.begin, self.cache.length = begin * c.block_length, 0
+        unread = range(self.begin + self.cache.length, start, c.block_length)
+        for k in unread:  # one at a time: the tokens of a block see no later block
+            self.model(x[:, k:k + c.block_length], x.new_zeros(len(x), 1).float(), hidden=True,
+                       cache=self.cache)
+        return len(unread)
+
+    def __call__(self, x, t=None, *, where):
+        x = x[:, self.block]
+        share = (x == self.mask_id).float().mean(1, keepdim=True)  # (B, 1), of this block
+        logits = self.model(x, share, where=where[:, self.block], cache=self.cache)  # (N, V)
+        self.cache.length -= x.size(1)  # only finished blocks stay
+        return logits
+
+
 @torch.no_grad()
 def decode_block(model, x, *, wanted=None, inner, block_length, steps=None, prefix_cache=False,
                  generator, on_step=None, **drawing):
@@ -392,11 +496,21 @@ def decode_block(model, x, *, wanted=None, inner, block_length, steps=None, pref
     each has one at least.
     prefix_cache: the first pass of a block reads all, the others only the block and what follows
     it. That is an approximation, see PrefixCached.
+    A model that was trained on blocks [BD3-LM 2503.09573] has its blocks from the beginning of the
+    canvas on, and reads nothing that follows a block; nfe counts the pass over each finished block.
     """
     x, nfe = x.clone(), 0
     wanted = x == model.mask_id if wanted is None else wanted
     columns = wanted.any(0).nonzero()[:, 0].tolist()
     first, end = (columns[0], columns[-1] + 1) if columns else (0, 0)
+    if model.config.block_length:
+        if block_length not in (0, model.config.block_length):
+            raise UserError(f'block_length is {block_length}, but this model learned blocks of '
+                            f'{model.config.block_length} and reads no others: leave it out')
+        block_length = model.config.block_length
+        first -= first % block_length
+        end = min(end + -end % block_length, x.size(1))
+        model, prefix_cache = BlockCached(model, x.size(0)), False
 
     def counted(x, passes, where, logits):
         on_step(x, nfe + passes, where, logits)
@@ -412,6 +526,8 @@ def decode_block(model, x, *, wanted=None, inner, block_length, steps=None, pref
         if steps is not None:
             spent, due = (steps * (column - first) // (end - first) for column in (start, stop))
             pace['steps'] = max(1, due - spent) if steps else 0
+        if model.config.block_length:
+            nfe += model.enter(x, start, stop)
         x, passes = inner(PrefixCached(model, start) if prefix_cache else model, x, wanted=block,
                           generator=generator, on_step=None if on_step is None else counted,
                           **pace, **drawing)
@@ -508,6 +624,19 @@ class Recorder:
             self.stood[i].append(visible(text))
         self.steps.append({'step': len(self.steps), 'nfe': nfe, 'ids': ids, 'new': new})
 
+    def progress(self, k):
+        """How many masks step k left or, where none was left before it, how many tokens changed."""
+        before, step = self.steps[max(k - 1, 0)], self.steps[k]
+        if self.mask_id not in before['ids'] + step['ids']:
+            return f'{len(step["new"])} tokens changed'
+        return f'{step["ids"].count(self.mask_id)} masks left'
+
+    def rewritten(self):
+        """The share of the wanted tokens that were written more than once: how much is mended."""
+        times = Counter(new['i'] for step in self.steps[1:] for new in step['new']
+                        if new['id'] != self.mask_id)
+        return sum(n > 1 for n in times.values()) / self.steps[0]['ids'].count(self.mask_id)
+
 
 def visible(text):
     """The text on one line, and with nothing in it that a terminal would obey."""
@@ -536,8 +665,8 @@ def layout(stood, columns):
 class Screen:
     """Shows a Recorder's canvas in the terminal, each step over the one before.
 
-    The colour of a token tells how much of the canvas was filled when it came. Where there is no
-    terminal, each step is a line of text.
+    The colour of a token tells how much of the canvas stood when it came: was no mask and, if there
+    was none, did not change then. Where there is no terminal, each step is a line of text.
     """
 
     def __init__(self, delay):
@@ -546,11 +675,12 @@ class Screen:
     def __call__(self, r):
         columns, rows = shutil.get_terminal_size()
         step, texts = r.steps[-1], [texts[-1] for texts in r.stood]
-        left = step['ids'].count(r.mask_id)
+        left = r.progress(step['step'])
         if not sys.stdout.isatty():
-            print(f'pass {step["nfe"]}: {left} masks left | {"".join(texts)}'[:columns], flush=True)
+            print(f'pass {step["nfe"]}: {left} | {"".join(texts)}'[:columns], flush=True)
             return
-        filled = 1 - left / max(r.steps[0]['ids'].count(r.mask_id), left, 1)
+        unsettled = r.steps[-2]['ids'].count(r.mask_id) or len(step['new'])
+        filled = 1 - unsettled / max(r.steps[0]['ids'].count(r.mask_id), unsettled, 1)
         for new in step['new']:
             self.colors[new['i']] = RAMP_256[round(filled * (len(RAMP_256) - 1))]
         places = layout([[text] for text in texts], columns - 1)  # the last column may wrap
@@ -562,7 +692,7 @@ class Screen:
             text = text.replace('⏎', '')[:columns - 1]
             lines[line] += f'\x1b[38;5;{color}m{text}\x1b[m' if color else text
         lines = lines[:max(first_mask + 1, rows - 2)][2 - rows:]  # a long text is followed down
-        lines.append(f'step {step["step"]}, pass {step["nfe"]}, {left} masks left'[:columns - 1])
+        lines.append(f'step {step["step"]}, pass {step["nfe"]}, {left}'[:columns - 1])
         # the cursor is hidden within this one string only, so that no error can leave it hidden
         sys.stdout.write('\x1b[?25l' + f'\x1b[{self.height}A' * (self.height > 0)
                          + ''.join(f'\x1b[2K{line}\n' for line in lines) + '\x1b[J\x1b[?25h')
@@ -710,7 +840,7 @@ def save_html(r, path, about):
     steps, colors, changes = [], ramp(n), [-1] * len(r.stood)
     for step, color in zip(r.steps, ['', *colors]):
         steps.append({'label': f'step {step["step"]} of {n}, pass {step["nfe"]}, '
-                               f'{step["ids"].count(r.mask_id)} masks left', 'new': []})
+                               f'{r.progress(step["step"])}', 'new': []})
         for new in step['new']:
             i, is_mask = new['i'], new['id'] == r.mask_id
             changes[i] += 1
@@ -733,8 +863,12 @@ def save_html(r, path, about):
 
 
 def save_jsonl(r, path, about):
-    """The raw data: a header, then the given canvas and each step, as in Recorder."""
-    Path(path).write_text(''.join(dumps(row) + '\n' for row in [about, *r.steps]))
+    """The raw data: a header, then the given canvas and each step, as in Recorder.
+
+    rewritten in the header: the share of the wanted tokens that were written more than once.
+    """
+    header = about | {'rewritten': r.rewritten()}
+    Path(path).write_text(''.join(dumps(row) + '\n' for row in [header, *r.steps]))
 
 
 SAVERS = {'.gif': save_gif, '.png': save_png, '.html': save_html, '.jsonl': save_jsonl}
@@ -748,36 +882,43 @@ DECODERS = {  # name: the function, and its settings beside those of draw()
     'confidence': (decode_confidence, ('steps', 'order', 'counts')),
     'threshold': (decode_threshold, ('threshold', 'order')),
     'remask': (decode_remask, ('steps', 'order', 'counts')),
-    'remdm': (decode_ancestral, ('steps', 'noise_schedule', 'eta'))}
+    'remdm': (decode_ancestral, ('steps', 'noise_schedule', 'eta')),
+    'uniform': (decode_uniform, ('steps', 'noise_schedule'))}
+MASKED = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')
+SERVED_BY = {  # objective: its decoders, the usual one first, and why there are no others
+    'ar': (('ar',), 'read only what stands before a token, and never learned what a mask is'),
+    'uniform': (('uniform',), 'may change every token at every step, and none is ever a mask'),
+    **dict.fromkeys(('mdm', 'd3pm', 'block'), (
+        MASKED, 'predict what masks hide; ar and uniform read texts without any'))}
 
 
 def decoder_name(name, objective):
     """`name`, or for 'auto' the usual decoder of this objective, if the objective can serve it."""
     if name not in ('auto', *DECODERS):
         raise UserError(f'decoder is {name!r}, not one of auto, {", ".join(DECODERS)}')
-    masked = [known for known in DECODERS if known != 'ar']
-    if objective == 'ar' and name in masked:
-        raise UserError(f'decoder is {name!r}, but ar models decode by ar alone: they read only '
-                        'what stands before a token, and never learned what a mask is')
-    if objective == 'mdm' and name == 'ar':
-        raise UserError(f'decoder is {name!r}, but mdm models decode by {", ".join(masked)}: they '
-                        'predict a token at its mask, and ar at the token before it')
-    return {'ar': 'ar', 'mdm': 'ancestral'}[objective] if name == 'auto' else name
+    known, reason = SERVED_BY[objective]
+    if name not in ('auto', *known):
+        raise UserError(f'decoder is {name!r}, but {objective} models decode by {", ".join(known)} '
+                        f'alone: they {reason}')
+    return known[0] if name == 'auto' else name
 
 
 def pick_decoder(objective, settings, eos_id):
     """decode(model, x, generator=..., on_step=...) as the settings ask for."""
     s, name = settings, decoder_name(settings['decoder'], objective)
     function, takes = DECODERS[name]
-    if name == 'ar' and (s['block_length'] or s['guidance']):
-        raise UserError('block_length and guidance are for masks, and an ar model has none: it '
-                        'writes token by token, and cannot read a text whose beginning is hidden')
-    if name in ('ancestral', 'remdm') and s['steps'] == 0:
-        raise UserError(f'steps is 0, one token a step, but {name} reveals at random as many as '
-                        'it happens: it must be 1 or more')
+    if name not in MASKED and (s['block_length'] or s['guidance']):
+        raise UserError(f'block_length and guidance are for masks, and {objective} models have '
+                        f'none: they {SERVED_BY[objective][1]}')
+    if objective == 'block' and s['guidance']:
+        raise UserError('guidance is for models that read the whole text twice, once with its '
+                        'beginning hidden; a block model reads what is finished only once')
+    if name in ('ancestral', 'remdm', 'uniform') and s['steps'] == 0:
+        raise UserError(f'steps is 0, one token a step, but {name} leaves to chance how many '
+                        'tokens a step writes: it must be 1 or more')
     drawing = {k: s[k] for k in ('temperature', 'top_k', 'top_p', 'repetition_penalty')}
     decode = partial(function, eos_id=eos_id, **{k: s[k] for k in takes}, **drawing)
-    if s['block_length']:
+    if s['block_length'] or objective == 'block':
         decode = partial(decode_block, inner=decode, block_length=s['block_length'],
                          steps=s['steps'] if 'steps' in takes else None,
                          prefix_cache=s['prefix_cache'])
@@ -956,7 +1097,7 @@ def generate(model, objective, rows, settings, eos_id=None, on_step=None):
     With an eos_id, a row ends there; without, it goes on to the end of the canvas.
     """
     check_decoding(settings)
-    if objective != 'ar' and len(rows[0]) > model.config.block_size:
+    if objective not in ('ar', 'block') and len(rows[0]) > model.config.block_size:
         raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
                         f'block_size is {model.config.block_size}')
     device = model.embed.weight.device
@@ -979,7 +1120,7 @@ def batches(canvases, objective, mask_id, batch_size, block_length):
         key = None
         if objective != 'ar':
             span = canvas.index(mask_id), canvas[::-1].index(mask_id)
-            key = len(canvas), span if block_length else None
+            key = len(canvas), span if block_length or objective == 'block' else None
         groups.setdefault(key, []).append(i)
     return [group[k:k + batch_size] for group in groups.values()
             for k in range(0, len(group), batch_size)]

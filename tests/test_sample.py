@@ -28,7 +28,7 @@ import sample
 from config import UserError
 from model import ModelConfig, Transformer
 from sample import (decode_ancestral, decode_ar, decode_block, decode_confidence, decode_guided,
-                    decode_remask, decode_threshold, draw)
+                    decode_remask, decode_threshold, decode_uniform, draw)
 
 REPOSITORY = Path(__file__).parents[1]
 ORDERS = ('max_prob', 'margin', 'entropy', 'random')
@@ -126,8 +126,8 @@ def distribution(logits, seen, temperature, top_k, top_p, repetition_penalty):
 def test_frequencies_are_those_of_the_closed_form(drawing):
     logits, seen = [1.2, -0.4, 0.9, -8.0, 0.1, -math.inf], [True, True, False, False, True, False]
     drawing = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'repetition_penalty': 1.0} | drawing
-    token, _ = draw(torch.tensor([logits] * 200_000), torch.tensor([seen] * 200_000),
-                    generator=noise_source(), **drawing)
+    token, _ = draw(torch.tensor([logits] * 200_000),
+                    lambda: torch.tensor([seen] * 200_000), generator=noise_source(), **drawing)
     expected = distribution(logits, seen, **drawing)
     assert p_value(collections.Counter(token.tolist()), expected) > 1e-4
     assert (3 in expected) == (5 not in expected and drawing['top_k'] == 0
@@ -167,7 +167,7 @@ def test_top_k_and_top_p_keep_exactly_the_right_set(logits, top_k, top_p, seed):
 def test_temperature_0_takes_the_likeliest_token_after_the_penalty(seed, penalty):
     logits = torch.randn(4, 6, generator=noise_source(seed))
     seen = torch.rand(4, 6, generator=noise_source(seed + 1)) < 0.5
-    token, _ = draw(logits, seen, generator=noise_source(), temperature=0,
+    token, _ = draw(logits, lambda: seen, generator=noise_source(), temperature=0,
                     repetition_penalty=penalty)
     for row, z in enumerate(logits.double().numpy()):
         z = np.where(seen[row], np.where(z > 0, z / penalty, z * penalty), z)
@@ -183,8 +183,8 @@ def test_the_probability_is_the_models_own():
     p = np.exp(logits.double().numpy())
     p /= p.sum(1, keepdims=True)
     for temperature in (0, 0.2, 1.0, 4.0):
-        token, probability = draw(logits, seen, generator=noise_source(), temperature=temperature,
-                                  top_k=4, top_p=0.8, repetition_penalty=1.7)
+        token, probability = draw(logits, lambda: seen, generator=noise_source(), top_k=4,
+                                  temperature=temperature, top_p=0.8, repetition_penalty=1.7)
         assert probability.numpy() == pytest.approx(p[np.arange(50), token.numpy()], rel=1e-5)
 
 
@@ -394,6 +394,190 @@ def test_blocks_of_the_reverse_process_follow_their_chains(eta):
     assert p_value(tally(y), chain(steps)) > 1e-4
     whole = reverse_chain(model, 5, 'linear', eta=eta)
     assert p_value(tally(y), whole) < 1e-6
+
+
+def whole_posterior(alpha_t, alpha_s, i, p, noise):
+    """q(xs | xt = i, x0 ~ p) by Bayes' rule, from matrices; noise (V,): what corrupts a token."""
+    stay, V = alpha_t / alpha_s, len(p)
+    step = stay * np.eye(V) + (1 - stay) * np.ones((V, 1)) * noise  # q(xt | xs), rows sum to 1
+    joint = (alpha_s * p + (1 - alpha_s) * noise) * step[:, i]
+    return joint / joint.sum()
+
+
+def posterior_step(model, alpha_t, alpha_s, temperature, noise, x, fillable=range(LENGTH)):
+    """{canvas: probability} of one reverse step by the whole posterior, whatever the noise is."""
+    p, V = predictions(model, x, 1 - alpha_t), len(noise)
+    p = p[:, :V] ** (1 / temperature)
+    p /= p.sum(1, keepdims=True)
+    choices = [[(token, 1.0)] if i not in fillable else
+               list(enumerate(whole_posterior(alpha_t, alpha_s, token, p[i], noise)))
+               for i, token in enumerate(x)]
+    after = collections.defaultdict(float)
+    for ys in itertools.product(*choices):
+        after[tuple(v for v, _ in ys)] += math.prod(q for _, q in ys)
+    return after
+
+
+def may_predict_masks(model):
+    """The model with a finite logit of the mask, as d3pm trains it with subs=False."""
+    model.config.subs, model.logits = False, lambda h: model.head(h)
+    return model
+
+
+def only_letters(states):
+    """Given that no mask is left: {text: probability}."""
+    real = {x: p for x, p in states.items() if LETTERS not in x}
+    return {x: p / sum(real.values()) for x, p in real.items()}
+
+
+@pytest.mark.parametrize('time_cond', [False, True])
+@pytest.mark.parametrize('N, schedule', [(1, 'linear'), (3, 'linear'), (4, 'cosine')])
+def test_d3pm_may_predict_the_mask(time_cond, N, schedule):
+    """Each step by Bayes' rule with a prediction that includes the mask, the last one without."""
+    model = may_predict_masks(tiny_model(V=LETTERS + 1, T=LENGTH, seed=7, time_cond=time_cond))
+    recorded = []
+    y, _ = decode_ancestral(model, torch.tensor([BLANK_ROW] * ROWS), steps=N,
+                            noise_schedule=schedule, generator=noise_source(N),
+                            on_step=lambda x, *_: recorded.append(x.clone()))
+    states, alpha = {BLANK_ROW: 1.0}, ALPHA[schedule]
+    for n in range(N, 0, -1):
+        after = collections.Counter()
+        for x, q in states.items():
+            fillable = [i for i, v in enumerate(x) if v == LETTERS]
+            moved = posterior_step(model, alpha(n / N), alpha((n - 1) / N), 1.0,
+                                   np.eye(LETTERS + 1)[LETTERS], x, fillable)
+            for z, r in (only_letters(moved) if n == 1 else moved).items():
+                after[z] += q * r
+        states = after
+        assert p_value(tally(recorded[N - n]), states) > 1e-4
+    assert torch.equal(y, recorded[-1]) and (y != LETTERS).all()
+    if N > 1:  # the test can tell: by p(x0 | xt) alone fewer masks would be left
+        model.config.subs = True
+        first = []
+        decode_ancestral(model, torch.tensor([BLANK_ROW] * ROWS), steps=N, noise_schedule=schedule,
+                         generator=noise_source(N), on_step=lambda x, *_: first.append(x.clone()))
+        assert (first[-2] == LETTERS).sum() < (recorded[-2] == LETTERS).sum()
+
+
+@pytest.mark.parametrize('decoder', [
+    partial(decode_confidence, steps=4), partial(decode_threshold, threshold=0.5),
+    partial(decode_remask, steps=4), partial(decode_ancestral, steps=6, eta=0.3),
+    partial(decode_ancestral, steps=6), partial(decode_guided, guidance=1.0, inner=partial(
+        decode_ancestral, steps=6)), partial(decode_block, inner=decode_ancestral, steps=6,
+                                             block_length=2, prefix_cache=True)])
+def test_no_mask_is_left_where_the_mask_may_be_predicted(decoder):
+    model = may_predict_masks(tiny_model(seed=2))
+    model.head.weight.data[-1] *= 5
+    x = torch.full((20, 8), MASK)
+    x[:, 3] = 1
+    for temperature in (0, 1.0):
+        y, _ = decoder(model, x, temperature=temperature, generator=noise_source(),
+                       on_step=lambda *step: step[3][:, MASK].max() == -torch.inf or 1 / 0)
+        assert (y != MASK).all() and (y[:, 3] == 1).all()
+
+
+# Uniform noise
+
+UNIFORM_K = 3
+
+
+@pytest.mark.parametrize('N, schedule, temperature, given', [
+    (1, 'linear', 1.0, None), (2, 'linear', 1.0, None), (3, 'cosine', 0.6, None),
+    (4, 'linear', 1.0, None), (3, 'linear', 1.0, 2)])
+def test_uniform_follows_the_reverse_chain(N, schedule, temperature, given):
+    """T = 2, V' = 3, after every step: from uniform noise on, all that is wanted moves."""
+    model, recorded = tiny_model(V=UNIFORM_K + 1, T=2, seed=7, time_cond=True), []
+    x = torch.full((ROWS, 2), UNIFORM_K)
+    wanted = [0, 1] if given is None else [0]
+    x[:, 1] = UNIFORM_K if given is None else given
+    y, nfe = decode_uniform(model, x, steps=N, noise_schedule=schedule, temperature=temperature,
+                            generator=noise_source(N), on_step=lambda x, *_: recorded.append(x))
+    assert nfe == N == len(recorded) and torch.equal(recorded[-1], y)
+    letters = range(UNIFORM_K)
+    texts = list(itertools.product(letters, letters if given is None else [given]))
+    states, alpha = dict.fromkeys(texts, 1 / len(texts)), ALPHA[schedule]
+    for n in range(N, 0, -1):
+        after = collections.Counter()
+        for z, q in states.items():
+            for z2, r in posterior_step(model, alpha(n / N), alpha((n - 1) / N), temperature,
+                                        np.full(UNIFORM_K, 1 / UNIFORM_K), z, wanted).items():
+                after[z2] += q * r
+        states = after
+        assert p_value(tally(recorded[N - n]), states) > 1e-4
+
+
+class Optimal:
+    """The best predictor for known texts: p(x0_i | the other corrupted tokens), by enumeration.
+
+    The one whose reverse chain is exact in the limit of many steps: it leaves its own token to the
+    posterior [Duo's and UDLM's bound is least there].
+    """
+
+    def __init__(self, p):
+        self.p, self.mask_id = p, UNIFORM_K  # p (K, K), of texts of two tokens
+        self.config = ModelConfig(UNIFORM_K + 1, 2)
+
+    def __call__(self, x, t, *, where):
+        alpha, both = 1 - t[0, 0].item(), torch.empty(len(x), 2, UNIFORM_K + 1)
+        keep = alpha * torch.eye(UNIFORM_K) + (1 - alpha) / UNIFORM_K  # (x0, xt)
+        both[:, 0, :UNIFORM_K] = (self.p @ keep).T[x[:, 1]].log()
+        both[:, 1, :UNIFORM_K] = (self.p.T @ keep).T[x[:, 0]].log()
+        both[:, :, UNIFORM_K] = -torch.inf
+        return both[where]
+
+
+def test_the_best_uniform_model_writes_the_texts_it_knows():
+    """Chi-square against the data itself; tokens that do not match are mended along the way."""
+    p = torch.tensor([[0.3, 0.01, 0.02], [0.02, 0.25, 0.05], [0.01, 0.04, 0.3]])
+    x, recorded = torch.full((8000, 2), UNIFORM_K), []
+    y, _ = decode_uniform(Optimal(p), x, steps=150, generator=noise_source(),
+                          on_step=lambda x, *_: recorded.append(x))
+    data = {(i, j): p[i, j].item() for i in range(UNIFORM_K) for j in range(UNIFORM_K)}
+    assert p_value(tally(y), data) > 1e-4
+    at_once, _ = decode_uniform(Optimal(p), x, steps=1, generator=noise_source())
+    assert p_value(tally(at_once), data) < 1e-6
+    halfway = recorded[75]
+    assert ((halfway != y).any(1) & (halfway[:, 0] != halfway[:, 1])).float().mean() > 0.1
+
+
+@repeatable(max_examples=30)
+@given(x=canvases(), steps=st.integers(1, 8), seed=st.integers(0, 999), eos=st.sampled_from(
+    [None, 2]), drawing=st.sampled_from([{}, {'temperature': 0}, {'top_k': 1},
+                                         {'repetition_penalty': 1.5, 'top_p': 0.8}]))
+def test_uniform_keeps_its_promises(x, steps, seed, eos, drawing):
+    model, canvas, recorded, calls = model_for('mdm'), x.clone(), [], []
+    hook = model.register_forward_hook(lambda _, words, out: calls.append((words, out)))
+    decode = partial(decode_uniform, model, x, steps=steps, eos_id=eos, **drawing)
+    y, nfe = decode(generator=noise_source(seed), on_step=lambda *step: recorded.append(step))
+    hook.remove()
+    assert torch.equal(x, canvas) and torch.equal(y[x != MASK], x[x != MASK])
+    assert y.shape == x.shape and y.min() >= 0 and y.max() < MASK, 'a mask is left'
+    assert nfe == len(calls) == len(recorded) == steps * bool((x == MASK).any())
+    assert torch.equal(decode(generator=noise_source(seed))[0], y)
+    for n, (((read, t), out), (after, count, where, logits)) in enumerate(zip(calls, recorded)):
+        assert torch.equal(where, x == MASK) and count == n + 1 and logits is out
+        assert t.shape == (len(x), 1) and (t - (1 - n / steps)).abs().max() < 1e-6
+        assert torch.equal(read[x != MASK], x[x != MASK]) and (read != MASK).all()
+        assert n == 0 or torch.equal(read, recorded[n - 1][0])
+    if recorded:
+        assert torch.equal(recorded[-1][0], y)
+    if eos is not None:
+        assert torch.equal(y, ended(y, x, eos, MASK))
+    if drawing == {'temperature': 0} and recorded and eos is None:
+        best = recorded[-1][3].argmax(-1)
+        assert torch.equal(y[x == MASK], best), 'the last step is greedy'
+
+
+def test_uniform_rows_read_only_themselves():
+    """The other row's given text changes nothing: the random numbers of a row are its own."""
+    model, x = model_for('mdm'), torch.full((2, 8), MASK)
+    x[:, :2] = torch.tensor([[1, 2], [3, 0]])
+    other = x.clone()
+    other[1, :2] = torch.tensor([0, 0])
+    for temperature in (0, 0.8):
+        a, b = (decode_uniform(model, rows, steps=6, temperature=temperature,
+                               generator=noise_source(1))[0] for rows in (x, other))
+        assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
 
 
 def any_order_average(model):
@@ -742,6 +926,131 @@ def test_the_first_pass_of_every_block_is_exact():
     assert len(starts) == 4 and all(exact[i] for i in starts) and not all(exact)
 
 
+# Models that were trained on blocks
+
+
+def block_model(L, V=12, T=16, seed=6, **shape):
+    return tiny_model(V=V, T=T, seed=seed, **shape, block_length=L)
+
+
+def block_logits(model, x, L, window=(0, None)):
+    """(B, T, V) of one pass without a cache over the blocks in the window: a token sees no later
+    block, its position is that in the window, and t is 0 but for the share of masks in the last.
+    """
+    x, attention = x[:, slice(*window)], torch.nn.functional.scaled_dot_product_attention
+    block = torch.arange(x.size(1)) // L
+    share = (x[:, block == block[-1]] == WIDE_MASK).float().mean(1, keepdim=True)  # (B, 1)
+    t = torch.where(block == block[-1], share, 0.0)  # (B, T)
+
+    def blockwise(q, k, v, **_):
+        return attention(q, k, v, attn_mask=block[:, None] >= block, enable_gqa=True)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.nn.functional, 'scaled_dot_product_attention', blockwise)
+        return model(x, t)
+
+
+def block_window(start, L, context):
+    """Where the blocks begin that are read with the one at `start`, by walking there."""
+    begin, n = 0, context // L
+    for k in range(start // L + 1):
+        if k - begin >= n:
+            begin += (n + 1) // 2
+    return begin * L
+
+
+INNER = {'ancestral': partial(decode_ancestral), 'confidence': partial(decode_confidence),
+         'threshold': lambda model, x, steps, **rest: decode_threshold(model, x, threshold=0.3,
+                                                                       **rest)}
+
+
+@pytest.mark.parametrize('shape', [{'time_cond': True}, *SHAPES[1:]])
+@pytest.mark.parametrize('inner', INNER)
+@pytest.mark.parametrize('L, T', [(4, 16), (1, 9), (3, 14), (4, 43), (16, 40)])
+def test_a_block_model_reads_as_if_there_were_no_cache(shape, inner, L, T):
+    """All logits by full passes, windows and prompts too; nothing that follows a block counts."""
+    model, steps, calls = block_model(L, **shape), [], []
+    x = torch.cat([wide_canvas(3, k, 0.7) for k in range(3)], dim=1)[:, :T]
+    x[:, 1], x[:, L + 2:L + 3], before = WIDE_MASK, 3, [x]
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    y, nfe = decode_block(model, x, inner=INNER[inner], block_length=0, steps=2 * T // L + 2,
+                          generator=noise_source(), on_step=lambda *step: steps.append(
+                              [a.clone() if torch.is_tensor(a) else a for a in step]))
+    hook.remove()
+    assert nfe == len(calls) and (y != WIDE_MASK).all()
+    assert torch.equal(y[x != WIDE_MASK], x[x != WIDE_MASK]) and torch.equal(steps[-1][0], y)
+    for after, count, where, logits in steps:
+        columns = where.any(0).nonzero()[:, 0].tolist()
+        start = columns[0] // L * L
+        begin, stop = block_window(start, L, 16), min(start + L, T)
+        assert columns[-1] < stop and (before[-1][:, :start] != WIDE_MASK).all()
+        full = block_logits(model, before[-1], L, (begin, stop))
+        assert torch.allclose(full[where[:, begin:stop]], logits, atol=1e-5, rtol=1e-5)
+        before.append(after)
+    held, reads, last = 0, 0, 0  # finished blocks that are in the cache, each read once in a window
+    for start in range(0, T, L):
+        if (x[:, start:start + L] == WIDE_MASK).any():
+            begin = block_window(start, L, 16)
+            reads += (start - (held if begin == last else begin)) // L
+            held, last = start, begin
+    assert nfe == len(steps) + reads
+
+
+def test_a_block_model_reads_the_rest_of_its_block_and_nothing_behind_it():
+    model, x = block_model(4), wide_canvas(1, 3, 0.0).expand(WIDE_MASK, -1).clone()
+    x[:, 5] = WIDE_MASK
+    behind, beside = x.clone(), x.clone()
+    behind[:, 8] = beside[:, 7] = torch.arange(WIDE_MASK)
+    decode = partial(decode_block, model, inner=decode_confidence, block_length=4, steps=0,
+                     generator=noise_source())
+    logits = []
+    for canvas in (behind, beside):
+        decode(canvas, on_step=lambda *step: logits.append(step[3]))
+    assert (logits[0] == logits[0][0]).all() and not torch.allclose(logits[1], logits[1][:1])
+
+
+def test_blocks_of_a_block_model_follow_their_chains():
+    """Blocks of 2 and 1, each a reverse process of its own, with 3 and 2 of 5 steps."""
+    model = block_model(2, V=LETTERS + 1, T=LENGTH, seed=7)
+    y, _ = decode_block(model, torch.tensor([BLANK_ROW] * ROWS), inner=decode_ancestral, steps=5,
+                        block_length=2, generator=noise_source(3))
+
+    class Whole:  # for reverse_step: the first block alone, then all
+        def __call__(self, x, t):
+            alone = model(x[:, :2])
+            return alone.new_zeros(1, LENGTH, LETTERS + 1).index_copy_(
+                1, torch.arange(2), alone).index_copy_(
+                1, torch.tensor([2]), block_logits(model, x, 2)[:, 2:])
+
+    steps = [partial(reverse_step, Whole(), 1 - n / k, 1 - (n - 1) / k, 1.0, fillable=fillable)
+             for k, fillable in ((3, (0, 1)), (2, (2,))) for n in range(k, 0, -1)]
+    assert p_value(tally(y), chain(steps)) > 1e-4
+    other = block_model(0, V=LETTERS + 1, T=LENGTH, seed=7)
+    y, _ = decode_block(other, torch.tensor([BLANK_ROW] * ROWS), inner=decode_ancestral, steps=5,
+                        block_length=2, generator=noise_source(3))
+    assert p_value(tally(y), chain(steps)) < 1e-6
+
+
+@repeatable(max_examples=25)
+@given(x=canvases(max_rows=4), L=st.sampled_from([1, 2, 3, 8]), repeats=st.integers(1, 3),
+       inner=st.sampled_from([decode_confidence, decode_remask, decode_threshold]))
+def test_rows_of_a_block_model_are_independent_when_greedy(x, L, repeats, inner):
+    """Of any length; with an eos, a row is as without it up to its end."""
+    x = x.repeat(1, repeats)
+    x[:, 0] = x[:, -1] = MASK
+    rest = {'threshold': 0.4} if inner is decode_threshold else {'steps': 0}
+    inner = partial(inner, temperature=0, **rest)
+    decode = partial(decode_block, block_model(L, V=5, T=8, seed=2, pos='learned'), inner=inner,
+                     block_length=L, generator=noise_source())
+    together, nfe = decode(x)
+    assert torch.equal(together, torch.cat([decode(row[None])[0] for row in x]))
+    assert torch.equal(together[x != MASK], x[x != MASK]) and (together != MASK).all()
+    shorter, fewer = decode(x, eos_id=2)
+    if inner.func is not decode_remask:
+        assert torch.equal(shorter, ended(together, x, 2, MASK))
+    assert fewer <= nfe
+
+
 @pytest.mark.parametrize('guidance', [0.7, 3.0])
 @pytest.mark.parametrize('time_cond', [False, True])
 def test_guidance_agrees_with_a_naive_loop(guidance, time_cond):
@@ -766,10 +1075,10 @@ def test_guidance_agrees_with_a_naive_loop(guidance, time_cond):
 # Where a text ends
 
 
-def ended(free, x, eos):
+def ended(free, x, eos, mask=WIDE_MASK):
     """The rows of free with eos, from the first that was written on, wherever x has masks."""
     rows = free.clone()
-    for row, was in zip(rows, x == WIDE_MASK):
+    for row, was in zip(rows, x == mask):
         for i in range(len(row)):
             if was[i] and row[i] == eos:
                 row[i + 1:][was[i + 1:]] = eos
@@ -966,7 +1275,7 @@ VERSE = 3 * "ROMEO:\nTo be, or not to be? What's in a name!\n\nJULIET:\nThat we 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """A folder with the runs ar and mdm, damaged and foreign checkpoints, and an empty folder."""
+    """A folder with a run of every objective, damaged and foreign checkpoints, an empty folder."""
     root = tmp_path_factory.mktemp('runs')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -975,11 +1284,13 @@ def runs(tmp_path_factory):
     shape = {'block_size': CONTEXT, 'n_layer': 2, 'n_head': 2, 'n_kv_head': 0, 'n_embd': 16,
              'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'relu2', 'qk_norm': True, 'bias': False,
              'tied': False, 'time_cond': False, 'dropout': 0.0}
-    for objective in ('ar', 'mdm'):
+    new = {'subs': False, 'block_length': 4}  # settings that the runs before did not have
+    for objective, more in (('ar', {}), ('mdm', {}), ('d3pm', new),
+                            ('uniform', new | {'subs': True}), ('block', new | {'subs': True})):
         model = tiny_model(objective == 'ar', meta['vocab_size'] + 1, CONTEXT)
         (root / objective).mkdir()
         torch.save({'model': model.state_dict(), 'optimizer': [], 'meta': meta, 'iter': 7,
-                    'config': shape | {'objective': objective}, 'rng': 0, 'best': 1.5},
+                    'config': shape | {'objective': objective} | more, 'rng': 0, 'best': 1.5},
                    root / objective / 'ckpt.pt')
     whole = (root / 'mdm' / 'ckpt.pt').read_bytes()
     misfit = torch.load(root / 'mdm' / 'ckpt.pt', weights_only=True)
@@ -1041,7 +1352,14 @@ def texts(out):
     (['--out_dir=mdm', '--decoder=confidence', '--block_length=4', '--steps=10'], [10]),
     (['--out_dir=mdm', '--decoder=confidence', '--guidance=0.5', '--steps=10'], [20]),
     (['--out_dir=mdm', '--noise_schedule=cosine', '--top_k=3', '--top_p=0.9',
-      '--repetition_penalty=1.2'], range(1, 19))])
+      '--repetition_penalty=1.2'], range(1, 19)),
+    (['--out_dir=d3pm', '--steps=9'], range(1, 10)),
+    (['--out_dir=d3pm', '--decoder=threshold', '--threshold=0.3'], range(1, 19)),
+    (['--out_dir=uniform', '--steps=9'], [9]),
+    (['--out_dir=uniform', '--temperature=0', '--repetition_penalty=1.2', '--steps=3'], [3]),
+    (['--out_dir=block'], range(10, 24)),
+    (['--out_dir=block', '--block_length=4', '--decoder=confidence', '--steps=10'], [15]),
+    (['--out_dir=block', '--decoder=threshold', '--threshold=0.3'], range(10, 24))])
 def test_start_is_continued_to_the_end_of_the_context(run_main, words, passes):
     status, out, err = run_main('--start=ROMEO:', '--device=cpu', *words)
     (text,), (written, nfe) = texts(out)
@@ -1049,6 +1367,15 @@ def test_start_is_continued_to_the_end_of_the_context(run_main, words, passes):
     assert text.startswith('ROMEO:') and len(text) == CONTEXT and set(text) <= set(VERSE)
     assert written == CONTEXT - 6 and nfe in passes
     assert texts(run_main('--start=ROMEO:', '--device=cpu', *words)[1])[0] == [text]
+
+
+def test_a_block_model_writes_on_beyond_its_context(run_main):
+    """Longer than the context by a prompt, by what is wanted, and by the two together."""
+    for start, length in (('R' * 60, 3), ('', 70), ('To be, or not to be', 50)):
+        words = ('--out_dir=block', f'--start={start}', f'--gen_length={length}', '--steps=40')
+        (text,), (written, nfe) = texts(run_main(*words)[1])
+        assert text.startswith(start) and len(text) == len(start) + length and written == length
+        assert nfe > length / 4
 
 
 def test_num_samples_gen_length_and_seed(run_main):
@@ -1090,13 +1417,16 @@ def test_masked_canvases_go_together_only_if_they_are_alike():
     assert sample.batches(canvases, 'ar', 9, 4, 0) == [[0, 1, 2, 3], [4, 5]]
     assert sample.batches(canvases, 'mdm', 9, 2, 0) == [[0, 2], [3, 5], [1, 4]]
     assert sample.batches(canvases, 'mdm', 9, 4, 5) == [[0, 2, 5], [1, 4], [3]]
+    assert sample.batches(canvases, 'block', 9, 4, 0) == [[0, 2, 5], [1, 4], [3]]
 
 
 def test_json_lines_say_what_was_done(run_main, runs):
     words = ('--start=ROMEO:', '--gen_length=10', '--num_samples=5', '--json', '--batch_size=2')
     for name, how, decoder, passes in (
             ('ar', [], 'ar', [10]), ('mdm', ['--seed=4'], 'ancestral', range(5, 21)),
-            ('mdm', ['--decoder=confidence', '--guidance=1'], 'confidence', [20])):
+            ('mdm', ['--decoder=confidence', '--guidance=1'], 'confidence', [20]),
+            ('uniform', ['--steps=7'], 'uniform', [7]), ('block', [], 'ancestral', range(5, 25)),
+            ('d3pm', [], 'ancestral', range(5, 21))):
         status, out, err = run_main(f'--out_dir={name}', *words, *how)
         rows = objects(out)
         assert (status, err, len(rows)) == (0, '', 5)
@@ -1158,7 +1488,7 @@ def test_eval_has_the_same_settings_of_decoding():
 
 
 def test_nothing_given_fills_the_context(run_main):
-    for name in ('ar', 'mdm'):
+    for name in ('ar', 'mdm', 'd3pm', 'uniform', 'block'):
         (text,), (written, _) = texts(run_main(f'--out_dir={name}')[1])
         assert len(text) == written == CONTEXT
 
@@ -1205,18 +1535,31 @@ BAD = [
     (['--block_length=-1'], 'block_length is -1'),
     (['--prefix_cache'], 'block_length is 0'),
     (['--prefix_cache', '--block_length=4', '--guidance=1'], 'guidance is on'),
-    (['--out_dir=ar', '--block_length=4'], 'token by token'),
-    (['--out_dir=ar', '--guidance=1'], 'beginning is hidden'),
+    (['--out_dir=ar', '--block_length=4'], 'ar models have none: they read only what'),
+    (['--out_dir=ar', '--guidance=1'], 'never learned what a mask is'),
     (['--prompt_file=nowhere.txt'], 'no prompt_file'), (['--prompt_file=mdm'], 'no prompt_file'),
     (['--prompt_file=blank.txt'], 'is empty'), (['--prompt_file=latin.txt'], 'UTF-8'),
     (['--prompt_file=verse.txt', '--start=a'], 'leave out start'),
     (['--prompt_file=verse.txt', '--template=[_]'], 'leave out start'),
     (['--repetition_penalty=0'], 'repetition_penalty'),
     (['--counts=square'], 'linear or cosine'),
-    (['--decoder=greedy'], 'ar, ancestral, confidence, threshold, remask, remdm'),
-    (['--decoder=ar'], 'decode by ancestral, confidence, threshold, remask, remdm: they predict'),
+    (['--decoder=greedy'], 'ar, ancestral, confidence, threshold, remask, remdm, uniform'),
+    (['--decoder=uniform'], 'ar and uniform read texts without any'),
+    (['--decoder=ar'], 'decode by ancestral, confidence, threshold, remask, remdm alone: '
+     'they predict'),
     (['--out_dir=ar', '--decoder=ancestral'], 'decode by ar'),
     (['--out_dir=ar', '--decoder=threshold'], 'never learned what a mask is'),
+    *((['--out_dir=uniform', f'--decoder={name}'], 'uniform models decode by uniform alone: they '
+       'may change every token') for name in ('ar', 'confidence', 'threshold', 'remask', 'remdm')),
+    *(([f'--out_dir={name}', '--decoder=uniform'], f'{name} models decode by ancestral, confi')
+      for name in ('d3pm', 'block')),
+    (['--out_dir=uniform', '--steps=0'], 'but uniform leaves to chance'),
+    (['--out_dir=uniform', '--block_length=4'], 'none is ever a mask'),
+    (['--out_dir=uniform', '--guidance=1'], 'none is ever a mask'),
+    (['--out_dir=uniform', '--template=[___:25]'], f'block_size is {CONTEXT}'),
+    (['--out_dir=block', '--block_length=5'], 'this model learned blocks of 4'),
+    (['--out_dir=block', '--guidance=1'], 'reads what is finished only once'),
+    (['--out_dir=block', '--decoder=ar'], 'block models decode by'),
     (['--decoder=confidence', '--order=best'], 'max_prob, margin, entropy, random'),
     (['--noise_schedule=square'], 'noise_schedule is'), (['--order=best'], 'order is'),
     (['--temperature=1e999'], 'temperature is inf'), (['--repetition_penalty=1e999'], 'penalty is'),

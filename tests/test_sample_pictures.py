@@ -20,7 +20,7 @@ from PIL import Image, ImageColor
 from test_sample import noise_source, tiny_model
 
 import sample
-from sample import Recorder, decode_ancestral, decode_ar, decode_confidence
+from sample import Recorder, decode_ancestral, decode_ar, decode_confidence, decode_uniform
 
 REPOSITORY = Path(__file__).parents[1]
 MASK = 8
@@ -115,6 +115,41 @@ def test_a_token_may_be_taken_back_and_replaced():
         (0, MASK, '█', None), (2, 3, 'd', 0.125)]
     assert back[0]['alternatives'] == [] and len(back[1]['alternatives']) == 5
     assert recorder.stood == [['█', 'a', '█', 'b'], ['f'], ['█', 'd'], ['█', 'e', 'f']]
+
+
+def test_a_recording_of_uniform_noise(tmp_path):
+    """All come at the first step, most are replaced later, and none is a mask again."""
+    x, canvases = torch.tensor([[MASK, 3, *[MASK] * 6]]), []
+    recorder = Recorder(x[0].tolist(), LETTERS, MASK)
+
+    def on_step(x, *rest):
+        canvases.append(x[0].tolist())
+        recorder(x, *rest)
+
+    decode_uniform(MODELS['mdm'], x, steps=5, generator=noise_source(), on_step=on_step)
+    assert [step['ids'] for step in recorder.steps[1:]] == canvases
+    changes = [[a != b for a, b in zip(*pair)]
+               for pair in zip([x[0].tolist(), *canvases], canvases)]
+    assert [len(step['new']) for step in recorder.steps[1:]] == [sum(row) for row in changes]
+    assert all(new['p'] > 0 and len(new['alternatives']) == 5
+               for step in recorder.steps[1:] for new in step['new'])
+    times = np.sum(changes, 0)
+    assert recorder.rewritten() == np.mean(times[times > 0] > 1) > 0 and times[1] == 0
+    labels = ['7 masks left', '0 masks left']
+    labels += [f'{sum(row)} tokens changed' for row in changes[1:]]
+    assert [recorder.progress(k) for k in range(6)] == labels
+    for ending, save in sample.SAVERS.items():
+        save(recorder, tmp_path / f'x{ending}', {'title': 'a run'})
+    data = json.loads(Page((tmp_path / 'x.html').read_text()).scripts[0])
+    assert [step['label'].split(', ')[-1] for step in data['steps']] == labels
+    now = {}
+    for k, step in enumerate(data['steps']):
+        now.update({i: (text, color) for i, text, color, _ in step['new']})
+        for i, id in enumerate(recorder.steps[k]['ids']):
+            assert now[i][0] == ('' if id == MASK else 'abcdefgh'[id])
+            assert ImageColor.getrgb(now[i][1] or '#fff') == expected_color(recorder, k, i)
+    with Image.open(tmp_path / 'x.gif') as gif:
+        assert gif.n_frames == 6
 
 
 def test_what_is_shown_obeys_nobody():
@@ -235,7 +270,9 @@ def test_a_page_holds_the_data_and_nothing_else_runs(tmp_path):
         shown = [sample.visible(NASTY.decode([id])) if id != MASK else '' for id in
                  recorder.steps[k]['ids']]
         assert [now[i] for i in range(4)] == shown
-        assert step['label'].endswith(f' {recorder.steps[k]["ids"].count(MASK)} masks left')
+        left = recorder.steps[k]['ids'].count(MASK)
+        after = f'{left} masks left' if k < 5 else '1 tokens changed'  # none was left before
+        assert step['label'].endswith(f', {after}')
     said = {k: dict((entry[0], entry[3]) for entry in step['new'])
             for k, step in enumerate(data['steps'])}
     assert said[0][0] == '“█” at position 0, a mask' and said[0][1].endswith(', given')
@@ -250,7 +287,7 @@ def test_a_jsonl_is_the_recording(tmp_path):
     about = {'title': 'x', 'decoder': 'ar', 'seed': 3, 'start': '\x1b</script>'}
     sample.save_jsonl(recorder, tmp_path / 'x.jsonl', about)
     header, *steps = map(json.loads, (tmp_path / 'x.jsonl').read_text().splitlines())
-    assert header == about and steps == recorder.steps
+    assert header == about | {'rewritten': 2 / 3} and steps == recorder.steps
     ids = [None] * 4
     for k, step in enumerate(steps):
         for new in step['new']:
@@ -347,6 +384,28 @@ def test_watch_in_a_pipe_is_a_line_per_step(run):
         left.append(int(found[1]))
     assert left == sorted(left, reverse=True) and left[-1] == 0
     assert any('⏎' in line for line in lines) and '█' in lines[0] and '█' not in lines[-1]
+
+
+@pytest.mark.parametrize('terminal', [False, True])
+def test_watch_shows_how_uniform_noise_settles(monkeypatch, capsys, terminal):
+    """How many tokens each step changed; those of a step that changed few are the lightest."""
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal)
+    x = torch.tensor([[MASK] * 12])
+    recorder = Recorder(x[0].tolist(), LETTERS, MASK, sample.Screen(0.0))
+    decode_uniform(MODELS['mdm'], x, steps=12, generator=noise_source(), on_step=recorder)
+    out = capsys.readouterr().out
+    changed = [12, *(int(n) for n in re.findall(r'(\d+) tokens changed', out))]
+    assert changed == [len(step['new']) for step in recorder.steps[1:]]
+    if not terminal:
+        lines = [f'pass {k}: {recorder.progress(k)} | {"".join("abcdefgh"[i] for i in step["ids"])}'
+                 for k, step in enumerate(recorder.steps) if k]
+        assert out.splitlines() == lines
+        return
+    came = [max(k for k, step in enumerate(recorder.steps) if any(n['i'] == i for n in step['new']))
+            for i in range(12)]
+    colors = [sample.RAMP_256[round(9 * (1 - changed[k - 1] / 12))] for k in came]
+    shown = [int(color) for color in re.findall(r'38;5;(\d+)m', out.split('\x1b[?25l')[-1])]
+    assert shown == colors and len(set(colors)) > 2
 
 
 @pytest.mark.parametrize('ending', ['gif', 'png', 'html', 'jsonl'])
