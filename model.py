@@ -380,15 +380,18 @@ def token_nll(model, h, target):
     return token_costs(model, partial(F.cross_entropy, reduction='none'), h, target)
 
 
-def ar_token_nll(model, x0):
-    """-log p(x_i | x_<i) at every position, (B, T), from one causal pass.
+def ar_token_nll(model, x0, given):
+    """-log p(x_i | x_<i) at every position, 0 where given, (B, T), from one causal pass.
 
     The input is x0 shifted by one behind a start token, mask_id, so that all T tokens of a window
     are scored, with the same information as masked diffusion has at t = 1.
     """
     start = torch.full_like(x0[:, :1], model.mask_id)
     h = model(torch.cat([start, x0[:, :-1]], dim=1), hidden=True)  # (B, T, C)
-    return token_nll(model, h.flatten(0, 1), x0.flatten()).view_as(x0)
+    if given is None:
+        return token_nll(model, h.flatten(0, 1), x0.flatten()).view_as(x0)
+    nll = token_nll(model, h[~given], x0[~given])  # (N,)
+    return torch.zeros_like(x0, dtype=nll.dtype).masked_scatter(~given, nll)
 
 
 def ar_loss(model, x0, generator=None, given=None):
@@ -398,9 +401,8 @@ def ar_loss(model, x0, generator=None, given=None):
 
     x0 (B, T) int64, clean tokens. Returns (nats, count), nats per token is the one by the other.
     """
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    nll = ar_token_nll(model, x0)
-    return (nll * ~given).sum(), (~given).sum()
+    count = torch.ones_like(x0).sum() if given is None else (~given).sum()
+    return ar_token_nll(model, x0, given).sum(), count
 
 
 def mdm_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight='elbo',
@@ -609,8 +611,7 @@ def block_loss(model, x0, generator, given=None, *, block_length=16, schedule='l
 
 def ar_nll(model, x0, generator=None, given=None):
     """-log p(x0) of every row, (B,), in nats: exact."""
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    return (ar_token_nll(model, x0) * ~given).sum(1)
+    return ar_token_nll(model, x0, given).sum(1)
 
 
 def masks_by_count(given, block_length, generator):
