@@ -385,10 +385,11 @@ def file_pairs(path):
     return pairs
 
 
-def row_pairs(meta, split):
-    """[(level, prompt, answer)] of all rows of a split; the level is ''."""
+def row_pairs(meta, split, max_rows=0):
+    """[(level, prompt, answer)] of a split, of max_rows rows if that is not 0; the level is ''."""
     tokenizer = load_tokenizer(meta)
-    rows = load_split(meta['name'], split).reshape(-1, meta['row_length']).tolist()
+    rows = load_split(meta['name'], split).reshape(-1, meta['row_length'])
+    rows = rows[:max_rows or None].tolist()
     return [('', *map(tokenizer.decode, sample.split_row(row, meta))) for row in rows]
 
 
@@ -468,11 +469,11 @@ def translation(runs, settings):
     meta, path, all_steps = runs[0][1]['meta'], settings['file'], settings['answer_steps']
     sample.require(settings, ('max_rows', settings['max_rows'] >= 0, '1 or more, or 0 for all'),
                    ('answer_steps', all_steps and {type(n) for n in all_steps} == {int},
-                    'of whole numbers, as in (1, 4, 8) or (16,)'))
+                    'of whole numbers, as 1,4,8 or 16,'))
     if meta['sep_id'] is None:
         raise UserError(f'data/{meta["name"]} has no prompts and answers: nothing to translate')
-    pairs = file_pairs(path) if path else row_pairs(meta, settings['split'])
-    pairs = pairs[:settings['max_rows'] or None]
+    n = settings['max_rows']
+    pairs = file_pairs(path)[:n or None] if path else row_pairs(meta, settings['split'], n)
     if not pairs:
         raise UserError(f'{path} is empty: write prompt TAB answer on each line')
     levels, _, right = map(list, zip(*pairs))
@@ -528,6 +529,27 @@ def draw_translation(rows, path):
 
 
 # ------------------------------------------------------------------------------ what train.py shows
+
+
+def first_answers(model, run, meta, n, settings):
+    """[(prompt, right answer, answer)], texts, of the first n rows of the validation split."""
+    pairs, decoder = row_pairs(meta, 'val', n), 'ar' if run['objective'] == 'ar' else 'confidence'
+    how = settings | {'temperature': 0.0, 'decoder': decoder}
+    texts, _ = answer(model, run, meta, pairs, how)
+    return [(prompt, right, text) for (_, prompt, right), text in zip(pairs, texts)]
+
+
+def append_answers(path, iteration, found):
+    """Adds what first_answers found to samples.csv, with BLEU if sacrebleu is installed."""
+    bleu, new = '', not path.exists()
+    with suppress(ImportError):
+        from sacrebleu import corpus_bleu
+        _, right, texts = zip(*found)
+        bleu = f'{corpus_bleu(texts, [right]).score:.2f}'
+    with open(path, 'a', newline='', encoding='utf-8') as f:
+        writer = csv.writer(f)
+        writer.writerows([('iter', 'BLEU of all', 'prompt', 'right answer', 'answer')] * new)
+        writer.writerows((iteration, bleu, *texts) for texts in found)
 
 
 def flops_per_token(model, T):

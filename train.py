@@ -37,7 +37,8 @@ from tqdm import tqdm
 import config
 import sample
 from config import UserError
-from eval import draw_losses, fastest_flops, flops_per_token, print_bench
+from eval import append_answers, draw_losses, fastest_flops, first_answers, flops_per_token, \
+    print_bench
 from model import BOUND_NAMES, DIVERGENCES, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, \
     bound_of, evaluate, load_checkpoint, loss_of, mixed_seed, model_config, pick_device, pick_dtype
 from prepare import gather, gather_rows, load_meta, load_split, load_tokenizer, prepare, \
@@ -101,6 +102,7 @@ grad_clip = 1.0             # largest norm of the gradient; 0 = no limit
 # watching
 eval_interval = 200         # updates between evaluations on the full validation split, checkpoints
 log_interval = 10           # updates between looks at the loss
+decode_rows = 0             # prompts to answer at each evaluation, greedily, into samples.csv
 eval_repeats = 4            # independent draws of a bound at the end, for its standard error
 tensorboard = False         # also write the curves for TensorBoard, to out_dir
 wandb = False               # also send them to Weights & Biases, as project nanomdm
@@ -287,7 +289,8 @@ for name, fine, wanted in (
         ('soft_inputs', objective == 'uniform' or not soft_inputs, 'False (but for uniform)'),
         ('subs', subs or objective == 'd3pm', 'True (d3pm alone has a use for the mask)'),
         *((n, settings[n] >= 0, '0 or more') for n in (
-            'max_iters', 'train_tokens', 'grad_clip', 'bench', 'length_curriculum')),
+            'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows',
+            'length_curriculum')),
         *((n, settings[n] >= 1, '1 or more') for n in (
             'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head',
             'n_embd', 'eval_interval', 'log_interval', 'eval_repeats', 'diffusion_steps',
@@ -328,6 +331,9 @@ elif predict_pad or score_prompt or length_curriculum:
 elif len(train_data) < block_size:
     raise UserError(f'block_size is {block_size}, but data/{dataset} has only '
                     f'{len(train_data):,} training tokens')
+
+if decode_rows and meta['sep_id'] is None:
+    raise UserError(f'decode_rows is for prompts and answers, but data/{dataset} has none')
 
 torch.manual_seed(seed)
 model = Transformer(model_config(settings, meta)).to(device)
@@ -382,7 +388,8 @@ trackers = []
 if rank == 0 and not bench:  # the others write nothing
     out.mkdir(parents=True, exist_ok=True)
     if not resume:
-        (out / 'ckpt.pt').unlink(missing_ok=True)  # of a run that --overwrite throws away
+        for name in ('ckpt.pt', 'samples.csv'):  # of a run that --overwrite throws away
+            (out / name).unlink(missing_ok=True)
     write_atomically(out / 'config.json', json.dumps(settings, indent=2).encode())
     trackers = make_trackers(tensorboard, wandb, out_dir, settings)
 kept = 'nothing is saved yet' if not resume else f'{out}/ckpt.pt has the weights of {first_iter}'
@@ -420,6 +427,12 @@ for iteration in range(first_iter, max_iters + 1):
             write_atomically(out / 'loss.png', picture)
             bar.write(f'{iteration:6,} updates, {seconds:4.0f} s: {bound_name} {val:.4f} '
                       f'nats/token on the validation split, {train:.4f} on training text')
+            if decode_rows:
+                model.eval()
+                found = first_answers(model, settings, meta, decode_rows,
+                                      vars(sample) | {'seed': seed})
+                append_answers(out / 'samples.csv', iteration, found)
+                model.train()
         for track in trackers:
             track(iteration, {f'train {bound_name}': train, f'val {bound_name}': val,
                               'tokens/s': speed})
@@ -511,14 +524,16 @@ if world > 1:
     dist.destroy_process_group()
 if rank > 0:
     sys.exit()
-if row_data:
-    print(f'\nThe run is in {out_dir}: ckpt.pt, log.csv, loss.png.')
-    sys.exit()
 print(f'\nThe run is in {out_dir}: ckpt.pt, log.csv, loss.png. A sample of it:\n')
-tokenizer = load_tokenizer(meta)
-defaults = vars(sample) | {'seed': seed}
-x, _, _ = sample.generate(model.eval(), objective, [[model.mask_id] * block_size], defaults)
-print(tokenizer.decode(x[0].tolist()))
-print('\nTo try next:')
-print(f'python sample.py --out_dir={out_dir} --num_samples=3')
-print(f'python eval.py --out_dir={out_dir} --task=likelihood')
+defaults, task, start = vars(sample) | {'seed': seed}, 'likelihood', '--num_samples=3'
+if meta['sep_id'] is not None:
+    for prompt, right, written in first_answers(model.eval(), settings, meta, 2, defaults):
+        print(f'prompt:       {prompt}\nright answer: {right}\nanswer:       {written}\n')
+    task, start = 'translation', f'--start={prompt!r}'
+else:
+    canvas, eos_id = [model.mask_id] * block_size, meta['eos_id'] if row_data else None
+    ((ids, _),), _ = sample.complete(model.eval(), objective, [canvas], defaults, eos_id)
+    print(load_tokenizer(meta).decode(ids), end='\n\n')
+print('To try next:')
+print(f'python sample.py --out_dir={out_dir} {start}')
+print(f'python eval.py --out_dir={out_dir} --task={task}')

@@ -1,5 +1,6 @@
 """eval.py: its numbers recomputed by hand, its tables parsed, its refusals."""
 
+import csv
 import json
 import math
 import re
@@ -345,3 +346,35 @@ def test_bertscore_is_a_column_where_it_is_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, 'bert_score', SimpleNamespace(BERTScorer=Scorer))
     score, note = evaluation.make_score()
     assert score(['a', 'b'], ['a', 'c'])['BERTScore'] == '50.00' and 'F1, bert-base' in note
+
+
+def test_a_run_on_rows_is_trained_and_translated(tmp_path, monkeypatch):
+    """From files to scores; samples.csv and the picture on the way."""
+    monkeypatch.chdir(tmp_path)
+    pairs = [(f'{a} {b}', f'{b} {a}') for a in 'abcdefgh' for b in 'abcdefgh']
+    for i, name in enumerate(('questions', 'answers')):
+        Path(f'{name}.txt').write_text('\n'.join(pair[i] for pair in pairs) + '\n')
+    prepare('turn', prompts='questions.txt', answers='answers.txt', tokenizer='char',
+            max_prompt=9, max_answer=9)
+    done = run('train.py', *TRAIN, '--dataset=turn', '--out_dir=out/turn', '--predict_pad',
+               '--eval_interval=15', '--decode_rows=3', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'prompt:       h b\nright answer: b h\nanswer:       ' in done.stdout
+    assert "--out_dir=out/turn --start='h c'" in done.stdout
+    with open('out/turn/samples.csv', newline='', encoding='utf-8') as f:
+        rows = list(csv.DictReader(f))
+    assert [(row['iter'], row['prompt'], row['right answer']) for row in rows] == \
+        [(i, f'h {b}', f'{b} h') for i in ('0', '15', '30') for b in 'bcd']
+    for begin in (0, 3, 6):
+        texts, right = zip(*((row['answer'], row['right answer']) for row in rows[begin:begin + 3]))
+        assert float(rows[begin]['BLEU of all']) == \
+            pytest.approx(corpus_bleu(texts, [right]).score, abs=5e-3)
+
+    done = run('eval.py', '--task=translation', '--out_dir=out/turn', '--max_rows=3',
+               '--length=full,reference', '--answer_steps=(1, 2)', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table_rows = table(done.stdout)
+    assert [(row['length'], row['steps'], row['nfe']) for row in table_rows] == \
+        [(name, n, f'{n}.0') for name in ('full', 'reference') for n in '12']
+    assert 'val of turn (questions.txt, answers.txt): 3 prompts' in done.stdout
+    assert Path('out/report/translation.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'

@@ -1734,7 +1734,7 @@ def row_runs(runs):
 @pytest.mark.parametrize('name, width', [('row_ar', 14), ('row_mdm', 8), ('row_pad', 8)])
 def test_prompts_are_answered_from_the_command_line(row_runs, run_main, name, width):
     (row_runs / 'questions.txt').write_text('abc h\n\n  ab\n')
-    words = (f'--out_dir={name}', '--num_samples=8', '--temperature=1')
+    words = (f'--out_dir={name}', '--num_samples=8', '--temperature=1', '--batch_size=8')
     status, out, err = run_main('--start= abc h ', '--json', *words)
     rows = objects(out)
     assert (status, err, len(rows)) == (0, '', 8)
@@ -1750,8 +1750,9 @@ def test_prompts_are_answered_from_the_command_line(row_runs, run_main, name, wi
 
 
 @pytest.mark.parametrize('words, problem', [
-    (['--start='], 'ask it by start'), (['--start=  '], 'ask it by start'), (['--template=a [_]'], 'is a template'),
-    (['--start=' + 'a' * 19], 'no room for an answer'), (['--start=ab', '--gen_length=3'], 'length'),
+    (['--start='], 'ask it by start'), (['--start=  '], 'ask it by start'),
+    (['--template=a [_]'], 'is a template'), (['--start=ab', '--gen_length=3'], 'length says'),
+    (['--start=' + 'a' * 19], 'no room for an answer'),
     (['--start=ab', '--length=long'], 'auto, full, ratio'), (['--start=x'], "know 'x'"),
     (['--start=ab', '--length=reference'], 'no right answer'),
     (['--start=ab', '--length=ratio', '--length_ratio=1e999'], 'length_ratio is inf'),
