@@ -971,7 +971,7 @@ def test_a_block_model_reads_as_if_there_were_no_cache(shape, inner, L, T):
     """All logits by full passes, windows and prompts too; nothing that follows a block counts."""
     model, steps, calls = block_model(L, **shape), [], []
     x = torch.cat([wide_canvas(3, k, 0.7) for k in range(3)], dim=1)[:, :T]
-    x[:, 1], x[:, L + 2:L + 3], before = WIDE_MASK, 3, [x]
+    x[:, 0], x[:, 1], x[:, L + 2:L + 3], before = 1, WIDE_MASK, 3, [x]
     hook = model.register_forward_hook(lambda *_: calls.append(1))
     y, nfe = decode_block(model, x, inner=INNER[inner], block_length=0, steps=2 * T // L + 2,
                           generator=noise_source(), on_step=lambda *step: steps.append(
