@@ -364,7 +364,8 @@ def test_bad_rows_are_one_line():
             ("record 2 of c.csv has no 'to'", 'c.csv', {'fields': 'from,to'}),
             ("no 'into', only from, to", 'c.csv', {'fields': 'from,into'}),
             ('two names', 'c.csv', {'fields': 'from'}),
-            ('records', 'd.jsonl', {'fields': 'from,to'}), ('records', 'e.jsonl', {'fields': 'from,to'}),
+            ('records', 'd.jsonl', {'fields': 'from,to'}),
+            ('records', 'e.jsonl', {'fields': 'from,to'}),
             ('259 to', 'x', {'prompts': 'a.txt', 'answers': 'a.txt', 'tokenizer': 'bpe',
                              'vocab_size': 258}),
             ('too short', 'b.txt', {'documents': True}),
@@ -385,8 +386,8 @@ def test_multi30k_from_a_folder_and_from_the_servers_gzips(monkeypatch):
 
     monkeypatch.setattr(prepare, 'download', serve)
     meta = prepare.prepare('multi30k', tokenizer='char')
-    assert set(asked) == {'https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/'
-                          + name for name in asked.values()}
+    server = 'https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/'
+    assert asked == {server + name: name for name in asked.values()}
     assert set(asked.values()) == {f'{split}.{side}.gz' for side in ('en', 'fr')
                                    for split in ('train', 'val', 'test_2016_flickr')}
     lines = [('test_2016_flickr.en.gz a', 'test_2016_flickr.fr.gz a'), ('b', 'b')]
