@@ -318,15 +318,18 @@ def token_nll(model, h, target, at_once=2 ** 28):
                       for part in zip(h.split(rows), target.split(rows))])
 
 
-def ar_token_nll(model, x0):
-    """-log p(x_i | x_<i) at every position, (B, T), from one causal pass.
+def ar_token_nll(model, x0, given):
+    """-log p(x_i | x_<i) at every position, 0 where given, (B, T), from one causal pass.
 
     The input is x0 shifted by one behind a start token, mask_id, so that all T tokens of a window
     are scored, with the same information as masked diffusion has at t = 1.
     """
     start = torch.full_like(x0[:, :1], model.mask_id)
     h = model(torch.cat([start, x0[:, :-1]], dim=1), hidden=True)  # (B, T, C)
-    return token_nll(model, h.flatten(0, 1), x0.flatten()).view_as(x0)
+    if given is None:
+        return token_nll(model, h.flatten(0, 1), x0.flatten()).view_as(x0)
+    nll = token_nll(model, h[~given], x0[~given])  # (N,)
+    return torch.zeros_like(x0, dtype=nll.dtype).masked_scatter(~given, nll)
 
 
 def ar_loss(model, x0, generator=None, given=None):
@@ -336,9 +339,8 @@ def ar_loss(model, x0, generator=None, given=None):
 
     x0 (B, T) int64, clean tokens. Returns (nats, count), nats per token is the one by the other.
     """
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    nll = ar_token_nll(model, x0)
-    return (nll * ~given).sum(), (~given).sum()
+    count = torch.ones_like(x0).sum() if given is None else (~given).sum()
+    return ar_token_nll(model, x0, given).sum(), count
 
 
 def mdm_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight='elbo',
@@ -378,8 +380,7 @@ def mdm_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight
 
 def ar_nll(model, x0, generator=None, given=None):
     """-log p(x0) of every row, (B,), in nats: exact."""
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    return (ar_token_nll(model, x0) * ~given).sum(1)
+    return ar_token_nll(model, x0, given).sum(1)
 
 
 def mdm_nelbo(model, x0, generator, given=None):

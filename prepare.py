@@ -6,17 +6,18 @@
     python prepare.py wikitext103            # 540 MB, a minute
     python prepare.py text8                  # 100 MB, seconds: 27 characters
     python prepare.py path/to/any.txt --tokenizer=bpe --vocab_size=1024
-    python prepare.py multi30k               # 29,000 captions, seconds: English to French
-    python prepare.py opus_books             # 127,000 sentences of novels, a minute: the same
+
+Those are streams of text. The following are rows of one length, in each of which stands [prompt SEP
+answer EOS PAD...] or [document EOS PAD...], and a model of them learns where to end:
+
+    python prepare.py multi30k               # 4 MB, seconds: captions, from English to French
+    python prepare.py opus_books             # 34 MB, a minute: sentences of novels, the same
     python prepare.py NAME --prompts=FILE --answers=FILE      # line by line
     python prepare.py path/to/any.jsonl --fields=question,answer
-    python prepare.py path/to/any.txt --documents             # one in each row
+    python prepare.py path/to/any.txt --documents
 
 A download, kept in data/downloads, comes on top once. Text is read as a stream, and the bins are
 flat uint16 ids that are read as memmaps: on either side a corpus may be larger than memory.
-
-All but the last four are one stream of text. Those are rows of one length instead, in which stands
-[prompt SEP answer EOS PAD...] or [document EOS PAD...]: a model of them learns where to end.
 """
 
 import base64
@@ -54,12 +55,12 @@ vocab_size = 0     # of bpe: 256 bytes, merges and special tokens; 0 = the data 
                    # 4096 for a file of yours
 threads = 0        # that tokenise a stream at the same time for gpt2 and bpe; 0 = one per core
 # rows
-prompts = ''       # two files of which line i of the one is answered by line i of the other
+prompts = ''       # a file, and another whose line i answers its line i
 answers = ''
-fields = ''        # 'question,answer': the columns of a .csv, or the keys of a .jsonl, that are those
+fields = ''        # of a .csv or .jsonl: the column or key of prompts and that of answers
 documents = False  # a row for each text between EOTs; in a file without an EOT, for each line
-max_prompt = 128   # tokens; a pair with a longer side is dropped, for half an answer is a wrong one
-max_answer = 128   # tokens; of a longer document the rest is cut off
+max_prompt = 128   # tokens; a pair with a longer side is dropped: half an answer is a wrong one
+max_answer = 128   # tokens; a longer document is cut
 
 TINY_SHAKESPEARE = (
     ['https://raw.githubusercontent.com/karpathy/char-rnn/master/data/',
@@ -76,13 +77,14 @@ DATASETS = {  # tokenizer, mirrors, file, its sha256
                     '242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590'),
     'text8': ('char', ['https://mattmahoney.net/dc/', 'https://data.deepai.org/'], 'text8.zip',
               'a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232'),
-    # No sha256 of these two: nobody here has seen the published files to compare with.
-    'multi30k': ('bpe', ['https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/'],
-                 'multi30k', None),
+    # of these two no sha256 is known: what the servers send is taken as it is
+    'multi30k': ('bpe', ['https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/'
+                         'raw/'], 'multi30k', None),
     'opus_books': ('bpe', ['https://object.pouta.csc.fi/OPUS-Books/v1/moses/'],
                    'en-fr.txt.zip', None)}
-VOCAB_SIZES = {'multi30k': 8000, 'opus_books': 20_000}
-MULTI30K = {'train': 'train', 'val': 'val', 'test': 'test_2016_flickr'}  # stems of the gzips
+PAIRS = {  # vocab_size, {split: stem of its files .en and .fr}; 19,999 and the mask are 20,000
+    'multi30k': (8000, {'train': 'train', 'val': 'val', 'test': 'test2016'}),
+    'opus_books': (19_999, {'all': 'Books.en-fr'})}
 SPLIT_ENDS = {'text8': {'train': 0.9, 'val': 0.95, 'test': 1}}  # 90M, 5M, 5M, as everyone has it
 # A title stands between empty lines, which in WikiText hold a space; sections have more `=`. That
 # finds the 600 + 60 + 60 articles of WikiText-2 and skips the lines of tables that look alike.
@@ -114,8 +116,8 @@ DOWNLOADS = Path('data', 'downloads')
 TOKENIZER_KEYS = {'char': {'chars'}, 'gpt2': set(), 'bpe': {'pattern', 'ranks'}}
 META_TYPES = {
     'name': str, 'layout': str, 'row_length': int | None, 'max_answer': int | None,
-    'vocab_size': int, 'mask_id': int, 'eos_id': int | None, 'sep_id': int | None, 'pad_id': int | None, 'tokenizer': dict,
-    'source': str, 'sha256': str, 'counts': dict}
+    'vocab_size': int, 'mask_id': int, 'eos_id': int | None, 'sep_id': int | None,
+    'pad_id': int | None, 'tokenizer': dict, 'source': str, 'sha256': str, 'counts': dict}
 
 
 def load_meta(dataset):
@@ -238,8 +240,8 @@ def download(urls, path, sha256, timeout=(3, 15), tries=4, pause=0.5):
     """Fetches `path` from the first mirror that has it with this sha256, unless that is None.
 
     timeout: seconds to connect, and to wait for a byte. A broken download stays as path.part and
-    is resumed, now or in a later run; path itself appears once the checksum is right. Raises UserError.
-    """
+    is resumed, now or in a later run; path itself appears once the checksum is right. Raises
+    UserError."""
     if path.is_file() and sha256 in (None, sha256_of(path)):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -395,22 +397,24 @@ def read_pairs(prompts, answers):
 
 def read_fields(file, fields):
     """Yields (prompt, answer): two named columns of a .csv, two keys of a .jsonl."""
-    lines = read_parts(file, str(file))
+    lines = (line.removeprefix('\ufeff') for line in read_parts(file, str(file)))
+    records = csv.DictReader(lines) if file.suffix == '.csv' else map(
+        json.loads, filter(str.strip, lines))
     try:
-        records = csv.DictReader(lines) if file.suffix == '.csv' else map(json.loads, lines)
         for i, record in enumerate(records, start=1):
             if missing := [field for field in fields if record.get(field) is None]:
-                raise UserError(f'record {i} of {file} has no {" and no ".join(missing)}, only '
+                raise UserError(f'record {i} of {file} has no {missing[0]!r}, only '
                                 f'{", ".join(map(str, record))}')
-            yield tuple(str(record[field]) for field in fields)
+            # JSON can hold half a surrogate pair, which is no text
+            yield [str(record[field]).encode('utf-8', 'replace').decode() for field in fields]
     except (ValueError, AttributeError, csv.Error) as e:
         raise UserError(f'{file} is not a .csv or .jsonl of records: {e}') from e
 
 
-def read_documents(file, label):
+def read_documents(file):
     """Yields ('', document): the texts between EOTs, or the lines if there is no EOT at all."""
-    has_eot = any(EOT in chunk for chunk in recut(read_chunks(file, label), OUTSIDE_EOT))
-    for part in read_parts(file, label, EOT if has_eot else '\n'):
+    has_eot = any(EOT in chunk for chunk in recut(read_chunks(file, str(file)), OUTSIDE_EOT))
+    for part in read_parts(file, str(file), EOT if has_eot else '\n'):
         yield '', part.removesuffix(EOT) if has_eot else part
 
 
@@ -435,70 +439,66 @@ def open_splits(what, files):
             for split, start, stop in zip(ends, [0, *stops], stops)}
 
 
-def find_named_pairs(what, source):
-    """({split or 'all': (English file, French file)}, source in words) of a known data set."""
+def find_pairs(what, source):
+    """({split or 'all': [English file, French file]}, source in words) of a known data set."""
     _, (mirror,), file, sha256 = DATASETS[what]
     path, words = Path(source or DOWNLOADS / file), Path(source).name or mirror + file
-    wanted = {split: (split, 'test2016')[split == 'test'] for split in MULTI30K}
-    if what == 'opus_books':
-        wanted = {'all': 'Books.en-fr'}
-        if not source:
-            download([mirror + file], path, sha256)
+    if what == 'opus_books' and not source:
+        download([mirror + file], path, sha256)
     elif not source:
-        for split, language in itertools.product(MULTI30K, ('en', 'fr')):
-            zipped = path / f'{MULTI30K[split]}.{language}.gz'
+        for split, side in itertools.product(PAIRS[what][1].values(), ('en', 'fr')):
+            zipped = path / f'{split.replace("test2016", "test_2016_flickr")}.{side}.gz'
             download([mirror + zipped.name], zipped, sha256)
-            plain = path / f'{wanted[split]}.{language}'
-            plain.write_bytes(gzip.decompress(zipped.read_bytes()))
+            (path / f'{split}.{side}').write_bytes(gzip.decompress(zipped.read_bytes()))
     files = members(path) if path.exists() else {}
-    pairs = {split: [f'{stem}.{language}' for language in ('en', 'fr')]
-             for split, stem in wanted.items()}
-    if lacking := [name for pair in pairs.values() for name in pair if name not in files]:
+    wanted = {split: (f'{stem}.en', f'{stem}.fr') for split, stem in PAIRS[what][1].items()}
+    if lacking := [name for pair in wanted.values() for name in pair if name not in files]:
         raise UserError(f'{path} is not {what}: it has no {", ".join(lacking)}')
-    return {split: [files[name] for name in pair] for split, pair in pairs.items()}, words
+    return {split: [files[name] for name in pair] for split, pair in wanted.items()}, words
 
 
-def open_rows(what, source, prompts, answers, fields, documents):
+def find_rows(what, source, prompts, answers, fields, documents):
+    """([paths], function that starts their (prompt, answer)s) of files that the settings name."""
+    ways = [bool(prompts or answers), bool(fields), documents]
+    if what in DATASETS or sum(ways) > 1 or bool(prompts) != bool(answers):
+        raise UserError('rows are made from --prompts=FILE --answers=FILE, or from a file with '
+                        '--fields=PROMPT,ANSWER, or from a text with --documents')
+    names = fields.split(',')
+    if fields and len(names) != 2:
+        raise UserError(f"fields is {fields!r}, but must be two names, as in 'question,answer'")
+    files = [Path(file) for file in ((prompts, answers) if prompts else (source or what,))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f'there is no file {str(file)!r}')
+    if fields:
+        return files, partial(read_fields, *files, names)
+    return files, partial(read_pairs if prompts else read_documents, *files)
+
+
+def open_rows(what, source, *how):
     """({split: function that starts its (prompt, answer)s}, [paths], source in words).
 
-    What is not split by its makers: the last tenth is val, or of OPUS Books random hundredths are
-    val and test, for its end is one book."""
-    if what in DATASETS:
-        found, words = find_named_pairs(what, source)
+    The last tenth is val. Of OPUS Books, whose last tenth is a few novels, random hundredths are
+    val and test; and Multi30k comes in splits."""
+    if what in PAIRS and not any(how):
+        found, words = find_pairs(what, source)
         files = [file for pair in found.values() for file in pair]
-        reads = {split: partial(read_pairs, *pair) for split, pair in found.items()}
-        if 'all' not in reads:
-            return reads, files, words
-        read = reads['all']
+        if what == 'multi30k':
+            return {split: partial(read_pairs, *pair) for split, pair in found.items()}, files, \
+                words
+        read = partial(read_pairs, *files)
     else:
-        if [bool(prompts or answers), bool(fields), documents].count(True) > 1:
-            raise UserError('rows are made of --prompts and --answers, of --fields, or of '
-                            '--documents: not of two of these')
-        aligned = prompts or answers
-        files = [Path(file) for file in ((prompts, answers) if aligned else (source or what,))]
+        files, read = find_rows(what, source, *how)
         words = ', '.join(file.name for file in files)
-        if missing := [str(file) for file in files if not file.is_file()]:
-            raise UserError(f'there is no file {missing[0]!r}')
-        read = partial(read_pairs, *files) if aligned else partial(read_documents, *files, what)
-        if fields:
-            read = partial(read_fields, *files, fields.split(','))
     n = sum(1 for _ in read())
-    part = np.searchsorted([int(n * 0.9)], np.arange(n), side='right')  # 0 train, 1 val, 2 test
+    sizes = [n * 9 // 10, n - n * 9 // 10]
     if what == 'opus_books':
-        part = np.random.default_rng(0).permutation(
-            np.searchsorted([n - 2 * (n // 100), n - n // 100], np.arange(n), side='right'))
-    def some(number):
-        return itertools.compress(read(), part == number)
-    return {split: partial(some, number) for number, split in enumerate(('train', 'val', 'test'))
-            if number in part}, files, words
-
-
-def characters_of(splits, kind):
-    """The characters that occur in rows, in order; none if the tokenizer does not ask for them."""
-    if kind != 'char':
-        return ''
-    return ''.join(sorted({c for read in splits.values() for pair in read() for side in pair
-                           for c in side.encode('utf-8', 'replace').decode()}))
+        sizes = [n - 2 * (n // 100), n // 100, n // 100]
+    part = np.repeat(np.arange(len(sizes)), sizes)  # the number of the split of each row
+    if what == 'opus_books':
+        part = np.random.default_rng(0).permutation(part)
+    return {split: lambda i=i: itertools.compress(read(), part == i)
+            for i, split in enumerate(('train', 'val', 'test')[:len(sizes)])}, files, words
 
 
 def code_points(text):
@@ -553,8 +553,7 @@ class BytePairTokenizer:
 
     def __init__(self, encoding):
         self.encoding = encoding
-        self.in_text = encoding.special_tokens_set & {EOT} \
-            if encoding.special_tokens_set <= {EOT} else set()
+        self.in_text = {EOT} if encoding.special_tokens_set == {EOT} else set()
 
     def encode_array(self, text):
         """ids of `text`, uint16. Other threads run meanwhile: tiktoken is Rust."""
@@ -627,33 +626,57 @@ def encode_stream(chunks, encoder, threads):
 
 
 def encode_rows(pairs, encoder, meta, max_prompt, max_answer, count):
-    """Yields the rows (row_length,) of a split, and writes into `count` what became of them.
+    """Yields the rows (row_length,) of a split, and writes into meta and count what they are.
 
-    Characters and bytes are those of the answers or documents, as `scored` tokens are. A pair with
-    an empty or too long side is dropped, and so is an empty document; a long one is cut."""
+    Characters and bytes are those of the answers or documents, as are the `scored` tokens. A pair
+    with an empty or too long side is dropped, and so is an empty document; a long one is cut."""
     count |= dict.fromkeys(('rows', 'scored', 'longest', 'characters', 'bytes', 'empty', 'long'), 0)
     is_pair = meta['sep_id'] is not None
-    for sides in pairs:
-        prompt, text = (side.encode('utf-8', 'replace').decode().strip() for side in sides)
-        if not text or (is_pair and not prompt):
-            count['empty'] += 1
-            continue
+    for prompt, text in pairs:
+        prompt, text = prompt.strip(), text.strip()
         start, answer = encoder.encode(prompt), encoder.encode(text)
-        if len(start) > max_prompt or len(answer) > max_answer:
-            count['long'] += 1
-            if is_pair:
-                continue
+        empty = not answer or (is_pair and not start)
+        long = len(start) > max_prompt or len(answer) > max_answer
+        count['empty'] += empty
+        count['long'] += long and not empty
+        if empty or (long and is_pair):
+            continue
+        if long:
             answer = answer[:max_answer]
             text = encoder.decode(answer)
-        start += [meta['sep_id']] if is_pair else []
+        known = [*start, meta['sep_id'], *answer] if is_pair else answer
         row = np.full(meta['row_length'], meta['pad_id'], np.uint16)
-        row[:len(start) + len(answer) + 1] = [*start, *answer, meta['eos_id']]
+        row[:len(known) + 1] = [*known, meta['eos_id']]
+        count['longest'] = max(count['longest'], len(answer))
+        meta['max_answer'] = max(meta['max_answer'], len(answer))
         count['rows'] += 1
         count['scored'] += len(answer) + 1
-        count['longest'] = max(count['longest'], len(answer))
         count['characters'] += len(text)
         count['bytes'] += len(text.encode('utf-8'))
         yield row
+
+
+def write_dataset(target, meta, pieces):
+    """Writes data/<name>: pieces {split: the ids of it in arrays}, and then meta.json.
+
+    All is made in a folder aside and then renamed, so that what was there stays until the new data
+    set is complete."""
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.preparing-', dir='data') as folder:
+        work = Path(folder, 'new')
+        work.mkdir()
+        for split, arrays in pieces.items():
+            with open(work / f'{split}.bin', 'wb') as f:
+                for ids in arrays:
+                    f.write(ids.astype('<u2').tobytes())
+                meta['counts'][split]['tokens'] = tokens = f.tell() // 2
+            if tokens < 2:
+                raise UserError(f'{target.name} is too short: its {split} split has {tokens} '
+                                'tokens')
+        (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
+        if target.exists():
+            os.replace(target, Path(folder, 'old'))
+        os.replace(work, target)
 
 
 def prepare(what, name='', source='', tokenizer='', vocab_size=0, threads=0, prompts='',
@@ -661,11 +684,9 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, threads=0, pro
     """Writes data/<name>/{train,val[,test]}.bin and meta.json, and returns what meta.json says.
 
     what: a name in DATASETS, or the path of a text, whose first 90% of characters are train and
-    the rest val; of prompts and answers it is the name. The others are the settings above. All is
-    made in a folder aside and then renamed, so that what was there stays until the new data set is
-    complete. Raises UserError."""
-    is_pair = bool(what in VOCAB_SIZES or prompts or answers or fields)
-    layout = 'rows' if is_pair or documents else 'stream'
+    the rest val; with prompts and answers, a name. The others are the settings above. Raises
+    UserError."""
+    is_pair = bool(what in PAIRS or prompts or answers or fields)
     kind = tokenizer or DATASETS.get(what, ['char'])[0]
     target = Path('data', name or (what if what in DATASETS else Path(what).stem))
     if kind not in TOKENIZER_KEYS:
@@ -673,50 +694,38 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, threads=0, pro
     taken = target.exists() and not (target / 'meta.json').exists()  # by something else of yours
     if taken or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
         raise UserError(f'{target} cannot be the folder of a data set: choose another --name')
-    if layout == 'rows':
+    if rows := is_pair or documents:
         splits, files, words = open_rows(what, source, prompts, answers, fields, documents)
-        counts, chars = {split: {} for split in splits}, characters_of(splits, kind)
+        counts, specials = {split: {} for split in splits}, ['eos_id', 'pad_id']
+        chars = ''.join(sorted({c for read in splits.values() for pair in read() for side in pair
+                                for c in side})) if kind == 'char' else ''
         texts = (side for pair in splits['train']() for side in pair)
-        specials = list(SPECIALS) if is_pair else ['eos_id', 'pad_id']
     else:
         files, words = find_text(what, source)
         splits = open_splits(what, files)
         counts, chars, has_eot = scan(splits)
+        specials = ['eos_id'] if has_eot or kind != 'char' else []
         text = recut(progress(splits['train'](), 'learning byte pairs'), BEFORE_BLANK)
         texts = (piece for chunk in text for piece in chunk.split(EOT))
-        specials = ['eos_id'] if has_eot or kind != 'char' else []
-    spec, n = make_tokenizer(kind, chars, texts, vocab_size or VOCAB_SIZES.get(what, 4096),
-                             len(specials))
-    meta = {'name': target.name, 'layout': layout,
-            'row_length': (max_prompt + 1) * is_pair + max_answer + 1 if layout == 'rows' else None,
+    if is_pair:
+        specials = list(SPECIALS)
+    default = PAIRS[what][0] if what in PAIRS else 4096
+    spec, n = make_tokenizer(kind, chars, texts, vocab_size or default, len(specials))
+    meta = {'name': target.name, 'layout': 'rows' if rows else 'stream', 'row_length': None,
             'vocab_size': n + len(specials), 'mask_id': n + len(specials),
             **dict.fromkeys(SPECIALS), **{key: n + i for i, key in enumerate(specials)},
             'tokenizer': spec, 'source': words, 'sha256': sha256_of(*files), 'counts': counts}
     encoder = load_tokenizer(meta)
-    target.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.preparing-', dir='data') as folder:
-        work = Path(folder, 'new')
-        work.mkdir()
-        for split, read in splits.items():
-            label = f'{target.name} {split}'
-            if layout == 'rows':
-                pieces = encode_rows(tqdm(read(), label, unit='row', delay=1), encoder, meta,
-                                     max_prompt, max_answer, counts[split])
-            else:
-                text = progress(read(), label, counts[split]['characters'])
-                pieces = encode_stream(text, encoder, threads or os.cpu_count())
-            with open(work / f'{split}.bin', 'wb') as f:
-                for ids in pieces:
-                    f.write(ids.astype('<u2').tobytes())
-                counts[split]['tokens'] = tokens = f.tell() // 2
-            if tokens < 2:
-                raise UserError(f'{what} is too short: its {split} split has {tokens} tokens')
-        if layout == 'rows':
-            meta['max_answer'] = max(count['longest'] for count in counts.values())
-        (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
-        if target.exists():
-            os.replace(target, Path(folder, 'old'))
-        os.replace(work, target)
+    if rows:  # max_answer becomes that of the longest answer there is
+        meta |= {'row_length': (max_prompt + 1) * is_pair + max_answer + 1, 'max_answer': 0}
+        pieces = {split: encode_rows(tqdm(read(), f'{target.name} {split}', unit='row', delay=1),
+                                     encoder, meta, max_prompt, max_answer, counts[split])
+                  for split, read in splits.items()}
+    else:
+        pieces = {split: encode_stream(
+            progress(read(), f'{target.name} {split}', counts[split]['characters']), encoder,
+            threads or os.cpu_count()) for split, read in splits.items()}
+    write_dataset(target, meta, pieces)
     return meta
 
 
@@ -725,12 +734,12 @@ def main():
     override(globals(), [word for word in sys.argv[1:] if word not in what] if what else ['--help'])
     meta = prepare(*what, name, source, tokenizer, vocab_size, threads, prompts, answers, fields,
                    documents, max_prompt, max_answer)
+    for split, count in meta['counts'].items():
+        if meta['layout'] == 'rows':
+            print(f'{split}: {count["rows"]:,} rows, {count["scored"]:,} tokens to predict; '
+                  f'{count["empty"]:,} empty and dropped, {count["long"]:,} too long and '
+                  f'{"cut" if documents else "dropped"}')
     tokens = ', '.join(f'{split} {count["tokens"]:,}' for split, count in meta['counts'].items())
-    if meta['layout'] == 'rows':
-        tokens = ', '.join(
-            f'{split} {count["rows"]:,} rows ({count["empty"]} empty and dropped, {count["long"]} '
-            f'too long and {"cut" if documents else "dropped"}), {count["scored"]:,}'
-            for split, count in meta['counts'].items())
     print(f"data/{meta['name']}: {tokens} tokens of {meta['vocab_size']:,} kinds. {meta['source']}")
 
 

@@ -26,7 +26,7 @@ import os
 import signal
 import sys
 import time
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +58,11 @@ batch_size = 16             # B, windows per forward and backward pass
 gradient_accumulation_steps = 1  # passes per update
 block_size = 256            # T, tokens per window
 train_tokens = 0            # train on the first so many tokens of the training split; 0 = all
-# rows: data of prompts and answers, or of documents; see prepare.py
-predict_pad = False         # score the PADs behind an answer too, up to the longest answer's end
-score_prompt = False        # ar: score the prompt too, when training
+# data of rows: prompts and answers, or documents; a batch holds rows of one width
+predict_pad = False         # PAD is to be predicted too, so that the model finds where to end;
+                            # False: it is told by how many tokens there are, and never sees a PAD
+score_prompt = False        # ar: train on the prompt too
+length_curriculum = 0       # updates over which longer and longer rows join the shortest
 # model
 n_layer = 4
 n_head = 4
@@ -116,27 +118,30 @@ def get_windows(data, B, T, vocab_size, number):
 
 
 class RowBatches:
-    """The endless sequence of batches of rows, each of rows of one width, shuffled every epoch.
-
-    batches[number] follows from the seed and `number` alone, like a batch of windows.
-    """
+    """The endless sequence of batches of rows, each of rows of one width, shuffled every epoch."""
 
     def __init__(self, data, meta, batch_size, predict_pad, seed):
         self.data, self.meta, self.predict_pad = data, meta, predict_pad
-        self.batch_size, self.seed = batch_size, seed
         rows = data.reshape(-1, meta['row_length'])
         self.widths = row_widths(rows, meta, predict_pad)  # (N,)
-        self.known = row_lengths(rows, meta)[1].sum()  # tokens of all rows that are no PAD
+        self.known = row_lengths(rows, meta)[1].sum()  # tokens of all rows, no PAD among them
         self.per_epoch = len(row_batches(self.widths, batch_size))
-        self.epoch, self.batches = -1, []
 
-    def __getitem__(self, number):
-        """x0 (B, T) int64, given (B, T) bool."""
+        @lru_cache(2)
+        def epoch(number):
+            rng = np.random.default_rng(mixed_seed(seed, number))
+            return row_batches(self.widths, batch_size, rng)
+        self.epoch = epoch
+
+    def get(self, number, share=1.0):
+        """x0 (B, T) int64, given (B, T) bool: they follow from `number` and the seed alone.
+
+        share < 1: of the batches of that epoch that are no wider than this share of the widths.
+        """
         epoch, i = divmod(number, self.per_epoch)
-        if epoch != self.epoch:
-            rng = np.random.default_rng(mixed_seed(self.seed, epoch))
-            self.epoch, self.batches = epoch, row_batches(self.widths, self.batch_size, rng)
-        x0, given = gather_rows(self.data, self.batches[i], self.meta, self.predict_pad)
+        low, high = self.widths.min(), self.widths.max()
+        batches = [b for b in self.epoch(epoch) if self.widths[b[0]] <= low + share * (high - low)]
+        x0, given = gather_rows(self.data, batches[i % len(batches)], self.meta, self.predict_pad)
         return torch.from_numpy(x0), torch.from_numpy(given)
 
 
@@ -276,7 +281,7 @@ for name, fine, wanted in (
         ('mask_range', len(mask_range) == 2 and 0 <= mask_range[0] <= mask_range[1] <= 1
          and mask_range[1] > 0, '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0'),
         *((n, settings[n] >= 0, '0 or more') for n in (
-            'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows')),
+            'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows', 'length_curriculum')),
         *((n, settings[n] >= 1, '1 or more') for n in (
             'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head',
             'n_embd', 'eval_interval', 'log_interval', 'eval_repeats'))):
@@ -303,15 +308,15 @@ if meta['layout'] == 'rows':
     if train_tokens:
         raise UserError(f'train_tokens is for a stream of text, but data/{dataset} has rows')
     if score_prompt and objective != 'ar':
-        raise UserError('score_prompt is for objective=ar alone: this one sees the whole prompt')
+        raise UserError(f'score_prompt is for objective=ar alone: {objective} sees all the prompt')
     row_data = RowBatches(train_data, meta, batch_size, predict_pad, seed)
     val_rows = val_data.reshape(-1, meta['row_length'])
     widest = max(row_data.widths.max(), row_widths(val_rows, meta, predict_pad).max())
     if widest > block_size:
         raise UserError(f'data/{dataset} has rows of {widest} tokens: set block_size, which is '
                         f'{block_size}, to {widest} or more')
-elif predict_pad or score_prompt:
-    raise UserError('predict_pad and score_prompt are for rows, but '
+elif predict_pad or score_prompt or length_curriculum:
+    raise UserError('predict_pad, score_prompt and length_curriculum are for rows, but '
                     f'data/{dataset} is a stream of text')
 elif len(train_data) < block_size:
     raise UserError(f'block_size is {block_size}, but data/{dataset} has only '
@@ -451,7 +456,8 @@ for iteration in range(first_iter, max_iters + 1):
         number = mixed_seed(seed, iteration, micro * world + rank)
         torch.manual_seed(number)  # of dropout
         if row_data:
-            x0, given = row_data[(iteration * gradient_accumulation_steps + micro) * world + rank]
+            x0, given = row_data.get(iteration * passes + micro * world + rank,
+                                     iteration / length_curriculum if length_curriculum else 1.0)
         else:
             x0, given = get_windows(train_data, batch_size, block_size, meta['vocab_size'], number)
         if device.startswith('cuda'):

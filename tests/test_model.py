@@ -12,9 +12,10 @@ from hypothesis import given, settings, strategies as st
 
 import model
 from config import UserError
-from model import BOUNDS, KVCache, ModelConfig, Transformer, ar_loss, ar_nll, evaluate, \
-    load_checkpoint, load_model, mdm_loss, mdm_nelbo, noise, pick_device, pick_dtype, rope_angles, \
-    rotate
+from model import BOUNDS, KVCache, ModelConfig, Transformer, ar_loss, ar_nll, ar_token_nll, \
+    evaluate, load_checkpoint, load_model, mdm_loss, mdm_nelbo, noise, pick_device, pick_dtype, \
+    rope_angles, rotate
+
 
 GPT2_STYLE = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
 
@@ -364,6 +365,67 @@ def test_evaluate_counts_every_token_once(length):
     with torch.no_grad():
         nats = sum(ar_nll(model, x[None]).item() for x in torch.from_numpy(data).long().split(16))
     assert got == pytest.approx(nats / length, rel=1e-5) and math.isnan(error)
+
+
+ROW_META = {'layout': 'rows', 'row_length': 9, 'max_answer': 3, 'vocab_size': 11, 'eos_id': 8,
+            'sep_id': 9, 'pad_id': 10}
+ROWS = [([1, 2], [3]), ([4], [5, 6]), ([7, 7, 7], [1, 2, 3]), ([2], [6, 5]), ([1, 2], [4, 4])]
+ROW_DATA = np.array([[*p, 9, *a, 8, *[10] * (7 - len(p) - len(a))] for p, a in ROWS], np.uint16)
+
+
+@pytest.mark.parametrize('pad', [False, True])
+@pytest.mark.parametrize('batch_size', [1, 2, 16])
+def test_evaluate_counts_every_answer_of_rows_once(pad, batch_size):
+    """Against one row at a time, without its PAD or with it up to the longest answer's EOS."""
+    model, seen, nats, n = tiny(causal=True), [], 0.0, 0
+
+    def bound(model, x0, generator, given):
+        seen.extend(zip(x0.tolist(), given.sum(1).tolist()))
+        return ar_nll(model, x0, generator, given)
+
+    got, _ = evaluate(model, bound, ROW_DATA.ravel(), batch_size, meta=ROW_META, predict_pad=pad)
+    wanted = [([*p, 9, *a, 8, *[10] * (3 - len(a)) * pad], len(p) + 1) for p, a in ROWS]
+    assert sorted(seen) == sorted(wanted)
+    for ids, known in wanted:
+        x = torch.tensor([model.mask_id, *ids[:-1]])[None]
+        log_p = model(x)[0].log_softmax(-1).detach()
+        nats -= sum(log_p[i, ids[i]].item() for i in range(known, len(ids)))
+        n += len(ids) - known
+    assert got == pytest.approx(nats / n, rel=1e-5)
+    seen.clear()
+    evaluate(model, bound, ROW_DATA.ravel(), 2, max_windows=3, meta=ROW_META)
+    assert sorted(ids[0] for ids, _ in seen) == [1, 1, 7], 'evenly spread'
+
+
+@pytest.mark.parametrize('objective', ['ar', 'mdm'])
+@pytest.mark.parametrize('pad', [False, True])
+def test_a_uniform_guess_costs_log_v_in_rows(objective, pad):
+    model = Transformer(ModelConfig(12, 16, causal=objective == 'ar', n_embd=32))
+    got, _ = evaluate(model, BOUNDS[objective], ROW_DATA.ravel(), 2, meta=ROW_META, predict_pad=pad)
+    assert got == pytest.approx(math.log(11), abs=1e-6)
+
+
+def test_what_is_given_is_neither_scored_nor_masked():
+    """So its own logits have no gradient, and only ids behind it go into the masked input."""
+    x0, given = tokens(4, 8), torch.arange(8) < torch.tensor([[0], [3], [5], [7]])
+    model = tiny(causal=True)
+    nats, count = ar_loss(model, x0, None, given)
+    all_nll = ar_token_nll(model, x0, None)
+    torch.testing.assert_close(nats, all_nll[~given].sum())
+    assert count == (~given).sum() == 17
+    torch.testing.assert_close(ar_nll(model, x0, None, given), (all_nll * ~given).sum(1))
+    spy = ContextFree(torch.zeros(11), 8)
+    for loss in (mdm_loss, mdm_nelbo):
+        loss(spy, x0, torch.Generator().manual_seed(0), given)
+        x, _ = spy.asked[-1]
+        assert torch.equal(x[given], x0[given]) and (x[~given] == 11).any()
+
+
+def test_n_hidden_is_the_width_inside_the_mlp():
+    mlps = [tiny(mlp='swiglu', n_hidden=n).blocks[0].mlp for n in (0, 100)]
+    assert [mlp.fc.out_features for mlp in mlps] == [85, 100] == [mlp.gate.out_features
+                                                                 for mlp in mlps]
+    assert mlps[1].proj.in_features == 100
 
 
 def test_standard_error_is_that_of_independent_repeats():

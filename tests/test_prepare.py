@@ -5,6 +5,8 @@ Real text comes from a folder beside the checkout where there is one; else those
 
 import base64
 import collections
+import csv
+import gzip
 import hashlib
 import http.server
 import json
@@ -247,6 +249,193 @@ def test_char_round_trip(parts, size):
     encoder = prepare.CharTokenizer(chars, {'<|endoftext|>': len(chars)} if has_eot else {})
     streamed = [i for ids in prepare.encode_stream(chunks, encoder, 1) for i in ids.tolist()]
     assert streamed == encoder.encode(text) and encoder.decode(streamed) == text
+
+
+# Rows
+
+
+SIDES = ['A man sleeps.', 'Two dogs, one "ball"!', 'H\u00e9 \u2019tis <|endoftext|><|sep|><|pad|>',
+         'a', 'Snow']
+PAIRS = [(f'{p} {i}', f'{i} {a}') for i, (p, a) in enumerate(zip(SIDES * 8, SIDES[::-1] * 8))]
+
+
+def write_pairs(pairs=PAIRS, end='\n'):
+    return {'prompts': write('p.txt', ''.join(p + end for p, _ in pairs)),
+            'answers': write('a.txt', ''.join(a + end for _, a in pairs))}
+
+
+def texts_of(meta, split):
+    """[(prompt, answer)] of a split, by a plain loop over its rows."""
+    tokenizer, pairs = prepare.load_tokenizer(meta), []
+    for row in prepare.load_split(meta['name'], split).reshape(-1, meta['row_length']).tolist():
+        prompt, sep, rest = [], [], row
+        if meta['sep_id'] is not None:
+            middle = row.index(meta['sep_id'])
+            prompt, rest = row[:middle], row[middle + 1:]
+        end = rest.index(meta['eos_id'])
+        assert set(rest[end + 1:]) <= {meta['pad_id']}
+        inside = prompt + rest[:end]
+        assert not {meta['sep_id'], meta['eos_id'], meta['pad_id']} & set(inside)
+        pairs.append((tokenizer.decode(prompt), tokenizer.decode(rest[:end])))
+    return pairs
+
+
+@pytest.mark.parametrize('kind, V, end', [('char', None, '\n'), ('bpe', 300, '\r\n')])
+def test_pairs_round_trip_and_no_text_is_a_special_token(kind, V, end):
+    meta = prepare.prepare('talk', tokenizer=kind, vocab_size=V or 0, **write_pairs(end=end))
+    assert meta['layout'] == 'rows' and meta == prepare.load_meta('talk')
+    V = V or len({c for pair in PAIRS for side in pair for c in side} | set(end)) + 3
+    assert (meta['vocab_size'], meta['mask_id']) == (V, V)
+    assert [meta[k] for k in ('eos_id', 'sep_id', 'pad_id')] == [V - 3, V - 2, V - 1]
+    assert texts_of(meta, 'train') == PAIRS[:36] and texts_of(meta, 'val') == PAIRS[36:]
+    tokenizer = prepare.load_tokenizer(meta)
+    assert tokenizer.decode([V - 3, V - 2, V - 1]) == '<|endoftext|><|sep|><|pad|>'
+    longest = max(len(tokenizer.encode(a)) for _, a in PAIRS)
+    assert meta['row_length'] == 128 + 1 + 128 + 1 and meta['max_answer'] == longest
+    for split, pairs in (('train', PAIRS[:36]), ('val', PAIRS[36:])):
+        answers = [a for _, a in pairs]
+        assert meta['counts'][split] == {
+            'rows': len(pairs), 'tokens': len(pairs) * 258, 'empty': 0, 'long': 0,
+            'scored': sum(len(tokenizer.encode(a)) + 1 for a in answers),
+            'longest': max(len(tokenizer.encode(a)) for a in answers),
+            'characters': len(''.join(answers)), 'bytes': len(''.join(answers).encode())}
+
+
+def test_gpt2_makes_room_for_special_tokens(gpt2_cache):
+    meta = prepare.prepare('talk', tokenizer='gpt2', **write_pairs())
+    assert [meta[k] for k in ('eos_id', 'sep_id', 'pad_id', 'mask_id')] == [*range(50_256, 50_260)]
+    assert texts_of(meta, 'train') == PAIRS[:36]
+    oracle = tiktoken.get_encoding('gpt2').encode_ordinary('a <|endoftext|>')
+    assert prepare.load_tokenizer(meta).encode('a <|endoftext|>') == oracle
+
+
+def test_sides_that_are_empty_or_too_long_are_dropped_and_counted():
+    pairs = [*[('a', 'b')] * 30, ('', 'b'), (' \t', 'b'), ('b', ''), ('x' * 7, 'b'),
+             ('b', 'x' * 6), ('', 'x' * 9), ('x' * 6, 'x' * 5), *[('d', 'e')] * 10]
+    meta = prepare.prepare('talk', max_prompt=6, max_answer=5, **write_pairs(pairs))
+    count = meta['counts']['train']
+    assert [count[k] for k in ('rows', 'empty', 'long')] == [36, 4, 2]
+    assert texts_of(meta, 'train') == pairs[:30] + pairs[36:42]
+    assert meta['row_length'] == 6 + 1 + 5 + 1 and meta['max_answer'] == 5
+
+
+@pytest.mark.parametrize('text, documents', [
+    ('one\n\n two \nthree\n' * 10, ['one', 'two', 'three'] * 10),
+    ('one\nmore<|endoftext|><|endoftext|>\ntwo' * 10 + '<|endoftext|>',
+     ['one\nmore', *['twoone\nmore'] * 9, 'two'])])
+def test_documents_end_at_eots_or_else_at_lines_and_are_cut(text, documents):
+    meta = prepare.prepare(write('a.txt', text), documents=True, max_answer=5)
+    assert meta['sep_id'] is None and meta['pad_id'] == meta['eos_id'] + 1 == meta['mask_id'] - 1
+    cut = [('', document[:5]) for document in documents]
+    assert texts_of(meta, 'train') + texts_of(meta, 'val') == cut
+    assert sum(c['long'] for c in meta['counts'].values()) == sum(len(d) > 5 for d in documents)
+    assert sum(c['characters'] for c in meta['counts'].values()) == len(''.join(
+        document for _, document in cut))
+    x0, given = prepare.gather_rows(prepare.load_split('a', 'train'), [0, 1], meta)
+    assert not given.any() and x0[0, :4].tolist()[-1:] != [meta['pad_id']]
+
+
+def test_fields_of_csv_and_jsonl():
+    pairs = [('a "b", c\nd', 'e, f')] + PAIRS[:19]
+    with open('q.csv', 'w', newline='', encoding='utf-8-sig') as f:
+        csv.writer(f).writerows([('id', 'to', 'from'), *((i, a, p) for i, (p, a) in
+                                                        enumerate(pairs))])
+    write('q.jsonl', '\n'.join(json.dumps({'to': a, 'n': 1, 'from': p}) for p, a in pairs) + '\n\n')
+    for file in ('q.csv', 'q.jsonl'):
+        meta = prepare.prepare(file, fields='from,to')
+        assert texts_of(meta, 'train') == pairs[:18] and texts_of(meta, 'val') == pairs[18:]
+    half = write('half.jsonl', '{"from": "a\\ud800", "to": 7}\n' * 20)  # and a number for a text
+    assert texts_of(prepare.prepare(half, fields='from,to'), 'val') == [('a?', '7')] * 2
+
+
+def test_bad_rows_are_one_line():
+    write('a.txt', 'a\nb\n')
+    write('b.txt', 'a\n')
+    write('c.csv', 'from,to\na,b\nc\n')
+    write('d.jsonl', '{"from": "a", "to": "b"}\n{\n')
+    write('e.jsonl', '[1, 2]\n')
+    two = {'prompts': 'a.txt', 'answers': 'b.txt'}
+    for message, what, choices in [
+            ('a.txt has a line 2, but b.txt ends before it', 'x', two),
+            ('b.txt ends', 'x', {'prompts': 'b.txt', 'answers': 'a.txt'}),
+            ('no file', 'x', two | {'answers': 'c.txt'}), ('--answers=FILE', 'x', {'prompts': 'a'}),
+            ('--answers=FILE', 'c.csv', two | {'fields': 'from,to'}),
+            ('--answers=FILE', 'multi30k', two), ('--answers=FILE', 'text8', {'documents': True}),
+            ("record 2 of c.csv has no 'to'", 'c.csv', {'fields': 'from,to'}),
+            ("no 'into', only from, to", 'c.csv', {'fields': 'from,into'}),
+            ('two names', 'c.csv', {'fields': 'from'}),
+            ('records', 'd.jsonl', {'fields': 'from,to'}), ('records', 'e.jsonl', {'fields': 'from,to'}),
+            ('259 to', 'x', {'prompts': 'a.txt', 'answers': 'a.txt', 'tokenizer': 'bpe',
+                             'vocab_size': 258}),
+            ('too short', 'b.txt', {'documents': True}),
+            ('is not multi30k: it has no train.en', 'multi30k', {'source': '.'}),
+            ('is not opus_books: it has no Books', 'opus_books', {'source': 'a.txt'})]:
+        with pytest.raises(UserError, match=message):
+            prepare.prepare(what, **choices)
+    assert not Path('data').exists() or os.listdir('data') == []
+
+
+def test_multi30k_from_a_folder_and_from_the_servers_gzips(monkeypatch):
+    asked = {}
+
+    def serve(urls, path, sha256):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        asked[urls[0]] = path.name
+        path.write_bytes(gzip.compress(f'{path.name} a\nb\n'.encode() * 300))
+
+    monkeypatch.setattr(prepare, 'download', serve)
+    meta = prepare.prepare('multi30k', tokenizer='char')
+    assert set(asked) == {'https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/'
+                          + name for name in asked.values()}
+    assert set(asked.values()) == {f'{split}.{side}.gz' for side in ('en', 'fr')
+                                   for split in ('train', 'val', 'test_2016_flickr')}
+    lines = [('test_2016_flickr.en.gz a', 'test_2016_flickr.fr.gz a'), ('b', 'b')]
+    assert texts_of(meta, 'test') == lines * 300
+    local = prepare.prepare('multi30k', 'here', 'data/downloads/multi30k', 'char')
+    for split in ('train', 'val', 'test'):
+        assert ids_of('here', split) == ids_of('multi30k', split)
+
+
+def test_opus_books_are_split_at_random_but_always_the_same_way():
+    pairs = [(f'{i} en', f'{i} fr') for i in range(1000)]
+    with zipfile.ZipFile('en-fr.txt.zip', 'w') as z:
+        for side, language in enumerate(('en', 'fr')):
+            z.writestr(f'Books.en-fr.{language}', '\n'.join(pair[side] for pair in pairs))
+    first, again = (prepare.prepare('opus_books', name, 'en-fr.txt.zip', 'char') for name in 'ab')
+    found = {split: texts_of(first, split) for split in ('train', 'val', 'test')}
+    assert [len(found[split]) for split in found] == [980, 10, 10]
+    assert sorted(sum(found.values(), [])) == sorted(pairs)
+    assert max(int(p.split()[0]) for p, _ in found['test']) < 990, 'not the end'
+    assert all(texts_of(again, split) == found[split] for split in found)
+
+
+def test_rows_are_read_in_batches_of_one_width():
+    meta = prepare.prepare('talk', **write_pairs())
+    data = prepare.load_split('talk', 'train')
+    rows = data.reshape(-1, meta['row_length'])
+    n = [(len(p) + 1, len(a) + 1) for p, a in PAIRS[:36]]  # with SEP and EOS
+    prompts, ends = prepare.row_lengths(rows, meta)
+    assert list(zip(prompts, ends)) == [(p, p + a) for p, a in n]
+    longest = max(a for _, a in n[:36])
+    for pad, wanted in ((False, [p + a for p, a in n]), (True, [p + longest for p, _ in n])):
+        widths = prepare.row_widths(rows, meta, pad)
+        assert widths.tolist() == wanted
+        for rng in (None, np.random.default_rng(0)):
+            batches = prepare.row_batches(widths, 3, rng)
+            assert sorted(np.concatenate(batches)) == list(range(36))
+            assert max(map(len, batches)) == 3
+            assert len(batches) == sum(-(-k // 3) for k in collections.Counter(wanted).values())
+            for batch in batches:
+                x0, given = prepare.gather_rows(data, batch, meta, pad)
+                T = {wanted[i] for i in batch}
+                assert x0.shape == given.shape == (len(batch), *T) and x0.dtype == np.int64
+                assert pad or not (x0 == meta['pad_id']).any()
+                for i, row, known in zip(batch, x0, given):
+                    assert row.tolist() == rows[i, :max(T)].tolist()
+                    assert known.tolist() == [True] * n[i][0] + [False] * (max(T) - n[i][0])
+    orders = [prepare.row_batches(widths, 3, np.random.default_rng(i)) for i in (0, 0, 1)]
+    same = [all(map(np.array_equal, orders[0], other)) for other in orders[1:]]
+    assert same == [True, False]
 
 
 # Reading it back

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import functools
 import json
 import math
 import os
@@ -18,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from model import LOSSES, ModelConfig, Transformer, load_checkpoint, model_config
+import prepare
+from model import LOSSES, ModelConfig, Transformer, load_checkpoint, load_model, mixed_seed, \
+    model_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / 'config').glob('*.py') if p.name != '__init__.py')
@@ -382,16 +385,18 @@ def settings_of(path):
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.name)
 def test_configurations_have_the_parameters_they_say(path):
     s = settings_of(path)
-    V = {'shakespeare_char': 65, 'shakespeare': 50_257}[s['dataset']]
+    V = {'shakespeare_char': 65, 'shakespeare': 50_257, 'multi30k': prepare.PAIRS['multi30k'][0],
+         'opus_books': prepare.PAIRS['opus_books'][0]}[s['dataset']]
     with torch.device('meta'):
         model = Transformer(model_config(s, {'vocab_size': V}))
     assert model.count_parameters() == header_count(path)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.name)
-def test_configurations_train_one_step_shrunk(path, verse):
-    done = run('train.py', path, *TINY, '--max_iters=1', '--out_dir=out/shrunk', '--overwrite',
-               cwd=verse)
+def test_configurations_train_one_step_shrunk(path, pairs):
+    tiny = ROWS if settings_of(path)['dataset'] in prepare.PAIRS else TINY
+    done = run('train.py', path, *tiny, '--max_iters=1', '--out_dir=out/shrunk', '--overwrite',
+               cwd=pairs)
     assert done.returncode == 0, done.stderr
 
 
@@ -401,7 +406,7 @@ def test_twins_differ_in_the_objective_alone():
             twin = path.with_name(path.name.replace('_ar', '_mdm'))
             ar, mdm = settings_of(path), settings_of(twin)
             differ = {k for k in ar if ar[k] != mdm[k]}
-            assert differ <= {'objective'}, f'{path.name}: {differ}'
+            assert differ <= {'objective', 'score_prompt'}, f'{path.name}: {differ}'
 
 
 def test_the_defaults_are_the_laptop_mdm():
@@ -462,3 +467,141 @@ def test_ids_outside_the_vocabulary_end_in_one_line(verse, tmp_path):
     V = json.loads((tmp_path / 'data/verse/meta.json').read_text())['vocab_size']
     path.write_bytes(V.to_bytes(2, 'little') * (path.stat().st_size // 2))  # all masks
     assert_one_line(run('train.py', *TINY, '--out_dir=out/x', cwd=tmp_path), f'hold the id {V}')
+
+
+# ------------------------------------------------------------------------------------------ rows
+
+WORDS = ('sun', 'moon', 'river', 'a', 'stone')
+PAIRS = [(f'{a} {b}', f'{b} {a}'.upper()) for a in WORDS for b in WORDS] * 3
+ROWS = [word for word in TINY if 'dataset' not in word] + ['--dataset=pairs']
+
+
+@pytest.fixture(scope='module')
+def pairs(verse):
+    """The folder of `verse` with the rows `pairs` beside it."""
+    for side, file in enumerate(('prompts', 'answers')):
+        (verse / file).write_text(''.join(pair[side] + '\n' for pair in PAIRS))
+    done = run('prepare.py', 'pairs', '--prompts=prompts', '--answers=answers', cwd=verse)
+    assert done.returncode == 0, done.stderr
+    return verse
+
+
+def rows_of(folder, split, answer_width=None):
+    """[(ids without PAD, or with it up to a width of the answer; tokens given)], by plain loops."""
+    meta = json.loads((folder / 'data/pairs/meta.json').read_text())
+    data = np.fromfile(folder / f'data/pairs/{split}.bin', np.uint16)
+    rows = []
+    for row in data.reshape(-1, meta['row_length']).tolist():
+        known, end = row.index(meta['sep_id']) + 1, row.index(meta['eos_id']) + 1
+        rows.append((row[:end if answer_width is None else known + answer_width], known))
+    return rows
+
+
+@torch.no_grad()
+def nll_by_hand(model, rows):
+    """-log p per token from the logits at all positions; rows: [(ids, the first that counts)]."""
+    nats = 0.0
+    for ids, first in rows:
+        logits = model(torch.tensor([[model.mask_id, *ids[:-1]]]))[0, first:]
+        nats += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[first:]),
+                                                  reduction='sum').item()
+    return nats / sum(len(ids) - first for ids, first in rows)
+
+
+@pytest.mark.parametrize('word', ['--predict_pad=False', '--predict_pad', '--score_prompt'])
+def test_the_losses_of_rows_are_those_by_hand(pairs, word):
+    """Of one update that changes nothing: an accumulation over all widths is a whole epoch."""
+    widest = max(len(answer) + 1 for _, answer in PAIRS) if word == '--predict_pad' else None
+    train, val = (rows_of(pairs, split, widest) for split in ('train', 'val'))
+    n = len({len(row) for row, _ in train})
+    done = run('train.py', *ROWS, '--objective=ar', word, '--learning_rate=1e-30', '--tied',
+               '--muon_lr=1e-30', '--batch_size=99', f'--gradient_accumulation_steps={n}',
+               '--max_iters=1', '--out_dir=out/loss', '--overwrite', cwd=pairs)
+    assert done.returncode == 0, done.stderr
+    model = load_model(load_checkpoint(pairs / 'out/loss'), 'cpu')
+    for row in log_without_times(pairs / 'out/loss'):
+        assert float(row['val']) == pytest.approx(nll_by_hand(model, val), abs=2e-5)
+        assert float(row['train']) == pytest.approx(nll_by_hand(model, train), abs=2e-5)
+    if word == '--score_prompt':  # when training, but what is measured is the answer
+        train = [(ids, 0) for ids, _ in train]
+    loss = float(re.search(r'loss ([\d.]+)', done.stdout)[1])
+    assert loss == pytest.approx(nll_by_hand(model, train), abs=6e-5)
+    computed = sum(len(ids) for ids, _ in train)
+    tokens = sum(len(p) + len(a) + 2 for p, a in PAIRS[:len(train)])
+    assert f'{computed:,} training tokens' in done.stdout
+    assert f'{100 * (1 - tokens / computed):.1f}% of what is computed is PAD' in done.stdout
+    assert (word == '--predict_pad') == (tokens < computed)
+
+
+def row_batches_of(folder, batch_size, predict_pad=False, seed=5):
+    RowBatches, = definitions('RowBatches')
+    RowBatches.__init__.__globals__.update(
+        {name: getattr(prepare, name) for name in ('row_batches', 'row_lengths', 'row_widths',
+                                                   'gather_rows')},
+        lru_cache=functools.lru_cache, mixed_seed=mixed_seed)
+    meta = json.loads((folder / 'data/pairs/meta.json').read_text())
+    data = np.fromfile(folder / 'data/pairs/train.bin', np.uint16)
+    return RowBatches(data, meta, batch_size, predict_pad, seed), meta
+
+
+def test_every_epoch_has_every_row_once_in_another_order(pairs):
+    batches, meta = row_batches_of(pairs, 4)
+    rows = rows_of(pairs, 'train')
+    epochs = []
+    for epoch in range(2):
+        got = [batches.get(epoch * batches.per_epoch + i) for i in range(batches.per_epoch)]
+        epochs.append([x0.tolist() for x0, _ in got])
+        assert sorted(row for x0, _ in got for row in x0.tolist()) == sorted(r for r, _ in rows)
+        for x0, given in got:
+            assert (x0 != meta['pad_id']).all()
+            behind = (x0 == meta['sep_id']).cumsum(1) - (x0 == meta['sep_id']).long()
+            assert torch.equal(given, behind == 0)
+    assert epochs[0] != epochs[1]
+    fresh, _ = row_batches_of(pairs, 4)
+    assert fresh.get(batches.per_epoch + 3)[0].tolist() == epochs[1][3]
+
+
+def test_a_curriculum_begins_with_the_shortest_rows(pairs):
+    batches, _ = row_batches_of(pairs, 4)
+    low, high = batches.widths.min(), batches.widths.max()
+    for share in (0.0, 0.3, 0.7, 1.0):
+        seen = {batches.get(i, share)[0].size(1) for i in range(3 * batches.per_epoch)}
+        assert seen == {w for w in batches.widths if w <= low + share * (high - low)}
+    assert low < high
+
+
+def test_resumed_runs_on_rows_end_in_the_same_bits(pairs):
+    words = [*ROWS, '--objective=mdm', '--predict_pad', '--length_curriculum=5', '--dropout=0.1',
+             '--gradient_accumulation_steps=2', '--lr_schedule=constant', '--eval_interval=20']
+    for out, until in (('whole', 20), ('parts', 7)):  # 40 batches are more than an epoch
+        done = run('train.py', *words, f'--max_iters={until}', f'--out_dir=out/{out}_rows',
+                   cwd=pairs)
+        assert done.returncode == 0, done.stderr
+    done = run('train.py', '--out_dir=out/parts_rows', '--resume', '--max_iters=20', cwd=pairs)
+    assert done.returncode == 0, done.stderr
+    assert '20 updates' in done.stdout and int(re.search(r'(\d+) batches', done.stdout)[1]) < 40
+    a, b = (weights(pairs / 'out' / d) for d in ('whole_rows', 'parts_rows'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_processes_share_the_rows_of_one_with_accumulation_two(pairs):
+    words = [*ROWS, '--objective=mdm', '--max_iters=3', '--grad_clip=0']
+    done = torchrun(2, *words, '--out_dir=out/two_rows', cwd=pairs)
+    assert done.returncode == 0, done.stderr
+    done = run('train.py', *words, '--gradient_accumulation_steps=2', '--out_dir=out/one_rows',
+               cwd=pairs)
+    assert done.returncode == 0, done.stderr
+    one, two = (weights(pairs / 'out' / d) for d in ('one_rows', 'two_rows'))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('words, said', [
+    ([*ROWS, '--block_size=8'], 'set block_size, which is 8, to'),
+    ([*ROWS, '--train_tokens=100'], 'train_tokens is for a stream'),
+    ([*ROWS, '--score_prompt', '--objective=mdm'], 'for objective=ar alone'),
+    ([*TINY, '--predict_pad'], 'are for rows')])
+def test_settings_of_streams_and_rows_do_not_mix(pairs, words, said):
+    done = run('train.py', *words, '--out_dir=out/bad', cwd=pairs)
+    assert_one_line(done, said)
+    assert not (pairs / 'out/bad').exists()
