@@ -289,8 +289,7 @@ for name, fine, wanted in (
         ('soft_inputs', objective == 'uniform' or not soft_inputs, 'False (but for uniform)'),
         ('subs', subs or objective == 'd3pm', 'True (d3pm alone has a use for the mask)'),
         *((n, settings[n] >= 0, '0 or more') for n in (
-            'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows',
-            'length_curriculum')),
+            'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows', 'length_curriculum')),
         *((n, settings[n] >= 1, '1 or more') for n in (
             'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head',
             'n_embd', 'eval_interval', 'log_interval', 'eval_repeats', 'diffusion_steps',

@@ -251,7 +251,7 @@ def translated(answers, objective='mdm', **settings):
 @pytest.mark.parametrize('objective, settings, ways', [
     ('ar', {}, [('ar', '', '')]), ('mdm', {}, [('confidence', 'full', n) for n in (2, 20)]),
     ('mdm', {'length': 'reference, full', 'answer_steps': (3,)},
-     [('confidence', name, 3) for name in ('reference', 'full')]),
+     [('confidence', name, 3) for name in ('reference (oracle)', 'full')]),
     ('mdm', {'decoder': 'threshold', 'block_length': 2}, [('threshold', 'full', '')])])
 def test_who_knows_the_answers_has_full_marks(book, objective, settings, ways):
     rows, note = translated(BOOK, objective, **settings)
@@ -375,6 +375,6 @@ def test_a_run_on_rows_is_trained_and_translated(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     table_rows = table(done.stdout)
     assert [(row['length'], row['steps'], row['nfe']) for row in table_rows] == \
-        [(name, n, f'{n}.0') for name in ('full', 'reference') for n in '12']
+        [(name, n, f'{n}.0') for name in ('full', 'reference (oracle)') for n in '12']
     assert 'val of turn (questions.txt, answers.txt): 3 prompts' in done.stdout
     assert Path('out/report/translation.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
