@@ -29,7 +29,7 @@ from tqdm import tqdm
 import config
 import sample
 from config import UserError
-from model import BOUND_NAMES, BOUNDS, ar_nll, evaluate, load_checkpoint, load_model, pick_device
+from model import BOUND_NAMES, ar_nll, bound_of, evaluate, load_checkpoint, load_model, pick_device
 from prepare import load_meta, load_split, load_tokenizer
 
 # what is measured
@@ -99,7 +99,7 @@ def likelihood(runs, split, batch_size, seed, repeats):
         objective, count = settings['objective'], meta['counts'].get(split)
         data = load_split(settings['dataset'], split)
         exact = objective == 'ar'
-        nats, error = evaluate(model, BOUNDS[objective], data, batch_size, seed,
+        nats, error = evaluate(model, bound_of(settings), data, batch_size, seed,
                                repeats=1 if exact else repeats)
         bits, sign = nats / math.log(2), '' if exact else '<= '
         rows.append({

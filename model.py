@@ -1,8 +1,9 @@
-"""The transformer, and the two probability models that are made from it.
+"""The transformer, and the probability models that are made from it.
 
     first half    Transformer: tokens in, logits out; one flag turns it from causal to bidirectional
-    second half   ar and mdm: the loss that train.py minimises and the number that eval.py reports,
-                  exact for autoregression (nll), an upper bound for masked diffusion (nelbo)
+    second half   ar, mdm and three relatives of it, d3pm, uniform and block: the loss that train.py
+                  minimises and the number that eval.py reports, exact for autoregression (nll), an
+                  upper bound for all kinds of diffusion (nelbo)
 
 Letters, here and in the papers:
 
@@ -18,12 +19,14 @@ Letters, here and in the papers:
     given     (B, T) bool, True where a token is known (a prompt): never masked and never scored
 
 Papers: MDLM arXiv 2406.07524, LLaDA 2502.09992, MaskGIT 2202.04200, GPT-2, RoFormer 2104.09864,
-DiT 2212.09748 (adaLN). Everything is in nats per token.
+DiT 2212.09748 (adaLN), D3PM 2107.03006, UDLM 2412.10193, Duo 2506.10892, BD3-LM 2503.09573.
+Everything is in nats per token.
 """
 
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +60,7 @@ class ModelConfig:
     tied: bool = False        # the head shares the embedding's matrix
     time_cond: bool = False   # tell the network t (adaLN); xt shows it already for masked noise
     dropout: float = 0.0
+    subs: bool = True         # the mask is never predicted; False: its logit is one like the others
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -123,7 +127,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.n_embd, c.n_kv_head * D, bias=c.bias)
         self.proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
 
-    def forward(self, x, rope, cache):
+    def forward(self, x, rope, cache, mask):
         B, T, C = x.shape
         c, D = self.c, C // self.c.n_head
         q = self.q(x).view(B, T, c.n_head, D).transpose(1, 2)     # (B, H, T, D)
@@ -137,7 +141,6 @@ class Attention(nn.Module):
             k, v = cache.extend(self.layer, k, v)  # (B, Hkv, S, D), S >= T
         S = k.size(2)
         causal = c.causal and T > 1  # the whole difference between AR and MDM; a lone query is last
-        mask = None
         if causal and S > T:  # is_causal would align the first query with the first key, not last
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         y = F.scaled_dot_product_attention(
@@ -169,6 +172,17 @@ class MLP(nn.Module):
         return self.proj(h)
 
 
+def block_mask(T, block_length, device):
+    """(2T, 2T) bool, True where a token of [xt ; x0] sees another [BD3-LM sec. 3.2].
+
+    xt sees its own block, and the clean blocks before it; x0 its own block and those before it.
+    """
+    block = torch.arange(T, device=device) // block_length
+    own, before = block[:, None] == block, block[:, None] > block  # 2 x (T, T)
+    return torch.cat([torch.cat([own, before], dim=1),
+                      torch.cat([torch.zeros_like(own), own | before], dim=1)])
+
+
 def make_norm(c):
     return nn.RMSNorm(c.n_embd) if c.norm == 'rmsnorm' else nn.LayerNorm(c.n_embd, bias=c.bias)
 
@@ -183,20 +197,20 @@ class Block(nn.Module):
         self.drop = nn.Dropout(c.dropout)
         self.modulate = nn.Linear(c.n_embd, 6 * c.n_embd) if c.time_cond else None
 
-    def forward(self, x, rope, cache, time):
+    def forward(self, x, rope, cache, mask, time):
         if self.modulate is None:
-            x = x + self.drop(self.attn(self.norm1(x), rope, cache))
+            x = x + self.drop(self.attn(self.norm1(x), rope, cache, mask))
             return x + self.drop(self.mlp(self.norm2(x)))
         # zero at init, and 1 + where DiT has the bare gate: a time-blind block until it learns
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(time).chunk(6, dim=-1)
-        h = self.attn(self.norm1(x) * (1 + scale1) + shift1, rope, cache)
+        h = self.attn(self.norm1(x) * (1 + scale1) + shift1, rope, cache, mask)
         x = x + self.drop(h) * (1 + gate1)
         h = self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return x + self.drop(h) * (1 + gate2)
 
 
 class Transformer(nn.Module):
-    """Logits over V tokens at every position; the last row, the mask, is never predicted."""
+    """Logits over V tokens at every position; the last row is the mask's."""
 
     def __init__(self, config):
         super().__init__()
@@ -218,40 +232,48 @@ class Transformer(nn.Module):
         self.register_buffer('sin', sin, persistent=False)
         self.init_weights()
 
-    def forward(self, x, t=None, *, cache=None, where=None, hidden=False):
+    def forward(self, x, t=None, *, cache=None, where=None, hidden=False, block_length=0):
         """Logits (B, T, V), or (N, V) at the N positions where `where` (B, T) bool is True.
 
         x (B, T) int64: tokens, mask_id among them. t (B, 1): noise level, for time_cond alone;
         all callers pass 1 - alpha_t, the expected share of masks, which every schedule agrees on.
         cache: a KVCache that holds the tokens before x; x is added to it.
         hidden: stop before the head, (B, T, C) or (N, C), of which logits() makes the rest.
+        block_length: above 0, x is [xt ; x0], (B, 2T), and xt, whose logits are returned, sees of
+        x0 the blocks before its own; t may then be (B, T), a level for every position of xt.
         """
-        B, T = x.shape
+        B, T = x.size(0), x.size(1) // 2 if block_length else x.size(1)
         start = cache.length if cache is not None else 0
         if start + T > self.config.block_size:
             raise UserError(f'{start + T} tokens do not fit into the context of this model, '
                             f'block_size is {self.config.block_size}')
+        position, mask = torch.arange(start, start + T, device=x.device), None
+        if block_length:  # both halves stand at the same positions, and x0 has no noise
+            position, mask = position.repeat(2), block_mask(T, block_length, x.device)
+            t = None if t is None else torch.cat([t.expand(B, T), torch.zeros_like(x[:, T:])], 1)
         h = self.embed(x)  # (B, T, C)
         rope = None
         if self.embed_pos is not None:
-            h = h + self.embed_pos(torch.arange(start, start + T, device=x.device))
+            h = h + self.embed_pos(position)
         else:
-            rope = self.cos[start:start + T], self.sin[start:start + T]  # 2 x (T, D)
+            rope = self.cos[position], self.sin[position]  # 2 x (T, D)
         h = self.drop(h)
         time = None if self.time_mlp is None else self.time_mlp(time_features(t))  # (B, 1, C)
         for block in self.blocks:
-            h = block(h, rope, cache, time)
+            h = block(h, rope, cache, mask, time)
         if cache is not None:
             cache.length += T
+        h = h[:, :T]
         if where is not None:
             h = h[where]  # (N, C): with a large V the head is most of the work
         h = self.norm(h)
         return h if hidden else self.logits(h)
 
     def logits(self, h):
-        """(..., V) from hidden states (..., C): what the head says, but never the mask."""
+        """(..., V) from hidden states (..., C): what the head says, with subs never the mask."""
         logits = self.head(h)
-        logits[..., self.mask_id] = -torch.inf  # a prediction is a real token [MDLM sec. 3.2, SUBS]
+        if self.config.subs:  # a prediction is a real token [MDLM sec. 3.2]
+            logits[..., self.mask_id] = -torch.inf
         return logits
 
     def init_weights(self):
@@ -275,7 +297,7 @@ class Transformer(nn.Module):
 
 
 def time_features(t, size=256):
-    """Sinusoids (B, 1, size) of t (B, 1) in (0, 1], wavelengths from 2 pi / 1000 up [DDPM, DiT]."""
+    """Sinusoids (B, 1, size) of t (B, 1) in [0, 1], wavelengths from 2 pi / 1000 up [DDPM, DiT]."""
     frequency = 1e4 ** (-torch.arange(size // 2, device=t.device) / (size // 2))
     angle = 1000 * t[..., None] * frequency  # (B, 1, size / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
@@ -297,23 +319,58 @@ def noise(t, schedule):
         return 1 - t, 1 / t
     if schedule == 'cosine':
         return 1 - torch.sin(math.pi / 2 * t), math.pi / 2 / torch.tan(math.pi / 2 * t)
+    if schedule == 'polynomial':
+        return 1 - t ** POWER, POWER / t
     raise UserError(f'schedule is {schedule!r}, not one of {", ".join(SCHEDULES)}')
 
 
-def token_nll(model, h, target, at_once=2 ** 28):
-    """-log p(target) (N,) from hidden states h (N, C), in slices if N * V is more than `at_once`.
+def levels(n, mask_range, generator, device):
+    """n noise levels in (lo, hi] = mask_range: one in each 1/n of it, all shifted by one draw.
 
-    A slice keeps none of its logits for the backward pass, which computes them anew: with GPT-2's
-    50,257 tokens the logits of one batch are gigabytes, and the rest of the network is not.
+    Each is uniform, but together they are spread more evenly [VDM 2107.00630, app. I.1].
     """
-    def nll(h, target):
-        return F.cross_entropy(model.logits(h).float(), target, reduction='none')
+    u = torch.rand(1, generator=generator, device=device)
+    t = 1 - (u + torch.arange(n, device=device) / n) % 1  # (n,) in (0, 1]
+    return mask_range[0] + (mask_range[1] - mask_range[0]) * t
 
-    rows = max(1, at_once // model.config.vocab_size)
-    if len(h) <= rows:
-        return nll(h, target)
-    return torch.cat([torch.utils.checkpoint.checkpoint(nll, *part, use_reentrant=False)
-                      for part in zip(h.split(rows), target.split(rows))])
+
+def strata(n, generator, device):
+    """n numbers in [0, 1), one in each 1/n of it, in random order: for bounds, row by row."""
+    u = torch.rand(1, generator=generator, device=device)
+    return (u + torch.randperm(n, generator=generator, device=device) / n) % 1
+
+
+def training_weight(w, loss_weight, w_max):
+    """What a loss puts in the place of w(t), the weight of a level in the bound."""
+    if loss_weight == 'elbo':
+        return w
+    if loss_weight == 'clipped':
+        return w.clamp(max=w_max)
+    if loss_weight in ('flat', 'masked_mean'):
+        return torch.ones_like(w)
+    raise UserError(f'loss_weight is {loss_weight!r}, not one of {", ".join(LOSS_WEIGHTS)}')
+
+
+def token_costs(model, cost, h, *rows, at_once=2 ** 28):
+    """cost(logits (N, V), *rows) (N,) of hidden states h (N, C) and rows, each of length N.
+
+    In slices if N * V is more than `at_once`. A slice keeps none of its logits for the backward
+    pass, which computes them anew: with GPT-2's 50,257 tokens the logits of one batch are
+    gigabytes, and the rest of the network is not.
+    """
+    def costs(h, *rows):
+        return cost(model.logits(h).float(), *rows)
+
+    n = max(1, at_once // model.config.vocab_size)
+    if len(h) <= n:
+        return costs(h, *rows)
+    return torch.cat([torch.utils.checkpoint.checkpoint(costs, *part, use_reentrant=False)
+                      for part in zip(h.split(n), *(row.split(n) for row in rows))])
+
+
+def token_nll(model, h, target):
+    """-log p(target) (N,) from hidden states h (N, C)."""
+    return token_costs(model, partial(F.cross_entropy, reduction='none'), h, target)
 
 
 def ar_token_nll(model, x0):
@@ -349,22 +406,14 @@ def mdm_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight
     With loss_weight='elbo' and the whole mask_range that is, in expectation, an upper bound on the
     nll; the other weights have the same optimum (every level's conditionals) but spend the
     network's effort elsewhere: 'flat' w = 1, 'clipped' w = min(w(t), w_max), and 'masked_mean',
-    w = 1 with the mean over masked tokens in place of all. Low-discrepancy t: one in each 1/B of
-    (0, 1].
+    w = 1 with the mean over masked tokens in place of all.
     mask_range=(lo, hi) squeezes t into (lo, hi]; (0.15, 0.15) is BERT.
     """
     B, T = x0.shape
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    u = torch.rand(1, generator=generator, device=x0.device)
-    t = 1 - (u + torch.arange(B, device=x0.device) / B)[:, None] % 1  # (B, 1) in (0, 1]
-    t = mask_range[0] + (mask_range[1] - mask_range[0]) * t
+    t = levels(B, mask_range, generator, x0.device)[:, None]  # (B, 1)
     alpha, w = noise(t, schedule)
-    if loss_weight == 'clipped':
-        w = w.clamp(max=w_max)
-    elif loss_weight in ('flat', 'masked_mean'):
-        w = torch.ones_like(w)
-    elif loss_weight != 'elbo':
-        raise UserError(f'loss_weight is {loss_weight!r}, not one of {", ".join(LOSS_WEIGHTS)}')
+    w = training_weight(w, loss_weight, w_max)
 
     is_mask = (torch.rand(B, T, generator=generator, device=x0.device) >= alpha) & ~given
     xt = torch.where(is_mask, model.mask_id, x0)
@@ -374,10 +423,144 @@ def mdm_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight
     return nats, is_mask.sum() if loss_weight == 'masked_mean' else (~given).sum()
 
 
+def d3pm_grid(diffusion_steps, schedule, device):
+    """1 - alpha at t = 0, 1/N, ..., 1, (N + 1,), and the chance c (N + 1,) to reveal a mask there.
+
+        c(t) = (alpha_s - alpha_t) / (1 - alpha_t),  s = t - 1/N;  c(0) is not defined: 0
+    """
+    t = torch.arange(diffusion_steps + 1, dtype=torch.float64) / diffusion_steps
+    masked = 1 - noise(t, schedule)[0]
+    c = F.pad(masked.diff() / masked[1:], (1, 0))
+    return masked.float().to(device), c.float().to(device)
+
+
+def d3pm_cost(logits, target, m_t, m_s, c):
+    """1/c of the KL divergence of a masked token's step, (N,) [D3PM eq. 4, absorbing state].
+
+        -log p(x0) + g(alpha_t) + (1 - c) / c * (g(alpha_t) - g(alpha_s))
+        g(alpha) = log(1 + alpha * p(mask) / (1 - alpha)),  m = 1 - alpha
+
+    With subs p(mask) is 0, and so is g.
+    """
+    logp = logits.log_softmax(-1)
+    p_mask = logp[:, -1].exp()
+    g_t, g_s = (torch.log1p((1 - m) / m.clamp(min=1e-12) * p_mask) for m in (m_t, m_s))
+    # at s = 0, where g_s is not finite, 1 - c is 0
+    return -logp.gather(1, target[:, None])[:, 0] + g_t + (1 - c) / c * (g_t - g_s)
+
+
+def d3pm_loss(model, x0, generator, given=None, *, diffusion_steps=1000, schedule='linear',
+              loss_weight='elbo', w_max=5.0, mask_range=(0.0, 1.0)):
+    """Negative ELBO of masked diffusion in N discrete steps, one per row [D3PM sec. 3.1].
+
+        nelbo = mean over (b, i) of  is_mask[b, i] * N * c(t[b]) * d3pm_cost[b, i]
+
+    As mdm_loss, but t stands on the grid 1/N, ..., 1 and N * c(t) in the place of w(t).
+    """
+    B, T = x0.shape
+    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
+    t = levels(B, mask_range, generator, x0.device)[:, None]  # (B, 1)
+    step = (t * diffusion_steps).ceil().long()  # (B, 1), 1..N
+    masked, c = d3pm_grid(diffusion_steps, schedule, x0.device)
+    w = training_weight(diffusion_steps * c[step], loss_weight, w_max)
+
+    is_mask = (torch.rand(B, T, generator=generator, device=x0.device) < masked[step]) & ~given
+    xt = torch.where(is_mask, model.mask_id, x0)
+    h = model(xt, masked[step], where=is_mask, hidden=True)  # (N, C), N masked tokens
+    step = step.expand(B, T)[is_mask]  # (N,)
+    cost = token_costs(model, d3pm_cost, h, x0[is_mask], masked[step], masked[step - 1], c[step])
+    nats = (w.expand(B, T)[is_mask] * cost).sum()
+    return nats, is_mask.sum() if loss_weight == 'masked_mean' else (~given).sum()
+
+
+def uniform_cost(logits, x0, xt, alpha):
+    """How far the reverse rates at xt are from the true ones, (N,) [UDLM eq. 14, Duo eq. 6].
+
+        1 / (V' alpha) * sum over j of  r_j * (y_j - 1 - log y_j),  y = s / r
+        r_j = xbar_j / xbar_xt,  xbar   = V' alpha * onehot(x0) + 1 - alpha
+        s_j = xbar_j / xbar_xt,  of the prediction, softmax(logits) in the place of onehot(x0)
+
+    The papers' sum, with no two large terms that cancel: each term is 0 or more.
+    """
+    logits, alpha = logits[:, :-1], alpha.clamp(1e-6, 1 - 1e-6)[:, None]  # V' real tokens
+    a = logits.size(1) * alpha
+    xbar = a * F.one_hot(x0, logits.size(1)) + 1 - alpha  # (N, V')
+    xbar_p = a * logits.softmax(-1) + 1 - alpha  # (N, V')
+    r, s = (x / x.gather(1, xt[:, None]) for x in (xbar, xbar_p))
+    y = s / r
+    return (r * (y - 1 - y.log())).sum(1) / a[:, 0]
+
+
+def uniform_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight='elbo',
+                 w_max=5.0, mask_range=(0.0, 1.0)):
+    """Negative ELBO of diffusion whose noise is random tokens, one t per row [UDLM, Duo].
+
+        nelbo = mean over (b, i) of  w(t[b]) * (1 - alpha[b]) * uniform_cost[b, i]
+
+    As mdm_loss, but a token that is not kept becomes any of the V' real ones, perhaps itself: the
+    network cannot know which are noise, so all are scored, and none is ever beyond correction.
+    """
+    B, T = x0.shape
+    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
+    t = levels(B, mask_range, generator, x0.device)[:, None]  # (B, 1)
+    alpha, w = noise(t, schedule)
+    w = training_weight(w, loss_weight, w_max)
+
+    is_noise = (torch.rand(B, T, generator=generator, device=x0.device) >= alpha) & ~given
+    other = torch.randint(model.mask_id, (B, T), generator=generator, device=x0.device)
+    xt = torch.where(is_noise, other, x0)
+    h = model(xt, 1 - alpha, where=~given, hidden=True)  # (N, C), N tokens not given
+    alpha, w = alpha.expand(B, T)[~given], w.expand(B, T)[~given]  # 2 x (N,)
+    cost = token_costs(model, uniform_cost, h, x0[~given], xt[~given], alpha)
+    return (w * (1 - alpha) * cost).sum(), (~given).sum()
+
+
+def block_loss(model, x0, generator, given=None, *, block_length=16, schedule='linear',
+               loss_weight='elbo', w_max=5.0, mask_range=(0.0, 1.0)):
+    """Negative ELBO of blocks from left to right, masked diffusion in each [BD3-LM eq. 8].
+
+        nelbo = mean over (b, i) of  is_mask[b, i] * w(t[b, i]) * -log p(x0[b, i] | xt, x0 before)
+
+    As mdm_loss, but t is drawn for every block, and a block sees the clean ones before it: all in
+    one pass over [xt ; x0]. With block_length = T it is mdm_loss.
+    """
+    B, T = x0.shape
+    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
+    n = math.ceil(T / block_length)
+    t = levels(B * n, mask_range, generator, x0.device).view(B, n)
+    t = t.repeat_interleave(block_length, dim=1)[:, :T]  # (B, T)
+    alpha, w = noise(t, schedule)
+    w = training_weight(w, loss_weight, w_max)
+
+    is_mask = (torch.rand(B, T, generator=generator, device=x0.device) >= alpha) & ~given
+    xt = torch.where(is_mask, model.mask_id, x0)
+    h = model(torch.cat([xt, x0], dim=1), 1 - alpha, where=is_mask, hidden=True,
+              block_length=block_length)  # (N, C), N masked tokens
+    nll = token_nll(model, h, x0[is_mask])  # (N,)
+    nats = (w[is_mask] * nll).sum()
+    return nats, is_mask.sum() if loss_weight == 'masked_mean' else (~given).sum()
+
+
 def ar_nll(model, x0, generator=None, given=None):
     """-log p(x0) of every row, (B,), in nats: exact."""
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
     return (ar_token_nll(model, x0) * ~given).sum(1)
+
+
+def masks_by_count(given, block_length, generator):
+    """is_mask (B, T), l of the L tokens of each block that are not given, and l/L of it, (B, T).
+
+    l is uniform in 1..L and stratified over all blocks of the batch.
+    """
+    B, T = given.shape
+    n = math.ceil(T / block_length)
+    given = F.pad(given, (0, n * block_length - T), value=True).view(B, n, block_length)
+    L = (~given).sum(2, keepdim=True)  # (B, n, 1)
+    n_mask = 1 + (strata(B * n, generator, given.device).view(B, n, 1) * L).long().clamp(max=L - 1)
+    order = torch.rand(given.shape, generator=generator, device=given.device)
+    is_mask = order.masked_fill(given, 2.0).argsort(2).argsort(2) < n_mask  # at random
+    share = (n_mask / L).nan_to_num(1.0).expand_as(order)  # where nothing is wanted 0/0
+    return is_mask.flatten(1)[:, :T], share.flatten(1)[:, :T]
 
 
 def mdm_nelbo(model, x0, generator, given=None):
@@ -390,25 +573,133 @@ def mdm_nelbo(model, x0, generator, given=None):
     """
     B, T = x0.shape
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    L = (~given).sum(1, keepdim=True)  # (B, 1)
-    u = torch.rand(1, generator=generator, device=x0.device)
-    u = (u + torch.randperm(B, generator=generator, device=x0.device) / B)[:, None] % 1
-    n_mask = 1 + (u * L).long().clamp(max=L - 1)  # l, (B, 1)
-    order = torch.rand(B, T, generator=generator, device=x0.device).masked_fill(given, 2.0)
-    is_mask = order.argsort(dim=1).argsort(dim=1) < n_mask  # l of the tokens not given, at random
+    is_mask, share = masks_by_count(given, T, generator)  # 2 x (B, T)
 
     xt = torch.where(is_mask, model.mask_id, x0)
-    h = model(xt, n_mask / L, where=is_mask, hidden=True)  # (N, C), N masked tokens
+    h = model(xt, share[:, :1], where=is_mask, hidden=True)  # (N, C), N masked tokens
     nll = token_nll(model, h, x0[is_mask])  # (N,)
-    nll = torch.zeros(B, T, device=x0.device).masked_scatter(is_mask, nll)
-    return nll.sum(1) * (L / n_mask).squeeze(1)
+    return torch.zeros(B, T, device=x0.device).masked_scatter(is_mask, nll / share[is_mask]).sum(1)
 
 
+def block_nelbo(model, x0, generator, given=None, *, block_length=16):
+    """An unbiased draw of the bound on -log p(x0) of every row, (B,), in nats: mdm_nelbo by block.
+
+        nelbo = sum over blocks of  E over l in 1..L of  L / l * sum of -log p(x0_i | xt, x0 before)
+    """
+    B, T = x0.shape
+    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
+    is_mask, share = masks_by_count(given, block_length, generator)  # 2 x (B, T)
+
+    xt = torch.where(is_mask, model.mask_id, x0)
+    h = model(torch.cat([xt, x0], dim=1), share, where=is_mask, hidden=True,
+              block_length=block_length)  # (N, C), N masked tokens
+    nll = token_nll(model, h, x0[is_mask])  # (N,)
+    return torch.zeros(B, T, device=x0.device).masked_scatter(is_mask, nll / share[is_mask]).sum(1)
+
+
+def with_one(chosen, given, generator):
+    """chosen (B, T) bool, and in each row one token more, any that is not given, if it was not.
+
+    l chosen tokens of L are then l / E[l] times as probable as before: weights that are large
+    where l is expected to be small are made up for by the draw.
+    """
+    u = torch.rand(chosen.shape, generator=generator, device=chosen.device).masked_fill(given, -1.0)
+    return chosen.scatter(1, u.argmax(1, keepdim=True), True) & ~given
+
+
+def d3pm_nelbo(model, x0, generator, given=None, *, diffusion_steps=1000, schedule='linear'):
+    """An unbiased draw of the bound on -log p(x0) of every row, (B,), in nats, in N steps.
+
+        nelbo = E over t, one token and others masked, of  L / l * sum of d3pm_cost
+
+    A step is drawn with probability alpha_s - alpha_t = c * (1 - alpha_t), stratified, and its
+    masks as in with_one: c * E[l] / L in all. Exact for uniform logits if subs.
+    """
+    B, T = x0.shape
+    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
+    L = (~given).sum(1)  # (B,)
+    masked, c = d3pm_grid(diffusion_steps, schedule, x0.device)
+    u = strata(B, generator, x0.device)[:, None]  # (B, 1)
+    step = torch.searchsorted(masked, u, right=True).clamp(max=diffusion_steps)  # (B, 1), 1..N
+    is_mask = torch.rand(B, T, generator=generator, device=x0.device) < masked[step]
+    is_mask = with_one(is_mask, given, generator)
+
+    xt = torch.where(is_mask, model.mask_id, x0)
+    h = model(xt, masked[step], where=is_mask, hidden=True)  # (N, C), N masked tokens
+    step = step.expand(B, T)[is_mask]  # (N,)
+    cost = token_costs(model, d3pm_cost, h, x0[is_mask], masked[step], masked[step - 1], c[step])
+    cost = torch.zeros(B, T, device=x0.device).masked_scatter(is_mask, cost)
+    return cost.sum(1) * L / is_mask.sum(1).clamp(min=1)
+
+
+def uniform_nelbo(model, x0, generator, given=None):
+    """An unbiased draw of the bound on -log p(x0) of every row, (B,), in nats [UDLM, Duo].
+
+        nelbo = E over t in (0, 1], xt of  sum of uniform_cost
+
+    That of a wrong token is about 1/t. So half of the draws, by chance, have noise as in with_one,
+    and all are weighted by the share of their own distribution in the mixture, at most 2.
+    """
+    B, T = x0.shape
+    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
+    L = (~given).sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    u = 2 * strata(B, generator, x0.device)[:, None]  # (B, 1): a half and a level
+    t = 1 - u % 1  # (B, 1) in (0, 1]
+    is_noise = (torch.rand(B, T, generator=generator, device=x0.device) < t) & ~given
+    is_noise = torch.where(u < 1, is_noise, with_one(is_noise, given, generator))
+    weight = 2 / (1 + is_noise.sum(1, keepdim=True) / (L * t))  # (B, 1)
+
+    other = torch.randint(model.mask_id, (B, T), generator=generator, device=x0.device)
+    xt = torch.where(is_noise, other, x0)
+    h = model(xt, t, where=~given, hidden=True)  # (N, C), N tokens not given
+    alpha, weight = (1 - t).expand(B, T)[~given], weight.expand(B, T)[~given]  # 2 x (N,)
+    cost = weight * token_costs(model, uniform_cost, h, x0[~given], xt[~given], alpha)
+    return torch.zeros(B, T, device=x0.device).masked_scatter(~given, cost).sum(1)
+
+
+def ordered_nll(model, x0, order, given=None):
+    """-log p(x0) of every row, (B,), in nats, exact: masked diffusion that reveals in one order.
+
+    order (B, T): a permutation of positions, the first is revealed first. One pass for each; the
+    mean over all orders is mdm's nelbo [2110.02037, autoregressive diffusion, eq. 3].
+    """
+    B, T = x0.shape
+    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
+    L, rank, nats = (~given).sum(1, keepdim=True), order.argsort(dim=1), 0.0
+    for i in range(T):
+        is_mask, now = (rank >= i) & ~given, (rank == i) & ~given
+        xt = torch.where(is_mask, model.mask_id, x0)
+        h = model(xt, is_mask.sum(1, keepdim=True) / L, where=now, hidden=True)  # (N, C), N <= B
+        nll = torch.zeros(B, T, device=x0.device)
+        nats += nll.masked_scatter(now, token_nll(model, h, x0[now])).sum(1)
+    return nats
+
+
+POWER = 2  # of the polynomial schedule
 LOSS_WEIGHTS = ('elbo', 'clipped', 'flat', 'masked_mean')
-SCHEDULES = ('linear', 'cosine')
-LOSSES = {'ar': ar_loss, 'mdm': mdm_loss}
-BOUNDS = {'ar': ar_nll, 'mdm': mdm_nelbo}
-BOUND_NAMES = {'ar': 'nll', 'mdm': 'nelbo <='}  # a bound is called a bound wherever it is printed
+SCHEDULES = ('linear', 'cosine', 'polynomial')
+LOSSES = {'ar': ar_loss, 'mdm': mdm_loss, 'd3pm': d3pm_loss, 'uniform': uniform_loss,
+          'block': block_loss}
+BOUNDS = {'ar': ar_nll, 'mdm': mdm_nelbo, 'd3pm': d3pm_nelbo, 'uniform': uniform_nelbo,
+          'block': block_nelbo}
+# a bound is called a bound wherever it is printed
+BOUND_NAMES = {name: 'nll' if name == 'ar' else 'nelbo <=' for name in BOUNDS}
+
+
+def loss_of(settings):
+    """loss(model, x0, generator, given) of a run, which knows what it needs of the settings."""
+    return filled_in(LOSSES[settings['objective']], settings)
+
+
+def bound_of(settings):
+    """bound(model, x0, generator, given) of a run, which knows what it needs of the settings."""
+    return filled_in(BOUNDS[settings['objective']], settings)
+
+
+def filled_in(function, settings):
+    """function with its keywords, which bear the names of settings, bound to their values."""
+    names = function.__kwdefaults__ or {}
+    return partial(function, **{name: settings[name] for name in names if name in settings})
 
 
 def mixed_seed(*numbers):

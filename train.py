@@ -38,8 +38,8 @@ import config
 import sample
 from config import UserError
 from eval import draw_losses, fastest_flops, flops_per_token, print_bench
-from model import BOUND_NAMES, BOUNDS, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, evaluate, \
-    load_checkpoint, mixed_seed, model_config, pick_device, pick_dtype
+from model import BOUND_NAMES, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, bound_of, evaluate, \
+    load_checkpoint, loss_of, mixed_seed, model_config, pick_device, pick_dtype
 from prepare import gather, load_meta, load_split, load_tokenizer, prepare
 
 # the run
@@ -70,11 +70,14 @@ tied = False                # the head shares the embedding's matrix
 time_cond = False           # show the network the noise level
 dropout = 0.0
 # objective
-objective = 'mdm'           # ar, mdm
-schedule = 'linear'         # mdm: linear, cosine; how much is masked at level t
-loss_weight = 'clipped'     # mdm: elbo = w(t), clipped = min(w(t), w_max), flat = 1, masked_mean
-w_max = 5.0                 # mdm: for loss_weight = clipped
-mask_range = (0.0, 1.0)     # mdm: levels t that are trained
+objective = 'mdm'           # ar, mdm, d3pm, uniform, block; what follows is for all but ar
+schedule = 'linear'         # linear, cosine, polynomial; how much is noise at level t
+loss_weight = 'clipped'     # elbo = w(t), clipped = min(w(t), w_max), flat = 1, masked_mean
+w_max = 5.0                 # for loss_weight = clipped
+mask_range = (0.0, 1.0)     # levels t that are trained
+diffusion_steps = 1000      # d3pm: N, from all masks to none
+subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
+block_length = 16           # block: tokens per block
 # optimiser
 optimizer = 'muon'          # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: all
 max_iters = 1200            # updates
@@ -245,11 +248,13 @@ for name, fine, wanted in (
         ('lr_schedule', lr_schedule in ('cosine', 'wsd', 'constant'), 'cosine, wsd or constant'),
         ('mask_range', len(mask_range) == 2 and 0 <= mask_range[0] <= mask_range[1] <= 1
          and mask_range[1] > 0, '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0'),
+        ('subs', subs or objective == 'd3pm', 'True (d3pm alone has a use for the mask)'),
         *((n, settings[n] >= 0, '0 or more') for n in (
             'max_iters', 'train_tokens', 'grad_clip', 'bench')),
         *((n, settings[n] >= 1, '1 or more') for n in (
             'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head',
-            'n_embd', 'eval_interval', 'log_interval', 'eval_repeats'))):
+            'n_embd', 'eval_interval', 'log_interval', 'eval_repeats', 'diffusion_steps',
+            'block_length'))):
     if not fine:
         raise UserError(f'{name} is {settings[name]!r}, but it must be {wanted}')
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # of torchrun
@@ -294,10 +299,7 @@ if compile:
     model.compile()
 parallel = Parallel(model, broadcast_buffers=False) if world > 1 else model
 
-loss_fn, bound, bound_name = LOSSES[objective], BOUNDS[objective], BOUND_NAMES[objective]
-if objective == 'mdm':
-    loss_fn = partial(loss_fn, schedule=schedule, loss_weight=loss_weight, w_max=w_max,
-                      mask_range=mask_range)
+loss_fn, bound, bound_name = loss_of(settings), bound_of(settings), BOUND_NAMES[objective]
 autocast = torch.autocast(device.partition(':')[0], torch.bfloat16, enabled=dtype == 'bfloat16')
 log_v = math.log(meta['vocab_size'])
 tokens_per_iter = batch_size * gradient_accumulation_steps * world * block_size
