@@ -601,7 +601,8 @@ def speed(runs, settings):
     note = (f'{about(checkpoint)}; {settings["gen_tokens"]:,} tokens each, in texts as long as the '
             f'context, {settings["batch_size"]} at a time (a pass serves them all), seed '
             f'{settings["seed"]}, temperature {settings["temperature"]}, '
-            f'{torch.get_num_threads()} threads, {peak_memory(pick_device(settings["device"])):.2f} GB at most')
+            f'{torch.get_num_threads()} threads, '
+            f'{peak_memory(pick_device(settings["device"])):.2f} GB at most')
     return rows, note
 
 
@@ -698,7 +699,7 @@ def draw_curves(rows, path):
     save_figure(fig, path)
 
 
-# --------------------------------------------------------------- what is missing, or has been spoilt
+# -------------------------------------------------------------- what is missing, or was spoilt
 
 
 def fill(model, objective, x0, hidden, settings):
@@ -712,7 +713,7 @@ def fill(model, objective, x0, hidden, settings):
 
 
 def hide(shape, share, width, generator):
-    """(B, T) bool: pieces of `width` tokens at random places, `share` of all of them in each row."""
+    """(B, T) bool: pieces of `width` tokens at random places, `share` of all in each row."""
     n = math.ceil(shape[1] / width)
     ranks = torch.rand(shape[0], n, generator=generator).argsort(1).argsort(1)
     return (ranks < round(share * n)).repeat_interleave(width, 1)[:, :shape[1]]
@@ -752,7 +753,8 @@ def infill(runs, settings):
                                             disable=not sys.stderr.isatty()):
             filled[name] = fill(model, checkpoint['config']['objective'], x0, hidden, settings)
         rows += [{'run': name, 'hidden': f'{share:.0%}, {"tokens" if width == 1 else "spans of 8"}'}
-                 | right(x, x0, hidden) | rouge([tokenizer.decode(row) for row in x.tolist()], texts)
+                 | right(x, x0, hidden)
+                 | rouge([tokenizer.decode(row) for row in x.tolist()], texts)
                  | {'nfe': nfe} for name, (x, nfe) in filled.items()]
     return rows, (f'{about(runs[0][1])}: {len(x0)} windows of {x0.size(1)} tokens of val; filled '
                   f'greedily, ar from left to right without what follows, mdm surest first in '
@@ -859,8 +861,8 @@ def lambada(runs, settings):
                      's.e. (%)': 100 * np.std(known) / n ** 0.5, 'nats/word':
                      Number(np.mean(nats), not exact), 'perplexity':
                      Number(math.exp(np.mean(nats)), not exact)})
-    return rows, ('LAMBADA: the last word of each text, given what fits into the context before it, '
-                  'and how many tokens it has (which ar has no use for); skipped: texts with '
+    return rows, ('LAMBADA: the last word of each text, given what fits into the context before '
+                  'it, and how many tokens it has (which ar has no use for); skipped: texts with '
                   'characters that the tokenizer lacks; bounds from '
                   f'{s["repeats"]} draws; s.e. over texts; seed {s["seed"]}')
 
@@ -934,7 +936,8 @@ def draw_losses(rows, title, log_v):
 TASKS = {'curves': (curves, draw_curves), 'likelihood': (likelihood, draw_likelihood),
          'order': (orders, None), 'generation': (generation, None), 'infill': (infill, None),
          'recover': (recover, None), 'speed': (speed, draw_speed), 'lambada': (lambada, None)}
-REPORT = {'curves': {}, 'likelihood': {'split': 'train,val'}, 'order': {'max_windows': 8, 'target_se': 0.02},
+REPORT = {'curves': {}, 'likelihood': {'split': 'train,val'},
+          'order': {'max_windows': 8, 'target_se': 0.02},
           'generation': {'gen_tokens': 4096}, 'infill': {'max_windows': 16, 'steps': 32},
           'recover': {'max_windows': 16, 'steps': 32},
           'speed': {'gen_tokens': 1024, 'grid_steps': (8, 32, 128)}}
