@@ -713,10 +713,10 @@ def fill(model, objective, x0, hidden, settings):
 
 
 def hide(shape, share, width, generator):
-    """(B, T) bool: pieces of `width` tokens at random places, `share` of all in each row."""
+    """(B, T) bool: pieces of `width` tokens at random places, `share` of each row, one at least."""
     n = math.ceil(shape[1] / width)
     ranks = torch.rand(shape[0], n, generator=generator).argsort(1).argsort(1)
-    return (ranks < round(share * n)).repeat_interleave(width, 1)[:, :shape[1]]
+    return (ranks < max(1, round(share * n))).repeat_interleave(width, 1)[:, :shape[1]]
 
 
 def right(x, x0, where):
