@@ -1,25 +1,28 @@
-"""Measures runs side by side: how well they predict text, and what they write.
+"""Measures runs side by side: how well they predict text, what they write, what they fill in.
 
+    python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=report
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=likelihood
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=generation
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=curves
     python eval.py --out_dir=out/multi30k_ar,out/multi30k_mdm --task=translation --split=test
 
-The first two print a Markdown table with a row for each run and, below it, how the numbers were
-obtained; on 2 CPU cores, likelihood takes a minute or two and generation about as long. The third
-draws the runs' losses over training into <report_dir>/curves.png, in a second. The fourth scores
-the answers of runs on prompts, whatever it is that they were trained to answer; 1,000 sentences
-take a minute or so a row. With --file=data/levels.en-fr.tsv it shows them too, side by side.
+Each prints a Markdown table with a row for each run (several seeds of one configuration make one
+row, mean +- standard deviation) and, below it, how the numbers were obtained. All that was measured
+is collected in report_dir: report.md, the same as numbers in report.json, and pictures. On 2 CPU
+cores, likelihood and generation take a minute or two, curves a second, and report, which is all of
+it at sizes for a laptop, about 4 minutes.
 """
 
 import csv
 import io
 import itertools
+import json
 import math
 import re
 import resource
 import shlex
 import sys
+import textwrap
 import time
 from collections import Counter
 from contextlib import suppress
@@ -34,19 +37,31 @@ from tqdm import tqdm
 import config
 import sample
 from config import UserError
-from model import BOUND_NAMES, ar_nll, bound_of, evaluate, load_checkpoint, load_model, pick_device
-from prepare import load_meta, load_split, load_tokenizer
+from model import BOUND_NAMES, ar_nll, ar_token_nll, bound_of, evaluate, load_checkpoint, \
+    load_model, mixed_seed, ordered_nll, pick_device, token_nll
+from prepare import MARK, code_points, download, gather, load_meta, load_split, load_tokenizer
 
 # what is measured
 out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
-task = 'likelihood'    # likelihood, generation, speed, curves, translation, reversal
-report_dir = 'out/report'  # speed, curves, translation: where the picture goes
-split = 'val'          # likelihood, translation: train, val, test; always all of it
+task = 'likelihood'    # likelihood, generation, speed, curves, infill, order, lambada, recover,
+                       # translation, reversal; report: most of them, on one page
+report_dir = 'out/report'  # where report.md, report.json and the pictures go
+split = 'val'          # train, val, test; likelihood: or several with commas
+max_windows = 64       # likelihood: of train, evenly spread; order, infill, recover: of val;
+                       # lambada: texts; 0 = all
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 seed = 1
 batch_size = 16        # rows at a time
-repeats = 8            # likelihood: independent draws of a bound, for its standard error
-gen_tokens = 10_000    # generation, speed: how many to write, in texts as long as the context
+repeats = 4            # independent draws of a bound, at least
+target_se = 0.005      # likelihood: draw until its standard error is below (nats); 0: only repeats
+gen_tokens = 10_000    # generation, speed: how many to write, in texts as long as the context;
+                       # 100,000 for numbers to be published
+gen_length = 64        # order: tokens of a text, which takes as many passes
+judge = ''             # generation, speed: an AR run, or a causal model of Hugging Face's
+                       # transformers; '' = the first AR run of out_dir
+x_axis = 'tokens'      # curves: tokens, or epochs, on a log axis
+source = ''            # lambada: a local copy of lambada_test.jsonl
+grid_steps = (4, 8, 16, 32, 64, 128, 256)  # speed: steps of each decoder
 # translation, or whatever the answers to prompts are
 file = ''              # lines of (level TAB) prompt TAB answer, in place of the split
 max_rows = 0           # the first so many; 0 = all
@@ -71,27 +86,83 @@ top_k = 0
 top_p = 1.0
 repetition_penalty = 1.0
 
+LAMBADA = ('https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl',
+           '4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226')
+KNOWN_TOKENS = 20_000_000  # of the training text, as many are searched for words and copies
+LEVELS, PLACES = 16, 16  # points of the two curves of likelihood.png
+COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
+          '#882255')   # told apart by the colour-blind; in grey, by the markers
+MARKERS = '*s^Dv<>Po'
+DIGITS = {key: 4 for key in ('nats/token', 's.e.', 'bits/token', 'bits/char', 'bits/byte')} | {
+    key: 1 for key in ('known words (%)', 'ms/pass', 'right (%)', 's.e. (%)', 'minutes')} | {
+    key: 2 for key in ('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L', 'BERTScore')} | {
+    key: 0 for key in ('tokens/s', 'nfe')}  # behind the point, of a column; 3 of others
 
-def load_runs(out_dirs, device):
-    """[(name, checkpoint, model)] of runs on one and the same data set."""
+
+class Number(float):
+    """A float printed as what it is: `<=` before an upper bound, `+-` and a deviation behind."""
+
+    def __new__(cls, value, bound=False, spread=None):
+        number = super().__new__(cls, value)
+        number.bound, number.spread = bound, spread
+        return number
+
+    def __format__(self, spec):
+        text = f'{"<= " if self.bound else ""}{float(self):{spec}}'
+        return text if self.spread is None else f'{text} +- {self.spread:{spec}}'
+
+
+def load_runs(out_dirs, device, one_data_set=True):
+    """[(name, checkpoint, model)] of runs, on one and the same data set unless told otherwise."""
     runs = []
     for path in out_dirs.split(','):
         checkpoint = load_checkpoint(path.strip(), device)
         runs.append((Path(path.strip()).name, checkpoint, load_model(checkpoint, device)))
     dataset = runs[0][1]['config']['dataset']
     for name, checkpoint, _ in runs:
-        if checkpoint['config']['dataset'] != dataset:
-            raise UserError(f'{runs[0][0]} was trained on {dataset}, {name} on '
-                            f'{checkpoint["config"]["dataset"]}: their tokens cannot be compared')
-        if checkpoint['meta'] != load_meta(dataset):
-            raise UserError(f'data/{dataset} is not what {name} was trained on')
+        its = checkpoint['config']['dataset']
+        if its != dataset and one_data_set:
+            raise UserError(f'{runs[0][0]} was trained on {dataset}, {name} on {its}: their tokens '
+                            'cannot be compared, only their likelihood can, in bits per byte')
+        if checkpoint['meta'] != load_meta(its):
+            raise UserError(f'data/{its} is not what {name} was trained on')
     return runs
 
 
+def seeds_together(rows, runs):
+    """The rows, but one for all runs that differ in nothing but their seed: mean +- deviation."""
+    kinds = {name: repr((checkpoint['iter'], sorted(
+        (key, value) for key, value in checkpoint['config'].items()
+        if key not in ('seed', 'out_dir', 'resume', 'overwrite')))) for name, checkpoint, _ in runs}
+    groups, merged = {}, []
+    for row in rows:
+        words = [v for key, v in row.items() if isinstance(v, str) and key != 'run']
+        groups.setdefault(repr((kinds.get(row['run'], row['run']), words)), []).append(row)
+    for group in groups.values():
+        merged.append(dict(group[0]))
+        for key in group[0] if len(group) > 1 else ():
+            values = [row[key] for row in group]
+            if key == 'run':
+                merged[-1][key] = f'{values[0]} ({len(group)} seeds)'
+            elif isinstance(values[0], list):
+                merged[-1][key] = np.mean(values, axis=0).tolist()
+            elif len(set(values)) > 1:
+                merged[-1][key] = Number(np.mean(values), getattr(values[0], 'bound', False),
+                                         np.std(values, ddof=1))
+    return merged
+
+
+def shown(key, value):
+    """The text of a number in the column `key` of a table."""
+    if isinstance(value, float):
+        return f'{value:,.{DIGITS.get(key, 3)}f}'
+    return value if isinstance(value, str) else f'{value:,}'
+
+
 def markdown(rows):
-    """A Markdown table of dicts with the same keys, the numbers aligned right."""
-    keys = list(rows[0])
-    cells = [keys] + [[str(row[key]) for key in keys] for row in rows]
+    """A Markdown table of dicts with the same keys, the numbers aligned right; no lists."""
+    keys = [key for key, value in rows[0].items() if not isinstance(value, list)]
+    cells = [keys] + [[shown(key, row[key]) for key in keys] for row in rows]
     width = [max(len(line[i]) for line in cells) for i in range(len(keys))]
     lines = ['| ' + ' | '.join(c.ljust(w) if i == 0 else c.rjust(w)
                                for i, (c, w) in enumerate(zip(line, width))) + ' |'
@@ -100,34 +171,215 @@ def markdown(rows):
     return '\n'.join([lines[0], f'|{rule}|', *lines[1:]])
 
 
-def likelihood(runs, split, batch_size, seed, repeats):
-    """A row of numbers for each run: nats, bits and perplexity per token, bits per character.
+def panels(n):
+    """A figure and its n axes, side by side."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(4.8 * n, 4.4), layout='constrained')
+    return fig, fig.subplots(1, n, squeeze=False)[0]
 
-    All windows of the split, each as long as the context and read alone, in float32. An nll is
-    exact; a nelbo is an upper bound on it, drawn `repeats` times over the whole split.
+
+def save_figure(fig, path):
+    """Writes a figure whose panels share one legend."""
+    for ax in fig.axes:
+        ax.grid(color='0.92')
+        ax.spines[['top', 'right']].set_visible(False)
+    fig.legend(*fig.axes[-1].get_legend_handles_labels(), loc='outside upper center',
+               ncols=max(2, len(fig.axes)), frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+
+
+def held_out(checkpoint, T, n):
+    """n windows (n, T) of the validation split, evenly spread, or all there are; 0 = all."""
+    data = load_split(checkpoint['config']['dataset'], 'val')
+    T = min(T, len(data))
+    starts = np.arange(0, len(data) - T + 1, T)
+    if 0 < n < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, n).astype(int)]
+    return torch.from_numpy(gather(data, starts, T, checkpoint['meta']['vocab_size']))
+
+
+def about(checkpoint):
+    """The data set of a run in words, for the note below a table."""
+    meta = checkpoint['meta']
+    return f'{meta["name"]} ({meta["source"]}; tokens: {meta["tokenizer"]["kind"]})'
+
+
+# ------------------------------------------------------------------------------------ likelihood
+
+
+def draw_until(target_se, repeats, draw):
+    """(mean, its standard error, number) of draw(0), draw(1), ...: as many as the settings ask."""
+    values, error = [], math.inf
+    while len(values) < max(2, repeats) or error > target_se > 0:
+        values.append(draw(len(values)))
+        if len(values) > 1:
+            error = np.std(values, ddof=1) / len(values) ** 0.5
+    return float(np.mean(values)), float(error), len(values)
+
+
+@torch.no_grad()
+def nll_by_place(model, objective, x0, batch_size, seed):
+    """(LEVELS, PLACES) mean -log p(x0_i | xt) of masked tokens, by share of masks and by position.
+
+    Level k masks each token with probability t = (k + 1/2) / LEVELS. Since the nelbo per token is
+    the integral of the column means over t, it is the mean of all of it. AR has one row, its nll.
     """
-    rows = []
-    for name, checkpoint, model in tqdm(runs, desc='likelihood', disable=not sys.stderr.isatty()):
-        settings, meta = checkpoint['config'], checkpoint['meta']
-        objective, count = settings['objective'], meta['counts'].get(split)
-        data = load_split(settings['dataset'], split)
-        exact = objective == 'ar'
-        nats, error = evaluate(model, bound_of(settings), data, batch_size, seed,
-                               repeats=1 if exact else repeats)
-        bits, sign = nats / math.log(2), '' if exact else '<= '
-        rows.append({
-            'run': name, 'parameters': f'{model.count_parameters():,}',
-            'updates': f'{checkpoint["iter"]:,}', 'measured': BOUND_NAMES[objective].split()[0],
-            'nats/token': f'{sign}{nats:.4f}', 's.e.': 'exact' if exact else f'{error:.4f}',
-            'bits/token': f'{sign}{bits:.4f}',
-            'bits/char': f'{sign}{bits * count["tokens"] / count["characters"]:.4f}',
-            'perplexity': f'{sign}{math.exp(nats):.3f}'})
-    _, checkpoint, model = runs[0]
-    note = (f'{checkpoint["config"]["dataset"]} ({checkpoint["meta"]["source"]}), all of {split}: '
-            f'{len(data):,} tokens ({checkpoint["meta"]["tokenizer"]["kind"]}) in windows of '
-            f'{", ".join(sorted({str(m.config.block_size) for _, _, m in runs}))}; seed {seed}, '
-            f'{repeats} draws of each bound')
-    return rows, note
+    places = [part.tolist() for part in np.array_split(np.arange(x0.size(1)),
+                                                       min(PLACES, x0.size(1)))]
+    device, generator = model.embed.weight.device, torch.Generator(model.embed.weight.device)
+    generator.manual_seed(mixed_seed(seed))
+    batches, table = x0.to(device).split(batch_size), []
+    for k in range(LEVELS if objective != 'ar' else 1):
+        sums, count = torch.zeros(2, x0.size(1), device=device)  # 2 x (T,)
+        for rows in batches:
+            is_mask = torch.ones_like(rows, dtype=torch.bool)
+            if objective == 'ar':
+                nll = ar_token_nll(model, rows)
+            else:
+                t = torch.full_like(rows[:, :1], (k + 0.5) / LEVELS, dtype=torch.float32)
+                is_mask = torch.rand(rows.shape, generator=generator, device=device) < t
+                h = model(torch.where(is_mask, model.mask_id, rows), t, where=is_mask, hidden=True)
+                nll = torch.zeros(rows.shape, device=device).masked_scatter(
+                    is_mask, token_nll(model, h, rows[is_mask]))
+            sums, count = sums + nll.sum(0), count + is_mask.sum(0)
+        table.append([(sums[part].sum() / count[part].sum()).item() for part in places])
+    return np.array(table)
+
+
+def likelihood(runs, settings):
+    """A row for each run and split: nll or nelbo in every unit, and its curves as two lists.
+
+    All windows of the split (of train: max_windows), each as long as the context and read alone,
+    in float32. An nll is exact; a nelbo is an upper bound on it, drawn over the whole split.
+    """
+    rows, splits = [], [word.strip() for word in settings['split'].split(',')]
+    work = [(run, split) for run in runs for split in splits]
+    for (name, checkpoint, model), split in tqdm(work, desc='likelihood',
+                                                 disable=not sys.stderr.isatty()):
+        run, meta, s = checkpoint['config'], checkpoint['meta'], settings
+        data, exact = load_split(run['dataset'], split), run['objective'] == 'ar'
+        windows = (s['max_windows'] or None) if split == 'train' else None
+
+        def draw(n):
+            return evaluate(model, bound_of(run), data, s['batch_size'],
+                            mixed_seed(s['seed'], n), max_windows=windows)[0]
+
+        nats, error, draws = (draw(0), 'exact', '') if exact else \
+            draw_until(s['target_se'], s['repeats'], draw)
+        bits, count = nats / math.log(2), meta['counts'][split]
+        units = {'nats/token': nats, 's.e.': error, 'bits/token': bits,
+                 'bits/char': bits * count['tokens'] / count['characters'],
+                 'bits/byte': bits * count['tokens'] / count['bytes'],
+                 'perplexity': math.exp(nats)}
+        rows.append({'run': name, 'data': meta['name'], 'split': split,
+                     'parameters': model.count_parameters(), 'updates': checkpoint['iter'],
+                     'measured': BOUND_NAMES[run['objective']].split()[0], 'draws': draws}
+                    | {key: Number(value, bound=not exact) if key != 's.e.' else value
+                       for key, value in units.items()})
+        if run['objective'] in ('ar', 'mdm') and split != 'train':
+            table = nll_by_place(model, run['objective'],
+                                 held_out(checkpoint, model.config.block_size, 64),
+                                 s['batch_size'], s['seed'])
+            rows[-1] |= {'by share': np.nanmean(table, 1).tolist(),
+                         'by position': np.nanmean(table, 0).tolist()}
+        else:
+            rows[-1] |= {'by share': [], 'by position': []}
+    return comparable(rows, runs), likelihood_note(runs, splits, settings)
+
+
+def comparable(rows, runs):
+    """The rows without what cannot be compared, if the runs are on different data sets."""
+    if len({row['data'] for row in rows}) == 1:
+        return [{key: value for key, value in row.items() if key != 'data'} for row in rows]
+    per_byte = [row['bits/byte'] / row['bits/token'] for row in rows]
+    return [{key: row[key] for key in ('run', 'data', 'split', 'measured', 'draws')}
+            | {'bits/byte': row['bits/byte'], 's.e.': row['s.e.'] if row['s.e.'] == 'exact' else
+               row['s.e.'] / math.log(2) * ratio} for row, ratio in zip(rows, per_byte)]
+
+
+def likelihood_note(runs, splits, settings):
+    """How the numbers of `likelihood` were obtained, in words."""
+    sets = {about(checkpoint): checkpoint for _, checkpoint, _ in runs}
+    sizes = ', '.join(sorted({str(model.config.block_size) for _, _, model in runs}))
+    note = (f'{"; ".join(sets)}: all of {", ".join(splits)} in windows of {sizes} tokens'
+            + (f' (of train {settings["max_windows"]}, evenly spread)'
+               if 'train' in splits and settings['max_windows'] else '')
+            + f'; seed {settings["seed"]}; s.e.: of the draws of a bound')
+    if len(sets) > 1:
+        note += '; tokens differ, so only bits per byte can be compared'
+        if len({checkpoint['meta']['sha256'] for checkpoint in sets.values()}) > 1:
+            note += ', and the texts differ too, so not even those say which model is better'
+    return note
+
+
+def draw_likelihood(rows, path):
+    """likelihood.png: nll of a masked token against the share of masks, and against position."""
+    fig, axes = panels(2)
+    for i, row in enumerate(row for row in rows if row.get('by share')):
+        how = {'color': COLORS[i % 9], 'marker': MARKERS[i % 9], 'ms': 5, 'lw': 1.3,
+               'label': f'{row["run"]}, {row["split"]}'}
+        share = (np.arange(LEVELS) + 0.5) / LEVELS
+        if len(row['by share']) == 1:
+            axes[0].axhline(row['by share'][0], **how | {'marker': '', 'ls': '--'})
+        else:
+            axes[0].plot(share, row['by share'], **how)
+        n = len(row['by position'])
+        axes[1].plot((np.arange(n) + 0.5) / n, row['by position'], **how)
+    axes[0].set(xlabel='share of the tokens that are masked', xlim=(0, 1),
+                ylabel='nats per masked token')
+    axes[1].set(xlabel='position in the window (share of its length)', xlim=(0, 1),
+                ylabel='nll, or bound on it (nats per token)')
+    axes[0].annotate('dashed: AR, which masks nothing', (0.03, 0.95), xycoords='axes fraction',
+                     color='0.4', fontsize=8)
+    save_figure(fig, path)
+
+
+@torch.no_grad()
+def orders(runs, settings):
+    """A row for each run and order of revealing: the exact nll of short texts, token after token.
+
+    Masked diffusion that reveals one token at a time has an exact likelihood in each order, as AR
+    has in its own. Its mean over all orders is the nelbo.
+    """
+    rows, s = [], settings
+    T = min(s['gen_length'], *(model.config.block_size for _, _, model in runs))
+    x0 = held_out(runs[0][1], T, s['max_windows'])
+    left = torch.arange(x0.size(1)).expand_as(x0)  # (B, T)
+    generator = torch.Generator().manual_seed(s['seed'])
+    random = [torch.rand(x0.shape, generator=generator).argsort(1) for _ in range(s['repeats'])]
+    for name, checkpoint, model in tqdm(runs, desc='order', disable=not sys.stderr.isatty()):
+        run, device = checkpoint['config'], model.embed.weight.device
+        noise, found = torch.Generator(device).manual_seed(s['seed']), []
+
+        def mean(nll, order):
+            parts = zip(*(each.to(device).split(s['batch_size']) for each in (x0, order)))
+            return sum(nll(*part).sum().item() for part in parts) / x0.numel()
+
+        def given_order(x0, order):
+            return ordered_nll(model, x0, order)
+
+        def blind(x0, order):
+            return bound_of(run)(model, x0, noise)
+
+        if run['objective'] == 'ar':
+            found = [('left to right', 'nll', mean(blind, left), 'exact')]
+        elif run['objective'] == 'mdm':
+            nats = [mean(given_order, order) for order in random]
+            nelbo, error, _ = draw_until(s['target_se'], s['repeats'], lambda n: mean(blind, left))
+            found = [('left to right', 'nll', mean(given_order, left), 'exact'),
+                     ('right to left', 'nll', mean(given_order, left.flip(1)), 'exact'),
+                     (f'{len(nats)} random orders', 'nll',
+                      Number(np.mean(nats), spread=np.std(nats, ddof=1)), 'exact'),
+                     ('all orders', 'nelbo', Number(nelbo, bound=True), error)]
+        rows += [dict(zip(('run', 'order', 'measured', 'nats/token', 's.e.'), (name, *values)))
+                 for values in found]
+    return rows, (f'{about(runs[0][1])}: {len(x0)} texts of {x0.size(1)} tokens of val, each read '
+                  f'alone; seed {s["seed"]}; +-: standard deviation over orders. The nelbo is the '
+                  'mean over all orders')
+
+
+# ---------------------------------------------------------------------- what is written, and fast
 
 
 def words_of(text):
@@ -139,29 +391,115 @@ def text_row(name, texts, ids, known):
     """What can be counted in texts: known words, entropy of tokens, share of distinct n-grams."""
     words = [word for text in texts for word in words_of(text)]
     p = np.array(list(Counter(i for row in ids for i in row).values())) / sum(map(len, ids))
-    row = {'text': name, 'tokens': f'{sum(map(len, ids)):,}',
-           'known words': f'{100 * sum(w in known for w in words) / max(1, len(words)):.1f}%',
-           'unigram entropy (bits)': f'{-(p * np.log2(p)).sum():.3f}'}
+    row = {'run': name, 'tokens': sum(map(len, ids)),
+           'known words (%)': 100 * sum(w in known for w in words) / max(1, len(words)),
+           'unigram entropy (bits)': float(-(p * np.log2(p)).sum())}
     for n in (1, 2, 3):
         grams = list(zip(*(words[i:] for i in range(n))))
-        row[f'distinct-{n}'] = f'{len(set(grams)) / max(1, len(grams)):.3f}'
+        row[f'distinct-{n}'] = len(set(grams)) / max(1, len(grams))
     return row
 
 
-@torch.no_grad()
-def judged(runs, ids):
-    """{column: nats per token of texts (rows of ids) under the first AR run}, if there is one.
+def longest_copy(texts, source):
+    """Characters in the longest piece of any of the texts that stands in `source` too; exact.
 
-    Beside the entropy: a text that repeats itself is likely too.
+    Pieces of n characters are looked up by their hashes, and those found by themselves. If none of
+    n is there, none of more is: n is doubled until none is there, then bisected.
     """
-    judges = [(name, model) for name, checkpoint, model in runs
-              if checkpoint['config']['objective'] == 'ar']
-    if not judges or max(map(len, ids)) > judges[0][1].config.block_size:
+    text = MARK.join(texts)
+    codes, known = code_points(text).astype(np.uint64), code_points(source).astype(np.uint64)
+
+    def hashes(codes, n):
+        h = np.zeros(max(0, len(codes) - n + 1), np.uint64)
+        for j in range(n if len(h) else 0):  # modulo 2^64
+            h = h * np.uint64(0x9E3779B97F4A7C15) + codes[j:j + len(h)]
+        return h
+
+    def copied(n):
+        found = np.isin(hashes(codes, n), hashes(known, n)).nonzero()[0]
+        return any(text[i:i + n] in source for i in found)
+
+    low, high = 0, 1
+    while copied(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if copied(middle) else (low, middle)
+    return low
+
+
+class HuggingFace:
+    """A causal model of transformers that is read like one of ours: behind a start token."""
+
+    def __init__(self, name, device):
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError as e:
+            raise UserError("a judge that is no run of ours needs transformers: pip install -e "
+                            "'.[eval]'") from e
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+        except (OSError, ValueError) as e:
+            raise UserError(f'judge is {name!r}, which is neither a run nor a model that '
+                            f'transformers can load ({type(e).__name__})') from e
+        c, ids = self.model.config, self.tokenizer
+        start = ids.bos_token_id if ids.bos_token_id is not None else ids.eos_token_id
+        if start is None:
+            raise UserError(f'judge {name} has no token that texts start or end with')
+        self.mask_id, self.embed = start, self.model.get_input_embeddings()
+        self.config = SimpleNamespace(vocab_size=c.vocab_size,
+                                      block_size=c.max_position_embeddings)
+
+    def __call__(self, x, hidden=True):
+        return self.model(x).logits  # (B, T, V)
+
+    def logits(self, h):
+        return h
+
+    def encode(self, text):
+        return self.tokenizer(text, add_special_tokens=False)['input_ids']
+
+
+def load_judge(runs, settings):
+    """(name, model, encode), or None: what the texts of the runs are judged by.
+
+    encode is None for a judge with the tokens of the runs.
+    """
+    path, device = settings['judge'], pick_device(settings['device'])
+    if path and not Path(path, 'ckpt.pt').exists():
+        model = HuggingFace(path, device)
+        return Path(path).name, model, model.encode
+    judges = load_runs(path, device, one_data_set=False) if path else [
+        run for run in runs if run[1]['config']['objective'] == 'ar'][:1]
+    if not judges:
+        return None
+    name, checkpoint, model = judges[0]
+    if checkpoint['config']['objective'] != 'ar':
+        raise UserError(f'judge is {path!r}, but only an ar model says how likely a text is')
+    same = checkpoint['meta']['tokenizer'] == runs[0][1]['meta']['tokenizer']
+    return name, model, None if same else load_tokenizer(checkpoint['meta']).encode
+
+
+@torch.no_grad()
+def judged(judge, texts, ids):
+    """{column: nats of texts (rows of ids) under a judge}, per token of the runs, or per character.
+
+    In windows as long as the judge's context. A text that repeats itself is likely too.
+    """
+    if judge is None:
         return {}
-    name, judge = judges[0]
-    x0 = torch.tensor(ids, device=judge.embed.weight.device)
-    nats = sum(ar_nll(judge, rows).sum().item() for rows in x0.split(16)) / x0.numel()
-    return {f'nll under {name}': f'{nats:.3f}'}
+    name, model, encode = judge
+    rows = ids if encode is None else [encode(text) for text in texts]
+    windows = [row[i:i + model.config.block_size] for row in rows
+               for i in range(0, len(row), model.config.block_size)]
+    nats = 0.0
+    for _, group in itertools.groupby(sorted(windows, key=len), key=len):
+        x0 = torch.tensor(list(group), device=model.embed.weight.device)
+        nats += sum(ar_nll(model, part).sum().item() for part in x0.split(16))
+    if encode is None:
+        return {f'nll under {name}': nats / sum(map(len, ids))}
+    return {f'nats/char under {name}': nats / sum(map(len, texts))}
 
 
 def write(name, checkpoint, model, settings):
@@ -182,47 +520,58 @@ def write(name, checkpoint, model, settings):
         ids += x.tolist()
         nfes.append(nfe)
         seconds += took
-    return ids, np.mean(nfes), seconds, sum(nfes)
+    return ids, float(np.mean(nfes)), seconds, sum(nfes)
 
 
-def known_words(checkpoint):
-    """The words of the training text."""
-    tokenizer = load_tokenizer(checkpoint['meta'])
-    return set(words_of(tokenizer.decode(load_split(checkpoint['config']['dataset'],
-                                                    'train').tolist())))
-
-
-def held_out(checkpoint, T, n_tokens):
-    """Rows of T tokens from the beginning of the validation split, at least one."""
-    data = load_split(checkpoint['config']['dataset'], 'val')
-    return data[:max(1, n_tokens // T) * T].reshape(-1, T).tolist()
+def training_text(checkpoint):
+    """The training text, or the beginning of a long one."""
+    ids = load_split(checkpoint['config']['dataset'], 'train')[:KNOWN_TOKENS]
+    return load_tokenizer(checkpoint['meta']).decode(ids.tolist())
 
 
 def generation(runs, settings):
     """A row of counts for each run's own text, and one for as much of the validation split."""
-    _, checkpoint, model = runs[0]
-    dataset, meta = checkpoint['config']['dataset'], checkpoint['meta']
-    tokenizer = load_tokenizer(meta)
-    known, real = known_words(checkpoint), held_out(checkpoint, model.config.block_size,
-                                                    settings['gen_tokens'])
-    rows = [text_row('validation text', [tokenizer.decode(sum(real, []))], real, known)
-            | judged(runs, real) | {'passes per text': '', 'tokens/s': ''}]
-    for name, checkpoint, model in runs:
-        ids, nfe, seconds, _ = write(name, checkpoint, model, settings)
-        rows.append(text_row(name, [tokenizer.decode(row) for row in ids], ids, known)
-                    | judged(runs, ids) | {'passes per text': f'{nfe:.0f}',
-                       'tokens/s': f'{sum(map(len, ids)) / seconds:,.0f}'})
-    note = (f'{dataset} ({meta["source"]}); texts as long as the context, {settings["batch_size"]} '
-            f'at a time, seed {settings["seed"]}, temperature {settings["temperature"]}; a word is '
-            'known if it occurs in the training text')
+    checkpoint, judge = runs[0][1], load_judge(runs, settings)
+    tokenizer, training = load_tokenizer(checkpoint['meta']), training_text(checkpoint)
+    known, T, rows = set(words_of(training)), runs[0][2].config.block_size, []
+    real = held_out(checkpoint, T, math.ceil(settings['gen_tokens'] / T)).tolist()
+    for name, (ids, nfe, seconds, _) in itertools.chain(
+            [('validation text', (real, '', '', ''))],
+            ((run[0], write(*run, settings)) for run in runs)):
+        texts = [tokenizer.decode(row) for row in ids]
+        rows.append(text_row(name, texts, ids, known) | judged(judge, texts, ids)
+                    | {'longest copy (chars)': longest_copy(texts, training), 'passes per text':
+                       nfe, 'tokens/s': sum(map(len, ids)) / seconds if seconds else '',
+                       'beginning': [texts[0]]})
+    note = (f'{about(checkpoint)}; texts as long as the context, {settings["batch_size"]} at a '
+            f'time, seed {settings["seed"]}, temperature {settings["temperature"]}, decoder '
+            f'{settings["decoder"]}, steps {settings["steps"]}; a word is known if it occurs in '
+            'the training text, and a copy is the longest piece of a text that does')
     return rows, note
 
 
-def decoders_of(objective, T):
+def side_by_side(rows, lines=16, columns=100):
+    """The beginnings of the texts of rows, in columns of plain text."""
+    width = columns // len(rows) - 2
+    blocks = [[row['run'], '-' * len(row['run']), *itertools.chain.from_iterable(
+        textwrap.wrap(line, width) or [''] for line in row['beginning'][0].splitlines())][:lines]
+        for row in rows]
+    return '\n'.join('  '.join(cell.ljust(width) for cell in line).rstrip()
+                     for line in itertools.zip_longest(*blocks, fillvalue=''))
+
+
+def peak_memory(device):
+    """GB that this process has held at most so far, on the GPU if it computes there."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def decoders_of(objective, T, steps):
     """[(family, the one setting that moves, settings)]: the points of the figure of `speed`."""
     if objective == 'ar':
         return [('ar', '', {})]
-    steps = [n for n in (4, 8, 16, 32, 64, 128, 256) if n <= T]
     families = {'ancestral': {'decoder': 'ancestral'}, 'confidence': {'decoder': 'confidence'},
                 'confidence, cosine': {'decoder': 'confidence', 'counts': 'cosine'},
                 'remask': {'decoder': 'remask'}, 'remdm': {'decoder': 'remdm'},
@@ -231,102 +580,301 @@ def decoders_of(objective, T):
                                       'prefix_cache': True}}
     return [*((family, f'steps={n}', how | {'steps': n})
               for family, how in families.items() for n in steps
-              if 'block_length' not in how or n >= 8),
+              if n <= T and ('block_length' not in how or n >= 8)),
             *(('threshold', f'threshold={h}', {'decoder': 'threshold', 'threshold': h})
               for h in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95))]
 
 
 def speed(runs, settings):
     """A row for every decoder and number of steps: what it costs, and what its text is like."""
-    _, checkpoint, model = runs[0]
-    tokenizer, known = load_tokenizer(checkpoint['meta']), known_words(checkpoint)
-    real = held_out(checkpoint, model.config.block_size, settings['gen_tokens'])
-    rows = [{'run': 'validation text', 'decoder': '', 'setting': '', 'nfe': '', 'tokens/s': '',
-             'ms/pass': ''} | judged(runs, real)
-            | text_row('', [tokenizer.decode(sum(real, []))], real, known)]
+    checkpoint, judge = runs[0][1], load_judge(runs, settings)
+    tokenizer, known = load_tokenizer(checkpoint['meta']), set(words_of(training_text(checkpoint)))
+    rows, T = [], runs[0][2].config.block_size
+    real = held_out(checkpoint, T, math.ceil(settings['gen_tokens'] / T)).tolist()
+
+    def add(name, family, setting, ids, nfe='', speed='', pace=''):
+        texts = [tokenizer.decode(row) for row in ids]
+        row = {'run': name, 'decoder': family, 'setting': setting, 'nfe': nfe, 'tokens/s': speed,
+               'ms/pass': pace} | judged(judge, texts, ids) | text_row(name, texts, ids, known)
+        rows.append({key: value for key, value in row.items()
+                     if key not in ('tokens', 'distinct-1', 'distinct-3')})
+
+    add('validation text', '', '', real)
     for name, checkpoint, model in runs:
         objective, T = checkpoint['config']['objective'], model.config.block_size
         write('warm-up', checkpoint, model, settings | {'gen_tokens': T, 'steps': 4})
-        for family, setting, how in decoders_of(objective, T):
+        for family, setting, how in decoders_of(objective, T, settings['grid_steps']):
             ids, nfe, seconds, passes = write(f'{family} {setting}', checkpoint, model,
                                               settings | how)
-            rows.append({'run': name, 'decoder': family, 'setting': setting, 'nfe': f'{nfe:.0f}',
-                         'tokens/s': f'{sum(map(len, ids)) / seconds:,.0f}',
-                         'ms/pass': f'{1000 * seconds / passes:.1f}'} | judged(runs, ids)
-                        | text_row('', [tokenizer.decode(row) for row in ids], ids, known))
-    for row in rows:
-        for key in ('text', 'tokens', 'distinct-1', 'distinct-3'):
-            del row[key]
-    note = (f'{checkpoint["config"]["dataset"]} ({checkpoint["meta"]["source"]}); '
-            f'{settings["gen_tokens"]:,} tokens each, in texts as long as the context, '
-            f'{settings["batch_size"]} at a time (a pass serves them all), seed '
+            add(name, family, setting, ids, nfe, sum(map(len, ids)) / seconds,
+                1000 * seconds / passes)
+    note = (f'{about(checkpoint)}; {settings["gen_tokens"]:,} tokens each, in texts as long as the '
+            f'context, {settings["batch_size"]} at a time (a pass serves them all), seed '
             f'{settings["seed"]}, temperature {settings["temperature"]}, '
-            f'{torch.get_num_threads()} threads')
+            f'{torch.get_num_threads()} threads, '
+            f'{peak_memory(pick_device(settings["device"])):.2f} GB at most')
     return rows, note
 
 
 def draw_speed(rows, path):
     """speed.png: quality of text against passes, a line for every decoder."""
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    judge = next((key for key in rows[0] if key.startswith('nll under')), None)
-    panels = [(key, label) for key, label in (
-        (judge, f'{judge} (nats per token)'), ('known words', 'known words (%)'),
-        ('unigram entropy (bits)', 'unigram entropy (bits)')) if key]
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4),
-                             constrained_layout=True, squeeze=False)
-    colors = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
-              '#882255')
+    judge = next((key for key in rows[0] if ' under ' in key), None)
+    keys = [key for key in (judge, 'known words (%)', 'unigram entropy (bits)') if key]
+    fig, axes = panels(len(keys))
     families = list(dict.fromkeys((row['run'], row['decoder']) for row in rows[1:]))
-    for ax, (key, label) in zip(axes[0], panels):
-        real = float(rows[0][key].rstrip('%'))
-        ax.axhline(real, color='0.5', lw=1, ls=':')
-        ax.annotate('validation text', (0, real), xycoords=('axes fraction', 'data'),
+    for ax, key in zip(axes, keys):
+        ax.axhline(rows[0][key], color='0.5', lw=1, ls=':')
+        ax.annotate('validation text', (0, rows[0][key]), xycoords=('axes fraction', 'data'),
                     xytext=(4, 3), textcoords='offset points', color='0.4', fontsize=8)
         for i, family in enumerate(families):
-            points = sorted((float(row['nfe']), float(row[key].rstrip('%'))) for row in rows[1:]
+            points = sorted((row['nfe'], row[key]) for row in rows[1:]
                             if (row['run'], row['decoder']) == family)
-            ax.plot(*zip(*points), marker='*s^Dv<>Po'[i % 9], ms=9 if i == 0 else 5, lw=1.3,
-                    label=', '.join(family), color=colors[i % 9])
-        ax.set(xscale='log', xlabel='passes per text', ylabel=label)
+            ax.plot(*zip(*points), marker=MARKERS[i % 9], ms=9 if i == 0 else 5, lw=1.3,
+                    label=', '.join(family), color=COLORS[i % 9])
+        ax.set(xscale='log', xlabel='passes per text',
+               ylabel=f'{key} (nats per token)' if key.startswith('nll') else key)
         ax.set_xticks([4, 16, 64, 256], ['4', '16', '64', '256'])
         ax.minorticks_off()
-        ax.grid(color='0.92')
-        ax.spines[['top', 'right']].set_visible(False)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=3,
-               frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
-def curves(out_dirs, path):
-    """Draws the validation loss of runs against training tokens and time, from their log.csv."""
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, constrained_layout=True)
-    styles = zip(('#0072B2', '#D55E00', '#009E73', '#CC79A7'), ('o', 's', '^', 'D'))
-    for out_dir, (color, marker) in zip(out_dirs.split(','), itertools.cycle(styles)):
-        log = Path(out_dir.strip(), 'log.csv')
-        if not log.is_file():
-            raise UserError(f'{out_dir} has no log.csv: it is not a run')
-        with open(log, newline='') as f:
-            rows = list(csv.DictReader(f))[1:]  # the first is log V' for all
-        measured = rows[0]['measured'].replace('<=', '(an upper bound on the nll)')
-        for ax, x in zip(axes, ([float(row['tokens']) / 1e6 for row in rows],
-                                [float(row['seconds']) / 60 for row in rows])):
-            ax.plot(x, [float(row['val']) for row in rows], marker=marker, ms=4, color=color,
-                    label=f'{log.parent.name}, {measured}')
-    axes[0].set(xlabel='training tokens (millions)', ylabel='validation loss (nats per token)')
+# ---------------------------------------------------------------------------------------- curves
+
+
+def load_log(out_dir):
+    """{column: numbers} of a run's log.csv from the second look on, its name, and its settings.
+
+    The first look says log V' for all. epochs: passes over the training text.
+    """
+    path = Path(out_dir.strip())
+    try:
+        run = json.loads((path / 'config.json').read_text())
+        with open(path / 'log.csv', newline='') as f:
+            rows = list(csv.DictReader(f))[1:]
+        log = {key: np.array([float(row[key]) for row in rows])
+               for key in ('tokens', 'seconds', 'train', 'val')}
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(f'{out_dir} has no whole log.csv and config.json: it is not a run, or one '
+                        f'that is half written ({type(e).__name__})') from e
+    if not rows:
+        raise UserError(f'{out_dir} has not looked at its validation text yet: train it further')
+    return path.name, run, log | {'measured': rows[0]['measured']}
+
+
+def curves(runs, settings):
+    """A row for each run, of its log: how good it was when, and at what all runs have in common."""
+    logs, rows = [load_log(path) for path in settings['out_dir'].split(',')], []
+    tokens, seconds = (min(log[key][-1] for _, _, log in logs) for key in ('tokens', 'seconds'))
+    for name, run, log in logs:
+        there = load_meta(run['dataset'])['counts']['train']['tokens']
+        text = min(run.get('train_tokens', 0) or there, there)  # runs of old know no train_tokens
+        best = log['val'].argmin()
+        rows.append({'run': name, 'measured': log['measured'].split()[0],
+                     'tokens (M)': log['tokens'][-1] / 1e6, 'epochs': log['tokens'][-1] / text,
+                     'minutes': log['seconds'][-1] / 60, 'last val': log['val'][-1],
+                     'best val': log['val'][best], 'at epoch': log['tokens'][best] / text,
+                     f'val at {tokens / 1e6:.2f}M tokens':
+                         np.interp(tokens, log['tokens'], log['val']),
+                     f'val at {seconds / 60:.1f} minutes':
+                         np.interp(seconds, log['seconds'], log['val']),
+                     'x: minutes': (log['seconds'] / 60).tolist(), 'y': log['val'].tolist(),
+                     f'x: {settings["x_axis"]}': (log['tokens'] / (
+                         text if settings['x_axis'] == 'epochs' else 1e6)).tolist()})
+    return rows, ('val: nats per token of the validation split, in training; nelbo: an upper bound '
+                  'on the nll')
+
+
+def draw_curves(rows, path):
+    """curves.png: validation loss against training tokens or epochs, and against time."""
+    fig, axes = panels(2)
+    x_axis = 'epochs' if 'x: epochs' in rows[0] else 'tokens'
+    for i, row in enumerate(rows):
+        how = {'color': COLORS[i % 9], 'marker': MARKERS[1 + i % 8]}
+        best, label = int(np.argmin(row['y'])), f'{row["run"]}, {row["measured"]}'
+        if row['measured'] == 'nelbo':
+            label += ' (an upper bound on the nll)'
+        for ax, x in zip(axes, (row[f'x: {x_axis}'], row['x: minutes'])):
+            ax.plot(x, row['y'], lw=1.3, ms=4, label=label, **how)
+            if x_axis == 'epochs':
+                ax.plot(x[best], row['y'][best], ms=11, mfc='none', mew=1.5, **how)
+    axes[0].set(ylabel='validation loss (nats per token)', xlabel='training tokens (millions)')
     axes[1].set(xlabel='training time (minutes)')
-    for ax in axes:
-        ax.grid(color='0.92')
-        ax.spines[['top', 'right']].set_visible(False)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=2,
-               frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    axes[1].sharey(axes[0])
+    if x_axis == 'epochs':
+        axes[0].set_xscale('log', base=2)
+        axes[0].set_xlabel('epochs (passes over the training text)')
+        axes[0].xaxis.set_major_formatter('{x:g}')
+        axes[0].annotate('large, open: the lowest of a run', (0.97, 0.95), ha='right',
+                         xycoords='axes fraction', color='0.4', fontsize=8)
+    save_figure(fig, path)
+
+
+# -------------------------------------------------------------- what is missing, or was spoilt
+
+
+def fill(model, objective, x0, hidden, settings):
+    """x0 (B, T) with what is hidden (bool) written anew, greedily; and the passes of a batch."""
+    how = settings | {'decoder': {'ar': 'ar', 'mdm': 'confidence'}.get(objective, 'auto'),
+                      'temperature': 0.0, 'repetition_penalty': 1.0, 'block_length': 0,
+                      'prefix_cache': False, 'guidance': 0.0}
+    canvases = torch.where(hidden, model.mask_id, x0).split(settings['batch_size'])
+    done = [sample.generate(model, objective, rows.tolist(), how) for rows in canvases]
+    return torch.cat([x for x, _, _ in done]), float(np.mean([nfe for _, nfe, _ in done]))
+
+
+def hide(shape, share, width, generator):
+    """(B, T) bool: pieces of `width` tokens at random places, `share` of each row, one at least."""
+    n = math.ceil(shape[1] / width)
+    ranks = torch.rand(shape[0], n, generator=generator).argsort(1).argsort(1)
+    return (ranks < max(1, round(share * n))).repeat_interleave(width, 1)[:, :shape[1]]
+
+
+def right(x, x0, where):
+    """{column: percent} of the tokens x (B, T) that are those of x0 where asked; s.e. over rows."""
+    shares = 100 * ((x == x0) & where).sum(1) / where.sum(1).clamp(min=1)
+    return {'right (%)': shares.mean().item(),
+            's.e. (%)': shares.std().item() / len(x) ** 0.5 if len(x) > 1 else math.nan}
+
+
+def rouge(texts, wanted):
+    """{column: mean F1 of words} of texts against those wanted; nothing without rouge-score."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        return {}
+    scorer = RougeScorer(['rouge1', 'rougeL'], tokenizer=SimpleNamespace(tokenize=words_of))
+    scores = [scorer.score(b, a) for a, b in zip(texts, wanted)]
+    return {f'ROUGE-{key[5:]}': float(np.mean([score[key].fmeasure for score in scores]))
+            for key in ('rouge1', 'rougeL')}
+
+
+def infill(runs, settings):
+    """A row for each run and way to hide tokens of held-out text: how many it finds again."""
+    checkpoint, generator = runs[0][1], torch.Generator().manual_seed(settings['seed'])
+    tokenizer, rows = load_tokenizer(checkpoint['meta']), []
+    x0 = held_out(checkpoint, min(model.config.block_size for _, _, model in runs),
+                  settings['max_windows'])
+    texts = [tokenizer.decode(row) for row in x0.tolist()]
+    common = np.bincount(load_split(checkpoint['config']['dataset'], 'train')[:KNOWN_TOKENS])
+    for share, width in ((0.25, 1), (0.5, 1), (0.75, 1), (0.25, 8), (0.5, 8)):
+        hidden = hide(x0.shape, share, width, generator)
+        filled = {'most frequent token': (torch.where(hidden, int(common.argmax()), x0), 0.0)}
+        for name, checkpoint, model in tqdm(runs, desc=f'infill {share:.0%}', leave=False,
+                                            disable=not sys.stderr.isatty()):
+            filled[name] = fill(model, checkpoint['config']['objective'], x0, hidden, settings)
+        rows += [{'run': name, 'hidden': f'{share:.0%}, {"tokens" if width == 1 else "spans of 8"}'}
+                 | right(x, x0, hidden)
+                 | rouge([tokenizer.decode(row) for row in x.tolist()], texts)
+                 | {'nfe': nfe} for name, (x, nfe) in filled.items()]
+    return rows, (f'{about(runs[0][1])}: {len(x0)} windows of {x0.size(1)} tokens of val; filled '
+                  f'greedily, ar from left to right without what follows, mdm surest first in '
+                  f'{settings["steps"]} steps; right: hidden tokens that are as they were, s.e. '
+                  f'over windows; seed {settings["seed"]}; ' + (
+                      'ROUGE: F1 of the words of whole windows' if 'ROUGE-1' in rows[0] else
+                      "no ROUGE: pip install -e '.[eval]'"))
+
+
+def recover(runs, settings):
+    """A row for each run and rate at which tokens were replaced at random: how many it puts right.
+
+    The run is told how many were. It reads each token with that hidden, an eighth of them at a
+    time (ar: after those before it), writes the least likely anew, and leaves the others.
+    """
+    checkpoint, generator = runs[0][1], torch.Generator().manual_seed(settings['seed'])
+    V, rows = checkpoint['meta']['vocab_size'], []
+    x0 = held_out(checkpoint, min(model.config.block_size for _, _, model in runs),
+                  settings['max_windows'])
+    for rate in (0.05, 0.1, 0.2):
+        spoilt = hide(x0.shape, rate, 1, generator)
+        xt = torch.where(spoilt, (x0 + torch.randint(1, V, x0.shape, generator=generator)) % V, x0)
+        for name, checkpoint, model in runs:
+            objective = checkpoint['config']['objective']
+            if objective not in ('ar', 'mdm'):
+                continue
+            nll = torch.cat([token_by_token(model, objective, part)
+                             for part in xt.split(settings['batch_size'])])
+            suspect = nll.argsort(1, descending=True).argsort(1) < spoilt.sum(1, keepdim=True)
+            x, nfe = fill(model, objective, xt, suspect, settings)
+            rows.append({'run': name, 'replaced': f'{rate:.0%}', 'found (%)':
+                         100 * (suspect & spoilt).sum().item() / spoilt.sum().item()}
+                        | right(x, x0, torch.ones_like(spoilt))
+                        | {'before (%)': right(xt, x0, torch.ones_like(spoilt))['right (%)']})
+    return rows, (f'{about(checkpoint)}: {len(x0)} windows of {x0.size(1)} tokens of val, some of '
+                  'which are replaced by others; found: of those replaced; right: tokens that are '
+                  f'as they were before and after; s.e. over windows; seed {settings["seed"]}')
+
+
+@torch.no_grad()
+def token_by_token(model, objective, x):
+    """(B, T): -log p of each token of x given the others; of ar, given those before it."""
+    x = x.to(model.embed.weight.device)
+    if objective == 'ar':
+        return ar_token_nll(model, x).cpu()
+    nll = torch.zeros(x.shape, device=x.device)
+    for k in range(8):
+        hidden = (torch.arange(x.size(1), device=x.device) % 8 == k).expand_as(x)
+        share = hidden.float().mean(1, keepdim=True)  # (B, 1)
+        h = model(torch.where(hidden, model.mask_id, x), share, where=hidden, hidden=True)
+        nll = nll.masked_scatter(hidden, token_nll(model, h, x[hidden]))
+    return nll.cpu()
+
+
+def lambada_texts(settings):
+    """The texts of LAMBADA [1606.06031] in OpenAI's version, from settings['source'] or the net."""
+    path = Path(settings['source'] or 'data/downloads/lambada_test.jsonl')
+    if not settings['source']:
+        download(LAMBADA[:1], path, LAMBADA[1])
+    try:
+        return [json.loads(line)['text'] for line in path.read_text(encoding='utf-8').splitlines()]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{path} is not lambada_test.jsonl: no text on each line '
+                        f'({type(e).__name__})') from e
+
+
+@torch.no_grad()
+def lambada(runs, settings):
+    """A row for each run: how often it knows the last word of a text, and how well.
+
+    A word counts if all its tokens are right, decoded greedily. Perplexity is that of the word.
+    """
+    texts, s, rows = lambada_texts(settings), settings, []
+    if 0 < s['max_windows'] < len(texts):
+        texts = [texts[i] for i in np.linspace(0, len(texts) - 1, s['max_windows']).astype(int)]
+    for name, checkpoint, model in runs:
+        run, device = checkpoint['config'], model.embed.weight.device
+        tokenizer, groups, skipped = load_tokenizer(checkpoint['meta']), {}, 0
+        generator, nats, known = torch.Generator(device).manual_seed(s['seed']), [], []
+        for text in texts:
+            before, _, word = text.rstrip().rpartition(' ')
+            try:
+                ids, target = tokenizer.encode(before), tokenizer.encode(f' {word}')
+            except UserError:  # a character that the training text does not have
+                skipped += 1
+                continue
+            ids = (ids + target)[-model.config.block_size:]
+            groups.setdefault(len(ids), []).append((ids, len(target)))
+        work = [part for group in groups.values() for part in
+                (group[i:i + s['batch_size']] for i in range(0, len(group), s['batch_size']))]
+        if not work:
+            raise UserError(f'{name} cannot read any of these texts: they have characters that its '
+                            'tokenizer lacks')
+        for part in tqdm(work, desc=name, leave=False, disable=not sys.stderr.isatty()):
+            x0, n = torch.tensor([ids for ids, _ in part]), torch.tensor([n for _, n in part])
+            wanted = torch.arange(x0.size(1)) >= x0.size(1) - n[:, None]  # (B, T)
+            draws = [bound_of(run)(model, x0.to(device), generator, ~wanted.to(device))
+                     for _ in range(1 if run['objective'] == 'ar' else s['repeats'])]
+            nats += torch.stack(draws).mean(0).tolist()
+            x, _ = fill(model, run['objective'], x0, wanted, s | {'steps': 0})
+            known += (x == x0).all(1).tolist()
+        exact, n = run['objective'] == 'ar', len(known)
+        rows.append({'run': name, 'texts': n, 'skipped': skipped, 'right (%)': 100 * np.mean(known),
+                     's.e. (%)': 100 * np.std(known) / n ** 0.5, 'nats/word':
+                     Number(np.mean(nats), not exact), 'perplexity':
+                     Number(math.exp(np.mean(nats)), not exact)})
+    return rows, ('LAMBADA: the last word of each text, given what fits into the context before '
+                  'it, and how many tokens it has (which ar has no use for); skipped: texts with '
+                  'characters that the tokenizer lacks; bounds from '
+                  f'{s["repeats"]} draws; s.e. over texts; seed {s["seed"]}')
 
 
 FACT = re.compile(r'(?m)^(\w+ \w+) is (the \w+ of \w+)\.$')  # of the data set reversal
@@ -362,7 +910,7 @@ def reversal(runs, settings):
             texts, _ = sample.complete(model, objective, canvases, how)
             right = sum('\n' + before.format(*fact) + fact[wanted] + between.format(*fact) + '\n'
                         == tokenizer.decode(ids) for fact, (ids, _) in zip(asked, texts))
-            row[column] = f'{100 * right / len(asked):.0f}%'
+            row[f'{column} (%)'] = 100 * right / len(asked)
         rows.append(row)
     note = (f'{len(facts)} facts, {len(turned)} of them told in both directions; a blank is as '
             'wide as its answer, and all of it must be right')
@@ -412,9 +960,9 @@ def answer(model, run, meta, pairs, settings):
               'no EOS': [len(row) == len(canvas) for (row, _), canvas in zip(done, canvases)],
               'empty': [not row for row in ids]}
     return [tokenizer.decode(row) for row in ids], {
-        **{name: f'{np.mean(share):.3f}' for name, share in shares.items()},
-        'nfe': f'{np.mean([figures["nfe"] for _, figures in done]):.1f}',
-        'sentences/s': f'{len(pairs) / seconds:,.1f}'}
+        **{name: float(np.mean(share)) for name, share in shares.items()},
+        'nfe': float(np.mean([figures['nfe'] for _, figures in done])),
+        'sentences/s': len(pairs) / seconds}
 
 
 def make_score():
@@ -442,7 +990,7 @@ def make_score():
                'ROUGE-L': 100 * np.mean([f['rougeL'].fmeasure for f in found])}
         if bert is not None:
             row['BERTScore'] = 100 * bert.score(texts, right)[2].mean().item()
-        return {key: f'{value:.2f}' for key, value in row.items()}
+        return {key: float(value) for key, value in row.items()}
 
     score(['a'], ['a'])  # without a score there is no signature
     return score, (f'BLEU {bleu.get_signature()}; chrF {chrf.get_signature()}; ROUGE: F1 of words '
@@ -514,29 +1062,19 @@ def translation(runs, settings):
 
 def draw_translation(rows, path):
     """translation.png: BLEU against passes, a line for a masked run and length, and one for AR."""
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6.4, 4.4), constrained_layout=True)
-    colors = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45')
+    fig, (ax,) = panels(1)
     lines = list(dict.fromkeys((row['run'], row['decoder'], row['length']) for row in rows))
     for i, line in enumerate(lines):
-        points = sorted((float(row['nfe']), float(row['BLEU'])) for row in rows
+        points = sorted((row['nfe'], row['BLEU']) for row in rows
                         if (row['run'], row['decoder'], row['length']) == line)
-        label, color = ', '.join(filter(None, line)), colors[i % len(colors)]
         if line[1] == 'ar':
-            ax.axhline(points[0][1], color=color, lw=1, ls=':')
-        ax.plot(*zip(*points), marker='*s^Dv<>P'[i % 8], ms=9 if line[1] == 'ar' else 5, lw=1.3,
-                label=label, color=color)
+            ax.axhline(points[0][1], color=COLORS[i % 9], lw=1, ls=':')
+        ax.plot(*zip(*points), marker=MARKERS[i % 9], ms=9 if line[1] == 'ar' else 5, lw=1.3,
+                label=', '.join(filter(None, line)), color=COLORS[i % 9])
     ax.set(xscale='log', xlabel='passes per sentence', ylabel='BLEU', ylim=(0, None))
     ax.set_xticks([1, 2, 4, 8, 16, 32, 64], ['1', '2', '4', '8', '16', '32', '64'])
     ax.minorticks_off()
-    ax.grid(color='0.92')
-    ax.spines[['top', 'right']].set_visible(False)
-    fig.legend(*ax.get_legend_handles_labels(), loc='outside upper center', ncols=2,
-               frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 # ------------------------------------------------------------------------------ what train.py shows
@@ -585,13 +1123,10 @@ def fastest_flops(device, dtype):
 def print_bench(milliseconds, profiler, profiled, flops, peak, tokens_per_iter, device):
     """The speed of the updates that --bench timed, and what the profiled ones were busy with."""
     ms = sorted(milliseconds)[len(milliseconds) // 2]
-    memory = torch.cuda.max_memory_allocated() / 1e9 if device.startswith('cuda') else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else
-                                                              1024) / 1e9
     print(f'{ms:.1f} ms per update (median of {len(milliseconds)}), '
           f'{tokens_per_iter / ms * 1e3:,.0f} tokens/s, {flops / ms / 1e6:.1f} GFLOP/s = '
           f'{100 * flops / ms * 1e3 / peak:.1f}% of the {peak / 1e9:.1f} of torch.mm, '
-          f'{memory:.2f} GB at most\n')
+          f'{peak_memory(device):.2f} GB at most\n')
     share = 'self_device_time_total' if device.startswith('cuda') else 'self_cpu_time_total'
     events = sorted(profiler.key_averages(), key=lambda e: -getattr(e, share))
     whole = sum(getattr(e, share) for e in events)
@@ -626,34 +1161,70 @@ def draw_losses(rows, title, log_v):
     return buffer.getvalue()
 
 
+# a task: (runs, settings) -> (rows, note), and what draws <task>.png from the rows. Values that are
+# lists are for report.json and the picture alone. Report is those with settings, in this order.
+TASKS = {'curves': (curves, draw_curves), 'likelihood': (likelihood, draw_likelihood),
+         'order': (orders, None), 'generation': (generation, None), 'infill': (infill, None),
+         'recover': (recover, None), 'speed': (speed, draw_speed), 'lambada': (lambada, None),
+         'translation': (translation, draw_translation), 'reversal': (reversal, None)}
+REPORT = {'curves': {}, 'likelihood': {'split': 'train,val'},
+          'order': {'max_windows': 8, 'target_se': 0.02},
+          'generation': {'gen_tokens': 4096}, 'infill': {'max_windows': 16, 'steps': 32},
+          'recover': {'max_windows': 16, 'steps': 32},
+          'speed': {'gen_tokens': 1024, 'grid_steps': (8, 32, 128)}}
+
+
+def measure(task, runs, settings, command):
+    """{'markdown', 'rows', 'settings', 'command'} of a task: a section of the report."""
+    function, draw = TASKS[task]
+    rows, note = function(runs, settings)
+    rows = seeds_together(rows, runs)
+    text = f'{markdown(rows)}\n'
+    if draw:
+        draw(rows, Path(settings['report_dir'], f'{task}.png'))
+        text += f'\n![{task}]({task}.png)\n'
+    if 'beginning' in rows[0]:
+        text += f'\n```text\n{side_by_side(rows)}\n```\n'
+    text += f'\n{note}. Command: python eval.py {command}\n'
+    spreads = [{f'{key} s.d.': value.spread for key, value in row.items()
+                if getattr(value, 'spread', None) is not None} for row in rows]
+    return {'markdown': text, 'rows': [row | spread for row, spread in zip(rows, spreads)],
+            'settings': settings, 'command': command}
+
+
+def save_report(sections, folder):
+    """Adds {task: section} to report.json, and makes report.md of all that it then holds."""
+    path = Path(folder, 'report.json')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError, ValueError):  # none yet, or a damaged one
+        sections = json.loads(path.read_text(encoding='utf-8')) | sections
+    path.write_text(json.dumps(sections, indent=1), encoding='utf-8')
+    path.with_suffix('.md').write_text('\n'.join(
+        [f'# {" and ".join(dict.fromkeys(s["settings"]["out_dir"] for s in sections.values()))}\n',
+         *(f'## {task}\n\n{section["markdown"]}' for task, section in sections.items())]),
+        encoding='utf-8')
+
+
 def main():
     settings = config.override(globals())
-    tasks = ('likelihood', 'generation', 'speed', 'curves', 'translation', 'reversal')
-    if task not in tasks:
-        raise UserError(f'task is {task!r}, not one of {", ".join(tasks)}')
-    for name in ('batch_size', 'repeats', 'gen_tokens'):
-        if settings[name] < 1:
-            raise UserError(f'{name} is {settings[name]}, but it must be 1 or more')
-    if task == 'curves':
-        curves(out_dir, Path(report_dir, 'curves.png'))
-        return print(f'{report_dir}/curves.png')
-    runs = load_runs(out_dir, pick_device(device))
-    if task == 'likelihood':
-        rows, note = likelihood(runs, split, batch_size, seed, repeats)
-    elif task == 'speed':
-        rows, note = speed(runs, settings)
-        draw_speed(rows, Path(report_dir, 'speed.png'))
-        note += f'. Drawn in {report_dir}/speed.png'
-    elif task == 'reversal':
-        rows, note = reversal(runs, settings)
-    elif task == 'translation':
-        rows, note = translation(runs, settings)
-        draw_translation(rows, Path(report_dir, 'translation.png'))
-        note += f'. Drawn in {report_dir}/translation.png'
-    else:
-        rows, note = generation(runs, settings)
-    print(markdown(rows))
-    print(f'\n{note}. Command: python eval.py {shlex.join(sys.argv[1:])}')
+    if task not in (*TASKS, 'report'):
+        raise UserError(f'task is {task!r}, not one of {", ".join(TASKS)}, report')
+    sample.require(settings, *((n, settings[n] >= 1, '1 or more') for n in (
+        'batch_size', 'gen_tokens', 'gen_length')), ('repeats', repeats >= 2, '2 or more'),
+        *((n, settings[n] >= 0, '0 or more') for n in ('max_windows', 'target_se')),
+        ('grid_steps', grid_steps and all(n in range(1, 10 ** 6) for n in grid_steps),
+         'of numbers of steps, as in (4, 16) or (8,)'),
+        ('x_axis', x_axis in ('tokens', 'epochs'), 'tokens or epochs'))
+    runs = [] if task == 'curves' else load_runs(out_dir, pick_device(device), task != 'likelihood')
+    sections, words = {}, [word for word in sys.argv[1:] if not word.startswith('--task=')]
+    given = {word[2:].partition('=')[0] for word in words}
+    for name, change in REPORT.items() if task == 'report' else [(task, {})]:
+        change = {key: value for key, value in change.items() if key not in given}
+        command = shlex.join([*words, f'--task={name}', *(f'--{k}={v}' for k, v in change.items())])
+        sections[name] = measure(name, runs, settings | change, command)
+        print((f'## {name}\n\n' if task == 'report' else '') + sections[name]['markdown'])
+    save_report(sections, report_dir)
+    print(f'Collected in {report_dir}/report.md and report.json')
 
 
 if __name__ == '__main__':

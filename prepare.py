@@ -3,6 +3,7 @@
     python prepare.py shakespeare_char       # 1 MB, seconds: Tiny Shakespeare, an id per character
     python prepare.py shakespeare            # 1 MB, seconds: the same in GPT-2's tokens
     python prepare.py wikitext2              # 13 MB, seconds: three splits as published
+    python prepare.py wikitext2_bpe          # the same in 4,096 tokens of its own
     python prepare.py wikitext103            # 540 MB, a minute
     python prepare.py text8                  # 100 MB, seconds: 27 characters
     python prepare.py reversal               # made here, seconds: facts told in one direction
@@ -70,11 +71,13 @@ TINY_SHAKESPEARE = (
     'tinyshakespeare/input.txt', '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
 WIKITEXT_MIRRORS = ['https://wikitext.smerity.com/',
                     'https://s3.amazonaws.com/research.metamind.io/wikitext/']
+WIKITEXT2 = (WIKITEXT_MIRRORS, 'wikitext-2-v1.zip',
+             '92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c')
 DATASETS = {  # tokenizer, mirrors, file, its sha256
     'shakespeare_char': ('char', *TINY_SHAKESPEARE),
     'shakespeare': ('gpt2', *TINY_SHAKESPEARE),
-    'wikitext2': ('gpt2', WIKITEXT_MIRRORS, 'wikitext-2-v1.zip',
-                  '92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c'),
+    'wikitext2': ('gpt2', *WIKITEXT2),
+    'wikitext2_bpe': ('bpe', *WIKITEXT2),  # the head of a small model is small, too
     'wikitext103': ('gpt2', WIKITEXT_MIRRORS, 'wikitext-103-v1.zip',
                     '242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590'),
     'text8': ('char', ['https://mattmahoney.net/dc/', 'https://data.deepai.org/'], 'text8.zip',
@@ -357,7 +360,7 @@ def find_text(what, source):
     if not path.exists():
         raise UserError(f'there is no file {str(path)!r} (data sets: {", ".join(DATASETS)})')
     files = members(path)
-    wikitext = what in ('wikitext2', 'wikitext103')
+    wikitext = what.startswith('wikitext') and what in DATASETS
     found = [*files.values()] if not wikitext else [
         files[file] for stem in ('train', 'valid', 'test')
         for file in (f'wiki.{stem}.tokens', f'{stem}.txt') if file in files]

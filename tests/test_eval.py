@@ -1,6 +1,7 @@
 """eval.py: its numbers recomputed by hand, its tables parsed, its refusals."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -60,7 +61,8 @@ def table(text):
 
 
 def test_likelihood_of_both_kinds(runs, monkeypatch):
-    done = run('eval.py', '--out_dir=out/ar,out/mdm', '--repeats=20', cwd=runs)
+    done = run('eval.py', '--out_dir=out/ar,out/mdm', '--repeats=20', '--target_se=0',
+               cwd=runs)
     assert done.returncode == 0, done.stderr
     ar, mdm = table(done.stdout)
     assert (ar['measured'], ar['s.e.'], mdm['measured']) == ('nll', 'exact', 'nelbo')
@@ -102,10 +104,10 @@ def test_generation_counts_words(runs):
     done = run('eval.py', *words, cwd=runs)
     assert done.returncode == 0, done.stderr
     held_out, ar, mdm = table(done.stdout)
-    assert (ar['text'], mdm['text'], held_out['text']) == ('ar', 'mdm', 'validation text')
+    assert (ar['run'], mdm['run'], held_out['run']) == ('ar', 'mdm', 'validation text')
     assert ar['tokens'] == mdm['tokens'] == '112', 'whole texts of 16 tokens'
     assert all(0 < float(row['nll under ar']) < 5 for row in (held_out, ar, mdm))
-    assert ar['passes per text'] == '16' and 1 <= float(mdm['passes per text']) <= 128
+    assert ar['passes per text'] == '16.000' and 1 <= float(mdm['passes per text']) <= 128
     again = table(run('eval.py', *words, cwd=runs).stdout)
     for row, same in zip((held_out, ar, mdm), again):
         row.pop('tokens/s')
@@ -122,24 +124,32 @@ def test_curves_are_drawn(runs):
 def test_what_is_counted():
     texts, ids = ["The cat's cat, zzz", 'the THE!'], [[1, 1, 2, 3], [1, 2]]
     row = evaluation.text_row('x', texts, ids, {'the', "cat's", 'cat'})
-    assert row['known words'] == '83.3%' and row['tokens'] == '6'
+    assert row['known words (%)'] == pytest.approx(500 / 6) and row['tokens'] == 6
     p = np.array([3, 2, 1]) / 6
-    assert float(row['unigram entropy (bits)']) == pytest.approx(-(p * np.log2(p)).sum(), abs=1e-3)
+    assert row['unigram entropy (bits)'] == pytest.approx(-(p * np.log2(p)).sum())
     words = ['the', "cat's", 'cat', 'zzz', 'the', 'the']
-    assert float(row['distinct-1']) == pytest.approx(4 / 6, abs=1e-3)
+    assert row['distinct-1'] == pytest.approx(4 / 6)
     pairs = Counter(zip(words, words[1:]))
-    assert float(row['distinct-2']) == pytest.approx(len(pairs) / 5, abs=1e-3)
+    assert row['distinct-2'] == pytest.approx(len(pairs) / 5)
 
 
 def test_tables_are_markdown():
     assert evaluation.markdown([{'a': 'x', 'b': 1}, {'a': 'long', 'b': 22}]) == (
         '| a    |  b |\n|------|---:|\n| x    |  1 |\n| long | 22 |')
+    bound = evaluation.Number(1.25, bound=True, spread=0.5)
+    assert evaluation.markdown([{'a': bound, 'curve': [1, 2]}]).splitlines()[-1] == \
+        '| <= 1.250 +- 0.500 |'
 
 
 @pytest.mark.parametrize('words, said', [
     (['--out_dir=out/nowhere'], 'is not a run'), (['--task=sing'], 'likelihood, generation'),
-    (['--out_dir=out/ar,out/other'], 'cannot be compared'), (['--split=test'], "no split 'test'"),
-    (['--repeats=0'], 'repeats is 0'), (['--decoder=ar', '--task=generation'], 'mdm models decode'),
+    (['--out_dir=out/nowhere', '--task=curves'], 'is not a run'),
+    (['--out_dir=out/ar,out/other', '--task=generation'], 'cannot be compared'),
+    (['--split=test'], "no split 'test'"),
+    (['--repeats=1'], 'repeats is 1'),
+    (['--judge=out/mdm', '--task=generation'], 'only an ar model'), (['--x_axis=z'], 'x_axis is'),
+    (['--task=lambada', '--source=verse.txt'], 'is not lambada'),
+    (['--decoder=ar', '--task=generation'], 'mdm models decode'),
     (['--taks=x'], 'did you mean task'),
     (['--steps=0', '--task=generation'], 'steps is 0')])
 def test_bad_input_is_one_line(runs, words, said):
@@ -218,7 +228,7 @@ def test_reversal_asks_for_what_was_told_and_what_was_not(tmp_path, monkeypatch)
     monkeypatch.setattr(sample, 'complete', complete)
     checkpoint = {'config': {'objective': 'mdm', 'dataset': 'reversal'}, 'meta': meta}
     (row,), note = evaluation.reversal([('oracle', checkpoint, Model())], {})
-    assert list(row.values()) == ['oracle', '100%', '100%', '100%', '0%']
+    assert list(row.values()) == ['oracle', 100, 100, 100, 0]
     assert note.startswith('200 facts, 100 of them')
 
 
@@ -378,3 +388,261 @@ def test_a_run_on_rows_is_trained_and_translated(tmp_path, monkeypatch):
         [(name, n, f'{n}.0') for name in ('full', 'reference (oracle)') for n in '12']
     assert 'val of turn (questions.txt, answers.txt): 3 prompts' in done.stdout
     assert Path('out/report/translation.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+
+
+# ------------------------------------------------------------------------ the measurements' oracles
+
+
+class Knowing(torch.nn.Module):
+    """Puts nearly all probability on one text, wherever it is asked; with `sure` 0, on none."""
+
+    def __init__(self, text, V, sure=30.0):
+        super().__init__()
+        self.config, self.mask_id = ModelConfig(V + 1, len(text)), V
+        self.embed = torch.nn.Embedding(1, 1)
+        self.text, self.sure = torch.tensor(text), sure
+
+    def forward(self, x, t=None, *, cache=None, where=None, hidden=False):
+        h = F.one_hot(self.text, self.config.vocab_size).float() * self.sure
+        h = h[:x.size(1)].expand(*x.shape, -1)  # the cache stays empty: all is read each time
+        return h if hidden and where is None else self.logits(h[where])
+
+    def logits(self, h):
+        h = h.clone()
+        h[..., self.mask_id] = -torch.inf
+        return h
+
+    def count_parameters(self):
+        return 0
+
+
+def a_run(model, objective, name='verse', **more):
+    """(name, checkpoint, model) as load_runs has them, in the folder of the fixture `runs`."""
+    meta = evaluation.load_meta(name)
+    return objective, {'config': {'objective': objective, 'dataset': name, 'seed': 1} | more,
+                       'meta': meta, 'iter': 0}, model
+
+
+@pytest.fixture
+def settings(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    return {k: v for k, v in vars(evaluation).items()
+            if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple))}
+
+
+def test_a_blind_model_costs_log_v_in_every_unit(settings):
+    V = evaluation.load_meta('verse')['vocab_size']
+    blind = Knowing([0] * 16, V, sure=0.0)
+    rows, _ = evaluation.likelihood([a_run(blind, 'ar'), a_run(blind, 'mdm')],
+                                    settings | {'split': 'train, val'})
+    counts = evaluation.load_meta('verse')['counts']
+    for row in rows:
+        ratio = counts[row['split']]['tokens'] / counts[row['split']]['bytes']
+        assert row['nats/token'] == pytest.approx(math.log(V))
+        assert row['bits/token'] == pytest.approx(math.log2(V))
+        assert row['bits/byte'] == pytest.approx(math.log2(V) * ratio)
+        assert row['perplexity'] == pytest.approx(V, rel=1e-5)
+        assert row['s.e.'] == 'exact' if row['run'] == 'ar' else row['s.e.'] < 1e-6
+        for curve in ('by share', 'by position'):
+            assert row[curve] == pytest.approx([math.log(V)] * len(row[curve]))
+    assert [(row['run'], row['split']) for row in rows] == [
+        (run, split) for run in ('ar', 'mdm') for split in ('train', 'val')]
+
+
+def test_characters_and_bytes_are_counted_apart(runs, settings):
+    (runs / 'accents.txt').write_text('h\u00e9 \u20ac!' * 60, encoding='utf-8')
+    assert run('prepare.py', 'accents.txt', cwd=runs).returncode == 0
+    blind = Knowing([0] * 6, 5, sure=0.0)
+    (row,), _ = evaluation.likelihood([a_run(blind, 'ar', 'accents')], settings)
+    assert row['bits/char'] == pytest.approx(math.log2(5))
+    assert 1.5 * row['bits/byte'] < row['bits/char'] < 1.7 * row['bits/byte'], '5 in 8 bytes'
+    both, note = evaluation.likelihood([a_run(blind, 'ar', 'accents'), a_run(
+        Knowing([0] * 16, evaluation.load_meta('verse')['vocab_size'], 0.0), 'mdm')], settings)
+    assert 'only bits per byte' in note and 'the texts differ' in note
+    assert not {'nats/token', 'perplexity', 'bits/char'} & set(both[0])
+
+
+def test_the_mean_of_the_curves_is_the_bound(settings):
+    run_ = evaluation.load_runs('out/mdm', 'cpu')[0]
+    (row,), _ = evaluation.likelihood([run_], settings | {'repeats': 40, 'target_se': 0})
+    table = np.nanmean([evaluation.nll_by_place(run_[2], 'mdm', evaluation.held_out(run_[1], 16, 0),
+                                             16, seed) for seed in range(20)], axis=0)
+    assert np.nanmean(table) == pytest.approx(row['nats/token'], abs=0.06)
+
+
+def test_draws_stop_when_the_error_is_small_enough():
+    rng = np.random.default_rng(0)
+    values = []
+
+    def draw(n):
+        assert n == len(values)
+        values.append(rng.normal(3, 0.1))
+        return values[-1]
+
+    mean, error, n = evaluation.draw_until(0.01, 4, draw)
+    assert n == len(values) and mean == pytest.approx(np.mean(values)) and n > 20
+    assert error == pytest.approx(np.std(values, ddof=1) / n ** 0.5) and error <= 0.01
+    assert np.std(values[:-1], ddof=1) / (n - 1) ** 0.5 > 0.01, 'no more than it takes'
+    assert evaluation.draw_until(0, 3, lambda n: n)[2] == 3
+
+
+def test_seeds_of_one_configuration_become_one_row():
+    runs = [(name, {'iter': 9, 'config': {'seed': seed, 'out_dir': name, 'n_embd': width}}, None)
+            for name, seed, width in (('a', 1, 8), ('b', 2, 8), ('c', 1, 16), ('d', 3, 8))]
+    rows = [{'run': name, 'split': split, 'nll': evaluation.Number(value, True), 'n': 7}
+            for split in ('train', 'val') for name, value in zip('abcd', (1.0, 2.0, 5.0, 3.0))]
+    merged = evaluation.seeds_together(rows, runs)
+    assert [(row['run'], row['split']) for row in merged] == [
+        ('a (3 seeds)', 'train'), ('c', 'train'), ('a (3 seeds)', 'val'), ('c', 'val')]
+    assert f'{merged[0]["nll"]:.2f}' == '<= 2.00 +- 1.00' and merged[0]['n'] == 7
+
+
+def test_the_mean_over_orders_is_the_nelbo(settings):
+    """By the table, for a model that has learned something; the orders apart by enumeration."""
+    runs_ = evaluation.load_runs('out/ar,out/mdm', 'cpu')
+    s = settings | {'gen_length': 3, 'max_windows': 5, 'repeats': 60, 'target_se': 0.01}
+    rows, _ = evaluation.orders(runs_, s)
+    found = {(row['run'], row['order']): row['nats/token'] for row in rows}
+    model, x0 = runs_[1][2], evaluation.held_out(runs_[1][1], 3, 5)
+    with torch.no_grad():
+        by_hand = []
+        for places in itertools.permutations(range(3)):
+            nats = 0.0
+            for i, place in enumerate(places):
+                xt = x0.clone()
+                xt[:, places[i:]] = model.mask_id
+                nats -= model(xt).log_softmax(-1)[torch.arange(5), place, x0[:, place]].sum().item()
+            by_hand.append(nats / x0.numel())
+    assert found['mdm', 'left to right'] == pytest.approx(by_hand[0], abs=1e-4)
+    assert found['mdm', 'right to left'] == pytest.approx(by_hand[-1], abs=1e-4)
+    assert found['mdm', '60 random orders'] == pytest.approx(np.mean(by_hand), abs=0.02)
+    assert found['mdm', 'all orders'] == pytest.approx(np.mean(by_hand), abs=0.04)
+    assert found['ar', 'left to right'] == pytest.approx(
+        evaluation.ar_nll(runs_[0][2], x0).sum().item() / x0.numel(), abs=1e-4)
+
+
+def test_longest_copy_is_that_of_brute_force():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        source = ''.join(rng.choice(list('ab\u20ac'), 200))
+        texts = [''.join(rng.choice(list('ab\u20acd'), n, p=(0.4, 0.3, 0.2, 0.1)))
+                 for n in rng.integers(0, 40, 3)]
+        brute = max((j - i for text in texts for i in range(len(text))
+                     for j in range(i + 1, len(text) + 1) if text[i:j] in source), default=0)
+        assert evaluation.longest_copy(texts, source) == brute
+    assert evaluation.longest_copy([source, 'x'], source) == 200, 'but not over the end of a text'
+
+
+def test_who_knows_the_text_fills_it_in(settings):
+    data = load_split('verse', 'val')
+    text, V = data[:16].tolist(), evaluation.load_meta('verse')['vocab_size']
+    both = [a_run(Knowing(text, V), 'ar'), a_run(Knowing(text, V), 'mdm')]
+    wide = settings | {'max_windows': 1, 'steps': 4}
+    rows, _ = evaluation.infill(both, wide)
+    common = Counter(load_split('verse', 'train').tolist()).most_common(1)[0][0]
+    for row in rows:
+        if row['run'] == 'most frequent token':
+            assert row['right (%)'] <= 100 * text.count(common) / 4
+        else:
+            assert row['right (%)'] == 100 and row['ROUGE-1'] == row['ROUGE-L'] == 1
+    rows, _ = evaluation.recover(both, wide)
+    assert all(row['right (%)'] == row['found (%)'] == 100 for row in rows)
+    hidden = evaluation.hide((5, 64), 0.25, 8, torch.Generator().manual_seed(0))
+    assert hidden.sum(1).tolist() == [16] * 5
+    assert (hidden.view(5, 8, 8).float().mean(2) % 1 == 0).all(), 'whole spans'
+
+
+def test_a_fraction_of_right_tokens_is_counted():
+    x0 = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])
+    x = torch.tensor([[1, 2, 0, 0], [1, 0, 3, 0]])
+    where = torch.tensor([[True, True, True, False], [False, False, True, True]])
+    found = evaluation.right(x, x0, where)
+    assert found['right (%)'] == pytest.approx((200 / 3 + 50) / 2)
+    assert found['s.e. (%)'] == pytest.approx((200 / 3 - 50) / 2)
+
+
+def test_lambada_scores_the_last_word(settings, runs):
+    words = ['The cat sees the moon.', 'The old king forgets the owl.']
+    path = runs / 'lambada.jsonl'
+    path.write_text('\n'.join(json.dumps({'text': text}) for text in [*words, 'It\u2019s %%']))
+    both = evaluation.load_runs('out/ar,out/mdm', 'cpu')
+    rows, _ = evaluation.lambada(both, settings | {'source': str(path), 'repeats': 200})
+    assert [(row['texts'], row['skipped']) for row in rows] == [(2, 1)] * 2
+    tokenizer, model = evaluation.load_tokenizer(both[0][1]['meta']), both[0][2]
+    nats = []
+    with torch.no_grad():
+        for text, word in zip(words, (' moon.', ' owl.')):
+            x = torch.tensor([model.mask_id, *tokenizer.encode(text)[-16:]])
+            logp = model(x[None, :-1])[0].log_softmax(-1)
+            nats.append(-logp[torch.arange(16), x[1:]][-len(word):].sum().item())
+    assert rows[0]['nats/word'] == pytest.approx(np.mean(nats), rel=1e-4)
+    assert rows[0]['perplexity'] == pytest.approx(math.exp(np.mean(nats)), rel=1e-3)
+    model, by_draws = both[1][2], []  # and the bound, by masking each token with probability t
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for text, n in zip(words, (6, 5)):
+            x0 = torch.tensor(tokenizer.encode(text)[-16:]).expand(3000, 16)
+            t = 0.02 + 0.98 * torch.rand(3000, 1, generator=generator)
+            is_mask = (torch.rand(3000, 16, generator=generator) < t) & (torch.arange(16) >= 16 - n)
+            nll = -model(torch.where(is_mask, model.mask_id, x0)).log_softmax(-1) \
+                .gather(-1, x0[..., None])[..., 0]
+            by_draws.append((torch.where(is_mask, nll, 0.0) / t).sum(1).mean().item() * 0.98)
+    assert rows[1]['nats/word'] == pytest.approx(np.mean(by_draws), rel=0.06)
+    text = tokenizer.encode(words[0])[-16:]
+    sure = a_run(Knowing(text, model.mask_id), 'mdm')
+    path.write_text(json.dumps({'text': words[0]}))
+    (row,), _ = evaluation.lambada([sure], settings | {'source': str(path)})
+    assert row['right (%)'] == 100 and row['perplexity'] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_judge_of_hugging_face(settings, runs):
+    """A tiny random GPT-2 against its own loss, by the character, through our windows."""
+    transformers = pytest.importorskip('transformers')
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    vocabulary = {'<s>': 0, '?': 1} | {c: i for i, c in enumerate(sorted(set(TEXT)), 2)}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token='?'))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+    transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token='<s>') \
+        .save_pretrained(runs / 'gpt')
+    torch.manual_seed(0)
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=len(vocabulary), n_positions=32, n_embd=16, n_layer=1, n_head=2,
+        bos_token_id=0, eos_token_id=0)).eval()
+    gpt.save_pretrained(runs / 'gpt')
+    judge = evaluation.load_judge([], settings | {'judge': str(runs / 'gpt'), 'device': 'cpu'})
+    texts, nats = [TEXT[:32], TEXT[40:50]], 0.0
+    for text in texts:
+        ids = torch.tensor([[0, *(vocabulary[c] for c in text)]])[:, :32]  # its 32 positions
+        with torch.no_grad():
+            logits = gpt(ids).logits[0].log_softmax(-1)
+        target = torch.tensor([vocabulary[c] for c in text])
+        nats -= logits[torch.arange(len(text)), target].sum().item()
+    assert evaluation.judged(judge, texts, [[1]]) == {
+        'nats/char under gpt': pytest.approx(nats / 42, rel=1e-5)}
+    with pytest.raises(UserError, match='neither a run nor a model'):
+        evaluation.load_judge([], settings | {'judge': str(runs / 'no_gpt'), 'device': 'cpu'})
+
+
+def test_report_is_one_page(runs):
+    small = ['--gen_tokens=32', '--gen_length=4', '--max_windows=2', '--grid_steps=(2,4)',
+             '--target_se=0', '--steps=4', '--report_dir=page']
+    done = run('eval.py', '--out_dir=out/ar,out/mdm', '--task=report', *small, cwd=runs)
+    assert done.returncode == 0, done.stderr
+    page = (runs / 'page/report.md').read_text()
+    numbers = json.loads((runs / 'page/report.json').read_text())
+    assert list(numbers) == list(evaluation.REPORT)
+    for name, section in numbers.items():
+        assert section['markdown'] in page and f'## {name}\n' in page
+        assert section['settings']['steps'] == 4, 'what the user says comes before what suits'
+    ar, mdm = (next(row for row in numbers['likelihood']['rows'] if row['run'] == name and
+                    row['split'] == 'val') for name in ('ar', 'mdm'))
+    assert f'<= {mdm["nats/token"]:.4f}' in page and ar['s.e.'] == 'exact'
+    for picture in re.findall(r'\((\w+\.png)\)', page):
+        assert (runs / 'page' / picture).read_bytes()[:4] == b'\x89PNG'
+    assert page.count('.png)') == 3
+
+
+def test_epochs_are_those_of_the_tokens_that_were_trained_on(runs, settings):
+    (row,), _ = evaluation.curves([], settings | {'out_dir': 'out/ar', 'x_axis': 'epochs'})
+    n = evaluation.load_meta('verse')['counts']['train']['tokens']
+    assert row['epochs'] == pytest.approx(30 * 8 * 16 / n) and row['at epoch'] == row['epochs']

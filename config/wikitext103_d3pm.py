@@ -1,0 +1,22 @@
+# Masked diffusion in 1000 discrete steps [D3PM 2107.03006] on WikiText-103, told the noise level,
+# with a probability left on the mask: wikitext103_mdm.py without what MDLM simplified. For a GPU.
+# parameters: 166,862,592
+dataset = 'wikitext103'
+objective = 'd3pm'
+diffusion_steps = 1000
+subs = False
+time_cond = True
+batch_size = 4
+block_size = 512
+n_layer = 12
+n_head = 12
+n_embd = 768
+tied = True
+optimizer = 'adamw'
+learning_rate = 3e-4
+lr_schedule = 'constant'
+warmup_iters = 2500
+weight_decay = 0.1
+max_iters = 200_000
+eval_interval = 10_000
+compile = True

@@ -1,0 +1,18 @@
+# Masked diffusion on WikiText-103 at GPT-2's smallest size, 3.5 epochs, for a GPU.
+# parameters: 123,552,000
+dataset = 'wikitext103'
+objective = 'mdm'
+batch_size = 4
+block_size = 512
+n_layer = 12
+n_head = 12
+n_embd = 768
+tied = True
+optimizer = 'adamw'
+learning_rate = 3e-4
+lr_schedule = 'constant'
+warmup_iters = 2500
+weight_decay = 0.1
+max_iters = 200_000
+eval_interval = 10_000
+compile = True
