@@ -260,24 +260,26 @@ def likelihood(runs, settings):
         run, meta, s = checkpoint['config'], checkpoint['meta'], settings
         data, exact = load_split(run['dataset'], split), run['objective'] == 'ar'
         windows = (s['max_windows'] or None) if split == 'train' else None
+        padded = meta['layout'] == 'rows' and run['predict_pad']
 
         def draw(n):
-            return evaluate(model, bound_of(run), data, s['batch_size'],
-                            mixed_seed(s['seed'], n), max_windows=windows)[0]
+            return evaluate(model, bound_of(run), data, s['batch_size'], mixed_seed(s['seed'], n),
+                            max_windows=windows, meta=meta, predict_pad=padded)[0]
 
         nats, error, draws = (draw(0), 'exact', '') if exact else \
             draw_until(s['target_se'], s['repeats'], draw)
         bits, count = nats / math.log(2), meta['counts'][split]
+        tokens = count['scored' if meta['layout'] == 'rows' else 'tokens']
         units = {'nats/token': nats, 's.e.': error, 'bits/token': bits,
-                 'bits/char': bits * count['tokens'] / count['characters'],
-                 'bits/byte': bits * count['tokens'] / count['bytes'],
+                 'bits/char': bits * tokens / count['characters'],
+                 'bits/byte': bits * tokens / count['bytes'],
                  'perplexity': math.exp(nats)}
         rows.append({'run': name, 'data': meta['name'], 'split': split,
                      'parameters': model.count_parameters(), 'updates': checkpoint['iter'],
                      'measured': BOUND_NAMES[run['objective']].split()[0], 'draws': draws}
                     | {key: Number(value, bound=not exact) if key != 's.e.' else value
                        for key, value in units.items()})
-        if run['objective'] in ('ar', 'mdm') and split != 'train':
+        if run['objective'] in ('ar', 'mdm') and split != 'train' and meta['layout'] == 'stream':
             table = nll_by_place(model, run['objective'],
                                  held_out(checkpoint, model.config.block_size, 64),
                                  s['batch_size'], s['seed'])
@@ -572,12 +574,15 @@ def decoders_of(objective, T, steps):
     """[(family, the one setting that moves, settings)]: the points of the figure of `speed`."""
     if objective == 'ar':
         return [('ar', '', {})]
+    if objective == 'uniform':
+        return [('uniform', f'steps={n}', {'decoder': 'uniform', 'steps': n}) for n in steps]
     families = {'ancestral': {'decoder': 'ancestral'}, 'confidence': {'decoder': 'confidence'},
                 'confidence, cosine': {'decoder': 'confidence', 'counts': 'cosine'},
-                'remask': {'decoder': 'remask'}, 'remdm': {'decoder': 'remdm'},
-                'in blocks': {'decoder': 'confidence', 'block_length': max(1, T // 8)},
-                'in blocks, cached': {'decoder': 'confidence', 'block_length': max(1, T // 8),
-                                      'prefix_cache': True}}
+                'remask': {'decoder': 'remask'}, 'remdm': {'decoder': 'remdm'}}
+    if objective != 'block':  # whose models have their own blocks
+        in_blocks = {'decoder': 'confidence', 'block_length': max(1, T // 8)}
+        families['in blocks'] = in_blocks
+        families['in blocks, cached'] = in_blocks | {'prefix_cache': True}
     return [*((family, f'steps={n}', how | {'steps': n})
               for family, how in families.items() for n in steps
               if n <= T and ('block_length' not in how or n >= 8)),
@@ -1106,7 +1111,8 @@ def flops_per_token(model, T):
     average if causal. Reading an embedding is none; the head is counted at all positions."""
     c = model.config
     weights = model.count_parameters() - (0 if c.tied else model.embed.weight.numel())
-    return 6 * weights + 12 * c.n_layer * c.n_embd * (T / 2 if c.causal else T)
+    halves = 2 if c.block_length else 1  # of block's [xt ; x0]
+    return halves * (6 * weights + 12 * c.n_layer * c.n_embd * (T / 2 if c.causal else T))
 
 
 def fastest_flops(device, dtype):
@@ -1167,6 +1173,7 @@ TASKS = {'curves': (curves, draw_curves), 'likelihood': (likelihood, draw_likeli
          'order': (orders, None), 'generation': (generation, None), 'infill': (infill, None),
          'recover': (recover, None), 'speed': (speed, draw_speed), 'lambada': (lambada, None),
          'translation': (translation, draw_translation), 'reversal': (reversal, None)}
+ON_ROWS = ('likelihood', 'curves', 'translation')
 REPORT = {'curves': {}, 'likelihood': {'split': 'train,val'},
           'order': {'max_windows': 8, 'target_se': 0.02},
           'generation': {'gen_tokens': 4096}, 'infill': {'max_windows': 16, 'steps': 32},
@@ -1177,6 +1184,9 @@ REPORT = {'curves': {}, 'likelihood': {'split': 'train,val'},
 def measure(task, runs, settings, command):
     """{'markdown', 'rows', 'settings', 'command'} of a task: a section of the report."""
     function, draw = TASKS[task]
+    if task not in ON_ROWS and any(c['meta']['layout'] == 'rows' for _, c, _ in runs):
+        raise UserError(f'task {task} is for streams of text; of rows there are '
+                        f'{", ".join(ON_ROWS)}')
     rows, note = function(runs, settings)
     rows = seeds_together(rows, runs)
     text = f'{markdown(rows)}\n'

@@ -1005,7 +1005,7 @@ def make_canvas(model, tokenizer, kind, text, gen_length):
     length = gen_length or T - len(given)
     if length <= 0:
         raise UserError(f'the prompt {text[:20]!r}... is {len(given)} tokens long and fills the '
-                        f'context of {T}: shorten it, or set gen_length (ar models only)')
+                        f'context of {T}: shorten it, or set gen_length (ar and block models)')
     return given + [mask_id] * length
 
 

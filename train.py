@@ -288,6 +288,7 @@ for name, fine, wanted in (
         ('divergence', divergence in DIVERGENCES, f'one of {", ".join(DIVERGENCES)}'),
         ('soft_inputs', objective == 'uniform' or not soft_inputs, 'False (but for uniform)'),
         ('subs', subs or objective == 'd3pm', 'True (d3pm alone has a use for the mask)'),
+        ('block_length', objective != 'block' or block_length <= block_size, 'block_size at most'),
         *((n, settings[n] >= 0, '0 or more') for n in (
             'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows', 'length_curriculum')),
         *((n, settings[n] >= 1, '1 or more') for n in (
