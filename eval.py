@@ -44,7 +44,7 @@ from prepare import MARK, code_points, download, gather, load_meta, load_split, 
 # what is measured
 out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
 task = 'likelihood'    # likelihood, generation, speed, curves, infill, order, lambada, recover,
-                       # translation, reversal; report: most of them, on one page
+                       # noises, translation, reversal; report: most of them, on one page
 report_dir = 'out/report'  # where report.md, report.json and the pictures go
 split = 'val'          # train, val, test; likelihood: or several with commas
 max_windows = 64       # likelihood: of train, evenly spread; order, infill, recover: of val;
@@ -334,6 +334,40 @@ def draw_likelihood(rows, path):
                 ylabel='nll, or bound on it (nats per token)')
     axes[0].annotate('dashed: AR, which masks nothing', (0.03, 0.95), xycoords='axes fraction',
                      color='0.4', fontsize=8)
+    save_figure(fig, path)
+
+
+def noises(runs, settings):
+    """A row for each run: bits per character by objective, beside the first that is ar."""
+    sample.require(settings, ('split', settings['split'] in ('train', 'val', 'test'), 'one split'))
+    found, note = likelihood(runs, settings)
+    rows, exact = [], [row['bits/char'] for row in found if row['measured'] == 'nll']
+    for row, (name, checkpoint, model) in zip(found, runs):
+        run, kind = checkpoint['config'], checkpoint['config']['objective']
+        kind += f' {run["block_length"]}' if kind == 'block' else ''
+        rows.append({'run': name, 'objective': kind, 'updates': row['updates'],
+                     'minutes': load_log(settings['out_dir'].split(',')[len(rows)])[2]
+                     ['seconds'][-1] / 60, 'bits/char': row['bits/char'], 's.e.': row['s.e.'],
+                     'over ar (%)': 100 * (row['bits/char'] / exact[0] - 1) if exact else ''})
+    return rows, note + '; s.e. in nats per token'
+
+
+def draw_noises(rows, path):
+    """noises.png: bits per character of each run, from left to right as they were named."""
+    fig, (ax,) = panels(1)
+    kinds = [row['objective'].split()[0] for row in rows]
+    chain = [i for i, kind in enumerate(kinds) if kind in ('ar', 'block', 'mdm')]
+    ax.plot(chain, [rows[i]['bits/char'] for i in chain], color='0.8', lw=1.3, zorder=0)
+    for i, (kind, row) in enumerate(zip(kinds, rows)):
+        n = list(dict.fromkeys(kinds)).index(kind)
+        ax.plot(i, row['bits/char'], MARKERS[n % 9], ms=9, color=COLORS[n % 9],
+                label=kind if i == kinds.index(kind) else '')
+        ax.annotate(f'{row["bits/char"]:.2f}', (i, row['bits/char']), xytext=(0, 8), ha='center',
+                    textcoords='offset points', fontsize=8)
+    ax.set_xticks(range(len(rows)), [row['objective'].replace(' ', '\n') for row in rows])
+    ax.set(ylabel='bits per character (all but ar: an upper bound)',
+           xlabel='objective, and length of its blocks')
+    ax.margins(y=0.15)
     save_figure(fig, path)
 
 
@@ -1172,7 +1206,8 @@ def draw_losses(rows, title, log_v):
 TASKS = {'curves': (curves, draw_curves), 'likelihood': (likelihood, draw_likelihood),
          'order': (orders, None), 'generation': (generation, None), 'infill': (infill, None),
          'recover': (recover, None), 'speed': (speed, draw_speed), 'lambada': (lambada, None),
-         'translation': (translation, draw_translation), 'reversal': (reversal, None)}
+         'noises': (noises, draw_noises), 'translation': (translation, draw_translation),
+         'reversal': (reversal, None)}
 ON_ROWS = ('likelihood', 'curves', 'translation')
 REPORT = {'curves': {}, 'likelihood': {'split': 'train,val'},
           'order': {'max_windows': 8, 'target_se': 0.02},
