@@ -380,7 +380,7 @@ def token_nll(model, h, target):
     return token_costs(model, partial(F.cross_entropy, reduction='none'), h, target)
 
 
-def ar_token_nll(model, x0, given):
+def ar_token_nll(model, x0, given=None):
     """-log p(x_i | x_<i) at every position, 0 where given, (B, T), from one causal pass.
 
     The input is x0 shifted by one behind a start token, mask_id, so that all T tokens of a window

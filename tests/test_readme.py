@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 TOY = {'train.py': ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=128', '--overwrite',
                     '--batch_size=4', '--max_iters=2', '--eval_interval=1', '--device=cpu'],
-       'sample.py': ['--device=cpu'], 'eval.py': ['--device=cpu', '--repeats=2', '--gen_tokens=32']}
+       'sample.py': ['--device=cpu'], 'eval.py': ['--device=cpu', '--repeats=2', '--gen_tokens=32', '--target_se=0',
+                   '--max_windows=2', '--grid_steps=(2,)', '--gen_length=4', '--max_rows=4',
+                   '--answer_steps=(2,)', '--steps=4', '--split=val']}
 WORDS = "O Romeo, ROMEO: wherefore art thou? To be or not to be: What's in a name! But soft\n"
 
 
@@ -26,12 +28,16 @@ def commands():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A folder with a small stand-in for Tiny Shakespeare: no test waits for a download."""
+    """A folder with small stand-ins for the data sets: no test waits for a download."""
     folder = tmp_path_factory.mktemp('readme')
     (folder / 'words.txt').write_text(WORDS * 40)
-    done = subprocess.run([sys.executable, ROOT / 'prepare.py', 'words.txt',
-                           '--name=shakespeare_char'], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    (folder / 'pairs.csv').write_text('en,fr\n' + 'A man is sleeping.,Un homme dort.\n' * 30)
+    for words in (['words.txt', '--name=shakespeare_char'],
+                  ['pairs.csv', '--name=multi30k', '--fields=en,fr', '--max_prompt=20',
+                   '--max_answer=20']):
+        done = subprocess.run([sys.executable, ROOT / 'prepare.py', *words, '--tokenizer=char'],
+                              cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     return folder
 
 

@@ -1483,7 +1483,7 @@ def test_eval_has_the_same_settings_of_decoding():
         return [(node.targets[0].id, ast.literal_eval(node.value)) for node in ast.parse(part).body]
 
     ours = block('sample.py', '# how it is decoded', '# how it is shown')
-    assert ours == block('eval.py', '# generation, speed: how text', 'def load_runs')
+    assert ours == block('eval.py', '# generation, speed: how text', 'LAMBADA = ')
     assert len(ours) > 10
 
 
@@ -1613,10 +1613,10 @@ def test_help_in_the_shell_shows_every_setting(runs):
 # Rows: prompts and answers
 
 
-LETTERS = 'abcdefgh '
+ALPHABET = 'abcdefgh '
 META = {'name': 'rows', 'layout': 'rows', 'row_length': 16, 'max_answer': 7, 'vocab_size': 12,
         'mask_id': 12, 'eos_id': 9, 'sep_id': 10, 'pad_id': 11, 'source': 'a test', 'sha256': '',
-        'tokenizer': {'kind': 'char', 'chars': LETTERS}, 'counts': {}}
+        'tokenizer': {'kind': 'char', 'chars': ALPHABET}, 'counts': {}}
 BOOK = {'ab': 'ba', 'abc': 'cab b', 'h': 'h', 'a b a': 'aaaaaaa', 'dd': 'hh', 'g g g g': 'fed'}
 
 
@@ -1741,11 +1741,11 @@ def test_prompts_are_answered_from_the_command_line(row_runs, run_main, name, wi
     assert {len(row['tokens']) for row in rows} != {width}, 'some end'
     for row in rows:
         assert row['prompt'] == ' abc h ' and set(row['tokens']) <= set(range(9))
-        assert row['text'] == ''.join(LETTERS[i] for i in row['tokens'])
+        assert row['text'] == ''.join(ALPHABET[i] for i in row['tokens'])
         assert len(row['tokens']) <= width
     assert len({row['text'] for row in rows}) > 4
     found, _ = texts(run_main('--prompt_file=questions.txt', *words)[1])
-    assert len(found) == 16 and set(''.join(found)) <= set(LETTERS)
+    assert len(found) == 16 and set(''.join(found)) <= set(ALPHABET)
     assert found[:8] == [row['text'] for row in rows], 'spaces around a prompt mean nothing'
 
 

@@ -308,7 +308,7 @@ def run(tmp_path_factory):
     model = tiny_model(V=len(CHARS) + 1, T=400, pos='rope')
     shape = {k: v for k, v in vars(model.config).items() if k not in ('vocab_size', 'causal')}
     meta = {'tokenizer': {'kind': 'char', 'chars': CHARS}, 'vocab_size': len(CHARS),
-            'mask_id': len(CHARS), 'eos_id': None}
+            'mask_id': len(CHARS), 'eos_id': None, 'sep_id': None}
     torch.save({'model': model.state_dict(), 'optimizer': [], 'meta': meta, 'iter': 7,
                 'config': shape | {'objective': 'mdm'}, 'rng': 0, 'best': 1.5}, folder / 'ckpt.pt')
     return folder
