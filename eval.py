@@ -134,10 +134,11 @@ def seeds_together(rows, runs):
     kinds = {name: repr((checkpoint['iter'], sorted(
         (key, value) for key, value in checkpoint['config'].items()
         if key not in ('seed', 'out_dir', 'resume', 'overwrite')))) for name, checkpoint, _ in runs}
-    groups, merged = {}, []
+    groups, merged, seen = {}, [], Counter()
     for row in rows:
-        words = [v for key, v in row.items() if isinstance(v, str) and key != 'run']
-        groups.setdefault(repr((kinds.get(row['run'], row['run']), words)), []).append(row)
+        seen[row['run']] += 1  # the n-th row of a run goes with the n-th of the others
+        key = kinds.get(row['run'], row['run']), seen[row['run']]
+        groups.setdefault(key, []).append(row)
     for group in groups.values():
         merged.append(dict(group[0]))
         for key in group[0] if len(group) > 1 else ():
