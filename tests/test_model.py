@@ -241,19 +241,19 @@ def enumerated_nelbo(model, x0):
 
 
 def test_three_tokens_of_three_letters_enumerated():
-    """Loss and bound against the closed form, in nats per token to 1e-3."""
+    """Loss and bound against the closed form, the bound to 2e-3 nats per token."""
     model = tiny(vocab_size=4, block_size=3, n_layer=1, n_head=2, n_embd=8, std=0.7)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for x0 in (torch.tensor([0, 1, 2]), torch.tensor([2, 2, 0])):
             exact = enumerated_nelbo(model, x0) / 3
-            bound = mdm_nelbo(model, x0.expand(400_000, 3), generator)
-            assert abs(bound.mean().item() / 3 - exact) < 1e-3
+            bound = mdm_nelbo(model, x0.expand(200_000, 3), generator)
+            assert abs(bound.mean().item() / 3 - exact) < 2e-3
             for schedule in SCHEDULES:  # heavier tails, so within 4 standard errors
                 losses = [mdm_loss(model, x0.expand(10_000, 3), generator, schedule=schedule)
-                          for _ in range(40)]
+                          for _ in range(16)]
                 losses = np.array([(nats / count).item() for nats, count in losses])
-                assert abs(losses.mean() - exact) < 4 * losses.std() / 40 ** 0.5 < 0.05
+                assert abs(losses.mean() - exact) < 4 * losses.std() / 16 ** 0.5 < 0.07
 
 
 def test_nll_of_all_texts_sums_to_one():
