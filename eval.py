@@ -4,6 +4,7 @@
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=generation
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=curves
     python eval.py --out_dir=out/multi30k_ar,out/multi30k_mdm --task=translation --split=test
+    python eval.py --out_dir=out/multi30k_ar,out/multi30k_mdm_pad,out/length_classify --task=length
 
 The first two print a Markdown table with a row for each run and, below it, how the numbers were
 obtained; on 2 CPU cores, likelihood takes a minute or two and generation about as long. The third
@@ -33,13 +34,13 @@ import config
 import sample
 from config import UserError
 from model import BOUND_NAMES, ar_nll, bound_of, evaluate, load_checkpoint, load_model, pick_device
-from prepare import load_meta, load_split, load_tokenizer
+from prepare import gather_rows, load_meta, load_split, load_tokenizer, row_batches, row_widths
 
 # what is measured
 out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
-task = 'likelihood'    # likelihood, generation, speed, curves, translation, reversal
-report_dir = 'out/report'  # speed, curves, translation: where the picture goes
-split = 'val'          # likelihood, translation: train, val, test; always all of it
+task = 'likelihood'    # likelihood, generation, speed, curves, translation, length, reversal
+report_dir = 'out/report'  # speed, curves, translation, length: where the picture goes
+split = 'val'          # likelihood, translation, length: train, val, test; always all of it
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 seed = 1
 batch_size = 16        # rows at a time
@@ -53,6 +54,9 @@ answer_steps = (1, 4, 8, 16)  # mdm: in place of steps, one after the other
 length = 'auto'        # mdm: as in sample.py, or reference, that of the right answer; a,b for both
 length_ratio = 1.3
 length_extra = 2
+length_quantile = 0.9
+# length: the settings of translation, without file; of answer_steps, the last; length auto is each
+length_block = 8       # tokens per block of the decoding in blocks that it is compared with
 # generation, speed: how text is decoded, as in sample.py (decoder: of runs that are not ar)
 decoder = 'auto'
 steps = 128
@@ -400,6 +404,7 @@ def answer(model, run, meta, pairs, settings):
     tokenizer = load_tokenizer(meta)
     prompts, right = ([tokenizer.encode(pair[i]) for pair in pairs] for i in (1, 2))
     canvases = sample.row_canvases(prompts, run, meta, settings, right)
+    canvases, predicted, _, took = sample.shortened(model, canvases, run, meta, settings)
     order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
     done, (_, _, seconds) = sample.complete(model, run['objective'], [canvases[i] for i in order],
                                             settings, meta['eos_id'])
@@ -410,8 +415,8 @@ def answer(model, run, meta, pairs, settings):
               'empty': [not row for row in ids]}
     return [tokenizer.decode(row) for row in ids], {
         **{name: f'{np.mean(share):.3f}' for name, share in shares.items()},
-        'nfe': f'{np.mean([figures["nfe"] for _, figures in done]):.1f}',
-        'sentences/s': f'{len(pairs) / seconds:,.1f}'}
+        'nfe': f'{np.mean([figures["nfe"] for _, figures in done]) + (predicted is not None):.1f}',
+        'sentences/s': f'{len(pairs) / (seconds + took):,.1f}'}
 
 
 def make_score():
@@ -527,6 +532,120 @@ def draw_translation(rows, path):
     plt.close(fig)
 
 
+# ------------------------------------------------------------------------ length before decoding
+
+
+def bounds_row(model, run, meta, pairs, settings):
+    """{column: figure} of the masks that answers get, against what they need with their EOS."""
+    if run['objective'] == 'ar':
+        return dict.fromkeys(('fits', 'too long by', 'masks', 'saved', 'RMSE'), '')
+    tokenizer = load_tokenizer(meta)
+    canvases = sample.row_canvases([tokenizer.encode(prompt) for _, prompt, _ in pairs], run, meta,
+                                   settings)
+    canvases, predicted, _, _ = sample.shortened(model, canvases, run, meta, settings)
+    masks = np.array([canvas.count(model.mask_id) for canvas in canvases])
+    right = np.array([len(tokenizer.encode(answer)) + 1 for _, _, answer in pairs])
+    error = (masks if predicted is None else np.array(predicted)) - right
+    fits = masks >= right
+    return {'fits': f'{100 * fits.mean():.1f}%',
+            'too long by': f'{(masks - right)[fits].mean() if fits.any() else math.nan:.1f}',
+            'masks': f'{masks.mean():.1f}', 'saved': f'{meta["max_answer"] + 1 - masks.mean():.1f}',
+            'RMSE': f'{(error ** 2).mean() ** 0.5:.2f}'}
+
+
+@torch.no_grad()
+def eos_chances(model, meta, rows, share, batch_size, seed):
+    """P(EOS) at the masks of rows (N, row_length), a share of each answer's window, at random.
+
+    The mask of EOS is one of them. Returns in how many rows EOS is the likeliest token there, a
+    share, and the mean of P(EOS) at each distance from there, {distance: mean}.
+    """
+    device, right, found = model.embed.weight.device, 0, {}
+    generator = torch.Generator().manual_seed(seed)
+    for batch in row_batches(row_widths(rows, meta, predict_pad=True), batch_size):
+        x0, given = map(torch.from_numpy, gather_rows(rows.reshape(-1), batch, meta, True))
+        is_eos = ~given & (x0 == meta['eos_id'])  # (B, T)
+        is_mask = ~given & (torch.rand(x0.shape, generator=generator) < share) | is_eos
+        xt = torch.where(is_mask, model.mask_id, x0).to(device)
+        logits = model(xt, is_mask.float().mean(1, keepdim=True).to(device),
+                       where=is_mask.to(device)).cpu()  # (N, V)
+        right += (logits.argmax(1) == meta['eos_id'])[is_eos[is_mask]].sum().item()
+        away = torch.arange(x0.size(1)) - is_eos.long().argmax(1, keepdim=True)  # (B, T)
+        for i, p in zip(away[is_mask].tolist(), logits.softmax(1)[:, meta['eos_id']].tolist()):
+            found.setdefault(i, []).append(p)
+    return right / len(rows), {i: np.mean(found[i]) for i in sorted(found)}
+
+
+def lengths_of(run, settings):
+    """The `length` of decodings to compare: with a head that of the head, for the other ways are
+    those of the run it was trained on."""
+    if settings['length'] != 'auto' or not run['predict_pad'] or run.get('length_head'):
+        return settings['length']
+    return 'full,ratio,argmax,quantile'
+
+
+def lengths(runs, settings):
+    """A row for each run and way to know the length, a note, and {run: {share: eos_chances}}."""
+    score, how = make_score()
+    meta, split = runs[0][1]['meta'], settings['split']
+    sample.require(settings, ('file', not settings['file'], "'' for task=length"),
+                   ('length_block', settings['length_block'] >= 1, '1 or more'))
+    if meta['sep_id'] is None:
+        raise UserError(f'data/{meta["name"]} has no prompts and answers: no lengths to predict')
+    pairs = row_pairs(meta, split)[:settings['max_rows'] or None]
+    data = load_split(meta['name'], split).reshape(-1, meta['row_length'])[:len(pairs)]
+    rows, chances = [], {}
+    for name, checkpoint, model in runs:
+        run = checkpoint['config']
+        ways = ways_to_answer(run, settings | {'length': lengths_of(run, settings),
+                                               'answer_steps': settings['answer_steps'][-1:]})
+        ways += [('full, in blocks', steps, s | {'block_length': settings['length_block']})
+                 for length, steps, s in ways if length == 'full' and not s['block_length']]
+        answer(model, run, meta, pairs[:4], ways[0][2])  # warm-up
+        for length, steps, s in ways:
+            written, figures = answer(model, run, meta, pairs, s)
+            rows.append({'run': name, 'length': length} | bounds_row(model, run, meta, pairs, s) | {
+                'steps': steps, 'nfe': figures['nfe'],
+                'ms/sentence': f'{1000 / float(figures["sentences/s"].replace(",", "")):.1f}',
+                'BLEU': score(written, [answer for _, _, answer in pairs])['BLEU']})
+        if run['objective'] != 'ar' and run['predict_pad'] and not run.get('length_head'):
+            chances[name] = {share: eos_chances(model, meta, data, share, settings['batch_size'],
+                                                settings['seed'])
+                             for share in (0.25, 0.5, 0.75, 1.0)}
+    right = [f'; {name} knows EOS at its place with ' + ', '.join(
+        f'{share:.0%} of the window masked in {found[0]:.1%}' for share, found in of.items())
+        for name, of in chances.items()]
+    note = (f'{split} of {meta["name"]} ({meta["source"]}): {len(pairs):,} prompts, '
+            f'{settings["batch_size"]} at a time, seed {settings["seed"]}; fits: the right answer '
+            'and its EOS do; too long by: tokens, where they do; saved: masks of the '
+            f'{meta["max_answer"] + 1} of full; RMSE: of what was predicted, before it was rounded '
+            f'up; length_quantile {settings["length_quantile"]}; nfe and ms/sentence: with the '
+            f'pass that predicts; {torch.get_num_threads()} threads; {how}{"".join(right)}')
+    return rows, note, chances
+
+
+def draw_length(chances, path):
+    """length.png: the chance of an EOS by the distance from its right place, a panel for a run."""
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, max(1, len(chances)), figsize=(6.4 * max(1, len(chances)), 4.2),
+                             constrained_layout=True, squeeze=False)
+    for ax, (name, of) in zip(axes[0], chances.items()):
+        for (share, (_, mean)), color in zip(of.items(), ('#56B4E9', '#009E73', '#E69F00',
+                                                          '#0072B2')):
+            ax.plot(mean.keys(), mean.values(), lw=1.3, color=color, label=f'{share:.0%} masked')
+        ax.axvline(0, color='0.5', lw=1, ls=':')
+        ax.annotate('true end', (0, 1), xycoords=('data', 'axes fraction'), xytext=(4, -4),
+                    textcoords='offset points', color='0.4', va='top', fontsize=8)
+        ax.set(title=name, xlabel='tokens from the true end', ylabel='P(EOS), mean over rows')
+        ax.grid(color='0.92')
+        ax.spines[['top', 'right']].set_visible(False)
+        ax.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
 # ------------------------------------------------------------------------------ what train.py shows
 
 
@@ -568,7 +687,7 @@ def print_bench(milliseconds, profiler, profiled, flops, peak, tokens_per_iter, 
 
 
 def draw_losses(rows, title, log_v):
-    """The bytes of loss.png: a run's losses over updates and tokens, log V' beside them."""
+    """The bytes of loss.png: a run's losses over updates and tokens, and log V', if not None."""
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
@@ -576,9 +695,10 @@ def draw_losses(rows, title, log_v):
     for key, label, style, color in (('train', 'training text', 'o--', '#E69F00'),
                                      ('val', 'validation text', 'o-', '#0072B2')):
         ax.plot(x, [float(row[key]) for row in rows], style, ms=4, label=label, color=color)
-    ax.axhline(log_v, color='0.5', lw=1, ls=':')
-    ax.annotate("log V', a blind guess", (1, log_v), xycoords=('axes fraction', 'data'),
-                xytext=(-4, -4), textcoords='offset points', color='0.4', ha='right', va='top')
+    if log_v is not None:
+        ax.axhline(log_v, color='0.5', lw=1, ls=':')
+        ax.annotate("log V', a blind guess", (1, log_v), xycoords=('axes fraction', 'data'),
+                    xytext=(-4, -4), textcoords='offset points', color='0.4', ha='right', va='top')
     name = rows[0]['measured'].replace('<=', '(an upper bound on the nll)')
     ax.set(xlabel='updates', title=title, ylabel=f'{name}, nats per token')
     per_update = int(rows[-1]['tokens']) / max(1, x[-1]) / 1e6
@@ -596,7 +716,7 @@ def draw_losses(rows, title, log_v):
 
 def main():
     settings = config.override(globals())
-    tasks = ('likelihood', 'generation', 'speed', 'curves', 'translation', 'reversal')
+    tasks = ('likelihood', 'generation', 'speed', 'curves', 'translation', 'length', 'reversal')
     if task not in tasks:
         raise UserError(f'task is {task!r}, not one of {", ".join(tasks)}')
     for name in ('batch_size', 'repeats', 'gen_tokens'):
@@ -618,6 +738,11 @@ def main():
         rows, note = translation(runs, settings)
         draw_translation(rows, Path(report_dir, 'translation.png'))
         note += f'. Drawn in {report_dir}/translation.png'
+    elif task == 'length':
+        rows, note, chances = lengths(runs, settings)
+        if chances:
+            draw_length(chances, Path(report_dir, 'length.png'))
+            note += f'. Drawn in {report_dir}/length.png'
     else:
         rows, note = generation(runs, settings)
     print(markdown(rows))
