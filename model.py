@@ -5,6 +5,8 @@
                   minimises and the number that eval.py reports, exact for autoregression (nll), an
                   upper bound for all kinds of diffusion (nelbo)
 
+Between them stands LengthHead, which tells how long an answer will be before it is written.
+
 Letters, here and in the papers:
 
     B, T, C   batch, sequence length, channels (n_embd)
@@ -73,7 +75,8 @@ class ModelConfig:
                             ('mlp', ('relu2', 'swiglu', 'gelu')),
                             ('length_head', ('', *LENGTH_HEADS))):
             if getattr(self, name) not in known:
-                raise UserError(f'{name} is {getattr(self, name)!r}, not one of {", ".join(known)}')
+                raise UserError(f'{name} is {getattr(self, name)!r}, not one of '
+                                + ', '.join(filter(None, known)))
         if self.causal and self.time_cond:
             raise UserError('time_cond shows the network a noise level; causal models have none')
         if self.pos == 'rope' and self.n_embd // self.n_head % 2:
@@ -356,10 +359,10 @@ class LengthHead(nn.Module):
         """Lengths (B,) that answers exceed with probability 1 - quantile at most; a number was
         trained to be such a bound, at the quantile set then."""
         out = self(model, x)
-        if self.kind.endswith('classify'):
-            return first_to_hold(out.sigmoid() if self.kind == 'classify' else
-                                 out.softmax(1).cumsum(1), quantile)
-        return out
+        if not self.kind.endswith('classify'):
+            return out
+        return first_to_hold(out.sigmoid() if self.kind == 'classify' else
+                             out.softmax(1).cumsum(1), quantile)
 
 
 def first_to_hold(cumulative, share):
@@ -380,8 +383,8 @@ def length_loss(model, x0, generator=None, given=None, *, pad_id, length_quantil
     minimum at the mean, for which about half of all answers are too long.
     """
     n = (~given & (x0 != pad_id)).sum(1)  # (B,), EOS among them
-    out, kind = model.length_head(model, torch.where(given, x0, model.mask_id)), \
-        model.length_head.kind
+    kind = model.length_head.kind
+    out = model.length_head(model, torch.where(given, x0, model.mask_id))
     if kind == 'encoder_classify':
         return F.cross_entropy(out.float(), n - 1, reduction='none')
     if kind == 'classify':

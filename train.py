@@ -4,6 +4,7 @@
     python train.py config/shakespeare_ar.py             its autoregressive twin
     python train.py config/shakespeare_mdm_10m.py --device=cuda
     python train.py --out_dir=out/shakespeare_mdm --resume
+    python train.py config/length_classify.py            a head on out/multi30k_mdm_pad
     python train.py config/shakespeare_ar.py --bench=10  how fast, and where the time goes
     torchrun --nproc_per_node=4 train.py config/shakespeare_mdm_10m.py
 
@@ -286,8 +287,8 @@ for name, fine, wanted in (
         ('mask_range', len(mask_range) == 2 and 0 <= mask_range[0] <= mask_range[1] <= 1
          and mask_range[1] > 0, '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0'),
         ('subs', subs or objective == 'd3pm', 'True (d3pm alone has a use for the mask)'),
-        ('length_head', not length_head or (predict_pad and objective != 'ar'), "'', unless "
-         'predict_pad is on and objective is not ar: others do not know what a window is'),
+        ('length_head', not length_head or (predict_pad and objective in ('mdm', 'd3pm')),
+         "'', unless predict_pad is on and objective is mdm or d3pm"),
         ('init_from', init_from or not length_head, 'the run that a length_head is for'),
         ('length_quantile', 0 < length_quantile < 1, 'in (0, 1)'),
         *((n, settings[n] >= 0, '0 or more') for n in (
