@@ -5,6 +5,7 @@
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=generation
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=curves
     python eval.py --out_dir=out/multi30k_ar,out/multi30k_mdm --task=translation --split=test
+    python eval.py --out_dir=out/multi30k_ar,out/multi30k_mdm_pad,out/length_classify --task=length
 
 Each prints a Markdown table with a row for each run (several seeds of one configuration make one
 row, mean +- standard deviation) and, below it, how the numbers were obtained. All that was measured
@@ -39,12 +40,13 @@ import sample
 from config import UserError
 from model import BOUND_NAMES, ar_nll, ar_token_nll, bound_of, evaluate, load_checkpoint, \
     load_model, mixed_seed, ordered_nll, pick_device, token_nll
-from prepare import MARK, code_points, download, gather, load_meta, load_split, load_tokenizer
+from prepare import MARK, code_points, download, gather, gather_rows, load_meta, load_split, \
+    load_tokenizer, row_batches, row_widths
 
 # what is measured
 out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
 task = 'likelihood'    # likelihood, generation, speed, curves, infill, order, lambada, recover,
-                       # noises, translation, reversal; report: most of them, on one page
+                       # noises, translation, length, reversal; report: most, on one page
 report_dir = 'out/report'  # where report.md, report.json and the pictures go
 split = 'val'          # train, val, test; likelihood: or several with commas
 max_windows = 64       # likelihood: of train, evenly spread; order, infill, recover: of val;
@@ -70,6 +72,9 @@ answer_steps = (1, 4, 8, 16)  # mdm: in place of steps, one after the other
 length = 'auto'        # mdm: as in sample.py, or reference, that of the right answer; a,b for both
 length_ratio = 1.3
 length_extra = 2
+length_quantile = 0.9
+# length: the settings of translation, without file; of answer_steps, the last; length auto is each
+length_block = 8       # tokens per block of the decoding in blocks that it is compared with
 # generation, speed: how text is decoded, as in sample.py (decoder: of runs that are not ar)
 decoder = 'auto'
 steps = 128
@@ -89,14 +94,17 @@ repetition_penalty = 1.0
 LAMBADA = ('https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl',
            '4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226')
 KNOWN_TOKENS = 20_000_000  # of the training text, as many are searched for words and copies
+EOS_SHARES = (0.25, 0.5, 0.75, 1.0)  # of an answer's window that is masked, in length.png
 LEVELS, PLACES = 16, 16  # points of the two curves of likelihood.png
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
           '#882255')   # told apart by the colour-blind; in grey, by the markers
 MARKERS = '*s^Dv<>Po'
-DIGITS = {key: 4 for key in ('nats/token', 's.e.', 'bits/token', 'bits/char', 'bits/byte')} | {
-    key: 1 for key in ('known words (%)', 'ms/pass', 'right (%)', 's.e. (%)', 'minutes')} | {
-    key: 2 for key in ('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L', 'BERTScore')} | {
-    key: 0 for key in ('tokens/s', 'nfe')}  # behind the point, of a column; 3 of others
+DIGITS = {  # behind the point, of a column; 3 of others
+    **dict.fromkeys(('nats/token', 's.e.', 'bits/token', 'bits/char', 'bits/byte'), 4),
+    **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L', 'BERTScore'), 2),
+    **dict.fromkeys(('known words (%)', 'ms/pass', 'right (%)', 's.e. (%)', 'minutes', 'nfe',
+                     'fits (%)', 'too long by', 'masks', 'saved', 'ms/sentence', 'sentences/s'), 1),
+    'tokens/s': 0}
 
 
 class Number(float):
@@ -991,6 +999,7 @@ def answer(model, run, meta, pairs, settings):
     tokenizer = load_tokenizer(meta)
     prompts, right = ([tokenizer.encode(pair[i]) for pair in pairs] for i in (1, 2))
     canvases = sample.row_canvases(prompts, run, meta, settings, right)
+    canvases, predicted, _, took = sample.shortened(model, canvases, run, meta, settings)
     order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
     done, (_, _, seconds) = sample.complete(model, run['objective'], [canvases[i] for i in order],
                                             settings, meta['eos_id'])
@@ -1001,8 +1010,8 @@ def answer(model, run, meta, pairs, settings):
               'empty': [not row for row in ids]}
     return [tokenizer.decode(row) for row in ids], {
         **{name: float(np.mean(share)) for name, share in shares.items()},
-        'nfe': float(np.mean([figures['nfe'] for _, figures in done])),
-        'sentences/s': len(pairs) / seconds}
+        'nfe': float(np.mean([figures['nfe'] for _, figures in done]) + (predicted is not None)),
+        'sentences/s': len(pairs) / (seconds + took)}
 
 
 def make_score():
@@ -1117,6 +1126,118 @@ def draw_translation(rows, path):
     save_figure(fig, path)
 
 
+# ------------------------------------------------------------------------ length before decoding
+
+
+def bounds_row(model, run, meta, pairs, settings):
+    """{column: figure} of the masks that answers get, against what they need with their EOS."""
+    if run['objective'] == 'ar':
+        return dict.fromkeys(('fits (%)', 'too long by', 'masks', 'saved', 'RMSE'), '')
+    tokenizer = load_tokenizer(meta)
+    canvases = sample.row_canvases([tokenizer.encode(prompt) for _, prompt, _ in pairs], run, meta,
+                                   settings)
+    canvases, predicted, _, _ = sample.shortened(model, canvases, run, meta, settings)
+    masks = np.array([canvas.count(model.mask_id) for canvas in canvases])
+    right = np.array([len(tokenizer.encode(answer)) + 1 for _, _, answer in pairs])
+    error = (masks if predicted is None else np.array(predicted)) - right
+    fits = masks >= right
+    return {'fits (%)': float(100 * fits.mean()),
+            'too long by': float((masks - right)[fits].mean() if fits.any() else math.nan),
+            'masks': float(masks.mean()), 'saved': float(meta['max_answer'] + 1 - masks.mean()),
+            'RMSE': float((error ** 2).mean() ** 0.5)}
+
+
+@torch.no_grad()
+def eos_chances(model, meta, rows, share, batch_size, seed):
+    """P(EOS) at the masks of rows (N, row_length), a share of each answer's window, at random.
+
+    The mask of EOS is one of them. Returns in how many rows EOS is the likeliest token there, a
+    share, and the mean of P(EOS) at each distance from there, {distance: mean}.
+    """
+    device, right, found = model.embed.weight.device, 0, {}
+    generator = torch.Generator().manual_seed(seed)
+    for batch in row_batches(row_widths(rows, meta, predict_pad=True), batch_size):
+        x0, given = map(torch.from_numpy, gather_rows(rows.reshape(-1), batch, meta, True))
+        is_eos = ~given & (x0 == meta['eos_id'])  # (B, T)
+        is_mask = ~given & (torch.rand(x0.shape, generator=generator) < share) | is_eos
+        xt = torch.where(is_mask, model.mask_id, x0).to(device)
+        logits = model(xt, is_mask.float().mean(1, keepdim=True).to(device),
+                       where=is_mask.to(device)).cpu()  # (N, V)
+        right += (logits.argmax(1) == meta['eos_id'])[is_eos[is_mask]].sum().item()
+        away = torch.arange(x0.size(1)) - is_eos.long().argmax(1, keepdim=True)  # (B, T)
+        for i, p in zip(away[is_mask].tolist(), logits.softmax(1)[:, meta['eos_id']].tolist()):
+            found.setdefault(i, []).append(p)
+    return right / len(rows), {i: np.mean(found[i]) for i in sorted(found)}
+
+
+def lengths_of(run, settings):
+    """The `length` of decodings to compare: with a head that of the head, for the other ways are
+    those of the run it was trained on."""
+    if settings['length'] != 'auto' or not run['predict_pad'] or run.get('length_head'):
+        return settings['length']
+    return 'full,ratio,argmax,quantile'
+
+
+def lengths(runs, settings):
+    """A row for each run and way to know the length: what it saves, and what it does to answers."""
+    score, how = make_score()
+    meta, split = runs[0][1]['meta'], settings['split']
+    sample.require(settings, ('file', not settings['file'], "'' for task=length"),
+                   ('length_block', settings['length_block'] >= 1, '1 or more'))
+    if meta['sep_id'] is None:
+        raise UserError(f'data/{meta["name"]} has no prompts and answers: no lengths to predict')
+    pairs = row_pairs(meta, split)[:settings['max_rows'] or None]
+    data = load_split(meta['name'], split).reshape(-1, meta['row_length'])[:len(pairs)]
+    rows, chances = [], {}
+    for name, checkpoint, model in runs:
+        run = checkpoint['config']
+        ways = ways_to_answer(run, settings | {'length': lengths_of(run, settings),
+                                               'answer_steps': settings['answer_steps'][-1:]})
+        ways += [('full, in blocks', steps, s | {'block_length': settings['length_block']})
+                 for length, steps, s in ways if length == 'full' and not s['block_length']]
+        answer(model, run, meta, pairs[:4], ways[0][2])  # warm-up
+        for length, steps, s in ways:
+            written, figures = answer(model, run, meta, pairs, s)
+            rows.append({'run': name, 'length': length} | bounds_row(model, run, meta, pairs, s) | {
+                'steps': steps, 'nfe': figures['nfe'],
+                'ms/sentence': 1000 / figures['sentences/s'],
+                'BLEU': score(written, [answer for _, _, answer in pairs])['BLEU']})
+        if run['objective'] != 'ar' and run['predict_pad'] and not run.get('length_head'):
+            chances[name] = {share: eos_chances(model, meta, data, share, settings['batch_size'],
+                                                settings['seed'])
+                             for share in EOS_SHARES}
+            for share, (_, mean) in chances[name].items():
+                rows[-len(ways)] |= {f'x {share:.0%}': list(mean),
+                                     f'y {share:.0%}': [float(p) for p in mean.values()]}
+    right = [f'; {name} knows EOS at its place with ' + ', '.join(
+        f'{share:.0%} of the window masked in {found[0]:.1%}' for share, found in of.items())
+        for name, of in chances.items()]
+    note = (f'{split} of {meta["name"]} ({meta["source"]}): {len(pairs):,} prompts, '
+            f'{settings["batch_size"]} at a time, seed {settings["seed"]}; fits: the right answer '
+            'and its EOS do; too long by: tokens, where they do; saved: masks of the '
+            f'{meta["max_answer"] + 1} of full; RMSE: of what was predicted, before it was rounded '
+            f'up; length_quantile {settings["length_quantile"]}; nfe and ms/sentence: with the '
+            f'pass that predicts; {torch.get_num_threads()} threads; {how}{"".join(right)}')
+    return rows, note
+
+
+def draw_length(rows, path):
+    """length.png: the chance of an EOS by the distance from its right place, a panel for a run."""
+    rows = [row for row in rows if 'x 100%' in row]
+    if not rows:  # of runs that never saw a PAD
+        return
+    fig, axes = panels(len(rows))
+    for ax, row in zip(axes, rows):
+        for i, share in enumerate(EOS_SHARES):
+            ax.plot(row[f'x {share:.0%}'], row[f'y {share:.0%}'], lw=1.3, color=COLORS[i],
+                    label=f'{share:.0%} masked')
+        ax.axvline(0, color='0.5', lw=1, ls=':')
+        ax.annotate('true end', (0, 1), xycoords=('data', 'axes fraction'), xytext=(4, -4),
+                    textcoords='offset points', color='0.4', va='top', fontsize=8)
+        ax.set(title=row['run'], xlabel='tokens from the true end', ylabel='P(EOS), mean over rows')
+    save_figure(fig, path)
+
+
 # ------------------------------------------------------------------------------ what train.py shows
 
 
@@ -1176,7 +1297,7 @@ def print_bench(milliseconds, profiler, profiled, flops, peak, tokens_per_iter, 
 
 
 def draw_losses(rows, title, log_v):
-    """The bytes of loss.png: a run's losses over updates and tokens, log V' beside them."""
+    """The bytes of loss.png: a run's losses over updates and tokens, and log V', if not None."""
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
@@ -1184,9 +1305,10 @@ def draw_losses(rows, title, log_v):
     for key, label, style, color in (('train', 'training text', 'o--', '#E69F00'),
                                      ('val', 'validation text', 'o-', '#0072B2')):
         ax.plot(x, [float(row[key]) for row in rows], style, ms=4, label=label, color=color)
-    ax.axhline(log_v, color='0.5', lw=1, ls=':')
-    ax.annotate("log V', a blind guess", (1, log_v), xycoords=('axes fraction', 'data'),
-                xytext=(-4, -4), textcoords='offset points', color='0.4', ha='right', va='top')
+    if log_v is not None:
+        ax.axhline(log_v, color='0.5', lw=1, ls=':')
+        ax.annotate("log V', a blind guess", (1, log_v), xycoords=('axes fraction', 'data'),
+                    xytext=(-4, -4), textcoords='offset points', color='0.4', ha='right', va='top')
     name = rows[0]['measured'].replace('<=', '(an upper bound on the nll)')
     ax.set(xlabel='updates', title=title, ylabel=f'{name}, nats per token')
     per_update = int(rows[-1]['tokens']) / max(1, x[-1]) / 1e6
@@ -1208,8 +1330,8 @@ TASKS = {'curves': (curves, draw_curves), 'likelihood': (likelihood, draw_likeli
          'order': (orders, None), 'generation': (generation, None), 'infill': (infill, None),
          'recover': (recover, None), 'speed': (speed, draw_speed), 'lambada': (lambada, None),
          'noises': (noises, draw_noises), 'translation': (translation, draw_translation),
-         'reversal': (reversal, None)}
-ON_ROWS = ('likelihood', 'curves', 'translation')
+         'length': (lengths, draw_length), 'reversal': (reversal, None)}
+ON_ROWS = ('likelihood', 'curves', 'translation', 'length')
 REPORT = {'curves': {}, 'likelihood': {'split': 'train,val'},
           'order': {'max_windows': 8, 'target_se': 0.02},
           'generation': {'gen_tokens': 4096}, 'infill': {'max_windows': 16, 'steps': 32},
@@ -1227,8 +1349,10 @@ def measure(task, runs, settings, command):
     rows = seeds_together(rows, runs)
     text = f'{markdown(rows)}\n'
     if draw:
-        draw(rows, Path(settings['report_dir'], f'{task}.png'))
-        text += f'\n![{task}]({task}.png)\n'
+        picture = Path(settings['report_dir'], f'{task}.png')
+        picture.unlink(missing_ok=True)
+        draw(rows, picture)
+        text += f'\n![{task}]({task}.png)\n' if picture.exists() else ''
     if 'beginning' in rows[0]:
         text += f'\n```text\n{side_by_side(rows)}\n```\n'
     text += f'\n{note}. Command: python eval.py {command}\n'

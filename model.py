@@ -5,6 +5,8 @@
                   minimises and the number that eval.py reports, exact for autoregression (nll), an
                   upper bound for all kinds of diffusion (nelbo)
 
+Between them stands LengthHead, which tells how long an answer will be before it is written.
+
 Letters, here and in the papers:
 
     B, T, C   batch, sequence length, channels (n_embd)
@@ -63,6 +65,7 @@ class ModelConfig:
     dropout: float = 0.0
     subs: bool = True         # the mask is never predicted; False: d3pm may predict it
     block_length: int = 0     # of objective block; 0 = none
+    length_head: str = ''     # how it tells the length of an answer, see LENGTH_HEADS; '' = not
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -70,9 +73,11 @@ class ModelConfig:
             raise UserError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, '
                             f'and that of n_kv_head {self.n_kv_head}')
         for name, known in (('pos', ('rope', 'learned')), ('norm', ('rmsnorm', 'layernorm')),
-                            ('mlp', ('relu2', 'swiglu', 'gelu'))):
+                            ('mlp', ('relu2', 'swiglu', 'gelu')),
+                            ('length_head', ('', *LENGTH_HEADS))):
             if getattr(self, name) not in known:
-                raise UserError(f'{name} is {getattr(self, name)!r}, not one of {", ".join(known)}')
+                raise UserError(f'{name} is {getattr(self, name)!r}, not one of '
+                                + ', '.join(filter(None, known)))
         if self.causal and self.time_cond:
             raise UserError('time_cond shows the network a noise level; causal models have none')
         if self.pos == 'rope' and self.n_embd // self.n_head % 2:
@@ -229,6 +234,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.embed.weight
+        self.length_head = LengthHead(c) if c.length_head else None
         cos, sin = rope_angles(c.block_size, c.n_embd // c.n_head)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
@@ -308,6 +314,91 @@ def time_features(t, size=256):
     frequency = 1e4 ** (-torch.arange(size // 2, device=t.device) / (size // 2))
     angle = 1000 * t[..., None] * frequency  # (B, 1, size / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+# ------------------------------------------------------------------------- the length of an answer
+
+LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress', 'encoder_classify')
+
+
+class LengthHead(nn.Module):
+    """Tells from a prompt how many tokens its answer has, EOS among them; the model is frozen.
+
+        regress_mean      a number, from the mean of the model's hidden states
+        regress_concat    the same, from their mean in the prompt beside that in the answer's masks
+        classify          for every mask, whether the answer has ended there
+        encoder_regress   a number, from the mean in the prompt of a small encoder of its own
+        encoder_classify  a distribution over lengths, from the same
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.kind, self.encoder, C = c.length_head, None, c.n_embd
+        if self.kind.startswith('encoder'):
+            self.encoder = Transformer(ModelConfig(c.vocab_size, c.block_size, n_layer=2, n_head=4,
+                                                   n_embd=128, tied=True))
+            C = 128
+        self.mlp = nn.Sequential(nn.Linear(2 * C if self.kind == 'regress_concat' else C, C),
+                                 nn.ReLU(), nn.Linear(C, c.block_size if self.kind ==
+                                                      'encoder_classify' else 1))
+
+    def forward(self, model, x):
+        """x (B, P + W): prompts of P tokens, then W masks. classify: logits (B, W), that the answer
+        ends there or before; encoder_classify: (B, W), of the lengths 1..W; else lengths (B,)."""
+        P = int((x[0] != model.mask_id).sum())
+        if self.encoder is not None:
+            h = self.encoder(x[:, :P], hidden=True).mean(1)  # (B, C)
+        else:
+            share = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1)
+            with torch.no_grad():
+                h = model(x, share, hidden=True)  # (B, P + W, C)
+            if self.kind == 'classify':
+                h = h[:, P:]
+            elif self.kind == 'regress_mean':
+                h = h.mean(1)
+            else:
+                h = torch.cat([h[:, :P].mean(1), h[:, P:].mean(1)], dim=1)
+        out = self.mlp(h).squeeze(-1)
+        return out[:, :x.size(1) - P] if self.kind == 'encoder_classify' else out
+
+    def predict(self, model, x, quantile):
+        """Lengths (B,) that answers exceed with probability 1 - quantile at most; a number was
+        trained to be such a bound, at the quantile set then."""
+        out = self(model, x)
+        if not self.kind.endswith('classify'):
+            return out
+        return first_to_hold(out.sigmoid() if self.kind == 'classify' else
+                             out.softmax(1).cumsum(1), quantile)
+
+
+def first_to_hold(cumulative, share):
+    """The first position, from 1, at which cumulative (B, W) is not below share, else W: (B,)."""
+    below = (cumulative < share).long().cumprod(1).sum(1)
+    return below.clamp(max=cumulative.size(1) - 1) + 1.0
+
+
+def length_loss(model, x0, generator=None, given=None, *, pad_id, length_quantile):
+    """The loss (B,) of the length head for rows of prompts of one length; a sum over their tokens.
+
+    Nats: of a distribution over lengths; of W yes or no, if classify; and of a number those of an
+    asymmetric Laplace distribution, a constant aside: the pinball loss [Koenker & Bassett 1978]
+
+        max(q * (n - prediction), (q - 1) * (n - prediction)),  q = length_quantile
+
+    whose minimum is the length n that is exceeded with probability 1 - q. The mean square has its
+    minimum at the mean, for which about half of all answers are too long.
+    """
+    n = (~given & (x0 != pad_id)).sum(1)  # (B,), EOS among them
+    kind = model.length_head.kind
+    out = model.length_head(model, torch.where(given, x0, model.mask_id))
+    if kind == 'encoder_classify':
+        return F.cross_entropy(out.float(), n - 1, reduction='none')
+    if kind == 'classify':
+        ended = torch.arange(out.size(1), device=x0.device) >= n[:, None] - 1  # (B, W)
+        return F.binary_cross_entropy_with_logits(out.float(), ended.float(),
+                                                  reduction='none').sum(1)
+    short = n - out
+    return torch.maximum(length_quantile * short, (length_quantile - 1) * short)
 
 
 # ------------------------------------------------------------------------- the probability models

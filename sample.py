@@ -29,7 +29,8 @@ import torch.nn.functional as F
 
 import config
 from config import UserError
-from model import SCHEDULES, KVCache, load_checkpoint, load_model, noise, pick_device
+from model import SCHEDULES, KVCache, first_to_hold, load_checkpoint, load_model, noise, \
+    pick_device
 from prepare import EOT, load_tokenizer
 
 # what is read
@@ -45,9 +46,12 @@ batch_size = 16        # rows at a time
 gen_length = 0         # tokens to write after start; 0 fills the model's context
 seed = 1337
 # of runs on prompts and answers: start is a prompt, and what is written is the answer
-length = 'auto'        # mdm, masks for it: full, ratio; auto is full if run with predict_pad
+length = 'auto'        # mdm, masks for it: full, ratio; auto is full if run with predict_pad. And
+                       # predicted by one pass: argmax, quantile; regress, classify, encoder, which
+                       # is what config/length_*.py train, and auto in their runs
 length_ratio = 1.3     # ratio: so many for a token of the prompt
 length_extra = 2       # ratio: and so many more
+length_quantile = 0.9  # quantile, classify, encoder: the chance that an answer fits
 # to be seen: how the first sample came about
 watch = False          # in the terminal, step by step; its time counts in the tokens/s printed
 watch_delay = 0.05     # seconds for which watch shows a step
@@ -75,7 +79,8 @@ BLANK = re.compile(r'\[_+(?::(\d{1,6}))?\]')
 BLANK_WIDTH = 5        # tokens of a [___] that does not say
 MASK_SHOWN = '█'
 ORDERS = ('max_prob', 'margin', 'entropy', 'random')
-LENGTHS = ('full', 'ratio', 'reference')
+PREDICTED = ('argmax', 'quantile', 'regress', 'classify', 'encoder')
+LENGTHS = ('full', 'ratio', 'reference', *PREDICTED)
 
 
 def chances(logits, seen=None, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
@@ -1060,7 +1065,14 @@ def length_name(name, run):
     """`name`, or for 'auto' the `length` that suits `run`, the settings of training."""
     if name not in ('auto', *LENGTHS):
         raise UserError(f'length is {name!r}, not one of auto, {", ".join(LENGTHS)}')
-    return ('full' if run['predict_pad'] else 'ratio') if name == 'auto' else name
+    head = run.get('length_head', '').partition('_')[0]  # older runs have no such setting
+    if name in PREDICTED[2:] and name != head:
+        raise UserError(f'length is {name!r}, but this run has no such head: '
+                        f'config/length_{name}.py trains one')
+    if name in PREDICTED and not run['predict_pad']:
+        raise UserError(f'length is {name!r}, but this run never saw more masks than its answer '
+                        'needed: train with predict_pad')
+    return head or ('full' if run['predict_pad'] else 'ratio') if name == 'auto' else name
 
 
 def row_canvases(prompts, run, meta, settings, answers=None):
@@ -1070,7 +1082,8 @@ def row_canvases(prompts, run, meta, settings, answers=None):
     end. Masked diffusion is told how many tokens it can write, and only if it was trained to
     predict PAD does it know what to do with more than the answer needs. `length` is 'full', the
     number in training; 'ratio', by the length of the prompt; or 'reference', what the right answer
-    needs, which is all that answers, lists of ids, are read for.
+    needs, which is all that answers, lists of ids, are read for. Where it is to be predicted, the
+    number is that of 'full', for shortened() to cut.
     """
     name = length_name(settings['length'], run)
     ratio, extra = settings['length_ratio'], settings['length_extra']
@@ -1084,11 +1097,52 @@ def row_canvases(prompts, run, meta, settings, answers=None):
             raise UserError(f'a prompt of {len(prompt)} tokens leaves no room for an answer: '
                             f'block_size is {run["block_size"]}')
         if run['objective'] != 'ar':
-            width = meta['max_answer'] + 1 if name == 'full' else \
-                int(ratio * len(prompt)) + extra if name == 'ratio' else len(answers[i]) + 1
+            width = int(ratio * len(prompt)) + extra if name == 'ratio' else \
+                len(answers[i]) + 1 if name == 'reference' else meta['max_answer'] + 1
         masks = [meta['mask_id']] * max(1, min(width, room))
         canvases.append([*prompt, meta['sep_id'], *masks])
     return canvases
+
+
+@torch.no_grad()
+def predict_lengths(model, x, name, quantile, eos_id):
+    """How many tokens answers will have, EOS among them, (B,) float, from one pass over a canvas.
+
+    x (B, P + W): prompts of P tokens, then W masks. 'argmax': up to the mask whose chance to become
+    an EOS is the largest; 'quantile': up to where the chances, made to sum to 1 over the W masks,
+    have summed to quantile; else what the length_head of the model says.
+    """
+    if name not in ('argmax', 'quantile'):
+        return model.length_head.predict(model, x, quantile)
+    is_mask = x == model.mask_id
+    logits = model(x, is_mask.float().mean(1, keepdim=True), where=is_mask)  # (B * W, V)
+    eos = logits.float().log_softmax(-1)[:, eos_id].view(len(x), -1)  # (B, W)
+    return eos.argmax(1) + 1.0 if name == 'argmax' else \
+        first_to_hold(eos.softmax(1).cumsum(1), quantile)
+
+
+def shortened(model, canvases, run, meta, settings):
+    """canvases of row_canvases with no more masks than their answers are predicted to need.
+
+    That is a power of two, or all; of lengths that differ, few could be decoded together. Returns
+    (canvases, predicted, passes, seconds); predicted, how many tokens, is None if `length` does
+    not predict.
+    """
+    name, mask_id = length_name(settings['length'], run), model.mask_id
+    require(settings, ('length_quantile', 0 < settings['length_quantile'] <= 1, 'in (0, 1]'))
+    if run['objective'] == 'ar' or name not in PREDICTED:
+        return canvases, None, 0, 0.0
+    canvases, predicted, began = list(canvases), [None] * len(canvases), time.perf_counter()
+    groups = batches(canvases, run['objective'], mask_id, settings['batch_size'], block_length=1)
+    for batch in groups:
+        x = torch.tensor([canvases[i] for i in batch], device=model.embed.weight.device)
+        lengths = predict_lengths(model, x, name, settings['length_quantile'], meta['eos_id'])
+        for i, length in zip(batch, lengths.tolist()):
+            n_masks = canvases[i].count(mask_id)
+            bound = math.ceil(min(max(length, 1.0), n_masks))
+            extra = n_masks - min(1 << (bound - 1).bit_length(), n_masks)
+            canvases[i], predicted[i] = canvases[i][:len(canvases[i]) - extra], length
+    return canvases, predicted, len(groups), time.perf_counter() - began
 
 
 def generate(model, objective, rows, settings, eos_id=None, on_step=None):
@@ -1184,14 +1238,17 @@ def main():
     if meta['sep_id'] is None:
         require(settings, ('length', length == 'auto', 'auto for a run without answers'))
         canvases = [make_canvas(model, tokenizer, kind, text, gen_length) for kind, text in asked]
+        passes, took = 0, 0.0
     else:
         check_asked(asked, settings, objective)
         prompts = [tokenizer.encode(text.strip()) for _, text in asked]
         canvases = row_canvases(prompts, checkpoint['config'], meta, settings)
+        canvases, _, passes, took = shortened(model, canvases, checkpoint['config'], meta, settings)
     recorder = Recorder(canvases[0], tokenizer, model.mask_id,
                         Screen(watch_delay) if watch else None)
     done, (written, nfe, seconds) = complete(model, objective, canvases, settings, meta['eos_id'],
                                              recorder if watch or save else None)
+    nfe, seconds = nfe + passes, seconds + took
     for (kind, given), (ids, figures) in zip(asked, done):
         ids = ids if meta['sep_id'] is None else split_row(ids, meta)[1]
         text = tokenizer.decode(ids)

@@ -4,6 +4,7 @@
     python train.py config/shakespeare_ar.py             its autoregressive twin
     python train.py config/shakespeare_mdm_10m.py --device=cuda
     python train.py --out_dir=out/shakespeare_mdm --resume
+    python train.py config/length_classify.py            a head on out/multi30k_mdm_pad
     python train.py config/shakespeare_ar.py --bench=10  how fast, and where the time goes
     torchrun --nproc_per_node=4 train.py config/shakespeare_mdm_10m.py
 
@@ -39,8 +40,9 @@ import sample
 from config import UserError
 from eval import append_answers, draw_losses, fastest_flops, first_answers, flops_per_token, \
     print_bench
-from model import BOUND_NAMES, DIVERGENCES, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, \
-    bound_of, evaluate, load_checkpoint, loss_of, mixed_seed, model_config, pick_device, pick_dtype
+from model import BOUND_NAMES, DIVERGENCES, LOSS_WEIGHTS, LOSSES, SCHEDULES, Block, Transformer, \
+    bound_of, evaluate, length_loss, load_checkpoint, loss_of, mixed_seed, model_config, \
+    pick_device, pick_dtype
 from prepare import gather, gather_rows, load_meta, load_split, load_tokenizer, prepare, \
     row_batches, row_lengths, row_widths
 
@@ -48,6 +50,7 @@ from prepare import gather, gather_rows, load_meta, load_split, load_tokenizer, 
 out_dir = 'out/shakespeare_mdm'  # where it is written; a config file sets out/<its name>
 resume = False              # go on with the run in out_dir, under the settings that it has
 overwrite = False           # throw away the run in out_dir
+init_from = ''              # a run of this shape and vocabulary, whose weights are the first
 seed = 1337
 device = 'auto'             # cuda, mps, cpu; auto takes the first that is there
 dtype = 'auto'              # float32, bfloat16 (autocast); auto is bfloat16 where that is fast
@@ -88,6 +91,10 @@ subs = True                 # d3pm: the mask is never predicted; False leaves it
 block_length = 16           # block: tokens per block
 soft_inputs = False         # uniform: train on mixtures of tokens, ever closer to a single one
 divergence = 'elbo'         # uniform: elbo, symmetric_kl, scaled_kl; to train, never reported
+# length before decoding: train a head that tells it, on the run init_from, which stays as it is
+length_head = ''            # regress_mean, regress_concat, classify, encoder_regress,
+                            # encoder_classify; see LengthHead in model.py
+length_quantile = 0.95      # of regress: the share of answers that are no longer than predicted
 # optimiser
 optimizer = 'muon'          # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: all
 max_iters = 1200            # updates
@@ -192,13 +199,16 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, optimizer, betas, weight_decay, dtype):
     """[Muon, AdamW] or [AdamW]: Muon takes the matrices inside the blocks.
 
-    Weight decay falls on those matrices under either. The loop sets the learning rates.
+    Weight decay falls on those matrices under either. The loop sets the learning rates. What is
+    frozen is left out.
     """
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    blocks = [part for part in model.modules() if isinstance(part, Block)]
+    matrices = [p for block in blocks for p in block.parameters()
+                if p.dim() == 2 and p.requires_grad]
     inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
+    rest = [p for p in model.parameters() if id(p) not in inside and p.requires_grad]
     adam = partial(torch.optim.AdamW, betas=betas, fused=True)
-    if optimizer == 'muon':
+    if optimizer == 'muon' and matrices:
         return [Muon(matrices, weight_decay, dtype),
                 adam([{'params': rest, 'weight_decay': 0.0}])]
     return [adam([{'params': matrices, 'weight_decay': weight_decay},
@@ -289,6 +299,10 @@ for name, fine, wanted in (
         ('soft_inputs', objective == 'uniform' or not soft_inputs, 'False (but for uniform)'),
         ('subs', subs or objective == 'd3pm', 'True (d3pm alone has a use for the mask)'),
         ('block_length', objective != 'block' or block_length <= block_size, 'block_size at most'),
+        ('length_head', not length_head or (predict_pad and objective in ('mdm', 'd3pm')),
+         "'', unless predict_pad is on and objective is mdm or d3pm"),
+        ('init_from', init_from or not length_head, 'the run that a length_head is for'),
+        ('length_quantile', 0 < length_quantile < 1, 'in (0, 1)'),
         *((n, settings[n] >= 0, '0 or more') for n in (
             'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows', 'length_curriculum')),
         *((n, settings[n] >= 1, '1 or more') for n in (
@@ -300,6 +314,8 @@ for name, fine, wanted in (
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # of torchrun
 device = pick_device(device)
 if world > 1:
+    if length_head:
+        raise UserError('a length_head is trained by one process: leave out torchrun')
     if device == 'cuda':
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
         torch.cuda.set_device(device)
@@ -337,6 +353,24 @@ if decode_rows and meta['sep_id'] is None:
 
 torch.manual_seed(seed)
 model = Transformer(model_config(settings, meta)).to(device)
+if init_from and not resume:
+    source = load_checkpoint(init_from, device)
+    shape, own = vars(model_config(source['config'], source['meta'])), vars(model.config)
+    other = [name for name in shape if shape[name] != own[name]
+             and name not in ('causal', 'dropout', 'subs', 'block_length', 'length_head')]
+    other += [name for name in ('tokenizer', 'sep_id') if source['meta'][name] != meta[name]]
+    other += [name for name in ('objective', 'predict_pad')
+              if length_head and source['config'][name] != settings[name]]
+    if other:
+        raise UserError(f'{init_from} cannot be what this run begins with, for it has another '
+                        f'{", ".join(other)}')
+    weights = {k: v for k, v in model.state_dict().items() if k.startswith('length_head.')}
+    model.load_state_dict({k: v for k, v in source['model'].items()
+                           if not k.startswith('length_head.')} | weights)
+if length_head:
+    model.requires_grad_(False)
+    model.length_head.requires_grad_(True)
+learned = [p for p in model.parameters() if p.requires_grad]
 optimizers = make_optimizers(model, optimizer, (beta1, beta2), weight_decay,
                              getattr(torch, dtype))
 first_iter, best, rows = 0, math.inf, []
@@ -358,6 +392,10 @@ if compile:
 parallel = Parallel(model, broadcast_buffers=False) if world > 1 else model
 
 loss_fn, bound, bound_name = loss_of(settings), bound_of(settings), BOUND_NAMES[objective]
+if length_head:
+    bound_name = 'loss of the length'
+    bound = partial(length_loss, pad_id=meta['pad_id'], length_quantile=length_quantile)
+    loss_fn = lambda *batch: (bound(*batch).sum(), (~batch[3]).sum())  # given is the fourth
 measure = partial(evaluate, model, bound, batch_size=batch_size, meta=meta, predict_pad=predict_pad)
 autocast = torch.autocast(device.partition(':')[0], torch.bfloat16, enabled=dtype == 'bfloat16')
 log_v = math.log(meta['vocab_size'])
@@ -376,7 +414,9 @@ if row_data:
     say(f'{len(row_data.widths):,} rows of {row_data.widths.min()} to {row_data.widths.max()} '
         f'tokens, {row_data.per_epoch:,} batches an epoch, '
         f'{100 * (1 - row_data.known / tokens_per_epoch):.1f}% of what is computed is PAD')
-say(f'{objective}: {model.count_parameters():,} parameters, {tokens_per_iter:,} tokens per '
+say(f'{objective}: {model.count_parameters():,} parameters, '
+    + (f'{sum(p.numel() for p in learned):,} of them learned, ' if length_head else '')
+    + f'{tokens_per_iter:,} tokens per '
     f'update, {max_iters:,} updates = {epochs:.1f} epochs, on {device} in {dtype}'
     + (f', {world} processes' if world > 1 else ''))
 
@@ -423,7 +463,8 @@ for iteration in range(first_iter, max_iters + 1):
         best = min(best, val)
         if rank == 0:
             write_log(rows, out / 'log.csv')
-            picture = draw_losses(rows, f'{objective} on {dataset}', log_v)
+            picture = draw_losses(rows, f'{length_head or objective} on {dataset}',
+                                  None if length_head else log_v)
             write_atomically(out / 'loss.png', picture)
             bar.write(f'{iteration:6,} updates, {seconds:4.0f} s: {bound_name} {val:.4f} '
                       f'nats/token on the validation split, {train:.4f} on training text')
@@ -481,9 +522,9 @@ for iteration in range(first_iter, max_iters + 1):
     if world > 1:
         sums[2] = len(caught)
         dist.all_reduce(sums)
-    for p in model.parameters():  # of the sum (the mean, if by processes) of nats, now per token
+    for p in learned:  # of the sum (the mean, if by processes) of nats, now per token
         p.grad *= world / sums[1].clamp(min=1)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    torch.nn.utils.clip_grad_norm_(learned, grad_clip or math.inf)
     for o in optimizers:
         o.step()
         o.zero_grad()
@@ -514,7 +555,7 @@ if bench:
     print_bench(milliseconds, profiler, PROFILED, flops, peak, tokens_per_iter, device)
     sys.exit()
 
-repeats = 1 if objective == 'ar' else eval_repeats
+repeats = 1 if objective == 'ar' or length_head else eval_repeats
 scored = f'{len(val_rows):,} rows' if row_data else f'{len(val_data):,} tokens'
 nats, error = measure(data=val_data, seed=1, repeats=repeats)
 say(f'{bound_name} {nats:.4f}{"" if repeats == 1 else f" +- {error:.4f}"} nats/token, '

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sacrebleu import corpus_bleu, corpus_chrf
-from test_sample import BOOK, META, Phrasebook, trained
+from test_sample import BOOK, META, Phrasebook, encoded, trained
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -647,3 +647,110 @@ def test_epochs_are_those_of_the_tokens_that_were_trained_on(runs, settings):
     (row,), _ = evaluation.curves([], settings | {'out_dir': 'out/ar', 'x_axis': 'epochs'})
     n = evaluation.load_meta('verse')['counts']['train']['tokens']
     assert row['epochs'] == pytest.approx(30 * 8 * 16 / n) and row['at epoch'] == row['epochs']
+# Length before decoding
+
+
+def lengths_of_book(book, monkeypatch, objective='mdm', run=None, **settings):
+    """The rows, note and eos_chances of the task for a model that knows the answers of `book`."""
+    rows = []
+    for prompt, right in BOOK.items():
+        ids = [*encoded(prompt), META['sep_id'], *encoded(right), META['eos_id']]
+        rows.append(ids + [META['pad_id']] * (META['row_length'] - len(ids)))
+    monkeypatch.setattr(evaluation, 'load_split', lambda name, split: np.array(rows, np.uint16))
+    checkpoint = {'config': trained(objective) | (run or {}), 'meta': META}
+    chances, eos_chances = {}, evaluation.eos_chances
+
+    def watched(model, meta, rows, share, *how):
+        chances[share] = eos_chances(model, meta, rows, share, *how)
+        return chances[share]
+
+    monkeypatch.setattr(evaluation, 'eos_chances', watched)
+    rows, note = evaluation.lengths([('run', checkpoint, Phrasebook(book))],
+                                    vars(evaluation) | HOW | {'file': '', **settings})
+    monkeypatch.setattr(evaluation, 'eos_chances', eos_chances)
+    return rows, note, chances
+
+
+def test_bounds_are_measured_as_by_hand(book, monkeypatch):
+    rows, note, _ = lengths_of_book(BOOK, monkeypatch)
+    assert [row['length'] for row in rows] == ['full', 'ratio', 'argmax', 'quantile',
+                                               'full, in blocks']
+    by_name = {row['length']: row for row in rows}
+    n = np.array([len(right) + 1 for right in BOOK.values()])
+    widths = {'full': [8] * 6, 'argmax': [4, 8, 2, 8, 4, 4],
+              'ratio': [min(int(1.3 * len(p)) + 2, 19 - len(p)) for p in BOOK]}
+    for name, masks in widths.items():
+        row, masks = by_name[name], np.array(masks)
+        fits = masks >= n
+        assert row['fits (%)'] == pytest.approx(100 * fits.mean())
+        assert row['too long by'] == pytest.approx(
+            np.mean([m - k for m, k in zip(masks, n) if m >= k]))
+        assert (row['masks'], row['saved']) == pytest.approx((masks.mean(), (8 - masks).mean()))
+        rmse = 0 if name == 'argmax' else np.sqrt(np.mean((masks - n) ** 2))
+        assert row['RMSE'] == pytest.approx(rmse, abs=1e-6)
+        right = [*BOOK.values()]
+        if name != 'ratio':
+            assert float(row['BLEU']) == pytest.approx(corpus_bleu(right, [right]).score, abs=5e-3)
+        assert float(row['ms/sentence']) > 0 and row['steps'] == 20
+    assert 0 < by_name['ratio']['fits (%)'] < 100
+    lone, _, _ = lengths_of_book(BOOK, monkeypatch, batch_size=1)
+    how = vars(sample) | {'temperature': 0.0, 'decoder': 'confidence', 'steps': 20}
+    for name in ('full', 'argmax'):
+        passes = [sample.generate(Phrasebook(BOOK), 'mdm', [[*encoded(prompt), 10] + [12] * n], how,
+                                  9)[1] for prompt, n in zip(BOOK, widths[name])]
+        nfe = next(row['nfe'] for row in lone if row['length'] == name)
+        assert nfe == pytest.approx(np.mean(passes) + (name == 'argmax')), 'one for the length'
+    assert '6 prompts' in note
+
+
+def test_who_is_told_lengths_that_are_too_short_does_not_fit(book, monkeypatch):
+    """A model that believes all answers to be of one letter."""
+    rows, _, _ = lengths_of_book(dict.fromkeys(BOOK, 'h'), monkeypatch, length='argmax')
+    assert [row['length'] for row in rows] == ['argmax']
+    n = np.array([len(right) + 1 for right in BOOK.values()])
+    assert rows[0]['fits (%)'] == pytest.approx(100 * np.mean(n <= 2)) and rows[0]['masks'] == 2
+    assert rows[0]['RMSE'] == pytest.approx(np.sqrt(np.mean((n - 2) ** 2)))
+
+
+def test_ar_and_runs_without_a_window_have_their_rows(book, monkeypatch):
+    (row,), _, chances = lengths_of_book(BOOK, monkeypatch, 'ar')
+    assert (row['length'], row['fits (%)'], row['RMSE'], chances) == ('', '', '', {})
+    assert float(row['ms/sentence']) > 0 and float(row['nfe']) > 0
+    (row,), _, chances = lengths_of_book(BOOK, monkeypatch, run={'predict_pad': False})
+    assert (row['length'], chances) == ('ratio', {})
+
+
+def test_chances_of_an_eos_stand_at_their_distance_from_the_end(book, monkeypatch, tmp_path):
+    """Of one who knows, and of one who believes that all answers have one letter."""
+    _, note, chances = lengths_of_book(BOOK, monkeypatch)
+    shares = ['25', '50', '75', '100']
+    assert all(f'{share}% of the window masked in 100.0%' in note for share in shares)
+    for right, mean in chances.values():
+        assert right == 1 and mean[0] > 0.99
+        assert all(p < 1e-3 for away, p in mean.items() if away != 0)
+    n = [len(right) + 1 for right in BOOK.values()]
+    rows, _, chances = lengths_of_book(dict.fromkeys(BOOK, 'h'), monkeypatch)
+    right, mean = chances[1.0]
+    assert right == np.mean([k == 2 for k in n])
+    assert list(mean) == list(range(1 - max(n), 8 - min(n) + 1)), 'the whole window'
+    for away, p in mean.items():
+        at = [k + away == 2 for k in n if 1 <= k + away <= 8]
+        assert p == pytest.approx(np.mean(at), abs=1e-2)
+    evaluation.draw_length(rows, tmp_path / 'new' / 'length.png')
+    picture = (tmp_path / 'new/length.png').read_bytes()
+    assert picture[:8] == b'\x89PNG\r\n\x1a\n' and len(picture) > 10_000
+
+
+@pytest.mark.parametrize('settings, run, said', [
+    ({'file': 'book.tsv'}, {}, "'' for task=length"), ({'length_block': 0}, {}, 'length_block'),
+    ({'length_quantile': 1.5}, {}, 'length_quantile'), ({'length': 'regress'}, {}, 'no such head'),
+    ({'length': 'argmax'}, {'predict_pad': False}, 'train with predict_pad')])
+def test_lengths_that_cannot_be_measured(book, monkeypatch, settings, run, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        lengths_of_book(BOOK, monkeypatch, run=run, **settings)
+
+
+def test_a_stream_has_no_lengths(runs):
+    done = run('eval.py', '--out_dir=out/mdm', '--task=length', cwd=runs)
+    assert done.returncode == 2 and 'no prompts and answers' in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

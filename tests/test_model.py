@@ -14,11 +14,11 @@ from hypothesis import given, settings, strategies as st
 
 import model
 from config import UserError
-from model import BOUNDS, LOSSES, SCHEDULES, KVCache, ModelConfig, Transformer, ar_loss, ar_nll, \
-    ar_token_nll, block_loss, block_nelbo, bound_of, d3pm_loss, d3pm_nelbo, evaluate, \
-    load_checkpoint, load_model, loss_of, mdm_loss, mdm_nelbo, noise, ordered_nll, pick_device, \
-    pick_dtype, rope_angles, rotate, soft_noise, soft_tokens, symmetric_kl, uniform_cost, \
-    uniform_loss, uniform_nelbo
+from model import BOUNDS, LENGTH_HEADS, LOSSES, SCHEDULES, KVCache, ModelConfig, Transformer, \
+    ar_loss, ar_nll, ar_token_nll, block_loss, block_nelbo, bound_of, d3pm_loss, d3pm_nelbo, \
+    evaluate, first_to_hold, length_loss, load_checkpoint, load_model, loss_of, mdm_loss, \
+    mdm_nelbo, noise, ordered_nll, pick_device, pick_dtype, rope_angles, rotate, soft_noise, \
+    soft_tokens, symmetric_kl, uniform_cost, uniform_loss, uniform_nelbo
 
 GPT2_STYLE = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
 
@@ -929,3 +929,118 @@ def test_every_number_of_a_mixed_seed_counts():
     data = np.random.default_rng(0).integers(0, 7, 100).astype(np.uint16)
     drawn = [evaluate(m, BOUNDS['mdm'], data, 4, seed=seed)[0] for seed in (0, 1, 2 ** 40)]
     assert len(set(drawn)) == 3
+
+
+# The length of an answer: prompts of P tokens, SEP (8) the last; answers, EOS (9) and PAD (10) to W
+
+
+def length_rows(N, P=5, W=8, seed=0):
+    """Rows x0 (N, P + W), given, and the lengths n (N,), which are the ones in a prompt, plus 2."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(0, 3, (N, P - 1), generator=generator)
+    n = (prompts == 1).sum(1) + 2
+    answers = torch.randint(0, 8, (N, W), generator=generator)
+    place = torch.arange(W)
+    answers = answers.masked_fill(place == n[:, None] - 1, 9).masked_fill(place >= n[:, None], 10)
+    x0 = torch.cat([prompts, torch.full((N, 1), 8), answers], dim=1)
+    return x0, torch.arange(P + W).expand_as(x0) < P, n
+
+
+class Head(nn.Module):
+    """A length head that gives one output to all rows, and remembers what it was asked."""
+
+    def __init__(self, kind, out):
+        super().__init__()
+        self.kind, self.out = kind, out
+
+    def forward(self, model, x):
+        self.asked = x
+        return self.out.expand(len(x), *self.out.shape)
+
+
+def loss_of_head(kind, out, x0, given, quantile=0.5):
+    m = SimpleNamespace(mask_id=11, length_head=Head(kind, torch.as_tensor(out)))
+    loss = length_loss(m, x0, None, given, pad_id=10, length_quantile=quantile)
+    assert torch.equal(m.length_head.asked, x0.where(given, torch.tensor(11))), 'no answer is seen'
+    return loss
+
+
+@pytest.mark.parametrize('quantile', [0.05, 0.3, 0.51, 0.95])
+def test_the_pinball_loss_is_least_at_the_quantile(quantile):
+    x0, given, n = length_rows(101)
+    at = torch.linspace(0, 9, 901)
+    losses = [loss_of_head('regress_mean', c, x0, given, quantile).sum().item() for c in at]
+    assert at[np.argmin(losses)].item() == pytest.approx(
+        np.quantile(n.numpy(), quantile, method='inverted_cdf'))
+    row = loss_of_head('encoder_regress', 3.5, x0, given, quantile)
+    for loss, length in zip(row.tolist(), n.tolist()):
+        assert loss == pytest.approx(quantile * (length - 3.5) if length > 3.5 else
+                                     (1 - quantile) * (3.5 - length))
+
+
+def test_losses_of_classifiers_are_those_by_hand():
+    x0, given, n = length_rows(20)
+    out = torch.randn(8, generator=torch.Generator().manual_seed(1))
+    p, ended = out.softmax(0).tolist(), out.sigmoid().tolist()
+    found = zip(loss_of_head('encoder_classify', out, x0, given).tolist(),
+                loss_of_head('classify', out, x0, given).tolist(), n.tolist())
+    for whole, by_token, length in found:
+        assert whole == pytest.approx(-math.log(p[length - 1]), rel=1e-5)
+        assert by_token == pytest.approx(-sum(
+            math.log(ended[i] if i + 1 >= length else 1 - ended[i]) for i in range(8)), rel=1e-5)
+
+
+@pytest.mark.parametrize('share', [0.01, 0.4, 0.9, 1.0])
+def test_first_to_hold_is_that_of_a_loop(share):
+    """Also where it goes up and down, as a classifier's answers may."""
+    cumulative = torch.rand(200, 6, generator=torch.Generator().manual_seed(2))
+    cumulative[:50, -1] = 1.0
+    for row, found in zip(cumulative.tolist(), first_to_hold(cumulative, share).tolist()):
+        assert found == next((i + 1 for i, c in enumerate(row) if c >= share), 6)
+
+
+@pytest.mark.parametrize('kind', LENGTH_HEADS)
+def test_length_heads_learn_lengths_and_nothing_else_changes(kind):
+    """Those that the prompt decides, on a model with random weights."""
+    m, (steps, rate) = tiny(length_head=kind, pos='learned', n_layer=1), (150, 3e-2)
+    torch.manual_seed(0)
+    m.length_head.mlp[0].reset_parameters()
+    if kind.startswith('encoder'):
+        m.length_head.encoder.init_weights()
+        steps, rate = 60, 3e-3
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    x0, given, _ = length_rows(96)
+    adam = torch.optim.Adam(m.length_head.parameters())
+    for step in range(steps):
+        adam.param_groups[0]['lr'] = rate * (1 - step / steps)
+        adam.zero_grad()
+        length_loss(m, x0, None, given, pad_id=10, length_quantile=0.9).sum().backward()
+        adam.step()
+    assert all(torch.equal(v, before[k]) and m.get_parameter(k).grad is None
+               for k, v in m.state_dict().items() if 'length_head' not in k), 'bit by bit'
+    x0, given, n = length_rows(200, seed=1)
+    x = torch.where(given, x0, 11)
+    with torch.no_grad():
+        bound = m.length_head.predict(m, x, 0.9)
+        torch.testing.assert_close(m.length_head.predict(m, x[7:8], 0.9), bound[7:8])
+        shape = {'classify': (200, 8), 'encoder_classify': (200, 8)}
+        assert m.length_head(m, x).shape == shape.get(kind, (200,))
+    # 5, the best bound that does not look, is 1.7 tokens away
+    assert (bound.ceil() >= n).float().mean() >= 0.95 and (bound - n).abs().mean() < 0.7
+
+
+def test_regressions_pool_hidden_states_as_they_say():
+    x = torch.where(length_rows(3)[1], length_rows(3)[0], 11)
+    for kind in ('regress_mean', 'regress_concat', 'encoder_regress'):
+        m = tiny(length_head=kind)
+        h = m(x, hidden=True)
+        if kind == 'encoder_regress':
+            h = m.length_head.encoder(x[:, :5], hidden=True)
+        pooled = [h[:, :5].mean(1), h[:, 5:].mean(1)] if kind == 'regress_concat' else [h.mean(1)]
+        torch.testing.assert_close(m.length_head.mlp(torch.cat(pooled, 1))[:, 0],
+                                   m.length_head(m, x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_head_is_refused():
+    with pytest.raises(UserError, match="length_head is 'regress', not one of regress_mean"):
+        tiny(length_head='regress')

@@ -268,7 +268,7 @@ def texts_of(meta, split):
     """[(prompt, answer)] of a split, by a plain loop over its rows."""
     tokenizer, pairs = prepare.load_tokenizer(meta), []
     for row in prepare.load_split(meta['name'], split).reshape(-1, meta['row_length']).tolist():
-        prompt, sep, rest = [], [], row
+        prompt, rest = [], row
         if meta['sep_id'] is not None:
             middle = row.index(meta['sep_id'])
             prompt, rest = row[:middle], row[middle + 1:]
@@ -392,7 +392,7 @@ def test_multi30k_from_a_folder_and_from_the_servers_gzips(monkeypatch):
                                    for split in ('train', 'val', 'test_2016_flickr')}
     lines = [('test_2016_flickr.en.gz a', 'test_2016_flickr.fr.gz a'), ('b', 'b')]
     assert texts_of(meta, 'test') == lines * 300
-    local = prepare.prepare('multi30k', 'here', 'data/downloads/multi30k', 'char')
+    prepare.prepare('multi30k', 'here', 'data/downloads/multi30k', 'char')
     for split in ('train', 'val', 'test'):
         assert ids_of('here', split) == ids_of('multi30k', split)
 

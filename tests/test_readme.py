@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 TOY = {'train.py': ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=128', '--overwrite',
                     '--batch_size=4', '--max_iters=2', '--eval_interval=1', '--device=cpu'],
-       'sample.py': ['--device=cpu'], 'eval.py': ['--device=cpu', '--repeats=2', '--gen_tokens=32', '--target_se=0',
+       'sample.py': ['--device=cpu'],
+       'eval.py': ['--device=cpu', '--repeats=2', '--gen_tokens=32', '--target_se=0',
                    '--max_windows=2', '--grid_steps=(2,)', '--gen_length=4', '--max_rows=4',
                    '--answer_steps=(2,)', '--steps=4', '--split=val']}
 WORDS = "O Romeo, ROMEO: wherefore art thou? To be or not to be: What's in a name! But soft\n"

@@ -26,7 +26,7 @@ import config
 import prepare
 import sample
 from config import UserError
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, load_checkpoint, load_model
 from sample import (decode_ancestral, decode_ar, decode_block, decode_confidence, decode_guided,
                     decode_remask, decode_threshold, decode_uniform, draw)
 
@@ -1699,15 +1699,96 @@ def test_how_many_masks_an_answer_gets():
     assert widths(trained(), length='ratio', length_ratio=0.0, length_extra=-3) == [1, 1, 1]
     assert widths(trained(), length='reference') == [2, 5, 1]
     assert widths(trained('ar')) == [18, 13, 7], 'all of the context'
+    assert widths(trained(), length='argmax') == [8, 8, 7], 'to be cut when it is predicted'
 
 
 def test_of_the_right_answer_no_more_than_its_length_is_known():
     prompts = [[1, 2], [3]]
     for name in sample.LENGTHS:
         how = row_settings(length=name)
-        one, other, longer = (sample.row_canvases(prompts, trained(), META, how, answers)
+        run = trained() | {'length_head': f'{name}_x'}
+        one, other, longer = (sample.row_canvases(prompts, run, META, how, answers)
                               for answers in ([[4, 5], [6]], [[7, 0], [1]], [[4, 5, 5], [6, 6]]))
         assert one == other and (one != longer) == (name == 'reference')
+
+
+class Ends:
+    """Stands in for a model with known chances of an EOS, (rows, W), after prompts of 2 tokens."""
+    mask_id = META['mask_id']
+
+    def __init__(self, chances):
+        self.chances, self.embed = chances, torch.nn.Embedding(1, 1)
+
+    def __call__(self, x, t=None, *, where):
+        B, W = self.chances.shape
+        assert where.tolist() == [[False] * 3 + [True] * W] * B
+        assert t.flatten().tolist() == pytest.approx([W / (3 + W)] * B)
+        p = torch.full((B, W, 13), 0.0)
+        p[..., 9], p[..., 2] = self.chances, 1 - self.chances
+        return (p.log() + torch.randn(B, W, 1, generator=noise_source())).flatten(0, 1)
+
+
+@pytest.mark.parametrize('quantile', [0.1, 0.5, 0.9, 1.0])
+def test_lengths_are_read_off_the_chances_of_an_eos(quantile):
+    """By a loop, and with all chances as small as they are where a PAD is likelier."""
+    chances = torch.rand(40, 6, generator=noise_source(1)) ** 3 / 50
+    x = torch.tensor([[1, 2, 10] + [12] * 6] * 40)
+    predict = partial(sample.predict_lengths, Ends(chances), x, quantile=quantile, eos_id=9)
+    for row, likeliest, held in zip(chances.tolist(), predict(name='argmax').tolist(),
+                                    predict(name='quantile').tolist()):
+        assert likeliest == 1 + row.index(max(row))
+        sums = [math.fsum(row[:i + 1]) / math.fsum(row) for i in range(6)]
+        if min(abs(s - quantile) for s in sums) > 1e-6:
+            assert held == 1 + sum(s < quantile for s in sums)
+        assert 1 <= held <= 6
+
+
+def test_canvases_are_cut_to_powers_of_two(monkeypatch):
+    """Whatever is predicted, for prompts of three lengths, of which one hardly fits."""
+    lengths = dict(zip('abcdefgh', (1.0, 2.0, 2.1, 4.0, 5.0, -3.0, 1e9, 3.999)))
+    prompts = [encoded(p) for p in 'abcdefgh'] + [encoded('ac'), encoded('aaaaaaaaaaaacb')]
+    asked = []
+
+    def predict(model, x, name, quantile, eos_id):
+        asked.append(x.tolist())
+        assert (name, quantile, eos_id) == ('quantile', 0.8, 9)
+        return torch.tensor([lengths[LETTERS[row[row.index(10) - 1]]] for row in asked[-1]])
+
+    monkeypatch.setattr(sample, 'predict_lengths', predict)
+    how = row_settings(length='quantile', length_quantile=0.8, batch_size=3)
+    full = sample.row_canvases(prompts, trained(), META, how)
+    model = Phrasebook({})
+    canvases, predicted, passes, seconds = sample.shortened(model, full, trained(), META, how)
+    assert masks(canvases) == [1, 2, 4, 4, 8, 1, 8, 4, 4, 2]
+    assert masks(full) == [8] * 9 + [5], 'those are as they were'
+    assert all(new == old[:len(new)] for new, old in zip(canvases, full))
+    assert predicted == pytest.approx([*lengths.values(), 2.1, 2.0])
+    assert passes == len(asked) == 5 and seconds > 0
+    assert sorted(row for batch in asked for row in batch) == sorted(full)
+    for run, name in ((trained(), 'full'), (trained(), 'ratio'), (trained('ar'), 'auto')):
+        assert sample.shortened(model, full, run, META, row_settings(length=name)) == \
+            (full, None, 0, 0.0)
+
+
+@pytest.mark.parametrize('name', ['argmax', 'quantile'])
+@pytest.mark.parametrize('settings', [{}, {'block_length': 3}, {'decoder': 'threshold'}])
+def test_a_canvas_that_was_cut_gives_the_same_answer(name, settings):
+    """Of a model that knows where to end in any canvas."""
+    prompts, answers = (list(map(encoded, texts)) for texts in (BOOK, BOOK.values()))
+    how = row_settings(length=name, length_quantile=0.99, **settings)
+    canvases = sample.row_canvases(prompts, trained(), META, how)
+    canvases, predicted, _, _ = sample.shortened(Phrasebook(BOOK), canvases, trained(), META, how)
+    assert predicted == [len(answer) + 1 for answer in answers]
+    assert masks(canvases) == [4, 8, 2, 8, 4, 4]
+    done, _ = sample.complete(Phrasebook(BOOK), 'mdm', canvases, how, 9)
+    assert [sample.split_row(ids, META) for ids, _ in done] == list(zip(prompts, answers))
+
+
+def test_auto_is_the_head_that_was_trained():
+    for head, name in (('regress_concat', 'regress'), ('classify', 'classify'), ('', 'full'),
+                       ('encoder_classify', 'encoder')):
+        assert sample.length_name('auto', trained() | {'length_head': head}) == name
+    assert sample.length_name('auto', trained()) == 'full', 'of an older run'
 
 
 @pytest.mark.parametrize('ids, prompt, answer', [
@@ -1720,11 +1801,13 @@ def test_an_answer_is_what_stands_between_sep_and_eos(ids, prompt, answer):
 
 @pytest.fixture(scope='module')
 def row_runs(runs):
-    """The runs row_ar, row_mdm and row_pad, with random weights, beside the others."""
+    """The runs row_ar, row_mdm, row_pad and row_head, random weights, beside the others."""
     settings = torch.load(runs / 'mdm' / 'ckpt.pt', weights_only=True)['config']
     for name, run in (('row_ar', trained('ar')), ('row_mdm', trained(predict_pad=False)),
-                      ('row_pad', trained())):
-        model = tiny_model(run['objective'] == 'ar', 13, 20, seed=3)
+                      ('row_pad', trained()),
+                      ('row_head', trained() | {'length_head': 'classify'})):
+        model = tiny_model(run['objective'] == 'ar', 13, 20, seed=3,
+                           length_head=run.get('length_head', ''))
         (runs / name).mkdir()
         torch.save({'model': model.state_dict(), 'optimizer': [], 'meta': META, 'iter': 7,
                     'config': settings | run, 'rng': 0, 'best': 1.5}, runs / name / 'ckpt.pt')
@@ -1749,6 +1832,22 @@ def test_prompts_are_answered_from_the_command_line(row_runs, run_main, name, wi
     assert found[:8] == [row['text'] for row in rows], 'spaces around a prompt mean nothing'
 
 
+def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main):
+    """What the head says of a prompt is what is written: no EOS is, at these weights, but masks."""
+    words = ('--out_dir=row_head', '--start=abc h', '--decoder=confidence', '--steps=0')
+    full, (_, passes) = texts(run_main(*words, '--length=full')[1])
+    assert passes <= 8
+    model = load_model(load_checkpoint(row_runs / 'row_head'), 'cpu')
+    x = torch.tensor([encoded('abc h') + [10] + [12] * 8])
+    for quantile in (0.01, 0.5, 0.99):
+        length = int(model.length_head.predict(model, x, quantile))
+        bound = next(n for n in (1, 2, 4, 8) if n >= length)
+        _, (written, passes) = texts(run_main(*words, f'--length_quantile={quantile}')[1])
+        assert written <= bound and passes <= bound + 1
+        if written == bound:
+            assert passes == bound + 1
+
+
 @pytest.mark.parametrize('words, problem', [
     (['--start='], 'ask it by start'), (['--start=  '], 'ask it by start'),
     (['--template=a [_]'], 'is a template'), (['--start=ab', '--gen_length=3'], 'length says'),
@@ -1758,7 +1857,14 @@ def test_prompts_are_answered_from_the_command_line(row_runs, run_main, name, wi
     (['--start=ab', '--length=ratio', '--length_ratio=1e999'], 'length_ratio is inf'),
     (['--start=ab', '--length=ratio', '--length_ratio=-1'], 'length_ratio is -1'),
     (['--start=ab', '--length=full', '--out_dir=row_ar'], 'until it is done'),
-    (['--start=a', '--length=full', '--out_dir=mdm'], 'without answers')])
+    (['--start=a', '--length=full', '--out_dir=mdm'], 'without answers'),
+    (['--start=a', '--length=argmax', '--out_dir=mdm'], 'without answers'),
+    (['--start=ab', '--length=argmax', '--out_dir=row_ar'], 'until it is done'),
+    (['--start=ab', '--length=quantile'], 'train with predict_pad'),
+    (['--start=ab', '--length=regress', '--out_dir=row_pad'], 'config/length_regress.py trains'),
+    (['--start=ab', '--length=encoder', '--out_dir=row_head'], 'config/length_encoder.py trains'),
+    (['--start=ab', '--length=argmax', '--out_dir=row_pad', '--length_quantile=0'],
+     'length_quantile is 0.0')])
 def test_bad_questions_are_one_line(row_runs, run_main, words, problem):
     status, out, err = run_main('--out_dir=row_mdm', *words)
     assert (status, out) == (2, '')

@@ -26,7 +26,8 @@ from model import LOSSES, ModelConfig, Transformer, load_checkpoint, load_model,
     model_config
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(p for p in (ROOT / 'config').glob('*.py') if p.name != '__init__.py')
+CONFIGS = sorted(p for p in (ROOT / 'config').glob('*.py')
+                 if p.name != '__init__.py' and not p.name.startswith('length_'))
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
         '--max_iters=6', '--eval_interval=3', '--warmup_iters=2', '--device=cpu',
         '--log_interval=1', '--dataset=verse', '--eval_repeats=2', '--compile=False']
@@ -628,3 +629,69 @@ def test_settings_of_streams_and_rows_do_not_mix(pairs, words, said):
     done = run('train.py', *words, '--out_dir=out/bad', cwd=pairs)
     assert_one_line(done, said)
     assert not (pairs / 'out/bad').exists()
+# Runs that begin with the weights of another
+
+
+def test_a_run_begins_with_the_weights_of_another(verse, train_here):
+    """Of another objective, even; those of a network or a vocabulary that is not its own, never."""
+    os.chdir(verse)
+    train_here(verse, *TINY, '--objective=ar', '--out_dir=out/first')
+    words = [*TINY, '--init_from=out/first', '--max_iters=1', '--overwrite', '--out_dir=out/then']
+    train_here(verse, *words, '--learning_rate=1e-30', '--muon_lr=1e-30')
+    first, then = weights('out/first'), weights('out/then')
+    assert all(torch.equal(then[name], first[name]) for name in first)
+    assert load_checkpoint('out/then')['iter'] == 1
+    Path('other.txt').write_text(VERSE.replace('cat', 'dog').replace('.', ';'))
+    prepare.prepare('other.txt')
+    for other, said in (('--n_head=4', 'another n_head'), ('--norm=layernorm', 'another norm'),
+                        ('--n_embd=16', 'another n_embd'), ('--dataset=other', 'another tokenizer'),
+                        ('--init_from=out/no', 'out/no is not a run')):
+        with pytest.raises(UserError, match=said):
+            train_here(verse, *words, other)
+    assert all(torch.equal(then[name], weights('out/then')[name]) for name in then)
+
+
+def test_a_length_head_is_trained_on_a_run_that_stays_as_it_is(verse, train_here):
+    """Of answers that are as long as the prompt says, by the three configurations."""
+    os.chdir(verse)
+    prompts = [f'{a}{b}{c}' for a in 'ab' for b in 'abc' for c in 'abcdefgh']
+    for name, lines in (('prompts', prompts), ('answers', ['x' * (1 + p.count('a') * 3)
+                                                           for p in prompts])):
+        Path(name).write_text('\n'.join(lines) + '\n')
+    prepare.prepare('ends', prompts='prompts', answers='answers', tokenizer='char')
+    tiny = [word for word in TINY if 'dataset' not in word] + ['--dataset=ends', '--predict_pad']
+    words = [*tiny, '--init_from=out/ends', '--overwrite', '--tied']
+    train_here(verse, *tiny, '--out_dir=out/ends', '--tied')
+    frozen = weights('out/ends')
+    for name in ('classify', 'regress', 'encoder'):
+        out = Path(f'out/length_{name}')
+        train_here(verse, ROOT / f'config/length_{name}.py', *words, '--batch_size=16',
+                   '--max_iters=40', '--eval_interval=20')
+        once = weights(out)
+        train_here(verse, f'--out_dir={out}', '--resume', '--max_iters=60')
+        found, rows = weights(out), log_without_times(out)
+        assert {key.split('.')[0] for key in found.keys() - frozen.keys()} == {'length_head'}
+        for key in found:
+            assert torch.equal(found[key], once[key]) == (key in frozen), key
+            assert key not in frozen or torch.equal(found[key], frozen[key]), 'bit by bit'
+        assert float(rows[-1]['val']) < 0.7 * float(rows[0]['val'])
+    head = [*words, '--length_head=classify', '--out_dir=out/bad']
+    for bad, said in (('--init_from=', 'init_from is'), ('--predict_pad=False', 'length_head is'),
+                      ('--objective=ar', 'length_head is'), ('--length_head=x', 'length_head is'),
+                      ('--length_quantile=1.0', 'length_quantile'), ('--n_layer=1', 'n_layer'),
+                      ('--objective=d3pm', 'another objective')):
+        with pytest.raises(UserError, match=said):
+            train_here(verse, *head, bad)
+    assert not Path('out/bad').exists()
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('length_*.py')),
+                         ids=lambda p: p.name)
+def test_length_configurations_fit_the_run_that_they_are_for(path):
+    head, base = settings_of(path), settings_of(ROOT / 'config/multi30k_mdm_pad.py')
+    assert head['init_from'] == 'out/multi30k_mdm_pad'
+    with torch.device('meta'):
+        whole, frozen = (Transformer(model_config(s, {'vocab_size': 8000})) for s in (head, base))
+    assert whole.count_parameters() == header_count(path)
+    assert whole.state_dict().keys() >= frozen.state_dict().keys()
+    assert all(head[name] == base[name] for name in ('dataset', 'objective', 'predict_pad'))
