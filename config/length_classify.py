@@ -9,5 +9,5 @@ block_size = 128
 batch_size = 64
 tied = True
 max_iters = 500
-learning_rate = 2e-3
+learning_rate = 3e-3
 eval_interval = 100
