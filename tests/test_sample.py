@@ -1752,7 +1752,7 @@ def test_canvases_are_cut_to_powers_of_two(monkeypatch):
     def predict(model, x, name, quantile, eos_id):
         asked.append(x.tolist())
         assert (name, quantile, eos_id) == ('quantile', 0.8, 9)
-        return torch.tensor([lengths[LETTERS[row[row.index(10) - 1]]] for row in asked[-1]])
+        return torch.tensor([lengths[ALPHABET[row[row.index(10) - 1]]] for row in asked[-1]])
 
     monkeypatch.setattr(sample, 'predict_lengths', predict)
     how = row_settings(length='quantile', length_quantile=0.8, batch_size=3)
