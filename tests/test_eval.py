@@ -196,7 +196,7 @@ def test_speed_has_a_row_for_every_decoder_and_a_picture(runs):
     for row in mdm:
         value = row['setting'].removeprefix('steps=')
         if row['decoder'] in ('confidence', 'in blocks', 'in blocks, cached'):
-            assert row['nfe'] == value
+            assert row['nfe'] == f'{value}.0'
         assert 1 <= float(row['nfe']) <= 16 and float(row['ms/pass']) > 0
         assert float(row['nll under ar']) > 0 and 'distinct-2' in row
     picture = (runs / 'out/speed/speed.png').read_bytes()
