@@ -192,8 +192,10 @@ def save_figure(fig, path):
     for ax in fig.axes:
         ax.grid(color='0.92')
         ax.spines[['top', 'right']].set_visible(False)
-    fig.legend(*fig.axes[-1].get_legend_handles_labels(), loc='outside upper center',
-               ncols=max(2, len(fig.axes)), frameon=False, fontsize=9)
+    handles, labels = fig.axes[-1].get_legend_handles_labels()
+    inches = 0.6 + 0.07 * max(map(len, labels), default=0)  # of an entry
+    fig.legend(handles, labels, loc='outside upper center', frameon=False, fontsize=9,
+               ncols=max(1, int(fig.get_figwidth() / inches)))
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
 
@@ -1234,7 +1236,8 @@ def draw_length(rows, path):
         ax.axvline(0, color='0.5', lw=1, ls=':')
         ax.annotate('true end', (0, 1), xycoords=('data', 'axes fraction'), xytext=(4, -4),
                     textcoords='offset points', color='0.4', va='top', fontsize=8)
-        ax.set(title=row['run'], xlabel='tokens from the true end', ylabel='P(EOS), mean over rows')
+        ax.set(title=row['run'], xlabel='tokens from the true end', xlim=(-20, 20),
+               ylabel='P(EOS), mean over rows')
     save_figure(fig, path)
 
 

@@ -1,4 +1,4 @@
-# Little text: masked diffusion on the 50,000 characters of scarce_ar.py, again and again, 164 epochs.
+# Little text: masked diffusion on the 50,000 characters of scarce_ar.py, again and again, 123 epochs.
 # parameters: 804,480
 dataset = 'shakespeare_char'
 train_tokens = 50_000
@@ -6,5 +6,5 @@ objective = 'mdm'
 loss_weight = 'flat'
 n_embd = 128
 block_size = 128
-max_iters = 4000
+max_iters = 3000
 eval_interval = 200
