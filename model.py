@@ -180,7 +180,7 @@ class MLP(nn.Module):
 
 
 def block_mask(T, block_length, device):
-    """(2T, 2T) bool, True where a token of [xt ; x0] sees another [BD3-LM sec. 3.2].
+    """(2T, 2T) bool, True where a token of [xt ; x0] sees another [BD3-LM].
 
     xt sees its own block, and the clean blocks before it; x0 its own block and those before it.
     """
@@ -425,7 +425,7 @@ def noise(t, schedule):
 def levels(n, mask_range, generator, device):
     """n noise levels in (lo, hi] = mask_range: one in each 1/n of it, all shifted by one draw.
 
-    Each is uniform, but together they are spread more evenly [VDM 2107.00630, app. I.1].
+    Each is uniform, but together they are spread more evenly [VDM 2107.00630].
     """
     u = torch.rand(1, generator=generator, device=device)
     t = 1 - (u + torch.arange(n, device=device) / n) % 1  # (n,) in (0, 1]
@@ -535,7 +535,7 @@ def d3pm_grid(diffusion_steps, schedule, device):
 
 
 def d3pm_cost(logits, target, m_t, m_s, c):
-    """1/c of the KL divergence of a masked token's step, (N,) [D3PM eq. 4, absorbing state].
+    """1/c of the KL divergence of a masked token's step, (N,) [D3PM, absorbing state].
 
         -log p(x0) + g(alpha_t) + (1 - c) / c * (g(alpha_t) - g(alpha_s))
         g(alpha) = log(1 + alpha * p(mask) / (1 - alpha)),  m = 1 - alpha
@@ -551,7 +551,7 @@ def d3pm_cost(logits, target, m_t, m_s, c):
 
 def d3pm_loss(model, x0, generator, given=None, *, diffusion_steps=1000, schedule='linear',
               loss_weight='elbo', w_max=5.0, mask_range=(0.0, 1.0)):
-    """Negative ELBO of masked diffusion in N discrete steps, one per row [D3PM sec. 3.1].
+    """Negative ELBO of masked diffusion in N discrete steps, one per row [D3PM].
 
         nelbo = mean over (b, i) of  is_mask[b, i] * N * c(t[b]) * d3pm_cost[b, i]
 
@@ -574,7 +574,7 @@ def d3pm_loss(model, x0, generator, given=None, *, diffusion_steps=1000, schedul
 
 
 def uniform_cost(logits, x0, xt, alpha):
-    """How far the reverse rates at xt are from the true ones, (N,) [UDLM eq. 14, Duo eq. 6].
+    """How far the reverse rates at xt are from the true ones, (N,) [UDLM, Duo].
 
         1 / (V' alpha) * sum over j of  r_j * (y_j - 1 - log y_j),  y = s / r
         r_j = xbar_j / xbar_xt,  xbar   = V' alpha * onehot(x0) + 1 - alpha
@@ -603,7 +603,7 @@ def soft_noise(lam, n_real):
 
         P = E over g ~ N(0, 1) of  Phi(g + (1 - lam) / lam)^(V' - 1),  alpha = (V' P - 1) / (V' - 1)
 
-    [Duo eq. 10, for this mixture]. The other tokens are as likely as each other, so that the argmax
+    [Duo, for this mixture]. The other tokens are as likely as each other, so that the argmax
     is uniform noise at the level of this alpha.
     """
     lam64, g = lam.cpu().double(), torch.linspace(-9, 9, 1001, dtype=torch.float64)  # mps has none
@@ -642,7 +642,7 @@ def uniform_loss(model, x0, generator, given=None, *, schedule='linear', loss_we
     network cannot know which are noise, so all are scored, and none is ever beyond correction. The
     best prediction is p(x0[b, i] | xt[b] without its i-th token).
     soft_inputs: the network reads soft_tokens, of which xt is the argmax, lam in SOFT_RANGE in the
-    place of t and of the schedule [Duo sec. 4.1]. divergence: 'symmetric_kl' in the place of the
+    place of t and of the schedule [Duo]. divergence: 'symmetric_kl' in the place of the
     weighted cost, or 'scaled_kl', that times lam / (V' (1 - lam) + lam); lam is 1 - alpha if hard.
     """
     B, T = x0.shape
@@ -676,7 +676,7 @@ def uniform_loss(model, x0, generator, given=None, *, schedule='linear', loss_we
 
 def block_loss(model, x0, generator, given=None, *, block_length=16, schedule='linear',
                loss_weight='elbo', w_max=5.0, mask_range=(0.0, 1.0)):
-    """Negative ELBO of blocks from left to right, masked diffusion in each [BD3-LM eq. 8].
+    """Negative ELBO of blocks from left to right, masked diffusion in each [BD3-LM].
 
         nelbo = mean over (b, i) of  is_mask[b, i] * w(t[b, i]) * -log p(x0[b, i] | xt, x0 before)
 
@@ -819,7 +819,7 @@ def ordered_nll(model, x0, order, given=None):
     """-log p(x0) of every row, (B,), in nats, exact: masked diffusion that reveals in one order.
 
     order (B, T): a permutation of positions, the first is revealed first. One pass for each; the
-    mean over all orders is mdm's nelbo [2110.02037, autoregressive diffusion, eq. 3].
+    mean over all orders is mdm's nelbo [2110.02037, autoregressive diffusion].
     """
     B, T = x0.shape
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given

@@ -326,7 +326,7 @@ def decode_uniform(model, x, *, wanted=None, steps, noise_schedule='linear', eos
     All that is wanted starts as uniformly random tokens, and all of it may change at every step, so
     that errors are mended. With s = t - 1/steps, K real tokens and p_j = p(x0 = j | xt), a token i
     becomes j with a probability proportional to q(xt = i | xs = j) * q(xs = j | x0), where the
-    prediction stands for x0 [D3PM 2107.03006 eq. 3; Duo 2506.10892]:
+    prediction stands for x0 [D3PM 2107.03006; Duo 2506.10892]:
 
         (alpha_t / alpha_s * [i = j] + (1 - alpha_t / alpha_s) / K) * (alpha_s * p_j
                                                                        + (1 - alpha_s) / K)
