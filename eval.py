@@ -355,7 +355,7 @@ def noises(runs, settings):
     rows, exact = [], [row['bits/char'] for row in found if row['measured'] == 'nll']
     for row, (name, checkpoint, model) in zip(found, runs):
         run, kind = checkpoint['config'], checkpoint['config']['objective']
-        kind += f' {run["block_length"]}' if kind == 'block' else ''
+        kind += f' {run["block_length"]}' if kind == 'block' else ' with t' * run['time_cond']
         rows.append({'run': name, 'objective': kind, 'updates': row['updates'],
                      'minutes': load_log(settings['out_dir'].split(',')[len(rows)])[2]
                      ['seconds'][-1] / 60, 'bits/char': row['bits/char'], 's.e.': row['s.e.'],
@@ -367,7 +367,8 @@ def draw_noises(rows, path):
     """noises.png: bits per character of each run, from left to right as they were named."""
     fig, (ax,) = panels(1)
     kinds = [row['objective'].split()[0] for row in rows]
-    chain = [i for i, kind in enumerate(kinds) if kind in ('ar', 'block', 'mdm')]
+    chain = [i for i, row in enumerate(rows) if kinds[i] == 'block'
+             or row['objective'] in ('ar', 'mdm')]
     ax.plot(chain, [rows[i]['bits/char'] for i in chain], color='0.8', lw=1.3, zorder=0)
     for i, (kind, row) in enumerate(zip(kinds, rows)):
         n = list(dict.fromkeys(kinds)).index(kind)
@@ -375,7 +376,7 @@ def draw_noises(rows, path):
                 label=kind if i == kinds.index(kind) else '')
         ax.annotate(f'{row["bits/char"]:.2f}', (i, row['bits/char']), xytext=(0, 8), ha='center',
                     textcoords='offset points', fontsize=8)
-    ax.set_xticks(range(len(rows)), [row['objective'].replace(' ', '\n') for row in rows])
+    ax.set_xticks(range(len(rows)), [row['objective'].replace(' ', '\n', 1) for row in rows])
     ax.set(ylabel='bits per character (all but ar: an upper bound)',
            xlabel='objective, and length of its blocks')
     ax.margins(y=0.15)

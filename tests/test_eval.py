@@ -470,6 +470,20 @@ def test_the_mean_of_the_curves_is_the_bound(settings):
     assert np.nanmean(table) == pytest.approx(row['nats/token'], abs=0.06)
 
 
+def test_noises_stand_beside_ar(runs, settings):
+    both = evaluation.load_runs('out/ar,out/mdm', 'cpu')
+    both[1][1]['config']['time_cond'] = True
+    s = settings | {'out_dir': 'out/ar,out/mdm', 'target_se': 0, 'repeats': 2}
+    (ar, mdm), _ = evaluation.noises(both, s)
+    found, _ = evaluation.likelihood(both, s)
+    assert (ar['objective'], mdm['objective']) == ('ar', 'mdm with t')
+    assert ar['over ar (%)'] == 0
+    assert mdm['over ar (%)'] == pytest.approx(
+        100 * (found[1]['bits/char'] / found[0]['bits/char'] - 1))
+    evaluation.draw_noises([ar, mdm], runs / 'noises.png')
+    assert (runs / 'noises.png').stat().st_size > 10_000
+
+
 def test_draws_stop_when_the_error_is_small_enough():
     rng = np.random.default_rng(0)
     values = []
