@@ -1,4 +1,4 @@
-# Little text: masked diffusion on the 50,000 characters of scarce_ar.py, again and again, 123 epochs.
+# Little text: masked diffusion on the 50,000 characters of scarce_ar.py, 123 epochs of them.
 # parameters: 804,480
 dataset = 'shakespeare_char'
 train_tokens = 50_000

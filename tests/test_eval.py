@@ -355,7 +355,8 @@ def test_bertscore_is_a_column_where_it_is_installed(monkeypatch):
     assert 'BERTScore' not in evaluation.make_score()[0](['a', 'b'], ['a', 'c'])
     monkeypatch.setitem(sys.modules, 'bert_score', SimpleNamespace(BERTScorer=Scorer))
     score, note = evaluation.make_score()
-    assert score(['a', 'b'], ['a', 'c'])['BERTScore'] == pytest.approx(50) and 'F1, bert-base' in note
+    assert score(['a', 'b'], ['a', 'c'])['BERTScore'] == pytest.approx(50)
+    assert 'F1, bert-base' in note
 
 
 def test_a_run_on_rows_is_trained_and_translated(tmp_path, monkeypatch):
