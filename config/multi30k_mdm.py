@@ -5,6 +5,6 @@ objective = 'mdm'
 block_size = 128
 batch_size = 64
 tied = True
-max_iters = 3000
+max_iters = 2000
 eval_interval = 500
 warmup_iters = 100

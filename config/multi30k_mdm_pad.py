@@ -6,6 +6,6 @@ predict_pad = True
 block_size = 128
 batch_size = 64
 tied = True
-max_iters = 3000
+max_iters = 2000
 eval_interval = 500
 warmup_iters = 100
