@@ -11,7 +11,7 @@ Each prints a Markdown table with a row for each run (several seeds of one confi
 row, mean +- standard deviation) and, below it, how the numbers were obtained. All that was measured
 is collected in report_dir: report.md, the same as numbers in report.json, and pictures. On 2 CPU
 cores, likelihood and generation take a minute or two, curves a second, and report, which is all of
-it at sizes for a laptop, about 4 minutes.
+it at sizes for a laptop, about 5 minutes.
 """
 
 import csv
