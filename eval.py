@@ -27,6 +27,7 @@ import textwrap
 import time
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +57,7 @@ seed = 1
 batch_size = 16        # rows at a time
 repeats = 4            # independent draws of a bound, at least
 target_se = 0.005      # likelihood: draw until its standard error is below (nats); 0: only repeats
+discrete_steps = ()    # likelihood: of mdm and d3pm also the bound in so many steps, (10, 100, 1000)
 gen_tokens = 10_000    # generation, speed: how many to write, in texts as long as the context;
                        # 100,000 for numbers to be published
 gen_length = 64        # order: tokens of a text, which takes as many passes
@@ -104,7 +106,7 @@ DIGITS = {  # behind the point, of a column; 3 of others
     **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L', 'BERTScore'), 2),
     **dict.fromkeys(('known words (%)', 'ms/pass', 'right (%)', 's.e. (%)', 'minutes', 'nfe',
                      'fits (%)', 'too long by', 'masks', 'saved', 'ms/sentence', 'sentences/s'), 1),
-    'tokens/s': 0}
+    'batches/s': 2, 'tokens/s': 0}
 
 
 class Number(float):
@@ -123,9 +125,9 @@ class Number(float):
 def load_runs(out_dirs, device, one_data_set=True):
     """[(name, checkpoint, model)] of runs, on one and the same data set unless told otherwise."""
     runs = []
-    for path in out_dirs.split(','):
-        checkpoint = load_checkpoint(path.strip(), device)
-        runs.append((Path(path.strip()).name, checkpoint, load_model(checkpoint, device)))
+    for path in map(str.strip, out_dirs.split(',')):
+        checkpoint = load_checkpoint(path, device) | {'path': path}
+        runs.append((Path(path).name, checkpoint, load_model(checkpoint, device)))
     dataset = runs[0][1]['config']['dataset']
     for name, checkpoint, _ in runs:
         its = checkpoint['config']['dataset']
@@ -258,11 +260,29 @@ def nll_by_place(model, objective, x0, batch_size, seed):
     return np.array(table)
 
 
+def pace(checkpoint):
+    """Batches per second of a run's training, looks at the validation split not counted."""
+    with suppress(UserError, KeyError):  # it has no log, or none yet
+        batches = checkpoint['iter'] * checkpoint['config']['gradient_accumulation_steps']
+        return batches / load_log(checkpoint['path'])[2]['seconds'][-1]
+    return ''
+
+
+def in_units(nats, bound, tokens, count):
+    """{column: a likelihood in its unit} of nats per token, for a text that has so many tokens."""
+    bits = nats / math.log(2)
+    units = {'nats/token': nats, 'bits/token': bits,
+             'bits/char': bits * tokens / count['characters'],
+             'bits/byte': bits * tokens / count['bytes'], 'perplexity': math.exp(nats)}
+    return {key: Number(value, bound) for key, value in units.items()}
+
+
 def likelihood(runs, settings):
     """A row for each run and split: nll or nelbo in every unit, and its curves as two lists.
 
     All windows of the split (of train: max_windows), each as long as the context and read alone,
-    in float32. An nll is exact; a nelbo is an upper bound on it, drawn over the whole split.
+    in float32. An nll is exact; a nelbo is an upper bound on it, drawn over the whole split. Of
+    mdm and d3pm more rows may follow: the same of the reverse process in so many steps.
     """
     rows, splits = [], [word.strip() for word in settings['split'].split(',')]
     work = [(run, split) for run in runs for split in splits]
@@ -273,31 +293,32 @@ def likelihood(runs, settings):
         windows = (s['max_windows'] or None) if split == 'train' else None
         padded = meta['layout'] == 'rows' and run['predict_pad']
 
-        def draw(n):
+        def draw(n, run=run):
             return evaluate(model, bound_of(run), data, s['batch_size'], mixed_seed(s['seed'], n),
                             max_windows=windows, meta=meta, predict_pad=padded)[0]
 
-        nats, error, draws = (draw(0), 'exact', '') if exact else \
-            draw_until(s['target_se'], s['repeats'], draw)
-        bits, count = nats / math.log(2), meta['counts'][split]
-        tokens = count['scored' if meta['layout'] == 'rows' else 'tokens']
-        units = {'nats/token': nats, 's.e.': error, 'bits/token': bits,
-                 'bits/char': bits * tokens / count['characters'],
-                 'bits/byte': bits * tokens / count['bytes'],
-                 'perplexity': math.exp(nats)}
-        rows.append({'run': name, 'data': meta['name'], 'split': split,
-                     'parameters': model.count_parameters(), 'updates': checkpoint['iter'],
-                     'measured': BOUND_NAMES[run['objective']].split()[0], 'draws': draws}
-                    | {key: Number(value, bound=not exact) if key != 's.e.' else value
-                       for key, value in units.items()})
+        measures = {BOUND_NAMES[run['objective']].split()[0]: draw}
+        if run['objective'] in ('mdm', 'd3pm') and model.config.subs:
+            measures |= {f'nelbo in {n:,} steps': partial(draw, run=run | {
+                'objective': 'd3pm', 'diffusion_steps': n}) for n in s['discrete_steps']}
+        by = {'by share': [], 'by position': []}
         if run['objective'] in ('ar', 'mdm') and split != 'train' and meta['layout'] == 'stream':
             table = nll_by_place(model, run['objective'],
                                  held_out(checkpoint, model.config.block_size, 64),
                                  s['batch_size'], s['seed'])
-            rows[-1] |= {'by share': np.nanmean(table, 1).tolist(),
-                         'by position': np.nanmean(table, 0).tolist()}
-        else:
-            rows[-1] |= {'by share': [], 'by position': []}
+            by = {'by share': np.nanmean(table, 1).tolist(),
+                  'by position': np.nanmean(table, 0).tolist()}
+        for measured, drawn in measures.items():
+            nats, error, draws = (draw(0), 'exact', '') if exact else \
+                draw_until(s['target_se'], s['repeats'], drawn)
+            count = meta['counts'][split]
+            tokens = count['scored' if meta['layout'] == 'rows' else 'tokens']
+            units = in_units(nats, not exact, tokens, count)
+            rows.append({'run': name, 'data': meta['name'], 'split': split,
+                         'parameters': model.count_parameters(), 'updates': checkpoint['iter'],
+                         'batches/s': pace(checkpoint), 'measured': measured, 'draws': draws,
+                         'nats/token': units['nats/token'], 's.e.': error} | units | by)
+            by = dict.fromkeys(by, [])  # they are of the first
     return comparable(rows, runs), likelihood_note(runs, splits, settings)
 
 
@@ -351,14 +372,13 @@ def draw_likelihood(rows, path):
 def noises(runs, settings):
     """A row for each run: bits per character by objective, beside the first that is ar."""
     sample.require(settings, ('split', settings['split'] in ('train', 'val', 'test'), 'one split'))
-    found, note = likelihood(runs, settings)
+    found, note = likelihood(runs, settings | {'discrete_steps': ()})
     rows, exact = [], [row['bits/char'] for row in found if row['measured'] == 'nll']
     for row, (name, checkpoint, model) in zip(found, runs):
         run, kind = checkpoint['config'], checkpoint['config']['objective']
         kind += f' {run["block_length"]}' if kind == 'block' else ' with t' * run['time_cond']
         rows.append({'run': name, 'objective': kind, 'updates': row['updates'],
-                     'minutes': load_log(settings['out_dir'].split(',')[len(rows)])[2]
-                     ['seconds'][-1] / 60, 'bits/char': row['bits/char'], 's.e.': row['s.e.'],
+                     'minutes': load_log(checkpoint['path'])[2]['seconds'][-1] / 60, 'bits/char': row['bits/char'], 's.e.': row['s.e.'],
                      'over ar (%)': 100 * (row['bits/char'] / exact[0] - 1) if exact else ''})
     return rows, note + '; s.e. in nats per token'
 
@@ -829,7 +849,8 @@ def recover(runs, settings):
     """A row for each run and rate at which tokens were replaced at random: how many it puts right.
 
     The run is told how many were. It reads each token with that hidden, an eighth of them at a
-    time (ar: after those before it), writes the least likely anew, and leaves the others.
+    time (ar: after those before it; uniform, which knows noise among the tokens that it sees: all
+    at once), writes the least likely anew, and leaves the others.
     """
     checkpoint, generator = runs[0][1], torch.Generator().manual_seed(settings['seed'])
     V, rows = checkpoint['meta']['vocab_size'], []
@@ -840,9 +861,9 @@ def recover(runs, settings):
         xt = torch.where(spoilt, (x0 + torch.randint(1, V, x0.shape, generator=generator)) % V, x0)
         for name, checkpoint, model in runs:
             objective = checkpoint['config']['objective']
-            if objective not in ('ar', 'mdm'):
+            if objective == 'block':  # it sees no token with all the others
                 continue
-            nll = torch.cat([token_by_token(model, objective, part)
+            nll = torch.cat([token_by_token(model, objective, part, rate)
                              for part in xt.split(settings['batch_size'])])
             suspect = nll.argsort(1, descending=True).argsort(1) < spoilt.sum(1, keepdim=True)
             x, nfe = fill(model, objective, xt, suspect, settings)
@@ -856,11 +877,17 @@ def recover(runs, settings):
 
 
 @torch.no_grad()
-def token_by_token(model, objective, x):
-    """(B, T): -log p of each token of x given the others; of ar, given those before it."""
+def token_by_token(model, objective, x, rate):
+    """(B, T): -log p of each token of x given the others; of ar, given those before it.
+
+    Of uniform, given all tokens, itself among them, and that so many of them are noise.
+    """
     x = x.to(model.embed.weight.device)
     if objective == 'ar':
         return ar_token_nll(model, x).cpu()
+    if objective == 'uniform':
+        h = model(x, torch.full((len(x), 1), rate, device=x.device), hidden=True)  # (B, T, C)
+        return token_nll(model, h.flatten(0, 1), x.flatten()).view_as(x).cpu()
     nll = torch.zeros(x.shape, device=x.device)
     for k in range(8):
         hidden = (torch.arange(x.size(1), device=x.device) % 8 == k).expand_as(x)
@@ -1388,6 +1415,8 @@ def main():
         *((n, settings[n] >= 0, '0 or more') for n in ('max_windows', 'target_se')),
         ('grid_steps', grid_steps and all(n in range(1, 10 ** 6) for n in grid_steps),
          'of numbers of steps, as in (4, 16) or (8,)'),
+        ('discrete_steps', all(n in range(1, 10 ** 6) for n in discrete_steps),
+         'of numbers of steps, as in (10, 1000) or (1000,)'),
         ('x_axis', x_axis in ('tokens', 'epochs'), 'tokens or epochs'))
     runs = [] if task == 'curves' else load_runs(out_dir, pick_device(device), task != 'likelihood')
     sections, words = {}, [word for word in sys.argv[1:] if not word.startswith('--task=')]

@@ -435,7 +435,7 @@ def test_a_blind_model_costs_log_v_in_every_unit(settings):
     V = evaluation.load_meta('verse')['vocab_size']
     blind = Knowing([0] * 16, V, sure=0.0)
     rows, _ = evaluation.likelihood([a_run(blind, 'ar'), a_run(blind, 'mdm')],
-                                    settings | {'split': 'train, val'})
+                                    settings | {'split': 'train, val', 'discrete_steps': (1, 9)})
     counts = evaluation.load_meta('verse')['counts']
     for row in rows:
         ratio = counts[row['split']]['tokens'] / counts[row['split']]['bytes']
@@ -446,8 +446,12 @@ def test_a_blind_model_costs_log_v_in_every_unit(settings):
         assert row['s.e.'] == 'exact' if row['run'] == 'ar' else row['s.e.'] < 1e-6
         for curve in ('by share', 'by position'):
             assert row[curve] == pytest.approx([math.log(V)] * len(row[curve]))
-    assert [(row['run'], row['split']) for row in rows] == [
-        (run, split) for run in ('ar', 'mdm') for split in ('train', 'val')]
+    nelbos = ['nelbo', 'nelbo in 1 steps', 'nelbo in 9 steps']
+    assert [(row['run'], row['split'], row['measured']) for row in rows] == [
+        (run, split, measured) for run, of in (('ar', ['nll']), ('mdm', nelbos))
+        for split in ('train', 'val') for measured in of]
+    assert [bool(row['by share']) for row in rows] == [
+        row['split'] == 'val' and 'steps' not in row['measured'] for row in rows]
 
 
 def test_characters_and_bytes_are_counted_apart(runs, settings):
@@ -561,7 +565,8 @@ def test_who_knows_the_text_fills_it_in(settings):
             assert row['right (%)'] <= 100 * text.count(common) / 4
         else:
             assert row['right (%)'] == 100 and row['ROUGE-1'] == row['ROUGE-L'] == 1
-    rows, _ = evaluation.recover(both, wide)
+    rows, _ = evaluation.recover([*both, a_run(Knowing(text, V), 'uniform')], wide)
+    assert {row['run'] for row in rows} == {'ar', 'mdm', 'uniform'}
     assert all(row['right (%)'] == row['found (%)'] == 100 for row in rows)
     hidden = evaluation.hide((5, 64), 0.25, 8, torch.Generator().manual_seed(0))
     assert hidden.sum(1).tolist() == [16] * 5
