@@ -57,7 +57,7 @@ seed = 1
 batch_size = 16        # rows at a time
 repeats = 4            # independent draws of a bound, at least
 target_se = 0.005      # likelihood: draw until its standard error is below (nats); 0: only repeats
-discrete_steps = ()    # likelihood: of mdm and d3pm also the bound in so many steps, (10, 100, 1000)
+discrete_steps = ()    # likelihood: of mdm and d3pm also the bounds in so many steps, as (10, 1000)
 gen_tokens = 10_000    # generation, speed: how many to write, in texts as long as the context;
                        # 100,000 for numbers to be published
 gen_length = 64        # order: tokens of a text, which takes as many passes
@@ -378,7 +378,8 @@ def noises(runs, settings):
         run, kind = checkpoint['config'], checkpoint['config']['objective']
         kind += f' {run["block_length"]}' if kind == 'block' else ' with t' * run['time_cond']
         rows.append({'run': name, 'objective': kind, 'updates': row['updates'],
-                     'minutes': load_log(checkpoint['path'])[2]['seconds'][-1] / 60, 'bits/char': row['bits/char'], 's.e.': row['s.e.'],
+                     'minutes': load_log(checkpoint['path'])[2]['seconds'][-1] / 60,
+                     'bits/char': row['bits/char'], 's.e.': row['s.e.'],
                      'over ar (%)': 100 * (row['bits/char'] / exact[0] - 1) if exact else ''})
     return rows, note + '; s.e. in nats per token'
 
