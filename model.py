@@ -497,7 +497,7 @@ def ar_loss(model, x0, generator=None, given=None):
 
 
 def mdm_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight='elbo',
-             w_max=5.0, mask_range=(0.0, 1.0)):
+             w_max=5.0, mask_range=(0.0, 1.0), token_weight=None):
     """Negative ELBO of masked diffusion, one t per row [MDLM eq. 11; LLaDA eq. 3].
 
         nelbo = mean over (b, i) of  is_mask[b, i] * w(t[b]) * -log p(x0[b, i] | xt[b])
@@ -507,7 +507,8 @@ def mdm_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight
     nll; the other weights have the same optimum (every level's conditionals) but spend the
     network's effort elsewhere: 'flat' w = 1, 'clipped' w = min(w(t), w_max), and 'masked_mean',
     w = 1 with the mean over masked tokens in place of all.
-    mask_range=(lo, hi) squeezes t into (lo, hi]; (0.15, 0.15) is BERT.
+    mask_range=(lo, hi) squeezes t into (lo, hi]; (0.15, 0.15) is BERT. token_weight (V,) is what a
+    wrong guess at each kind of token counts, 1 if None.
     """
     B, T = x0.shape
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
@@ -519,6 +520,7 @@ def mdm_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight
     xt = torch.where(is_mask, model.mask_id, x0)
     h = model(xt, 1 - alpha, where=is_mask, hidden=True)  # (N, C), N masked tokens
     nll = token_nll(model, h, x0[is_mask])  # (N,)
+    nll = nll if token_weight is None else nll * token_weight[x0[is_mask]]
     nats = (w.expand(B, T)[is_mask] * nll).sum()
     return nats, is_mask.sum() if loss_weight == 'masked_mean' else (~given).sum()
 

@@ -1072,6 +1072,9 @@ def length_name(name, run):
     if name in PREDICTED and not run['predict_pad']:
         raise UserError(f'length is {name!r}, but this run never saw more masks than its answer '
                         'needed: train with predict_pad')
+    if name in PREDICTED and run['objective'] in ('uniform', 'block'):
+        raise UserError(f'length is {name!r}, but a run of {run["objective"]} never saw an answer '
+                        'that is all masks: it cannot say where that ends')
     return head or ('full' if run['predict_pad'] else 'ratio') if name == 'auto' else name
 
 

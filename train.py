@@ -61,11 +61,15 @@ batch_size = 16             # B, windows per forward and backward pass
 gradient_accumulation_steps = 1  # passes per update
 block_size = 256            # T, tokens per window
 train_tokens = 0            # train on the first so many tokens of the training split; 0 = all
+random_length = 0.0         # share of the batches that are cut to a random length: a stream's to
+                            # any; rows, if predict_pad, to what the longest answer needs, or more
 # data of rows: prompts and answers, or documents; a batch holds rows of one width
 predict_pad = False         # PAD is to be predicted too, so that the model finds where to end;
                             # False: it is told by how many tokens there are, and never sees a PAD
 score_prompt = False        # ar: train on the prompt too
 length_curriculum = 0       # updates over which longer and longer rows join the shortest
+pad_curriculum = 0          # predict_pad: updates over which the room behind the answers grows
+token_weights = (1.0, 1.0, 1.0)  # mdm: what an error counts in the loss at text, at EOS, at PAD
 # model
 n_layer = 4
 n_head = 4
@@ -127,6 +131,18 @@ def get_windows(data, B, T, vocab_size, number):
     """
     starts = np.random.default_rng(number).integers(0, len(data) - T + 1, B)
     return torch.from_numpy(gather(data, starts, T, vocab_size)), None
+
+
+def shortened(x0, given, pad_id, share):
+    """x0 and given (B, T), cut at `share` of the way from the shortest length there can be to T.
+
+    That is the one at which a row loses its last token but PAD; of windows without rows, 1.
+    """
+    least, T = 1, x0.size(1)
+    if given is not None:
+        least += (x0 != pad_id).any(0).nonzero().max().item()
+    length = least + round(share * (T - least))
+    return x0[:, :length], None if given is None else given[:, :length]
 
 
 class RowBatches:
@@ -295,6 +311,11 @@ for name, fine, wanted in (
         ('lr_schedule', lr_schedule in ('cosine', 'wsd', 'constant'), 'cosine, wsd or constant'),
         ('mask_range', len(mask_range) == 2 and 0 <= mask_range[0] <= mask_range[1] <= 1
          and mask_range[1] > 0, '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0'),
+        ('pad_curriculum', predict_pad or not pad_curriculum, '0 without predict_pad'),
+        ('random_length', 0 <= random_length <= 1, 'in [0, 1]'),
+        ('token_weights', len(token_weights) == 3 and min(token_weights) >= 0
+         and (objective == 'mdm' or set(token_weights) == {1.0}),
+         'three numbers of 0 or more (1, 1, 1 but for mdm)'),
         ('divergence', divergence in DIVERGENCES, f'one of {", ".join(DIVERGENCES)}'),
         ('soft_inputs', objective == 'uniform' or not soft_inputs, 'False (but for uniform)'),
         ('subs', subs or objective == 'd3pm', 'True (d3pm alone has a use for the mask)'),
@@ -304,7 +325,8 @@ for name, fine, wanted in (
         ('init_from', init_from or not length_head, 'the run that a length_head is for'),
         ('length_quantile', 0 < length_quantile < 1, 'in (0, 1)'),
         *((n, settings[n] >= 0, '0 or more') for n in (
-            'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows', 'length_curriculum')),
+            'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows', 'length_curriculum',
+            'pad_curriculum')),
         *((n, settings[n] >= 1, '1 or more') for n in (
             'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head',
             'n_embd', 'eval_interval', 'log_interval', 'eval_repeats', 'diffusion_steps',
@@ -341,9 +363,9 @@ if meta['layout'] == 'rows':
     if widest > block_size:
         raise UserError(f'data/{dataset} has rows of {widest} tokens: set block_size, which is '
                         f'{block_size}, to {widest} or more')
-elif predict_pad or score_prompt or length_curriculum:
-    raise UserError('predict_pad, score_prompt and length_curriculum are for rows, but '
-                    f'data/{dataset} is a stream of text')
+elif predict_pad or score_prompt or length_curriculum or set(token_weights) != {1.0}:
+    raise UserError('predict_pad, score_prompt, length_curriculum and token_weights are for rows, '
+                    f'but data/{dataset} is a stream of text')
 elif len(train_data) < block_size:
     raise UserError(f'block_size is {block_size}, but data/{dataset} has only '
                     f'{len(train_data):,} training tokens')
@@ -396,6 +418,10 @@ if length_head:
     bound_name = 'loss of the length'
     bound = partial(length_loss, pad_id=meta['pad_id'], length_quantile=length_quantile)
     loss_fn = lambda *batch: (bound(*batch).sum(), (~batch[3]).sum())  # given is the fourth
+weight = torch.full((model.config.vocab_size,), token_weights[0], device=device)
+for token, its_weight in zip((meta['eos_id'], meta['pad_id']), token_weights[1:]):
+    if token is not None:
+        weight[token] = its_weight
 measure = partial(evaluate, model, bound, batch_size=batch_size, meta=meta, predict_pad=predict_pad)
 autocast = torch.autocast(device.partition(':')[0], torch.bfloat16, enabled=dtype == 'bfloat16')
 log_v = math.log(meta['vocab_size'])
@@ -500,7 +526,9 @@ for iteration in range(first_iter, max_iters + 1):
         for group in o.param_groups:
             group['lr'] = factor * (muon_lr if isinstance(o, Muon) else learning_rate)
     sums = torch.zeros(3, device=device)  # nats, tokens that count, processes that caught a signal
-    anneal = {'tau': 1e-3 * 1e-5 ** (iteration / max_iters)} if soft_inputs else {}  # to argmax
+    how = {'tau': 1e-3 * 1e-5 ** (iteration / max_iters)} if soft_inputs else {}  # to argmax
+    if set(token_weights) != {1.0}:
+        how['token_weight'] = weight
     for micro in range(gradient_accumulation_steps):
         number = mixed_seed(seed, iteration, micro * world + rank)
         torch.manual_seed(number)  # of dropout
@@ -509,6 +537,10 @@ for iteration in range(first_iter, max_iters + 1):
                                      iteration / length_curriculum if length_curriculum else 1.0)
         else:
             x0, given = get_windows(train_data, batch_size, block_size, meta['vocab_size'], number)
+        draws = np.random.default_rng([number, 1])  # not those of get_windows
+        share = min(1.0, iteration / pad_curriculum) if pad_curriculum else 1.0
+        share *= draws.random() if draws.random() < random_length else 1.0
+        x0, given = shortened(x0, given, meta['pad_id'], share)
         if device.startswith('cuda'):
             x0 = x0.pin_memory()
         x0 = x0.to(device, non_blocking=True)
@@ -516,7 +548,7 @@ for iteration in range(first_iter, max_iters + 1):
         given = None if given is None or score_prompt else given.to(device)
         parallel.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
         with autocast:
-            nats, count = loss_fn(parallel, x0, generator, given, **anneal)
+            nats, count = loss_fn(parallel, x0, generator, given, **how)
         nats.backward()
         sums += torch.stack([nats.detach(), count, torch.zeros_like(nats)])
     if world > 1:

@@ -321,6 +321,10 @@ def test_loss_weights_and_their_counts():
         assert found[loss_weight][0] == pytest.approx((w * is_mask * nll).sum().item(), rel=1e-5)
         wanted = is_mask.sum() if loss_weight == 'masked_mean' else x0.numel()
         assert found[loss_weight][1] == wanted
+    kinds = torch.tensor([1.0, 0.0, 2.5, 9.0])  # of tokens, the mask last
+    nats, count = mdm_loss(model, x0, torch.Generator().manual_seed(3), token_weight=kinds)
+    assert nats.item() == pytest.approx((kinds[x0] / t * is_mask * nll).sum().item(), rel=1e-5)
+    assert count == x0.numel()
     with pytest.raises(UserError, match='loss_weight'):
         mdm_loss(model, x0, torch.Generator(), loss_weight='heavy')
 

@@ -1789,6 +1789,10 @@ def test_auto_is_the_head_that_was_trained():
                        ('encoder_classify', 'encoder')):
         assert sample.length_name('auto', trained() | {'length_head': head}) == name
     assert sample.length_name('auto', trained()) == 'full', 'of an older run'
+    for objective in ('uniform', 'block'):  # which never see masks alone
+        assert sample.length_name('auto', trained(objective)) == 'full'
+        with pytest.raises(UserError, match='all masks'):
+            sample.length_name('quantile', trained(objective))
 
 
 @pytest.mark.parametrize('ids, prompt, answer', [

@@ -453,6 +453,8 @@ def test_an_unknown_data_set_ends_in_one_line(tmp_path):
     (['--dtype=int8'], 'dtype'),
     (['--subs=False'], 'd3pm alone'), (['--soft_inputs'], 'uniform'),
     (['--divergence=x'], 'scaled_kl'), (['--block_length=0'], 'block_length'),
+    (['--random_length=2'], 'random_length'), (['--pad_curriculum=9'], 'without predict_pad'),
+    (['--token_weights=(1.0,2.0)'], 'three numbers'),
     (['--loss_weight=heavy'], 'loss_weight'), (['--mask_range=(0.5, 2.0)'], 'mask_range')])
 def test_bad_settings_end_in_one_line(verse, words, said, train_here):
     with pytest.raises(UserError) as refused:  # which is shown in one line, see test_config.py
@@ -595,8 +597,37 @@ def test_a_curriculum_begins_with_the_shortest_rows(pairs):
     assert low < high
 
 
+def test_batches_are_cut_behind_their_last_token():
+    shortened, = definitions('shortened')
+    x0 = torch.tensor([[5, 9, 1, 2, 0, 0, 0, 0], [6, 9, 3, 1, 2, 0, 0, 0]])  # PAD is 0
+    given = torch.arange(8).expand_as(x0) < 2
+    for share, length in ((0.0, 5), (0.5, 7), (0.9, 8), (1.0, 8)):
+        rows, known = shortened(x0, given, 0, share)
+        assert torch.equal(rows, x0[:, :length]) and torch.equal(known, given[:, :length])
+    for share, length in ((0.0, 1), (0.5, 5), (1.0, 8)):  # of windows every token is as good
+        window, nothing = shortened(x0, None, None, share)
+        assert torch.equal(window, x0[:, :length]) and nothing is None
+
+
+def test_random_lengths_are_as_many_as_asked(verse, train_here, monkeypatch):
+    """A share of 0.5 of 400 batches, and every length among them."""
+    seen, loss = [], LOSSES['mdm']
+
+    def spy(model, x0, *rest, **how):
+        seen.append(x0.size(1))
+        return loss(model, x0, *rest, **how)
+
+    monkeypatch.setitem(LOSSES, 'mdm', spy)
+    spy.__kwdefaults__ = loss.__kwdefaults__
+    train_here(verse, *TINY, '--objective=mdm', '--max_iters=400', '--eval_interval=400',
+               '--random_length=0.5', '--out_dir=out/lengths')
+    whole = seen.count(max(seen))
+    assert 160 < whole < 250 and set(seen) == set(range(1, max(seen) + 1))
+
+
 def test_resumed_runs_on_rows_end_in_the_same_bits(pairs, train_here, capsys):
     words = [*ROWS, '--objective=mdm', '--predict_pad', '--length_curriculum=5', '--dropout=0.1',
+             '--random_length=0.5', '--pad_curriculum=10', '--token_weights=(1.0,2.0,0.5)',
              '--gradient_accumulation_steps=2', '--lr_schedule=constant', '--eval_interval=20']
     for out, until in (('whole', 20), ('parts', 7)):  # 40 batches are more than an epoch
         train_here(pairs, *words, f'--max_iters={until}', f'--out_dir=out/{out}_rows')
@@ -623,7 +654,8 @@ def test_two_processes_share_the_rows_of_one_with_accumulation_two(pairs):
     ([*ROWS, '--block_size=8'], 'set block_size, which is 8, to'),
     ([*ROWS, '--train_tokens=100'], 'train_tokens is for a stream'),
     ([*ROWS, '--score_prompt', '--objective=mdm'], 'for objective=ar alone'),
-    ([*TINY, '--predict_pad'], 'are for rows')])
+    ([*TINY, '--predict_pad'], 'are for rows'),
+    ([*TINY, '--token_weights=(1.0,0.0,1.0)'], 'are for rows')])
 def test_settings_of_streams_and_rows_do_not_mix(pairs, words, said):
     done = run('train.py', *words, '--out_dir=out/bad', cwd=pairs)
     assert_one_line(done, said)
