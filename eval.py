@@ -1206,7 +1206,7 @@ def lengths_of(run, settings):
     those of the run it was trained on."""
     if settings['length'] != 'auto' or not run['predict_pad'] or run.get('length_head'):
         return settings['length']
-    return 'full,ratio' + ',argmax,quantile' * (run['objective'] not in ('uniform', 'block'))
+    return 'full,fit' + ',argmax,quantile' * (run['objective'] not in ('uniform', 'block'))
 
 
 def lengths(runs, settings):

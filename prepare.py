@@ -662,9 +662,11 @@ def encode_rows(pairs, encoder, meta, max_prompt, max_answer, count):
     """Yields the rows (row_length,) of a split, and writes into meta and count what they are.
 
     Characters and bytes are those of the answers or documents, as are the `scored` tokens. A pair
-    with an empty or too long side is dropped, and so is an empty document; a long one is cut."""
+    with an empty or too long side is dropped, and so is an empty document; a long one is cut.
+    Of pairs, `answer_line` is (a, b) of the answer's tokens, EOS among them, on average: a times
+    the prompt's, and b; a least-squares fit."""
     count |= dict.fromkeys(('rows', 'scored', 'longest', 'characters', 'bytes', 'empty', 'long'), 0)
-    is_pair = meta['sep_id'] is not None
+    is_pair, lengths = meta['sep_id'] is not None, []
     for prompt, text in pairs:
         prompt, text = prompt.strip(), text.strip()
         start, answer = encoder.encode(prompt), encoder.encode(text)
@@ -686,7 +688,11 @@ def encode_rows(pairs, encoder, meta, max_prompt, max_answer, count):
         count['scored'] += len(answer) + 1
         count['characters'] += len(text)
         count['bytes'] += len(text.encode('utf-8'))
+        lengths.append((len(start), 1, len(answer) + 1))
         yield row
+    if is_pair and lengths:
+        *known, wanted = np.array(lengths, float).T
+        count['answer_line'] = np.linalg.lstsq(np.stack(known, 1), wanted, rcond=None)[0].tolist()
 
 
 def write_dataset(target, meta, pieces):

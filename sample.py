@@ -46,9 +46,10 @@ batch_size = 16        # rows at a time
 gen_length = 0         # tokens to write after start; 0 fills the model's context
 seed = 1337
 # of runs on prompts and answers: start is a prompt, and what is written is the answer
-length = 'auto'        # mdm, masks for it: full, ratio; auto is full if run with predict_pad. And
-                       # predicted by one pass: argmax, quantile; regress, classify, encoder, which
-                       # is what config/length_*.py train, and auto in their runs
+length = 'auto'        # mdm, masks for it: full; fit, what training has on average for so long a
+                       # prompt; ratio; auto is full if run with predict_pad, else fit. Predicted
+                       # by one pass: argmax, quantile; regress, classify, encoder, which is what
+                       # config/length_*.py train, and auto in their runs
 length_ratio = 1.3     # ratio: so many for a token of the prompt
 length_extra = 2       # ratio: and so many more
 length_quantile = 0.9  # quantile, classify, encoder: the chance that an answer fits
@@ -80,7 +81,7 @@ BLANK_WIDTH = 5        # tokens of a [___] that does not say
 MASK_SHOWN = '█'
 ORDERS = ('max_prob', 'margin', 'entropy', 'random')
 PREDICTED = ('argmax', 'quantile', 'regress', 'classify', 'encoder')
-LENGTHS = ('full', 'ratio', 'reference', *PREDICTED)
+LENGTHS = ('full', 'fit', 'ratio', 'reference', *PREDICTED)
 
 
 def chances(logits, seen=None, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
@@ -1075,7 +1076,7 @@ def length_name(name, run):
     if name in PREDICTED and run['objective'] in ('uniform', 'block'):
         raise UserError(f'length is {name!r}, but a run of {run["objective"]} never saw an answer '
                         'that is all masks: it cannot say where that ends')
-    return head or ('full' if run['predict_pad'] else 'ratio') if name == 'auto' else name
+    return head or ('full' if run['predict_pad'] else 'fit') if name == 'auto' else name
 
 
 def row_canvases(prompts, run, meta, settings, answers=None):
@@ -1084,12 +1085,13 @@ def row_canvases(prompts, run, meta, settings, answers=None):
     run: the settings of training. Autoregression has the rest of the context and writes its own
     end. Masked diffusion is told how many tokens it can write, and only if it was trained to
     predict PAD does it know what to do with more than the answer needs. `length` is 'full', the
-    number in training; 'ratio', by the length of the prompt; or 'reference', what the right answer
-    needs, which is all that answers, lists of ids, are read for. Where it is to be predicted, the
-    number is that of 'full', for shortened() to cut.
+    number in training; 'ratio' or 'fit', by the length of the prompt, fit as training has it on
+    average; or 'reference', what the right answer needs, which is all that answers, lists of ids,
+    are read for. Where it is to be predicted, it is that of 'full', for shortened() to cut.
     """
     name = length_name(settings['length'], run)
     ratio, extra = settings['length_ratio'], settings['length_extra']
+    line = meta['counts']['train'].get('answer_line', (ratio, extra))  # older data have none
     require(settings, ('length_ratio', 0 <= ratio < math.inf, '0 or more'),
             ('length', name != 'reference' or answers is not None,
              'another where no right answer is known'))
@@ -1100,8 +1102,10 @@ def row_canvases(prompts, run, meta, settings, answers=None):
             raise UserError(f'a prompt of {len(prompt)} tokens leaves no room for an answer: '
                             f'block_size is {run["block_size"]}')
         if run['objective'] != 'ar':
-            width = int(ratio * len(prompt)) + extra if name == 'ratio' else \
-                len(answers[i]) + 1 if name == 'reference' else meta['max_answer'] + 1
+            width = {'ratio': int(ratio * len(prompt)) + extra,
+                     'fit': round(line[0] * len(prompt) + line[1]),
+                     'reference': len(answers[i]) + 1 if answers else 0}.get(
+                         name, meta['max_answer'] + 1)
         masks = [meta['mask_id']] * max(1, min(width, room))
         canvases.append([*prompt, meta['sep_id'], *masks])
     return canvases

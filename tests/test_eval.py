@@ -693,12 +693,12 @@ def lengths_of_book(book, monkeypatch, objective='mdm', run=None, **settings):
 
 def test_bounds_are_measured_as_by_hand(book, monkeypatch):
     rows, note, _ = lengths_of_book(BOOK, monkeypatch)
-    assert [row['length'] for row in rows] == ['full', 'ratio', 'argmax', 'quantile',
+    assert [row['length'] for row in rows] == ['full', 'fit', 'argmax', 'quantile',
                                                'full, in blocks']
     by_name = {row['length']: row for row in rows}
     n = np.array([len(right) + 1 for right in BOOK.values()])
     widths = {'full': [8] * 6, 'argmax': [4, 8, 2, 8, 4, 4],
-              'ratio': [min(int(1.3 * len(p)) + 2, 19 - len(p)) for p in BOOK]}
+              'fit': [min(round(1.5 * len(p) + 1.2), 19 - len(p)) for p in BOOK]}
     for name, masks in widths.items():
         row, masks = by_name[name], np.array(masks)
         fits = masks >= n
@@ -709,10 +709,10 @@ def test_bounds_are_measured_as_by_hand(book, monkeypatch):
         rmse = 0 if name == 'argmax' else np.sqrt(np.mean((masks - n) ** 2))
         assert row['RMSE'] == pytest.approx(rmse, abs=1e-6)
         right = [*BOOK.values()]
-        if name != 'ratio':
+        if name != 'fit':
             assert float(row['BLEU']) == pytest.approx(corpus_bleu(right, [right]).score, abs=5e-3)
         assert float(row['ms/sentence']) > 0 and row['steps'] == 20
-    assert 0 < by_name['ratio']['fits (%)'] < 100
+    assert 0 < by_name['fit']['fits (%)'] < 100
     lone, _, _ = lengths_of_book(BOOK, monkeypatch, batch_size=1)
     how = vars(sample) | {'temperature': 0.0, 'decoder': 'confidence', 'steps': 20}
     for name in ('full', 'argmax'):
@@ -737,7 +737,7 @@ def test_ar_and_runs_without_a_window_have_their_rows(book, monkeypatch):
     assert (row['length'], row['fits (%)'], row['RMSE'], chances) == ('', '', '', {})
     assert float(row['ms/sentence']) > 0 and float(row['nfe']) > 0
     (row,), _, chances = lengths_of_book(BOOK, monkeypatch, run={'predict_pad': False})
-    assert (row['length'], chances) == ('ratio', {})
+    assert (row['length'], chances) == ('fit', {})
 
 
 def test_chances_of_an_eos_stand_at_their_distance_from_the_end(book, monkeypatch, tmp_path):

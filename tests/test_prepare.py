@@ -294,6 +294,10 @@ def test_pairs_round_trip_and_no_text_is_a_special_token(kind, V, end):
     assert meta['row_length'] == 128 + 1 + 128 + 1 and meta['max_answer'] == longest
     for split, pairs in (('train', PAIRS[:36]), ('val', PAIRS[36:])):
         answers = [a for _, a in pairs]
+        n, wanted = ([len(tokenizer.encode(pair[i])) for pair in pairs] for i in (0, 1))
+        line = np.polyfit(n, np.array(wanted) + 1, 1) if len(set(n)) > 1 else \
+            np.array([n[0], 1]) * (np.mean(wanted) + 1) / (n[0] ** 2 + 1)  # the smallest that fits
+        assert meta['counts'][split].pop('answer_line') == pytest.approx(line)
         assert meta['counts'][split] == {
             'rows': len(pairs), 'tokens': len(pairs) * 258, 'empty': 0, 'long': 0,
             'scored': sum(len(tokenizer.encode(a)) + 1 for a in answers),

@@ -1616,7 +1616,8 @@ def test_help_in_the_shell_shows_every_setting(runs):
 ALPHABET = 'abcdefgh '
 META = {'name': 'rows', 'layout': 'rows', 'row_length': 16, 'max_answer': 7, 'vocab_size': 12,
         'mask_id': 12, 'eos_id': 9, 'sep_id': 10, 'pad_id': 11, 'source': 'a test', 'sha256': '',
-        'tokenizer': {'kind': 'char', 'chars': ALPHABET}, 'counts': {}}
+        'tokenizer': {'kind': 'char', 'chars': ALPHABET},
+        'counts': {'train': {'answer_line': [1.5, 1.2]}}}
 BOOK = {'ab': 'ba', 'abc': 'cab b', 'h': 'h', 'a b a': 'aaaaaaa', 'dd': 'hh', 'g g g g': 'fed'}
 
 
@@ -1693,8 +1694,10 @@ def test_how_many_masks_an_answer_gets():
 
     assert widths(trained()) == widths(trained(), length='full') == [8, 8, 7], 'the window, if fits'
     ratio = [3, 9, 17]  # int(1.3 n) + 2
-    assert widths(trained(predict_pad=False, block_size=99)) == ratio
     assert widths(trained(block_size=99), length='ratio') == ratio
+    fit = [3, 10, 19]  # 1.5 n + 1.2
+    assert widths(trained(predict_pad=False, block_size=99)) == fit
+    assert widths(trained(block_size=99), length='fit', length_ratio=7) == fit
     assert widths(trained(), length='ratio', length_ratio=0.5, length_extra=1) == [1, 4, 7]
     assert widths(trained(), length='ratio', length_ratio=0.0, length_extra=-3) == [1, 1, 1]
     assert widths(trained(), length='reference') == [2, 5, 1]
@@ -1818,7 +1821,7 @@ def row_runs(runs):
     return runs
 
 
-@pytest.mark.parametrize('name, width', [('row_ar', 14), ('row_mdm', 8), ('row_pad', 8)])
+@pytest.mark.parametrize('name, width', [('row_ar', 14), ('row_mdm', 9), ('row_pad', 8)])
 def test_prompts_are_answered_from_the_command_line(row_runs, run_main, name, width):
     (row_runs / 'questions.txt').write_text('abc h\n\n  ab\n')
     words = (f'--out_dir={name}', '--num_samples=8', '--temperature=1', '--batch_size=8')
@@ -1856,7 +1859,7 @@ def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main)
     (['--start='], 'ask it by start'), (['--start=  '], 'ask it by start'),
     (['--template=a [_]'], 'is a template'), (['--start=ab', '--gen_length=3'], 'length says'),
     (['--start=' + 'a' * 19], 'no room for an answer'),
-    (['--start=ab', '--length=long'], 'auto, full, ratio'), (['--start=x'], "know 'x'"),
+    (['--start=ab', '--length=long'], 'auto, full, fit, ratio'), (['--start=x'], "know 'x'"),
     (['--start=ab', '--length=reference'], 'no right answer'),
     (['--start=ab', '--length=ratio', '--length_ratio=1e999'], 'length_ratio is inf'),
     (['--start=ab', '--length=ratio', '--length_ratio=-1'], 'length_ratio is -1'),
