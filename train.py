@@ -89,7 +89,7 @@ objective = 'mdm'           # ar, mdm, d3pm, uniform, block; what follows is for
 schedule = 'linear'         # linear, cosine, polynomial; how much is noise at level t
 loss_weight = 'clipped'     # elbo = w(t), clipped = min(w(t), w_max), flat = 1, masked_mean
 w_max = 5.0                 # for loss_weight = clipped
-mask_range = (0.0, 1.0)     # levels t that are trained
+mask_range = (0.15, 0.99)   # levels t that are trained; below, a row has few masks to learn from
 diffusion_steps = 1000      # d3pm: N, from all masks to none
 subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
 block_length = 16           # block: tokens per block

@@ -3,6 +3,7 @@
 dataset = 'shakespeare_char'
 objective = 'mdm'
 loss_weight = 'masked_mean'
+mask_range = (0.0, 1.0)
 block_size = 128
 batch_size = 64
 n_layer = 6

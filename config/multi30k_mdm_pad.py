@@ -2,6 +2,7 @@
 # parameters: 3,307,392
 dataset = 'multi30k'
 objective = 'mdm'
+mask_range = (0.0, 1.0)
 predict_pad = True
 block_size = 128
 batch_size = 64

@@ -3,6 +3,7 @@
 # parameters: 43,992,576
 dataset = 'opus_books'
 objective = 'mdm'
+mask_range = (0.0, 1.0)
 block_size = 266
 batch_size = 16
 gradient_accumulation_steps = 4

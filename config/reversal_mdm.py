@@ -2,6 +2,7 @@
 # parameters: 797,568
 dataset = 'reversal'
 objective = 'mdm'
+mask_range = (0.0, 1.0)
 n_embd = 128
 block_size = 128
 max_iters = 1000

@@ -4,6 +4,7 @@ dataset = 'shakespeare_char'
 train_tokens = 50_000
 objective = 'mdm'
 loss_weight = 'flat'
+mask_range = (0.0, 1.0)
 n_embd = 128
 block_size = 128
 max_iters = 3000

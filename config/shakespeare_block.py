@@ -2,4 +2,5 @@
 # parameters: 1,796,544
 dataset = 'shakespeare_char'
 objective = 'block'
+mask_range = (0.0, 1.0)
 block_length = 16

@@ -2,4 +2,5 @@
 # parameters: 2,772,288
 dataset = 'shakespeare_char'
 objective = 'd3pm'
+mask_range = (0.0, 1.0)
 time_cond = True

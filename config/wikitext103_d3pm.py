@@ -3,6 +3,7 @@
 # parameters: 166,862,592
 dataset = 'wikitext103'
 objective = 'd3pm'
+mask_range = (0.0, 1.0)
 diffusion_steps = 1000
 subs = False
 time_cond = True

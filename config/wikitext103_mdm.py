@@ -2,6 +2,7 @@
 # parameters: 123,552,000
 dataset = 'wikitext103'
 objective = 'mdm'
+mask_range = (0.0, 1.0)
 batch_size = 4
 block_size = 512
 n_layer = 12
