@@ -140,10 +140,14 @@ def load_runs(out_dirs, device, one_data_set=True):
 
 
 def seeds_together(rows, runs):
-    """The rows, but one for all runs that differ in nothing but their seed: mean +- deviation."""
+    """The rows, but one for all runs of one kind: mean +- standard deviation.
+
+    They differ in their seed, where they are, and how often they were looked at.
+    """
     kinds = {name: repr((checkpoint['iter'], sorted(
         (key, value) for key, value in checkpoint['config'].items()
-        if key not in ('seed', 'out_dir', 'resume', 'overwrite')))) for name, checkpoint, _ in runs}
+        if key not in ('seed', 'out_dir', 'resume', 'overwrite', 'eval_interval', 'log_interval',
+                       'eval_repeats')))) for name, checkpoint, _ in runs}
     groups, merged, seen = {}, [], Counter()
     for row in rows:
         seen[row['run']] += 1  # the n-th row of a run goes with the n-th of the others

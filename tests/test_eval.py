@@ -506,7 +506,8 @@ def test_draws_stop_when_the_error_is_small_enough():
 
 
 def test_seeds_of_one_configuration_become_one_row():
-    runs = [(name, {'iter': 9, 'config': {'seed': seed, 'out_dir': name, 'n_embd': width}}, None)
+    runs = [(name, {'iter': 9, 'config': {'seed': seed, 'out_dir': name, 'n_embd': width,
+                                          'eval_interval': 10 * seed}}, None)
             for name, seed, width in (('a', 1, 8), ('b', 2, 8), ('c', 1, 16), ('d', 3, 8))]
     rows = [{'run': name, 'split': split, 'nll': evaluation.Number(value, True), 'n': len(split)}
             for split in ('train', 'val') for name, value in zip('abcd', (1.0, 2.0, 5.0, 3.0))]
