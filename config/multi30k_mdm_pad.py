@@ -4,6 +4,7 @@ dataset = 'multi30k'
 objective = 'mdm'
 mask_range = (0.0, 1.0)
 predict_pad = True
+random_length = 0.8
 block_size = 128
 batch_size = 64
 tied = True
