@@ -713,7 +713,9 @@ def test_bounds_are_measured_as_by_hand(book, monkeypatch):
         if name != 'fit':
             assert float(row['BLEU']) == pytest.approx(corpus_bleu(right, [right]).score, abs=5e-3)
         assert float(row['ms/sentence']) > 0 and row['steps'] == 20
-    assert 0 < by_name['fit']['fits (%)'] < 100
+    (ratio,), _, _ = lengths_of_book(BOOK, monkeypatch, length='ratio')
+    share = np.mean([int(1.3 * len(a)) + 2 > len(b) for a, b in BOOK.items()])
+    assert ratio['fits (%)'] == pytest.approx(100 * share) and 0 < share < 1
     lone, _, _ = lengths_of_book(BOOK, monkeypatch, batch_size=1)
     how = vars(sample) | {'temperature': 0.0, 'decoder': 'confidence', 'steps': 20}
     for name in ('full', 'argmax'):
