@@ -314,8 +314,8 @@ for name, fine, wanted in (
         ('pad_curriculum', predict_pad or not pad_curriculum, '0 without predict_pad'),
         ('random_length', 0 <= random_length <= 1, 'in [0, 1]'),
         ('token_weights', len(token_weights) == 3 and min(token_weights) >= 0
-         and (objective == 'mdm' or set(token_weights) == {1.0}),
-         'three numbers of 0 or more (1, 1, 1 but for mdm)'),
+         and (objective == 'mdm' and not length_head or set(token_weights) == {1.0}),
+         'three numbers of 0 or more (1, 1, 1 but for mdm without a length_head)'),
         ('divergence', divergence in DIVERGENCES, f'one of {", ".join(DIVERGENCES)}'),
         ('soft_inputs', objective == 'uniform' or not soft_inputs, 'False (but for uniform)'),
         ('subs', subs or objective == 'd3pm', 'True (d3pm alone has a use for the mask)'),

@@ -456,6 +456,8 @@ def test_an_unknown_data_set_ends_in_one_line(tmp_path):
     (['--divergence=x'], 'scaled_kl'), (['--block_length=0'], 'block_length'),
     (['--random_length=2'], 'random_length'), (['--pad_curriculum=9'], 'without predict_pad'),
     (['--token_weights=(1.0,2.0)'], 'three numbers'),
+    (['--token_weights=(1.0,2.0,1.0)', '--objective=ar'], 'three numbers'),
+    (['--token_weights=(1.0,2.0,1.0)', '--predict_pad', '--length_head=classify'], 'three numbers'),
     (['--loss_weight=heavy'], 'loss_weight'), (['--mask_range=(0.5, 2.0)'], 'mask_range')])
 def test_bad_settings_end_in_one_line(verse, words, said, train_here):
     with pytest.raises(UserError) as refused:  # which is shown in one line, see test_config.py
