@@ -475,6 +475,21 @@ def test_the_mean_of_the_curves_is_the_bound(settings):
     assert np.nanmean(table) == pytest.approx(row['nats/token'], abs=0.06)
 
 
+def test_the_bound_in_one_step_is_the_cost_of_writing_all_at_once(settings):
+    """From masks alone, each token by itself: nothing is drawn."""
+    name, checkpoint, model = evaluation.load_runs('out/mdm', 'cpu')[0]
+    rows, _ = evaluation.likelihood([(name, checkpoint, model)],
+                                    settings | {'discrete_steps': (1,)})
+    val, T, nats = load_split('verse', 'val'), model.config.block_size, 0.0
+    for i in range(0, len(val), T):
+        x0 = torch.tensor(val[i:i + T].astype(np.int64))[None]
+        with torch.no_grad():
+            logits = model(torch.full_like(x0, model.mask_id), torch.ones(1, 1))
+        nats -= logits.double().log_softmax(-1).gather(2, x0[..., None]).sum().item()
+    assert rows[1]['measured'] == 'nelbo in 1 steps' and rows[1]['s.e.'] < 1e-6
+    assert rows[1]['nats/token'] == pytest.approx(nats / len(val), rel=1e-5)
+
+
 def test_noises_stand_beside_ar(runs, settings):
     both = evaluation.load_runs('out/ar,out/mdm', 'cpu')
     both[1][1]['config']['time_cond'] = True

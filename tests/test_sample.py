@@ -1698,6 +1698,9 @@ def test_how_many_masks_an_answer_gets():
     fit = [3, 10, 19]  # 1.5 n + 1.2
     assert widths(trained(predict_pad=False, block_size=99)) == fit
     assert widths(trained(block_size=99), length='fit', length_ratio=7) == fit
+    older = META | {'counts': {'train': {}}}  # prepared before lines were fitted: the ratio then
+    assert masks(sample.row_canvases(prompts, trained(block_size=99), older,
+                                     row_settings(length='fit'))) == [3, 10, 18]
     assert widths(trained(), length='ratio', length_ratio=0.5, length_extra=1) == [1, 4, 7]
     assert widths(trained(), length='ratio', length_ratio=0.0, length_extra=-3) == [1, 1, 1]
     assert widths(trained(), length='reference') == [2, 5, 1]
