@@ -75,6 +75,7 @@ length = 'auto'        # mdm: as in sample.py, or reference, that of the right a
 length_ratio = 1.3
 length_extra = 2
 length_quantile = 0.9
+length_candidates = 1
 # length: the settings of translation, without file; of answer_steps, the last; length auto is each
 length_block = 8       # tokens per block of the decoding in blocks that it is compared with
 # generation, speed: how text is decoded, as in sample.py (decoder: of runs that are not ar)
@@ -1036,8 +1037,8 @@ def answer(model, run, meta, pairs, settings):
     canvases = sample.row_canvases(prompts, run, meta, settings, right)
     canvases, predicted, _, took = sample.shortened(model, canvases, run, meta, settings)
     order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
-    done, (_, _, seconds) = sample.complete(model, run['objective'], [canvases[i] for i in order],
-                                            settings, meta['eos_id'])
+    done, (_, _, seconds) = sample.complete_rows(model, run, [canvases[i] for i in order],
+                                                 settings, meta['eos_id'])
     done = [done[k] for k in np.argsort(order)]
     ids = [sample.split_row(row, meta)[1] for row, _ in done]
     shares = {'length ratio': [len(a) / max(1, len(b)) for a, b in zip(ids, right)],
@@ -1097,7 +1098,7 @@ def ways_to_answer(run, settings):
     s = s | (greedy_settings(objective, s['decoder']) if s['greedy'] else
              {'decoder': sample.decoder_name(s['decoder'], objective)})
     if objective == 'ar':  # and writes its own end
-        return [('', '', s | {'length': 'auto'})]
+        return [('', '', s | {'length': 'auto', 'length_candidates': 1})]
     names = [sample.length_name(name.strip(), run) for name in s['length'].split(',')]
     ways = [s | {'length': name} for name in dict.fromkeys(names)]
     if s['decoder'] == 'threshold':  # it takes as many steps as it needs
@@ -1124,6 +1125,7 @@ def translation(runs, settings):
         run = checkpoint['config']
         for length, steps, s in ways_to_answer(run, settings):
             length += ' (oracle)' * (length == 'reference')
+            length += f', best of {s["length_candidates"]}' * (s['length_candidates'] > 1)
             written, figures = answer(model, run, meta, pairs, s)
             rows.append({'run': name, 'decoder': s['decoder'], 'length': length, 'steps': steps}
                         | score(written, right) | figures)

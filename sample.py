@@ -53,6 +53,7 @@ length = 'auto'        # mdm, masks for it: full; fit, what training has on aver
 length_ratio = 1.3     # ratio: so many for a token of the prompt
 length_extra = 2       # ratio: and so many more
 length_quantile = 0.9  # quantile, classify, encoder: the chance that an answer fits
+length_candidates = 1  # fit, ratio, reference: lengths around it to try, for the surest answer
 # to be seen: how the first sample came about
 watch = False          # in the terminal, step by step; its time counts in the tokens/s printed
 watch_delay = 0.05     # seconds for which watch shows a step
@@ -1193,12 +1194,28 @@ def end_of(ids, canvas, eos_id, mask_id):
     return pairs.index((eos_id, mask_id)) if (eos_id, mask_id) in pairs else len(pairs)
 
 
-def complete(model, objective, canvases, settings, eos_id=None, on_step=None):
+class Certainty:
+    """An on_step that keeps log p (B, T) of each token, as the pass that wrote it last had it."""
+
+    def __init__(self, rows):
+        self.x = torch.tensor(rows)
+        self.log_p = torch.zeros(self.x.shape)
+
+    def __call__(self, x, nfe, where, logits):
+        x, where = x.cpu(), where.cpu()
+        new = where & (x != self.x)
+        logits = logits[new[where].to(logits.device)].float().cpu()  # (N, V)
+        self.log_p[new] = logits.log_softmax(-1).gather(-1, x[new][:, None])[:, 0]
+        self.x = x.clone()
+
+
+def complete(model, objective, canvases, settings, eos_id=None, on_step=None, certainty=False):
     """Fills canvases of any lengths, batch by batch: [(ids, figures)] in their order, and totals.
 
     on_step sees the first batch, whose row 0 is the first canvas.
     ids ends before an eos_id that was written. figures: nfe, seconds and tokens_per_second of the
-    batch it was in. totals: tokens written, each row's first eos_id among them; nfe; seconds.
+    batch it was in; and with certainty, instead of on_step, log_p, the mean over what was written.
+    totals: tokens written, each row's first eos_id among them; nfe; seconds.
     """
     done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), model.mask_id
     for batch in batches(canvases, objective, mask_id, settings['batch_size'],
@@ -1206,15 +1223,43 @@ def complete(model, objective, canvases, settings, eos_id=None, on_step=None):
         T = max(len(canvases[i]) for i in batch)
         rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
         how = settings | {'seed': settings['seed'] + batch[0]}
-        x, nfe, seconds = generate(model, objective, rows, how, eos_id,
-                                   on_step if batch[0] == 0 else None)
+        watcher = Certainty(rows) if certainty else on_step if batch[0] == 0 else None
+        x, nfe, seconds = generate(model, objective, rows, how, eos_id, watcher)
         ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]
-        written = sum(canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends))
-        figures = {'nfe': nfe, 'seconds': seconds, 'tokens_per_second': written / seconds}
-        for i, ids, end in zip(batch, x.tolist(), ends):
-            done[i] = ids[:end], figures
-        totals = tuple(a + b for a, b in zip(totals, (written, nfe, seconds)))
+        written = [canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends)]
+        figures = {'nfe': nfe, 'seconds': seconds, 'tokens_per_second': sum(written) / seconds}
+        for k, (i, ids, end) in enumerate(zip(batch, x.tolist(), ends)):
+            done[i] = ids[:end], figures | ({} if not certainty else {
+                'log_p': watcher.log_p[k, :end + 1].sum().item() / written[k]})
+        totals = tuple(a + b for a, b in zip(totals, (sum(written), nfe, seconds)))
     return done, totals
+
+
+def complete_rows(model, run, canvases, settings, eos_id, on_step=None):
+    """As complete(), of canvases of row_canvases: each is tried with length_candidates lengths.
+
+    The answer with the highest log_p stays: it says more about the right length than that of the
+    prompt does [Mask-Predict 1904.09324, sec. 3.3]. The totals are of all that was tried.
+    """
+    n, mask_id = settings['length_candidates'], model.mask_id
+    told = run['objective'] not in ('ar', 'uniform') and \
+        length_name(settings['length'], run) in ('fit', 'ratio', 'reference')
+    require(settings, ('length_candidates', n >= 1, '1 or more'),
+            ('length_candidates', n == 1 or told, '1 but for masks of a length that is not the '
+             "model's to say: fit, ratio, reference"),
+            ('length_candidates', n == 1 or on_step is None, '1 to watch or save how one came'))
+    owners, tried = [], []
+    for i, canvas in enumerate(canvases):
+        least, T = canvas.index(mask_id) + 1, len(canvas)
+        sizes = {min(max(T + k - n // 2, least), run['block_size']) for k in range(n)}
+        owners += [i] * len(sizes)
+        tried += [canvas[:size] + [mask_id] * (size - T) for size in sizes]
+    done, totals = complete(model, run['objective'], tried, settings, eos_id, on_step, n > 1)
+    best = {}
+    for i, answer in zip(owners, done):
+        if i not in best or answer[1]['log_p'] > best[i][1]['log_p']:
+            best[i] = answer
+    return list(best.values()), totals
 
 
 def without_repeated_words(text):
@@ -1243,7 +1288,8 @@ def main():
         return show_corruption(corrupt, tokenizer, model.mask_id, seed)
     asked = [question for question in what_is_asked(settings) for _ in range(num_samples)]
     if meta['sep_id'] is None:
-        require(settings, ('length', length == 'auto', 'auto for a run without answers'))
+        require(settings, ('length', length == 'auto', 'auto for a run without answers'),
+                ('length_candidates', length_candidates == 1, '1 for a run without answers'))
         canvases = [make_canvas(model, tokenizer, kind, text, gen_length) for kind, text in asked]
         passes, took = 0, 0.0
     else:
@@ -1253,8 +1299,10 @@ def main():
         canvases, _, passes, took = shortened(model, canvases, checkpoint['config'], meta, settings)
     recorder = Recorder(canvases[0], tokenizer, model.mask_id,
                         Screen(watch_delay) if watch else None)
-    done, (written, nfe, seconds) = complete(model, objective, canvases, settings, meta['eos_id'],
-                                             recorder if watch or save else None)
+    fill = partial(complete, model, objective) if meta['sep_id'] is None else \
+        partial(complete_rows, model, checkpoint['config'])
+    done, (written, nfe, seconds) = fill(canvases, settings, meta['eos_id'],
+                                         recorder if watch or save else None)
     nfe, seconds = nfe + passes, seconds + took
     for (kind, given), (ids, figures) in zip(asked, done):
         ids = ids if meta['sep_id'] is None else split_row(ids, meta)[1]

@@ -259,7 +259,8 @@ def translated(answers, objective='mdm', **settings):
 
 
 @pytest.mark.parametrize('objective, settings, ways', [
-    ('ar', {}, [('ar', '', '')]), ('mdm', {}, [('confidence', 'full', n) for n in (2, 20)]),
+    ('ar', {'length_candidates': 5}, [('ar', '', '')]),
+    ('mdm', {}, [('confidence', 'full', n) for n in (2, 20)]),
     ('mdm', {'length': 'reference, full', 'answer_steps': (3,)},
      [('confidence', name, 3) for name in ('reference (oracle)', 'full')]),
     ('mdm', {'decoder': 'threshold', 'block_length': 2}, [('threshold', 'full', '')])])
@@ -293,6 +294,12 @@ def test_scores_are_those_of_their_definitions(book, capsys):
     assert row['empty'] == pytest.approx(1 / 6)
     shown = capsys.readouterr().out.split('\n\n')
     assert shown[1] == 'level 1 abc\n    reference: cab b\n    run: cab d'
+
+
+def test_answers_of_several_lengths_are_one_row(book):
+    (row,), _ = translated(BOOK, length='reference', length_candidates=2, answer_steps=(3,))
+    assert row['length'] == 'reference (oracle), best of 2'
+    assert row['length ratio'] == pytest.approx(1, abs=0.4)
 
 
 def test_french_words_stay_whole():
@@ -330,7 +337,8 @@ def test_files_have_two_columns_or_three(tmp_path):
     ({'file': 'nowhere.tsv'}, 'cannot be read'), ({'file': 'one.tsv'}, 'write prompt TAB answer'),
     ({'file': 'blank.tsv'}, 'is empty'), ({'file': 'gap.tsv'}, 'write prompt TAB answer'),
     ({'max_rows': -1}, 'max_rows'), ({'answer_steps': ()}, 'answer_steps'),
-    ({'answer_steps': (1, 'x')}, 'answer_steps'), ({'length': 'full,long'}, "length is 'long'")])
+    ({'answer_steps': (1, 'x')}, 'answer_steps'), ({'length': 'full,long'}, "length is 'long'"),
+    ({'length_candidates': 3}, 'length_candidates is 3')])
 def test_what_cannot_be_translated(book, settings, said):
     for name, text in (('one', 'a\n'), ('blank', '\n\n'), ('gap', 'a\t \n')):
         Path(f'{name}.tsv').write_text(text)

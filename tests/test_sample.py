@@ -26,7 +26,8 @@ import config
 import prepare
 import sample
 from config import UserError
-from model import ModelConfig, Transformer, load_checkpoint, load_model
+from model import (ModelConfig, Transformer, ar_token_nll, load_checkpoint, load_model,
+                   ordered_nll)
 from sample import (decode_ancestral, decode_ar, decode_block, decode_confidence, decode_guided,
                     decode_remask, decode_threshold, decode_uniform, draw)
 
@@ -1790,6 +1791,74 @@ def test_a_canvas_that_was_cut_gives_the_same_answer(name, settings):
     assert [sample.split_row(ids, META) for ids, _ in done] == list(zip(prompts, answers))
 
 
+@pytest.mark.parametrize('objective, decoder', [('ar', 'ar'), ('mdm', 'confidence')])
+def test_certainty_is_the_likelihood_of_what_was_written(objective, decoder):
+    """A token a pass: what the passes add up to is log p of the text in that order."""
+    model = tiny_model(causal=objective == 'ar', V=12, seed=7)
+    canvases = [[1, 2, 11, 11, 11, 11, 11], [3, 4, 5, 11, 11, 11, 11], [0, 6, 6, 11, 11, 11, 11]]
+    x, orders = torch.tensor(canvases), torch.zeros(3, 7, dtype=torch.long)
+    how = row_settings(decoder=decoder, steps=0, temperature=1.0, batch_size=3)
+
+    def watch(x, nfe, where, logits):
+        orders[(orders == 0) & (x != torch.tensor(canvases))] = nfe
+
+    done, _ = sample.complete(model, objective, canvases, how, on_step=watch)
+    again, _ = sample.complete(model, objective, canvases, how, certainty=True)
+    assert [ids for ids, _ in done] == [ids for ids, _ in again]
+    x0, given = torch.tensor([ids for ids, _ in done]), x != 11
+    if objective == 'ar':
+        wanted = ar_token_nll(model, x0, given).sum(1)
+    else:
+        wanted = ordered_nll(model, x0, orders.masked_fill(given, 99).argsort(dim=1), given)
+    log_p = torch.tensor([figures['log_p'] for _, figures in again])
+    torch.testing.assert_close(log_p * (~given).sum(1), -wanted, rtol=1e-4, atol=1e-5)
+    assert all('log_p' not in figures for _, figures in done)
+
+
+class Counting(Phrasebook):
+    """Knows its answers, repeats them if there is room, and is the surer the better they fit."""
+
+    def __call__(self, x, t=None, *, where):
+        logits = torch.zeros(int(where.sum()), 13)
+        for n, (row, column) in enumerate(where.nonzero().tolist()):
+            middle = x[row].tolist().index(META['sep_id'])
+            answer, room = self.book[tuple(x[row, :middle].tolist())], x.size(1) - middle - 1
+            written = (answer[:-1] * room)[:room - 1] + answer[-1:]
+            logits[n, written[column - middle - 1]] = 20 - 2 * abs(room - len(answer))
+        logits[:, self.mask_id] = -math.inf
+        return logits
+
+
+def test_the_surest_of_several_lengths():
+    """Of a model that is sure of the right one: whatever is among the candidates, or next to it."""
+    prompts, answers = (list(map(encoded, texts)) for texts in (BOOK, BOOK.values()))
+    model, run = Counting(BOOK, 11), trained(predict_pad=False, block_size=11)
+    for n, reach in ((1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (5, (2, 2)), (6, (3, 2))):
+        how = row_settings(length='fit', length_candidates=n)
+        canvases = sample.row_canvases(prompts, run, META, how)
+        done, (written, _, _) = sample.complete_rows(model, run, canvases, how, 9)
+        assert len(done) == len(prompts)
+        for (ids, _), canvas, prompt, answer in zip(done, canvases, prompts, answers):
+            width = canvas.count(12)
+            low, high = max(width - reach[0], 1), min(width + reach[1], 10 - len(prompt))
+            best = min(max(len(answer) + 1, low), high)
+            assert ids == prompt + [10] + (answer * 9)[:best - 1], (n, prompt)
+    assert canvases == sample.row_canvases(prompts, run, META, how), 'those are as they were'
+
+
+@pytest.mark.parametrize('settings, run, message', [
+    ({'length_candidates': 0}, {}, '1 or more'),
+    ({'length_candidates': 3, 'length': 'full'}, {}, 'but for masks'),
+    ({'length_candidates': 3}, {'predict_pad': True}, 'but for masks'),
+    ({'length_candidates': 3}, {'objective': 'ar'}, 'but for masks'),
+    ({'length_candidates': 3}, {'objective': 'uniform'}, 'but for masks')])
+def test_where_there_are_no_candidates(settings, run, message):
+    run = trained(predict_pad=False) | run
+    how = row_settings(**settings)
+    with pytest.raises(UserError, match=f'length_candidates is .*{message}'):
+        sample.complete_rows(Phrasebook(BOOK), run, [[1, 10, 12]], how, 9)
+
+
 def test_auto_is_the_head_that_was_trained():
     for head, name in (('regress_concat', 'regress'), ('classify', 'classify'), ('', 'full'),
                        ('encoder_classify', 'encoder')):
@@ -1842,6 +1911,16 @@ def test_prompts_are_answered_from_the_command_line(row_runs, run_main, name, wi
     assert found[:8] == [row['text'] for row in rows], 'spaces around a prompt mean nothing'
 
 
+def test_the_surest_of_several_lengths_from_the_command_line(row_runs, run_main):
+    words = ('--out_dir=row_mdm', '--start=abc h', '--decoder=confidence', '--temperature=0')
+    single = {width: objects(run_main(*words, f'--length_extra={width}', '--length=ratio',
+                                      '--length_ratio=0', '--json')[1])[0]['text']
+              for width in range(3, 8)}
+    row, = objects(run_main(*words, '--length_extra=5', '--length=ratio', '--length_ratio=0',
+                            '--length_candidates=5', '--json')[1])
+    assert row['text'] in single.values() and row['log_p'] < 0
+
+
 def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main):
     """What the head says of a prompt is what is written: no EOS is, at these weights, but masks."""
     words = ('--out_dir=row_head', '--start=abc h', '--decoder=confidence', '--steps=0')
@@ -1874,7 +1953,11 @@ def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main)
     (['--start=ab', '--length=regress', '--out_dir=row_pad'], 'config/length_regress.py trains'),
     (['--start=ab', '--length=encoder', '--out_dir=row_head'], 'config/length_encoder.py trains'),
     (['--start=ab', '--length=argmax', '--out_dir=row_pad', '--length_quantile=0'],
-     'length_quantile is 0.0')])
+     'length_quantile is 0.0'),
+    (['--start=ab', '--length_candidates=0'], 'length_candidates is 0'),
+    (['--start=ab', '--length_candidates=3', '--watch'], '1 to watch or save'),
+    (['--start=ab', '--length_candidates=3', '--out_dir=row_pad'], 'but for masks'),
+    (['--start=a', '--length_candidates=3', '--out_dir=mdm'], 'without answers')])
 def test_bad_questions_are_one_line(row_runs, run_main, words, problem):
     status, out, err = run_main('--out_dir=row_mdm', *words)
     assert (status, out) == (2, '')
