@@ -269,7 +269,7 @@ def pace(checkpoint):
     """Batches per second of a run's training, looks at the validation split not counted."""
     with suppress(UserError, KeyError):  # it has no log, or none yet
         batches = checkpoint['iter'] * checkpoint['config']['gradient_accumulation_steps']
-        return batches / load_log(checkpoint['path'])[2]['seconds'][-1]
+        return batches / max(load_log(checkpoint['path'])[2]['seconds'][-1], 0.1)
     return ''
 
 

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run, run_alone
 from sacrebleu import corpus_bleu, corpus_chrf
 from test_sample import BOOK, META, Phrasebook, encoded, trained
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,11 +31,6 @@ TEXT = '\n'.join(f'The {a} {b} the {c}.' for a in ('cat', 'old king', 'rose') fo
                  ('sees', 'forgets') for c in ('moon', 'wind', 'song', 'crown', 'owl')) + '\n'
 TRAIN = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=8',
          '--max_iters=30', '--eval_interval=30', '--warmup_iters=2', '--dtype=float32']
-
-
-def run(script, *words, cwd):
-    return subprocess.run([sys.executable, ROOT / script, *words], cwd=cwd, capture_output=True,
-                          text=True, timeout=240)
 
 
 @pytest.fixture(scope='module')
@@ -61,7 +56,7 @@ def table(text):
 
 
 def test_likelihood_of_both_kinds(runs, monkeypatch):
-    done = run('eval.py', '--out_dir=out/ar,out/mdm', '--repeats=20', '--target_se=0',
+    done = run_alone('eval.py', '--out_dir=out/ar,out/mdm', '--repeats=20', '--target_se=0',
                cwd=runs)
     assert done.returncode == 0, done.stderr
     ar, mdm = table(done.stdout)

@@ -2,11 +2,10 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -36,8 +35,7 @@ def folder(tmp_path_factory):
     for words in (['words.txt', '--name=shakespeare_char'],
                   ['pairs.csv', '--name=multi30k', '--fields=en,fr', '--max_prompt=20',
                    '--max_answer=20']):
-        done = subprocess.run([sys.executable, ROOT / 'prepare.py', *words, '--tokenizer=char'],
-                              cwd=folder, capture_output=True, text=True)
+        done = run('prepare.py', *words, '--tokenizer=char', cwd=folder)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -48,8 +46,7 @@ def test_commands_run_in_their_order(folder):
         if script == 'prepare.py':
             continue  # downloads: tests/test_prepare.py has them
         rest = [str(ROOT / word) if word.startswith('config/') else word for word in rest]
-        done = subprocess.run([sys.executable, ROOT / script, *rest, *TOY[script]], cwd=folder,
-                              text=True, capture_output=True, timeout=240)
+        done = run(script, *rest, *TOY[script], cwd=folder)
         assert done.returncode == 0, f'{" ".join(words)}: {done.stderr}'
 
 
