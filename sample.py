@@ -994,8 +994,16 @@ def show(ids, tokenizer, mask_id):
     return text[:-1]
 
 
-def show_corruption(text, tokenizer, mask_id, seed):
-    """The forward process on one text: ever more of its tokens become masks, none comes back."""
+def show_corruption(text, out_dir, seed):
+    """The forward process on one text: ever more of its tokens become masks, none comes back.
+
+    Its tokens are those of the run out_dir; where there is none, its letters will do.
+    """
+    chars = ''.join(sorted(set(text)))
+    meta = {'tokenizer': {'kind': 'char', 'chars': chars}, 'eos_id': None, 'mask_id': len(chars)}
+    if (Path(out_dir) / 'ckpt.pt').is_file():
+        meta = load_checkpoint(out_dir)['meta']
+    tokenizer, mask_id = load_tokenizer(meta), meta['mask_id']
     ids = torch.tensor(tokenizer.encode(text))
     u = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
     for t in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
@@ -1153,6 +1161,21 @@ def shortened(model, canvases, run, meta, settings):
     return canvases, predicted, len(groups), time.perf_counter() - began
 
 
+def canvases_of(asked, model, tokenizer, checkpoint, settings):
+    """Canvases, one for each (kind, text) of asked; passes and seconds that their lengths took."""
+    run, meta = checkpoint['config'], checkpoint['meta']
+    if meta['sep_id'] is None:
+        require(settings, *((name, settings[name] == usual, f'{usual} for a run without answers')
+                            for name, usual in (('length', 'auto'), ('length_candidates', 1))))
+        return [make_canvas(model, tokenizer, kind, text, settings['gen_length'])
+                for kind, text in asked], 0, 0.0
+    check_asked(asked, settings, run['objective'])
+    prompts = [tokenizer.encode(text.strip()) for _, text in asked]
+    canvases = row_canvases(prompts, run, meta, settings)
+    canvases, _, *cost = shortened(model, canvases, run, meta, settings)
+    return canvases, *cost
+
+
 def generate(model, objective, rows, settings, eos_id=None, on_step=None):
     """The fillings of rows, canvases of one length: x (rows, T), nfe, and the seconds it took.
 
@@ -1242,19 +1265,21 @@ def complete_rows(model, run, canvases, settings, eos_id, on_step=None):
     prompt does [Mask-Predict 1904.09324, sec. 3.3]. The totals are of all that was tried.
     """
     n, mask_id = settings['length_candidates'], model.mask_id
+    require(settings, ('length_candidates', n >= 1, '1 or more'))
+    if n == 1:
+        return complete(model, run['objective'], canvases, settings, eos_id, on_step)
     told = run['objective'] not in ('ar', 'uniform') and \
         length_name(settings['length'], run) in ('fit', 'ratio', 'reference')
-    require(settings, ('length_candidates', n >= 1, '1 or more'),
-            ('length_candidates', n == 1 or told, '1 but for masks of a length that is not the '
-             "model's to say: fit, ratio, reference"),
-            ('length_candidates', n == 1 or on_step is None, '1 to watch or save how one came'))
+    require(settings, ('length_candidates', on_step is None, '1 to watch or save how one came'),
+            ('length_candidates', told, '1 but for masks of a length that is not the '
+             "model's to say: fit, ratio, reference"))
     owners, tried = [], []
     for i, canvas in enumerate(canvases):
         least, T = canvas.index(mask_id) + 1, len(canvas)
         sizes = {min(max(T + k - n // 2, least), run['block_size']) for k in range(n)}
         owners += [i] * len(sizes)
         tried += [canvas[:size] + [mask_id] * (size - T) for size in sizes]
-    done, totals = complete(model, run['objective'], tried, settings, eos_id, on_step, n > 1)
+    done, totals = complete(model, run['objective'], tried, settings, eos_id, certainty=True)
     best = {}
     for i, answer in zip(owners, done):
         if i not in best or answer[1]['log_p'] > best[i][1]['log_p']:
@@ -1276,33 +1301,19 @@ def main():
             ('gen_length', gen_length >= 0, '1 or more, or 0 to fill the context'))
     require(settings, ('save', not save or Path(save).suffix in SAVERS,
                        f'a file ending in one of {", ".join(SAVERS)}'))
-    if corrupt and not (Path(out_dir) / 'ckpt.pt').is_file():  # letters will do
-        chars = ''.join(sorted(set(corrupt)))
-        tokenizer = load_tokenizer({'tokenizer': {'kind': 'char', 'chars': chars}, 'eos_id': None})
-        return show_corruption(corrupt, tokenizer, len(chars), seed)
+    if corrupt:
+        return show_corruption(corrupt, out_dir, seed)
     place = pick_device(device)
     checkpoint = load_checkpoint(out_dir, place)
     model, meta = load_model(checkpoint, place), checkpoint['meta']
     tokenizer, objective = load_tokenizer(meta), checkpoint['config']['objective']
-    if corrupt:
-        return show_corruption(corrupt, tokenizer, model.mask_id, seed)
     asked = [question for question in what_is_asked(settings) for _ in range(num_samples)]
-    if meta['sep_id'] is None:
-        require(settings, ('length', length == 'auto', 'auto for a run without answers'),
-                ('length_candidates', length_candidates == 1, '1 for a run without answers'))
-        canvases = [make_canvas(model, tokenizer, kind, text, gen_length) for kind, text in asked]
-        passes, took = 0, 0.0
-    else:
-        check_asked(asked, settings, objective)
-        prompts = [tokenizer.encode(text.strip()) for _, text in asked]
-        canvases = row_canvases(prompts, checkpoint['config'], meta, settings)
-        canvases, _, passes, took = shortened(model, canvases, checkpoint['config'], meta, settings)
+    canvases, passes, took = canvases_of(asked, model, tokenizer, checkpoint, settings)
     recorder = Recorder(canvases[0], tokenizer, model.mask_id,
                         Screen(watch_delay) if watch else None)
-    fill = partial(complete, model, objective) if meta['sep_id'] is None else \
-        partial(complete_rows, model, checkpoint['config'])
-    done, (written, nfe, seconds) = fill(canvases, settings, meta['eos_id'],
-                                         recorder if watch or save else None)
+    done, (written, nfe, seconds) = complete_rows(model, checkpoint['config'], canvases, settings,
+                                                  meta['eos_id'],
+                                                  recorder if watch or save else None)
     nfe, seconds = nfe + passes, seconds + took
     for (kind, given), (ids, figures) in zip(asked, done):
         ids = ids if meta['sep_id'] is None else split_row(ids, meta)[1]
