@@ -143,10 +143,12 @@ def load_runs(out_dirs, device, one_data_set=True):
 def seeds_together(rows, runs):
     """The rows, but one for all runs of one kind: mean +- standard deviation.
 
-    They differ in their seed, where they are, and how often they were looked at.
+    They differ in their seed, where they are, what weights of this seed they began with, and how
+    often they were looked at.
     """
     kinds = {name: repr((checkpoint['iter'], sorted(
-        (key, value) for key, value in checkpoint['config'].items()
+        (key, bool(value) if key == 'init_from' else value)
+        for key, value in checkpoint['config'].items()
         if key not in ('seed', 'out_dir', 'resume', 'overwrite', 'eval_interval', 'log_interval',
                        'eval_repeats')))) for name, checkpoint, _ in runs}
     groups, merged, seen = {}, [], Counter()

@@ -525,15 +525,16 @@ def test_draws_stop_when_the_error_is_small_enough():
 
 def test_seeds_of_one_configuration_become_one_row():
     runs = [(name, {'iter': 9, 'config': {'seed': seed, 'out_dir': name, 'n_embd': width,
-                                          'eval_interval': 10 * seed}}, None)
-            for name, seed, width in (('a', 1, 8), ('b', 2, 8), ('c', 1, 16), ('d', 3, 8))]
+                                          'eval_interval': 10 * seed, 'init_from': start}}, None)
+            for name, seed, width, start in (('a', 1, 8, 'x'), ('b', 2, 8, 'y'), ('c', 1, 16, 'x'),
+                                             ('d', 3, 8, 'z'), ('e', 4, 8, ''))]
     rows = [{'run': name, 'split': split, 'nll': evaluation.Number(value, True), 'n': len(split)}
-            for split in ('train', 'val') for name, value in zip('abcd', (1.0, 2.0, 5.0, 3.0))]
+            for split in ('train', 'val') for name, value in zip('abcde', (1., 2., 5., 3., 9.))]
     merged = evaluation.seeds_together(rows, runs)
     assert [(row['run'], row['split']) for row in merged] == [
-        ('a (3 seeds)', 'train'), ('c', 'train'), ('a (3 seeds)', 'val'), ('c', 'val')]
+        (name, split) for split in ('train', 'val') for name in ('a (3 seeds)', 'c', 'e')]
     assert f'{merged[0]["nll"]:.2f}' == '<= 2.00 +- 1.00'
-    assert [row['n'] for row in merged] == [5, 5, 3, 3], 'of one run and two rows, not seeds'
+    assert [row['n'] for row in merged] == [5] * 3 + [3] * 3, 'of one run and two rows, not seeds'
 
 
 def test_the_mean_over_orders_is_the_nelbo(settings):
