@@ -1022,11 +1022,16 @@ def file_pairs(path):
 
 
 def row_pairs(meta, split, max_rows=0):
-    """[(level, prompt, answer)] of a split, of max_rows rows if that is not 0; the level is ''."""
+    """[(level, prompt, answer)] of a split, of max_rows rows if that is not 0.
+
+    The level says to which half of them an answer belongs, the shorter or the longer.
+    """
     tokenizer = load_tokenizer(meta)
     rows = load_split(meta['name'], split).reshape(-1, meta['row_length'])
-    rows = rows[:max_rows or None].tolist()
-    return [('', *map(tokenizer.decode, sample.split_row(row, meta))) for row in rows]
+    pairs = [sample.split_row(row, meta) for row in rows[:max_rows or None].tolist()]
+    middle = np.median([len(answer) for _, answer in pairs] or [0])
+    return [('shorter' if len(answer) <= middle else 'longer', tokenizer.decode(prompt),
+             tokenizer.decode(answer)) for prompt, answer in pairs]
 
 
 def answer(model, run, meta, pairs, settings):

@@ -67,6 +67,7 @@ random_length = 0.0         # share of the batches that are cut to a random leng
 predict_pad = False         # PAD is to be predicted too, so that the model finds where to end;
                             # False: it is told by how many tokens there are, and never sees a PAD
 score_prompt = False        # ar: train on the prompt too
+row_share = 1.0             # train on this share of the rows, the shortest ones
 length_curriculum = 0       # updates over which longer and longer rows join the shortest
 pad_curriculum = 0          # predict_pad: updates over which the room behind the answers grows
 token_weights = (1.0, 1.0, 1.0)  # mdm: what an error counts in the loss at text, at EOS, at PAD
@@ -148,11 +149,13 @@ def shortened(x0, given, pad_id, share):
 class RowBatches:
     """The endless sequence of batches of rows, each of rows of one width, shuffled every epoch."""
 
-    def __init__(self, data, meta, batch_size, predict_pad, seed):
+    def __init__(self, data, meta, batch_size, predict_pad, seed, share=1.0):
         self.data, self.meta, self.predict_pad = data, meta, predict_pad
         rows = data.reshape(-1, meta['row_length'])
-        self.widths = row_widths(rows, meta, predict_pad)  # (N,)
-        self.known = row_lengths(rows, meta)[1].sum()  # tokens of all rows, no PAD among them
+        lengths = row_lengths(rows, meta)[1]  # without PAD
+        self.kept = np.sort(lengths.argsort(kind='stable')[:math.ceil(share * len(rows)) or 1])
+        self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (N,)
+        self.known = lengths[self.kept].sum()  # tokens of all rows, no PAD among them
         self.per_epoch = len(row_batches(self.widths, batch_size))
 
         @lru_cache(2)
@@ -169,7 +172,8 @@ class RowBatches:
         epoch, i = divmod(number, self.per_epoch)
         low, high = self.widths.min(), self.widths.max()
         batches = [b for b in self.epoch(epoch) if self.widths[b[0]] <= low + share * (high - low)]
-        x0, given = gather_rows(self.data, batches[i % len(batches)], self.meta, self.predict_pad)
+        rows = self.kept[batches[i % len(batches)]]
+        x0, given = gather_rows(self.data, rows, self.meta, self.predict_pad)
         return torch.from_numpy(x0), torch.from_numpy(given)
 
 
@@ -312,7 +316,7 @@ for name, fine, wanted in (
         ('mask_range', len(mask_range) == 2 and 0 <= mask_range[0] <= mask_range[1] <= 1
          and mask_range[1] > 0, '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0'),
         ('pad_curriculum', predict_pad or not pad_curriculum, '0 without predict_pad'),
-        ('random_length', 0 <= random_length <= 1, 'in [0, 1]'),
+        *((n, 0 <= settings[n] <= 1, 'in [0, 1]') for n in ('random_length', 'row_share')),
         ('token_weights', len(token_weights) == 3 and min(token_weights) >= 0
          and (objective == 'mdm' and not length_head or set(token_weights) == {1.0}),
          'three numbers of 0 or more (1, 1, 1 but for mdm without a length_head)'),
@@ -357,15 +361,15 @@ if meta['layout'] == 'rows':
         raise UserError(f'train_tokens is for a stream of text, but data/{dataset} has rows')
     if score_prompt and objective != 'ar':
         raise UserError(f'score_prompt is for objective=ar alone: {objective} sees all the prompt')
-    row_data = RowBatches(train_data, meta, batch_size, predict_pad, seed)
+    row_data = RowBatches(train_data, meta, batch_size, predict_pad, seed, row_share)
     val_rows = val_data.reshape(-1, meta['row_length'])
     widest = max(row_data.widths.max(), row_widths(val_rows, meta, predict_pad).max())
     if widest > block_size:
         raise UserError(f'data/{dataset} has rows of {widest} tokens: set block_size, which is '
                         f'{block_size}, to {widest} or more')
-elif predict_pad or score_prompt or length_curriculum or set(token_weights) != {1.0}:
-    raise UserError('predict_pad, score_prompt, length_curriculum and token_weights are for rows, '
-                    f'but data/{dataset} is a stream of text')
+elif predict_pad or score_prompt or length_curriculum or {*token_weights, row_share} != {1.0}:
+    raise UserError('predict_pad, score_prompt, row_share, length_curriculum and token_weights '
+                    f'are for rows, but data/{dataset} is a stream of text')
 elif len(train_data) < block_size:
     raise UserError(f'block_size is {block_size}, but data/{dataset} has only '
                     f'{len(train_data):,} training tokens')

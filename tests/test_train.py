@@ -550,15 +550,15 @@ def test_the_losses_of_rows_are_those_by_hand(pairs, word):
     assert (word == '--predict_pad') == (tokens < computed)
 
 
-def row_batches_of(folder, batch_size, predict_pad=False, seed=5):
+def row_batches_of(folder, batch_size, predict_pad=False, seed=5, share=1.0):
     RowBatches, = definitions('RowBatches')
     RowBatches.__init__.__globals__.update(
         {name: getattr(prepare, name) for name in ('row_batches', 'row_lengths', 'row_widths',
                                                    'gather_rows')},
-        lru_cache=functools.lru_cache, mixed_seed=mixed_seed)
+        lru_cache=functools.lru_cache, mixed_seed=mixed_seed, math=math)
     meta = json.loads((folder / 'data/pairs/meta.json').read_text())
     data = np.fromfile(folder / 'data/pairs/train.bin', np.uint16)
-    return RowBatches(data, meta, batch_size, predict_pad, seed), meta
+    return RowBatches(data, meta, batch_size, predict_pad, seed, share), meta
 
 
 def test_every_epoch_has_every_row_once_in_another_order(pairs):
@@ -576,6 +576,17 @@ def test_every_epoch_has_every_row_once_in_another_order(pairs):
     assert epochs[0] != epochs[1]
     fresh, _ = row_batches_of(pairs, 4)
     assert fresh.get(batches.per_epoch + 3)[0].tolist() == epochs[1][3]
+
+
+@pytest.mark.parametrize('predict_pad', [False, True])
+@pytest.mark.parametrize('share', [0.0, 0.4, 1.0])
+def test_a_share_of_the_rows_are_the_shortest(pairs, predict_pad, share):
+    batches, meta = row_batches_of(pairs, 4, predict_pad, share=share)
+    lengths = sorted(len(p) + len(a) + 2 for p, a in PAIRS[:len(rows_of(pairs, 'train'))])
+    n = math.ceil(share * len(lengths)) or 1
+    seen = torch.cat([(batches.get(i)[0] != meta['pad_id']).sum(1)
+                      for i in range(batches.per_epoch)])
+    assert sorted(seen.tolist()) == lengths[:n] and batches.known == sum(lengths[:n])
 
 
 def test_a_curriculum_begins_with_the_shortest_rows(pairs):
@@ -644,7 +655,8 @@ def test_two_processes_share_the_rows_of_one_with_accumulation_two(pairs):
     ([*ROWS, '--train_tokens=100'], 'train_tokens is for a stream'),
     ([*ROWS, '--score_prompt', '--objective=mdm'], 'for objective=ar alone'),
     ([*TINY, '--predict_pad'], 'are for rows'),
-    ([*TINY, '--token_weights=(1.0,0.0,1.0)'], 'are for rows')])
+    ([*TINY, '--token_weights=(1.0,0.0,1.0)'], 'are for rows'),
+    ([*TINY, '--row_share=0.5'], 'are for rows'), ([*ROWS, '--row_share=2'], 'in [0, 1]')])
 def test_settings_of_streams_and_rows_do_not_mix(pairs, words, said):
     done = run('train.py', *words, '--out_dir=out/bad', cwd=pairs)
     assert_one_line(done, said)
