@@ -2,4 +2,3 @@
 # parameters: 3,344,448
 dataset = 'wikitext2_bpe'
 objective = 'ar'
-max_iters = 800
