@@ -1049,7 +1049,8 @@ def answer(model, run, meta, pairs, settings):
     done = [done[k] for k in np.argsort(order)]
     ids = [sample.split_row(row, meta)[1] for row, _ in done]
     shares = {'length ratio': [len(a) / max(1, len(b)) for a, b in zip(ids, right)],
-              'no EOS': [len(row) == len(canvas) for (row, _), canvas in zip(done, canvases)],
+              'no EOS': [not figures.get('ended', len(row) < len(canvas))
+                         for (row, figures), canvas in zip(done, canvases)],
               'empty': [not row for row in ids]}
     return [tokenizer.decode(row) for row in ids], {
         **{name: float(np.mean(share)) for name, share in shares.items()},

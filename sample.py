@@ -1237,7 +1237,8 @@ def complete(model, objective, canvases, settings, eos_id=None, on_step=None, ce
 
     on_step sees the first batch, whose row 0 is the first canvas.
     ids ends before an eos_id that was written. figures: nfe, seconds and tokens_per_second of the
-    batch it was in; and with certainty, instead of on_step, log_p, the mean over what was written.
+    batch it was in; and with certainty, instead of on_step, whether it ended, and log_p, the mean
+    over what was written.
     totals: tokens written, each row's first eos_id among them; nfe; seconds.
     """
     done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), model.mask_id
@@ -1253,6 +1254,7 @@ def complete(model, objective, canvases, settings, eos_id=None, on_step=None, ce
         figures = {'nfe': nfe, 'seconds': seconds, 'tokens_per_second': sum(written) / seconds}
         for k, (i, ids, end) in enumerate(zip(batch, x.tolist(), ends)):
             done[i] = ids[:end], figures | ({} if not certainty else {
+                'ended': end < len(canvases[i]),
                 'log_p': watcher.log_p[k, :end + 1].sum().item() / written[k]})
         totals = tuple(a + b for a, b in zip(totals, (sum(written), nfe, seconds)))
     return done, totals

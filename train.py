@@ -50,7 +50,8 @@ from prepare import gather, gather_rows, load_meta, load_split, load_tokenizer, 
 out_dir = 'out/shakespeare_mdm'  # where it is written; a config file sets out/<its name>
 resume = False              # go on with the run in out_dir, under the settings that it has
 overwrite = False           # throw away the run in out_dir
-init_from = ''              # a run of this shape and vocabulary, whose weights are the first
+init_from = ''              # a run of this shape and vocabulary, whose weights are the first:
+                            # a short ar run saves masked diffusion a slow start, see README
 seed = 1337
 device = 'auto'             # cuda, mps, cpu; auto takes the first that is there
 dtype = 'auto'              # float32, bfloat16 (autocast); auto is bfloat16 where that is fast

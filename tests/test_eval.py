@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import run, run_alone
 from sacrebleu import corpus_bleu, corpus_chrf
-from test_sample import BOOK, META, Phrasebook, encoded, trained
+from test_sample import BOOK, META, Counting, Phrasebook, encoded, trained
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -295,6 +295,15 @@ def test_answers_of_several_lengths_are_one_row(book):
     (row,), _ = translated(BOOK, length='reference', length_candidates=2, answer_steps=(3,))
     assert row['length'] == 'reference (oracle), best of 2'
     assert row['length ratio'] == pytest.approx(1, abs=0.4)
+
+
+def test_an_answer_ended_if_there_was_room_behind_it_in_its_own_canvas():
+    """The best of several may be wider than the one that fit asked for, by as much as it wrote."""
+    meta = META | {'counts': {'train': {'answer_line': [0, 1]}}}  # one mask, where h EOS is right
+    how = vars(evaluation) | {'temperature': 0.0, 'decoder': 'confidence', 'length_candidates': 3}
+    texts, figures = evaluation.answer(Counting({'a': 'h'}), trained(predict_pad=False), meta,
+                                       [('', 'a', 'h')], how)
+    assert texts == ['h'] and figures['no EOS'] == 0
 
 
 def test_french_words_stay_whole():

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('readme')
     (folder / 'words.txt').write_text(WORDS * 40)
     (folder / 'pairs.csv').write_text('en,fr\n' + 'A man is sleeping.,Un homme dort.\n' * 30)
-    for words in (['words.txt', '--name=shakespeare_char'],
+    for words in (['words.txt', '--name=shakespeare_char'], ['words.txt', '--name=wikitext2_bpe'],
                   ['pairs.csv', '--name=multi30k', '--fields=en,fr', '--max_prompt=20',
                    '--max_answer=20']):
         done = run('prepare.py', *words, '--tokenizer=char', cwd=folder)
