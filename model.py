@@ -5,12 +5,14 @@
                   minimises and the number that eval.py reports, exact for autoregression (nll), an
                   upper bound for all kinds of diffusion (nelbo)
 
-Between them stands LengthHead, which tells how long an answer will be before it is written.
+Between them stands LengthHead, which tells how long an answer will be before it is written; behind
+them what measures a split, picks a device and reads a checkpoint.
 
 Letters, here and in the papers:
 
     B, T, C   batch, sequence length, channels (n_embd)
     H, D      attention heads, channels of one head (C = H * D)
+    N, M      steps of d3pm; tokens of a batch that are scored, those masked or not given
     V         rows of the embedding: V' real tokens, then one row for the mask, mask_id = V - 1
     x0        clean tokens (B, T) int64                           x, z_0 in MDLM, x_0 in LLaDA
     t         noise level (B, 1) in (0, 1], t = 1 is all masks    t
@@ -242,15 +244,16 @@ class Transformer(nn.Module):
 
     def forward(self, x, t=None, *, cache=None, where=None, hidden=False, block_length=0,
                 mixture=None):
-        """Logits (B, T, V), or (N, V) at the N positions where `where` (B, T) bool is True.
+        """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
-        x (B, T) int64: tokens, mask_id among them. t (B, 1): noise level, for time_cond alone;
-        all callers pass 1 - alpha_t, the expected share of masks, which every schedule agrees on.
+        x (B, T) int64: tokens, mask_id among them. t (B, 1): noise level, for time_cond alone; all
+        callers pass the expected share of x that is noise, on which all schedules agree: told().
         cache: a KVCache that holds the tokens before x; x is added to it.
-        hidden: stop before the head, (B, T, C) or (N, C), of which logits() makes the rest.
+        hidden: stop before the head, (B, T, C) or (M, C), of which logits() makes the rest.
         block_length: above 0, x is [xt ; x0], (B, 2T), and xt, whose logits are returned, sees of
         x0 the blocks before its own; t may then be (B, T), a level for every position of xt.
-        mixture: ids and weights, 2 x (B, T, K): so much of the embeddings of so many ids, not of x.
+        mixture: (ids, weights), each (B, T, K): sum over k of weights[k] * embed(ids[k]) is read in
+        the place of embed(x).
         """
         B, T = x.size(0), x.size(1) // 2 if block_length else x.size(1)
         start = cache.length if cache is not None else 0
@@ -278,7 +281,7 @@ class Transformer(nn.Module):
             cache.length += T
         h = h[:, :T]
         if where is not None:
-            h = h[where]  # (N, C): with a large V the head is most of the work
+            h = h[where]  # (M, C): with a large V the head is most of the work
         h = self.norm(h)
         return h if hidden else self.logits(h)
 
@@ -292,7 +295,7 @@ class Transformer(nn.Module):
     def init_weights(self):
         """Normal matrices; zero where a block joins the residual stream and in an untied head.
 
-        So every block is the identity at first, and the first loss is exactly log V'.
+        So every block is the identity at first and, with an untied head, the first loss is log V'.
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -378,7 +381,7 @@ def first_to_hold(cumulative, share):
 
 
 def length_loss(model, x0, generator=None, given=None, *, pad_id, length_quantile):
-    """The loss (B,) of the length head for rows of prompts of one length; a sum over their tokens.
+    """The loss (B,) of the length head, one for each row.
 
     Nats: of a distribution over lengths; of W yes or no, if classify; and of a number those of an
     asymmetric Laplace distribution, a constant aside: the pinball loss [Koenker & Bassett 1978]
@@ -390,13 +393,12 @@ def length_loss(model, x0, generator=None, given=None, *, pad_id, length_quantil
     """
     n = (~given & (x0 != pad_id)).sum(1)  # (B,), EOS among them
     kind = model.length_head.kind
-    out = model.length_head(model, torch.where(given, x0, model.mask_id))
+    out = model.length_head(model, torch.where(given, x0, model.mask_id)).float()
     if kind == 'encoder_classify':
-        return F.cross_entropy(out.float(), n - 1, reduction='none')
+        return F.cross_entropy(out, n - 1, reduction='none')
     if kind == 'classify':
         ended = torch.arange(out.size(1), device=x0.device) >= n[:, None] - 1  # (B, W)
-        return F.binary_cross_entropy_with_logits(out.float(), ended.float(),
-                                                  reduction='none').sum(1)
+        return F.binary_cross_entropy_with_logits(out, ended.float(), reduction='none').sum(1)
     short = n - out
     return torch.maximum(length_quantile * short, (length_quantile - 1) * short)
 
@@ -406,6 +408,13 @@ def length_loss(model, x0, generator=None, given=None, *, pad_id, length_quantil
 # Every loss(model, x0, generator, given) returns (nats, count): train.py divides the sum of the one
 # by the sum of the other over all micro-batches, so that splitting a batch changes nothing.
 # Every bound(model, x0, generator, given) returns (B,) nats per row: what eval.py reports.
+
+POWER = 2  # of the polynomial schedule
+SOFT_RANGE = (0.25, 0.5)  # the share of Gaussian noise in soft tokens
+SMOOTHING = 1e-3  # of targets, so that a divergence from them is finite
+DIVERGENCES = ('elbo', 'symmetric_kl', 'scaled_kl')
+LOSS_WEIGHTS = ('elbo', 'clipped', 'flat', 'masked_mean')
+SCHEDULES = ('linear', 'cosine', 'polynomial')
 
 
 def noise(t, schedule):
@@ -432,6 +441,16 @@ def levels(n, mask_range, generator, device):
     return mask_range[0] + (mask_range[1] - mask_range[0]) * t
 
 
+def told(t, given, block_length=0):
+    """The level that the network reads where t of what is not given is noise: the share of all.
+
+    That is what a decoder knows. (B, 1), or (B, T) if of each block.
+    """
+    parts = (~given).float().split(block_length or given.size(1), dim=1)
+    asked = torch.cat([part.mean(1, keepdim=True).expand_as(part) for part in parts], dim=1)
+    return t * (asked if block_length else asked[:, :1])
+
+
 def strata(n, generator, device):
     """n numbers in [0, 1), one in each 1/n of it, in random order: for bounds, row by row."""
     u = torch.rand(1, generator=generator, device=device)
@@ -450,9 +469,9 @@ def training_weight(w, loss_weight, w_max):
 
 
 def token_costs(model, cost, h, *rows, at_once=2 ** 28):
-    """cost(logits (N, V), *rows) (N,) of hidden states h (N, C) and rows, each of length N.
+    """cost(logits (M, V), *rows) (M,) of hidden states h (M, C) and rows, each of length M.
 
-    In slices if N * V is more than `at_once`. A slice keeps none of its logits for the backward
+    In slices if M * V is more than `at_once`. A slice keeps none of its logits for the backward
     pass, which computes them anew: with GPT-2's 50,257 tokens the logits of one batch are
     gigabytes, and the rest of the network is not.
     """
@@ -467,7 +486,7 @@ def token_costs(model, cost, h, *rows, at_once=2 ** 28):
 
 
 def token_nll(model, h, target):
-    """-log p(target) (N,) from hidden states h (N, C)."""
+    """-log p(target) (M,) from hidden states h (M, C)."""
     return token_costs(model, partial(F.cross_entropy, reduction='none'), h, target)
 
 
@@ -481,7 +500,7 @@ def ar_token_nll(model, x0, given=None):
     h = model(torch.cat([start, x0[:, :-1]], dim=1), hidden=True)  # (B, T, C)
     if given is None:
         return token_nll(model, h.flatten(0, 1), x0.flatten()).view_as(x0)
-    nll = token_nll(model, h[~given], x0[~given])  # (N,)
+    nll = token_nll(model, h[~given], x0[~given])  # (M,)
     return torch.zeros_like(x0, dtype=nll.dtype).masked_scatter(~given, nll)
 
 
@@ -518,26 +537,26 @@ def mdm_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight
 
     is_mask = (torch.rand(B, T, generator=generator, device=x0.device) >= alpha) & ~given
     xt = torch.where(is_mask, model.mask_id, x0)
-    h = model(xt, 1 - alpha, where=is_mask, hidden=True)  # (N, C), N masked tokens
-    nll = token_nll(model, h, x0[is_mask])  # (N,)
+    h = model(xt, told(1 - alpha, given), where=is_mask, hidden=True)  # (M, C), M masked tokens
+    nll = token_nll(model, h, x0[is_mask])  # (M,)
     nll = nll if token_weight is None else nll * token_weight[x0[is_mask]]
     nats = (w.expand(B, T)[is_mask] * nll).sum()
     return nats, is_mask.sum() if loss_weight == 'masked_mean' else (~given).sum()
 
 
 def d3pm_grid(diffusion_steps, schedule, device):
-    """1 - alpha at t = 0, 1/N, ..., 1, (N + 1,), and the chance c (N + 1,) to reveal a mask there.
+    """m = 1 - alpha at t = 0, 1/N, ..., 1, (N + 1,), and c (N + 1,), the chance to reveal a mask.
 
         c(t) = (alpha_s - alpha_t) / (1 - alpha_t),  s = t - 1/N;  c(0) is not defined: 0
     """
     t = torch.arange(diffusion_steps + 1, dtype=torch.float64) / diffusion_steps
-    masked = 1 - noise(t, schedule)[0]
-    c = F.pad(masked.diff() / masked[1:], (1, 0))
-    return masked.float().to(device), c.float().to(device)
+    m = 1 - noise(t, schedule)[0]
+    c = F.pad(m.diff() / m[1:], (1, 0))
+    return m.float().to(device), c.float().to(device)
 
 
 def d3pm_cost(logits, target, m_t, m_s, c):
-    """1/c of the KL divergence of a masked token's step, (N,) [D3PM, absorbing state].
+    """1/c of the KL divergence of a masked token's step, (M,) [D3PM, absorbing state].
 
         -log p(x0) + g(alpha_t) + (1 - c) / c * (g(alpha_t) - g(alpha_s))
         g(alpha) = log(1 + alpha * p(mask) / (1 - alpha)),  m = 1 - alpha
@@ -563,20 +582,20 @@ def d3pm_loss(model, x0, generator, given=None, *, diffusion_steps=1000, schedul
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
     t = levels(B, mask_range, generator, x0.device)[:, None]  # (B, 1)
     step = (t * diffusion_steps).ceil().long()  # (B, 1), 1..N
-    masked, c = d3pm_grid(diffusion_steps, schedule, x0.device)
+    m, c = d3pm_grid(diffusion_steps, schedule, x0.device)
     w = training_weight(diffusion_steps * c[step], loss_weight, w_max)
 
-    is_mask = (torch.rand(B, T, generator=generator, device=x0.device) < masked[step]) & ~given
+    is_mask = (torch.rand(B, T, generator=generator, device=x0.device) < m[step]) & ~given
     xt = torch.where(is_mask, model.mask_id, x0)
-    h = model(xt, masked[step], where=is_mask, hidden=True)  # (N, C), N masked tokens
-    step = step.expand(B, T)[is_mask]  # (N,)
-    cost = token_costs(model, d3pm_cost, h, x0[is_mask], masked[step], masked[step - 1], c[step])
+    h = model(xt, told(m[step], given), where=is_mask, hidden=True)  # (M, C), M masked tokens
+    step = step.expand(B, T)[is_mask]  # (M,)
+    cost = token_costs(model, d3pm_cost, h, x0[is_mask], m[step], m[step - 1], c[step])
     nats = (w.expand(B, T)[is_mask] * cost).sum()
     return nats, is_mask.sum() if loss_weight == 'masked_mean' else (~given).sum()
 
 
 def uniform_cost(logits, x0, xt, alpha):
-    """How far the reverse rates at xt are from the true ones, (N,) [UDLM, Duo].
+    """How far the reverse rates at xt are from the true ones, (M,) [UDLM, Duo].
 
         1 / (V' alpha) * sum over j of  r_j * (y_j - 1 - log y_j),  y = s / r
         r_j = xbar_j / xbar_xt,  xbar   = V' alpha * onehot(x0) + 1 - alpha
@@ -586,16 +605,16 @@ def uniform_cost(logits, x0, xt, alpha):
     """
     logits, alpha = logits[:, :-1], alpha.clamp(1e-6, 1 - 1e-6)[:, None]  # V' real tokens
     a = logits.size(1) * alpha
-    xbar = a * F.one_hot(x0, logits.size(1)) + (1 - alpha)  # (N, V')
-    xbar_p = a * logits.softmax(-1) + (1 - alpha)  # (N, V'); without () it would lose 1 - alpha
+    xbar = a * F.one_hot(x0, logits.size(1)) + (1 - alpha)  # (M, V')
+    xbar_p = a * logits.softmax(-1) + (1 - alpha)  # (M, V'); without () it would lose 1 - alpha
     r, s = (x / x.gather(1, xt[:, None]) for x in (xbar, xbar_p))
     y = s / r
     return (r * (y - 1 - y.log())).sum(1) / a[:, 0]
 
 
 def symmetric_kl(logits, x0):
-    """KL(p || q) + KL(q || p), (N,), of the prediction p and of q, onehot(x0) smoothed a little."""
-    logp = logits[:, :-1].log_softmax(-1)  # (N, V')
+    """KL(p || q) + KL(q || p), (M,), of the prediction p and of q, onehot(x0) smoothed a little."""
+    logp = logits[:, :-1].log_softmax(-1)  # (M, V')
     q = (1 - SMOOTHING) * F.one_hot(x0, logp.size(1)) + SMOOTHING / logp.size(1)
     return ((q - logp.exp()) * (q.log() - logp)).sum(1)
 
@@ -664,7 +683,7 @@ def uniform_loss(model, x0, generator, given=None, *, schedule='linear', loss_we
         other = torch.randint(model.mask_id, (B, T), generator=generator, device=x0.device)
         xt = torch.where(is_noise, other, x0)
 
-    h = model(xt, 1 - alpha, where=~given, hidden=True, mixture=mixture)  # (N, C), not given
+    h = model(xt, told(1 - alpha, given), where=~given, hidden=True, mixture=mixture)  # (M, C)
     if divergence == 'elbo':
         w = training_weight(w, loss_weight, w_max) * (1 - alpha)  # (B, 1)
         cost = token_costs(model, uniform_cost, h, x0[~given], xt[~given],
@@ -695,9 +714,9 @@ def block_loss(model, x0, generator, given=None, *, block_length=16, schedule='l
 
     is_mask = (torch.rand(B, T, generator=generator, device=x0.device) >= alpha) & ~given
     xt = torch.where(is_mask, model.mask_id, x0)
-    h = model(torch.cat([xt, x0], dim=1), 1 - alpha, where=is_mask, hidden=True,
-              block_length=block_length)  # (N, C), N masked tokens
-    nll = token_nll(model, h, x0[is_mask])  # (N,)
+    h = model(torch.cat([xt, x0], dim=1), told(1 - alpha, given, block_length), where=is_mask,
+              hidden=True, block_length=block_length)  # (M, C), M masked tokens
+    nll = token_nll(model, h, x0[is_mask])  # (M,)
     nats = (w[is_mask] * nll).sum()
     return nats, is_mask.sum() if loss_weight == 'masked_mean' else (~given).sum()
 
@@ -723,6 +742,11 @@ def masks_by_count(given, block_length, generator):
     return is_mask.flatten(1)[:, :T], share.flatten(1)[:, :T]
 
 
+def by_row(costs, where):
+    """Sums (B,) of costs (M,), those of the tokens at which where (B, T) bool is True."""
+    return torch.zeros(where.shape, device=costs.device).masked_scatter(where, costs).sum(1)
+
+
 def mdm_nelbo(model, x0, generator, given=None):
     """An unbiased draw of the bound on -log p(x0) of every row, (B,), in nats [LLaDA eq. 14].
 
@@ -731,14 +755,13 @@ def mdm_nelbo(model, x0, generator, given=None):
     The same bound as mdm_loss's, integrated over the noise that leaves l masks; its variance is
     lower, and it is exact for uniform logits. The l of a batch are stratified over 1..L.
     """
-    B, T = x0.shape
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    is_mask, share = masks_by_count(given, T, generator)  # 2 x (B, T)
+    is_mask, share = masks_by_count(given, x0.size(1), generator)  # 2 x (B, T)
 
     xt = torch.where(is_mask, model.mask_id, x0)
-    h = model(xt, share[:, :1], where=is_mask, hidden=True)  # (N, C), N masked tokens
-    nll = token_nll(model, h, x0[is_mask])  # (N,)
-    return torch.zeros(B, T, device=x0.device).masked_scatter(is_mask, nll / share[is_mask]).sum(1)
+    h = model(xt, told(share[:, :1], given), where=is_mask, hidden=True)  # (M, C), M masked tokens
+    nll = token_nll(model, h, x0[is_mask])  # (M,)
+    return by_row(nll / share[is_mask], is_mask)
 
 
 def block_nelbo(model, x0, generator, given=None, *, block_length=16):
@@ -746,22 +769,21 @@ def block_nelbo(model, x0, generator, given=None, *, block_length=16):
 
         nelbo = sum over blocks of  E over l in 1..L of  L / l * sum of -log p(x0_i | xt, x0 before)
     """
-    B, T = x0.shape
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
     is_mask, share = masks_by_count(given, block_length, generator)  # 2 x (B, T)
 
     xt = torch.where(is_mask, model.mask_id, x0)
-    h = model(torch.cat([xt, x0], dim=1), share, where=is_mask, hidden=True,
-              block_length=block_length)  # (N, C), N masked tokens
-    nll = token_nll(model, h, x0[is_mask])  # (N,)
-    return torch.zeros(B, T, device=x0.device).masked_scatter(is_mask, nll / share[is_mask]).sum(1)
+    h = model(torch.cat([xt, x0], dim=1), told(share, given, block_length), where=is_mask,
+              hidden=True, block_length=block_length)  # (M, C), M masked tokens
+    nll = token_nll(model, h, x0[is_mask])  # (M,)
+    return by_row(nll / share[is_mask], is_mask)
 
 
 def with_one(chosen, given, generator):
-    """chosen (B, T) bool, and in each row one token more, any that is not given, if it was not.
+    """chosen (B, T) bool, and one token more in each row, drawn from all that are not given.
 
-    l chosen tokens of L are then l / E[l] times as probable as before: weights that are large
-    where l is expected to be small are made up for by the draw.
+    A set of l tokens, E[l] of them expected, is then l / E[l] times as probable as before. Callers
+    divide by that, which takes out the weights that are large where E[l] is small.
     """
     u = torch.rand(chosen.shape, generator=generator, device=chosen.device).masked_fill(given, -1.0)
     return chosen.scatter(1, u.argmax(1, keepdim=True), True) & ~given
@@ -778,18 +800,17 @@ def d3pm_nelbo(model, x0, generator, given=None, *, diffusion_steps=1000, schedu
     B, T = x0.shape
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
     L = (~given).sum(1)  # (B,)
-    masked, c = d3pm_grid(diffusion_steps, schedule, x0.device)
+    m, c = d3pm_grid(diffusion_steps, schedule, x0.device)
     u = strata(B, generator, x0.device)[:, None]  # (B, 1)
-    step = torch.searchsorted(masked, u, right=True).clamp(max=diffusion_steps)  # (B, 1), 1..N
-    is_mask = torch.rand(B, T, generator=generator, device=x0.device) < masked[step]
+    step = torch.searchsorted(m, u, right=True).clamp(max=diffusion_steps)  # (B, 1), 1..N
+    is_mask = torch.rand(B, T, generator=generator, device=x0.device) < m[step]
     is_mask = with_one(is_mask, given, generator)
 
     xt = torch.where(is_mask, model.mask_id, x0)
-    h = model(xt, masked[step], where=is_mask, hidden=True)  # (N, C), N masked tokens
-    step = step.expand(B, T)[is_mask]  # (N,)
-    cost = token_costs(model, d3pm_cost, h, x0[is_mask], masked[step], masked[step - 1], c[step])
-    cost = torch.zeros(B, T, device=x0.device).masked_scatter(is_mask, cost)
-    return cost.sum(1) * L / is_mask.sum(1).clamp(min=1)
+    h = model(xt, told(m[step], given), where=is_mask, hidden=True)  # (M, C), M masked tokens
+    step = step.expand(B, T)[is_mask]  # (M,)
+    cost = token_costs(model, d3pm_cost, h, x0[is_mask], m[step], m[step - 1], c[step])
+    return by_row(cost, is_mask) * L / is_mask.sum(1).clamp(min=1)
 
 
 def uniform_nelbo(model, x0, generator, given=None):
@@ -811,10 +832,10 @@ def uniform_nelbo(model, x0, generator, given=None):
 
     other = torch.randint(model.mask_id, (B, T), generator=generator, device=x0.device)
     xt = torch.where(is_noise, other, x0)
-    h = model(xt, t, where=~given, hidden=True)  # (N, C), N tokens not given
-    alpha, weight = (1 - t).expand(B, T)[~given], weight.expand(B, T)[~given]  # 2 x (N,)
+    h = model(xt, told(t, given), where=~given, hidden=True)  # (M, C), M tokens not given
+    alpha, weight = (1 - t).expand(B, T)[~given], weight.expand(B, T)[~given]  # 2 x (M,)
     cost = weight * token_costs(model, uniform_cost, h, x0[~given], xt[~given], alpha)
-    return torch.zeros(B, T, device=x0.device).masked_scatter(~given, cost).sum(1)
+    return by_row(cost, ~given)
 
 
 def ordered_nll(model, x0, order, given=None):
@@ -823,24 +844,16 @@ def ordered_nll(model, x0, order, given=None):
     order (B, T): a permutation of positions, the first is revealed first. One pass for each; the
     mean over all orders is mdm's nelbo [2110.02037, autoregressive diffusion].
     """
-    B, T = x0.shape
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    L, rank, nats = (~given).sum(1, keepdim=True), order.argsort(dim=1), 0.0
-    for i in range(T):
+    rank, nats = order.argsort(dim=1), 0.0
+    for i in range(x0.size(1)):
         is_mask, now = (rank >= i) & ~given, (rank == i) & ~given
         xt = torch.where(is_mask, model.mask_id, x0)
-        h = model(xt, is_mask.sum(1, keepdim=True) / L, where=now, hidden=True)  # (N, C), N <= B
-        nll = torch.zeros(B, T, device=x0.device)
-        nats += nll.masked_scatter(now, token_nll(model, h, x0[now])).sum(1)
+        h = model(xt, is_mask.float().mean(1, keepdim=True), where=now, hidden=True)  # (M, C)
+        nats += by_row(token_nll(model, h, x0[now]), now)
     return nats
 
 
-POWER = 2  # of the polynomial schedule
-SOFT_RANGE = (0.25, 0.5)  # the share of Gaussian noise in soft tokens
-SMOOTHING = 1e-3  # of targets, so that a divergence from them is finite
-DIVERGENCES = ('elbo', 'symmetric_kl', 'scaled_kl')
-LOSS_WEIGHTS = ('elbo', 'clipped', 'flat', 'masked_mean')
-SCHEDULES = ('linear', 'cosine', 'polynomial')
 LOSSES = {'ar': ar_loss, 'mdm': mdm_loss, 'd3pm': d3pm_loss, 'uniform': uniform_loss,
           'block': block_loss}
 BOUNDS = {'ar': ar_nll, 'mdm': mdm_nelbo, 'd3pm': d3pm_nelbo, 'uniform': uniform_nelbo,
@@ -877,14 +890,14 @@ def mixed_seed(*numbers):
 def evaluation_windows(data, T, batch_size, vocab_size, max_windows):
     """[function that reads a batch of windows: x0 (B, T) int64, and nothing given]."""
     T = min(T, len(data))
-    starts = np.arange(0, len(data) - T + 1, T)
-    tail = len(data) - len(starts) * T
+    whole = len(data) // T * T
+    starts = np.arange(0, whole, T)
     if max_windows is not None and max_windows < len(starts):
         starts = starts[torch.linspace(0, len(starts) - 1, max_windows).long().numpy()]
-        tail = 0
+        whole = len(data)  # no shorter one behind them
     parts = [(starts[i:i + batch_size], T) for i in range(0, len(starts), batch_size)]
-    if tail:
-        parts.append((np.array([len(data) - tail]), tail))
+    if whole < len(data):
+        parts.append((np.array([whole]), len(data) - whole))
     return [lambda part=part: (gather(data, *part, vocab_size), None) for part in parts]
 
 

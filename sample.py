@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from functools import partial
+from itertools import groupby
 from json import dumps
 from pathlib import Path
 from unicodedata import east_asian_width
@@ -86,9 +87,9 @@ LENGTHS = ('full', 'fit', 'ratio', 'reference', *PREDICTED)
 
 
 def chances(logits, seen=None, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
-    """(N, V) float64, the distributions to draw from where the model's logits are (N, V).
+    """(M, V) float64, the distributions to draw from where the model's logits are (M, V).
 
-    seen: a function that returns (N, V) bool, the tokens that repetition_penalty makes less likely
+    seen: a function that returns (M, V) bool, the tokens that repetition_penalty makes less likely
     [CTRL 1909.05858, sec. 4.1]; the table is large, so nobody makes it who does not need it.
     """
     logits = logits.double()
@@ -102,7 +103,7 @@ def chances(logits, seen=None, *, temperature=1.0, top_k=0, top_p=1.0, repetitio
 
 
 def race(p, generator):
-    """One token (N,) for each row of p (N, V) float64, whose rows need not sum to 1.
+    """One token (M,) for each row of p (M, V) float64, whose rows need not sum to 1.
 
     The draw is exact: argmax of p / e with e ~ Exponential(1) has the distribution p, and float64
     keeps its tails, which float32 noise cuts off [2409.02908].
@@ -111,19 +112,19 @@ def race(p, generator):
 
 
 def draw(logits, seen=None, *, generator, temperature=1.0, **drawing):
-    """One token for each row of logits (N, V), and the model's own probability of it: 2 x (N,).
+    """One token for each row of logits (M, V), and the model's own probability of it: 2 x (M,).
 
     The arguments are those of chances(). The probability is that of the untempered, unfiltered
     model: how sure it is does not depend on how we draw.
     """
     logits = logits.to(generator.device)  # mps has no float64: its generator is on the CPU
-    p = chances(logits, seen, temperature=temperature, **drawing)  # (N, V)
-    token = p.argmax(-1) if temperature == 0 else race(p, generator)  # (N,)
+    p = chances(logits, seen, temperature=temperature, **drawing)  # (M, V)
+    token = p.argmax(-1) if temperature == 0 else race(p, generator)  # (M,)
     return token, logits.float().softmax(-1).gather(-1, token[:, None])[:, 0]
 
 
 def filter_logits(logits, top_k, top_p):
-    """logits (N, V) with -inf for all but the top_k likeliest, and of those the nucleus of top_p.
+    """logits (M, V) with -inf for all but the top_k likeliest, and of those the nucleus of top_p.
 
     The nucleus [1904.09751] is the smallest set of likeliest tokens that holds at least top_p.
     """
@@ -139,7 +140,7 @@ def filter_logits(logits, top_k, top_p):
 
 
 def seen_tokens(x, where, V):
-    """(N, V) bool: which tokens stand in the rows of the N positions of `where`, masks aside."""
+    """(M, V) bool: which tokens stand in the rows of the M positions of `where`, masks aside."""
     seen = torch.zeros(x.size(0), V, dtype=torch.bool, device=x.device)
     seen.scatter_(1, x, True)
     seen[:, -1] = False
@@ -147,7 +148,7 @@ def seen_tokens(x, where, V):
 
 
 def score_of(order, logits, probability, generator):
-    """How sure each of N predictions is, (N,), the higher the surer; logits (N, V)."""
+    """How sure each of M predictions is, (M,), the higher the surer; logits (M, V)."""
     if order == 'max_prob':
         return probability
     if order == 'random':
@@ -165,14 +166,14 @@ def score_of(order, logits, probability, generator):
 def guess(model, x, is_mask, order, generator, drawing):
     """Draws a token for every mask at once: x with them, how sure each is, the logits there.
 
-    is_mask (B, T) bool. Returns (B, T) tokens, (B, T) scores, -inf where no mask is, and (N, V).
+    is_mask (B, T) bool. Returns (B, T) tokens, (B, T) scores, -inf where no mask is, and (M, V).
     """
     share = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), 1 - alpha_t of this canvas
-    logits = model(x, share, where=is_mask)  # (N, V)
+    logits = model(x, share, where=is_mask)  # (M, V)
     logits[:, -1] = -torch.inf  # as it is, unless d3pm has learned to predict the mask
     token, probability = draw(logits, partial(seen_tokens, x, is_mask, logits.size(-1)),
                               generator=generator, **drawing)
-    score = score_of(order, logits, probability.to(x.device), generator).float()  # (N,)
+    score = score_of(order, logits, probability.to(x.device), generator).float()  # (M,)
     scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
     return x.masked_scatter(is_mask, token.to(x.device)), scores, logits
 
@@ -195,7 +196,7 @@ def masks_left(n, i, steps, counts):
         return (n - i).clamp(min=0)
     if counts == 'linear':
         return n - n // steps * i - (n % steps).clamp(max=i)
-    return (n.double() * math.cos(math.pi / 2 * i / steps)).long()
+    return (n.cpu().double() * math.cos(math.pi / 2 * i / steps)).long().to(n.device)
 
 
 def end_rows(x, wanted, mask_id, eos_id):
@@ -220,9 +221,13 @@ def end_rows(x, wanted, mask_id, eos_id):
 # bool: the masks to fill now, by default all; the others stay, and are read as masks. A row that
 # has written eos_id with no mask before it is at its end: what follows becomes eos_id. nfe counts
 # forward passes of the network. on_step(x, nfe, where, logits) is called after every step that
-# changed something, with the positions (B, T) bool that its pass predicted and the logits (N, V)
+# changed something, with the positions (B, T) bool that its pass predicted and the logits (M, V)
 # there; x may change after the call, so clone what is to be kept. drawing: the keywords of
 # chances().
+
+
+def ignore(*step):
+    """The on_step of whoever does not look."""
 
 
 def window(i, size):
@@ -235,7 +240,7 @@ def window(i, size):
 
 
 @torch.no_grad()
-def decode_ar(model, x, *, wanted=None, eos_id=None, generator, on_step=None, **drawing):
+def decode_ar(model, x, *, wanted=None, eos_id=None, generator, on_step=ignore, **drawing):
     """Left to right, each token given those before it; a filled blank has not seen what follows.
 
     One pass per token, over that token alone: what was read before is in a KV cache. Rows may have
@@ -264,14 +269,13 @@ def decode_ar(model, x, *, wanted=None, eos_id=None, generator, on_step=None, **
                         generator=generator, **drawing)
         x[:, i] = torch.where(wanted[:, i], token.to(x.device), x[:, i])
         x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
-        if on_step is not None:
-            on_step(x, nfe, where, logits[where[:, i]])
+        on_step(x, nfe, where, logits[where[:, i]])
     return x, nfe
 
 
 @torch.no_grad()
 def decode_ancestral(model, x, *, wanted=None, steps, noise_schedule='linear', eta=0.0, eos_id=None,
-                     generator, on_step=None, **drawing):
+                     generator, on_step=ignore, **drawing):
     """The reverse process of masked diffusion in `steps` steps from t = 1 to 0 [MDLM eq. 7].
 
         a masked token is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t),
@@ -292,7 +296,8 @@ def decode_ancestral(model, x, *, wanted=None, steps, noise_schedule='linear', e
     """
     x, nfe = x.clone(), 0
     wanted = x == model.mask_id if wanted is None else wanted
-    later = ((x == model.mask_id) & ~wanted).float().mean(1, keepdim=True)  # (B, 1), not yet wanted
+    now, later = (part.float().mean(1, keepdim=True) for part in
+                  (wanted, (x == model.mask_id) & ~wanted))  # 2 x (B, 1), shares of the canvas
     alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise_schedule)[0].tolist()
     for alpha_t, alpha_s in zip(alpha, alpha[1:]):
         u = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
@@ -303,10 +308,10 @@ def decode_ancestral(model, x, *, wanted=None, steps, noise_schedule='linear', e
         if not (reveal | remask).any():
             continue
         if reveal.any():
-            logits = model(x, 1 - alpha_t * (1 - later), where=reveal)  # (N, V), N tokens to reveal
+            logits = model(x, now * (1 - alpha_t) + later, where=reveal)  # (M, V), M to reveal
             nfe += 1
             if not model.config.subs and eta == 0 and alpha_s < 1:
-                p = logits.float().softmax(-1)[:, -1]  # (N,), of the mask
+                p = logits.float().softmax(-1)[:, -1]  # (M,), of the mask
                 chance = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
                 remask[reveal] = u[reveal] >= chance
             logits[:, -1] = -torch.inf
@@ -315,52 +320,51 @@ def decode_ancestral(model, x, *, wanted=None, steps, noise_schedule='linear', e
             x = x.masked_scatter(reveal, token.to(x.device))
         x = torch.where(remask, model.mask_id, x)
         x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
-        if on_step is not None:  # nothing is taken back before something was revealed: logits exist
-            on_step(x, nfe, reveal, logits if reveal.any() else logits[:0])
+        # nothing is taken back before something was revealed: logits exist
+        on_step(x, nfe, reveal, logits if reveal.any() else logits[:0])
     return x, nfe
 
 
 @torch.no_grad()
 def decode_uniform(model, x, *, wanted=None, steps, noise_schedule='linear', eos_id=None,
-                   generator, on_step=None, **drawing):
+                   generator, on_step=ignore, **drawing):
     """The reverse process of uniform-state diffusion in `steps` steps from t = 1 to 0.
 
     All that is wanted starts as uniformly random tokens, and all of it may change at every step, so
-    that errors are mended. With s = t - 1/steps, K real tokens and p_j = p(x0 = j | xt), a token i
+    that errors are mended. With s = t - 1/steps, V' real tokens and p_j = p(x0 = j | xt), a token i
     becomes j with a probability proportional to q(xt = i | xs = j) * q(xs = j | x0), where the
     prediction stands for x0 [D3PM 2107.03006; Duo 2506.10892]:
 
-        (alpha_t / alpha_s * [i = j] + (1 - alpha_t / alpha_s) / K) * (alpha_s * p_j
-                                                                       + (1 - alpha_s) / K)
+        (alpha_t / alpha_s * [i = j] + (1 - alpha_t / alpha_s) / V') * (alpha_s * p_j
+                                                                        + (1 - alpha_s) / V')
 
     Temperature and the filters shape p. At temperature 0 it is all on the likeliest token: so ends
     the last step, where alpha_s = 1, while the steps before it still draw noise.
     """
-    x, nfe, K = x.clone(), 0, model.config.vocab_size - 1
+    x, nfe, n = x.clone(), 0, model.mask_id  # V'
     wanted = x == model.mask_id if wanted is None else wanted
-    start = torch.randint(K, x.shape, generator=generator, device=generator.device).to(x.device)
+    share = wanted.float().mean(1, keepdim=True)  # (B, 1)
+    start = torch.randint(n, x.shape, generator=generator, device=generator.device).to(x.device)
     x = torch.where(wanted, start, x)
     alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise_schedule)[0].tolist()
     for alpha_t, alpha_s in zip(alpha, alpha[1:]):
         if not wanted.any():
             continue
-        t = torch.full((x.size(0), 1), 1 - alpha_t, device=x.device)
-        logits = model(x, t, where=wanted)  # (N, V)
+        logits = model(x, share * (1 - alpha_t), where=wanted)  # (M, V)
         nfe += 1
-        p = chances(logits.to(generator.device), partial(seen_tokens, x, wanted, K + 1),
-                    **drawing)[:, :K]  # (N, K)
-        keep, now = alpha_t / alpha_s, F.one_hot(x[wanted], K).to(p)  # now (N, K)
-        p = (keep * now + (1 - keep) / K) * (alpha_s * p + (1 - alpha_s) / K)
+        p = chances(logits.to(generator.device), partial(seen_tokens, x, wanted, n + 1),
+                    **drawing)[:, :n]  # (M, V')
+        keep, now = alpha_t / alpha_s, F.one_hot(x[wanted], n).to(p)  # now (M, V')
+        p = (keep * now + (1 - keep) / n) * (alpha_s * p + (1 - alpha_s) / n)
         x = x.masked_scatter(wanted, race(p, generator).to(x.device))
         x, _ = end_rows(x, wanted, model.mask_id, eos_id if alpha_s == 1 else None)
-        if on_step is not None:
-            on_step(x, nfe, wanted, logits)
+        on_step(x, nfe, wanted, logits)
     return x, nfe
 
 
 @torch.no_grad()
 def decode_confidence(model, x, *, wanted=None, steps, order='max_prob', counts='linear',
-                      eos_id=None, generator, on_step=None, **drawing):
+                      eos_id=None, generator, on_step=ignore, **drawing):
     """The surest tokens first, for good [MaskGIT sec. 3.2; LLaDA sec. 2.4].
 
     Each pass draws a token for every mask and commits those with the highest score: by `order`,
@@ -382,14 +386,13 @@ def decode_confidence(model, x, *, wanted=None, steps, order='max_prob', counts=
         commit = is_mask & (rank(scores) < quota[:, None])
         x = torch.where(commit, filled, x)
         x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
-        if on_step is not None:
-            on_step(x, nfe, is_mask, logits)
+        on_step(x, nfe, is_mask, logits)
     return x, nfe
 
 
 @torch.no_grad()
 def decode_threshold(model, x, *, wanted=None, threshold, order='max_prob', eos_id=None,
-                     generator, on_step=None, **drawing):
+                     generator, on_step=ignore, **drawing):
     """All tokens that are sure enough, in as many passes as that takes [Fast-dLLM 2505.22618].
 
     Each pass draws a token for every mask and commits those whose score, as in decode_confidence,
@@ -404,14 +407,13 @@ def decode_threshold(model, x, *, wanted=None, threshold, order='max_prob', eos_
         commit = is_mask & ((scores > threshold) | (rank(scores) == 0))
         x = torch.where(commit, filled, x)
         x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
-        if on_step is not None:
-            on_step(x, nfe, is_mask, logits)
+        on_step(x, nfe, is_mask, logits)
     return x, nfe
 
 
 @torch.no_grad()
 def decode_remask(model, x, *, wanted=None, steps, order='max_prob', counts='linear', eos_id=None,
-                  generator, on_step=None, **drawing):
+                  generator, on_step=ignore, **drawing):
     """The surest tokens first, but none for good before the last step [Mask-Predict 1904.09324].
 
     As decode_confidence, but every token keeps the score it had when it was drawn, and each step
@@ -430,8 +432,7 @@ def decode_remask(model, x, *, wanted=None, steps, order='max_prob', counts='lin
         sure = torch.where(is_mask, scores, sure)
         x = torch.where(wanted & (rank(sure) >= keep[:, None]), model.mask_id, filled)
         x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
-        if on_step is not None:
-            on_step(x, nfe, is_mask, logits)
+        on_step(x, nfe, is_mask, logits)
     return x, nfe
 
 
@@ -487,14 +488,14 @@ class BlockCached:
     def __call__(self, x, t=None, *, where):
         x = x[:, self.block]
         share = (x == self.mask_id).float().mean(1, keepdim=True)  # (B, 1), of this block
-        logits = self.model(x, share, where=where[:, self.block], cache=self.cache)  # (N, V)
+        logits = self.model(x, share, where=where[:, self.block], cache=self.cache)  # (M, V)
         self.cache.length -= x.size(1)  # only finished blocks stay
         return logits
 
 
 @torch.no_grad()
 def decode_block(model, x, *, wanted=None, inner, block_length, steps=None, prefix_cache=False,
-                 generator, on_step=None, **drawing):
+                 generator, on_step=ignore, **drawing):
     """Block by block from left to right, each by the decoder `inner` (semi-autoregressive).
 
     Blocks of block_length columns begin at the first column that is wanted, and the last ends with
@@ -536,8 +537,7 @@ def decode_block(model, x, *, wanted=None, inner, block_length, steps=None, pref
         if model.config.block_length:
             nfe += model.enter(x, start, stop)
         x, passes = inner(PrefixCached(model, start) if prefix_cache else model, x, wanted=block,
-                          generator=generator, on_step=None if on_step is None else counted,
-                          **pace, **drawing)
+                          generator=generator, on_step=counted, **pace, **drawing)
         nfe += passes
     return x, nfe
 
@@ -557,23 +557,22 @@ class Guided:
         self.config, self.mask_id = model.config, model.mask_id
 
     def __call__(self, x, t=None, *, where):
-        hidden = torch.where(self.given, self.mask_id, x)
-        share = (hidden == self.mask_id).float().mean(1, keepdim=True)  # (B, 1)
-        blind, seeing = self.model(hidden, share, where=where), self.model(x, t, where=where)
+        xt = torch.where(self.given, self.mask_id, x)
+        share = (xt == self.mask_id).float().mean(1, keepdim=True)  # (B, 1)
+        blind, seeing = self.model(xt, share, where=where), self.model(x, t, where=where)
         logits = blind + (self.guidance + 1) * (seeing - blind)
         logits[..., self.mask_id] = -torch.inf  # inf - inf is nan
         return logits
 
 
 @torch.no_grad()
-def decode_guided(model, x, *, wanted=None, inner, guidance, generator, on_step=None, **drawing):
+def decode_guided(model, x, *, wanted=None, inner, guidance, generator, on_step=ignore, **drawing):
     """By the decoder `inner` and a Guided model; nfe counts both passes of each call."""
     def both(x, nfe, where, logits):
         on_step(x, 2 * nfe, where, logits)
 
     guided = Guided(model, x != model.mask_id, guidance)
-    x, nfe = inner(guided, x, wanted=wanted, generator=generator,
-                   on_step=None if on_step is None else both, **drawing)
+    x, nfe = inner(guided, x, wanted=wanted, generator=generator, on_step=both, **drawing)
     return x, 2 * nfe
 
 
@@ -984,14 +983,9 @@ def template_canvas(template, tokenizer, mask_id):
 
 def show(ids, tokenizer, mask_id):
     """The text of ids, with a block for every mask."""
-    text, run = '', []
-    for i in [*ids, mask_id]:
-        if i != mask_id:
-            run.append(i)
-            continue
-        text += tokenizer.decode(run) + MASK_SHOWN
-        run = []
-    return text[:-1]
+    runs = ([*run] for _, run in groupby(ids, key=mask_id.__eq__))
+    return ''.join(MASK_SHOWN * len(run) if run[0] == mask_id else tokenizer.decode(run)
+                   for run in runs)
 
 
 def show_corruption(text, out_dir, seed):
@@ -1176,7 +1170,7 @@ def canvases_of(asked, model, tokenizer, checkpoint, settings):
     return canvases, *cost
 
 
-def generate(model, objective, rows, settings, eos_id=None, on_step=None):
+def generate(model, objective, rows, settings, eos_id=None, on_step=ignore):
     """The fillings of rows, canvases of one length: x (rows, T), nfe, and the seconds it took.
 
     With an eos_id, a row ends there; without, it goes on to the end of the canvas.
@@ -1227,12 +1221,12 @@ class Certainty:
     def __call__(self, x, nfe, where, logits):
         x, where = x.cpu(), where.cpu()
         new = where & (x != self.x)
-        logits = logits[new[where].to(logits.device)].float().cpu()  # (N, V)
+        logits = logits[new[where].to(logits.device)].float().cpu()  # (M, V)
         self.log_p[new] = logits.log_softmax(-1).gather(-1, x[new][:, None])[:, 0]
         self.x = x.clone()
 
 
-def complete(model, objective, canvases, settings, eos_id=None, on_step=None, certainty=False):
+def complete(model, objective, canvases, settings, eos_id=None, on_step=ignore, certainty=False):
     """Fills canvases of any lengths, batch by batch: [(ids, figures)] in their order, and totals.
 
     on_step sees the first batch, whose row 0 is the first canvas.
@@ -1247,7 +1241,7 @@ def complete(model, objective, canvases, settings, eos_id=None, on_step=None, ce
         T = max(len(canvases[i]) for i in batch)
         rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
         how = settings | {'seed': settings['seed'] + batch[0]}
-        watcher = Certainty(rows) if certainty else on_step if batch[0] == 0 else None
+        watcher = Certainty(rows) if certainty else on_step if batch[0] == 0 else ignore
         x, nfe, seconds = generate(model, objective, rows, how, eos_id, watcher)
         ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]
         written = [canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends)]
@@ -1260,11 +1254,11 @@ def complete(model, objective, canvases, settings, eos_id=None, on_step=None, ce
     return done, totals
 
 
-def complete_rows(model, run, canvases, settings, eos_id, on_step=None):
+def complete_rows(model, run, canvases, settings, eos_id, on_step=ignore):
     """As complete(), of canvases of row_canvases: each is tried with length_candidates lengths.
 
     The answer with the highest log_p stays: it says more about the right length than that of the
-    prompt does [Mask-Predict 1904.09324, sec. 3.3]. The totals are of all that was tried.
+    prompt does [Mask-Predict 1904.09324, sec. 3.3]. nfe and the totals are of all that was tried.
     """
     n, mask_id = settings['length_candidates'], model.mask_id
     require(settings, ('length_candidates', n >= 1, '1 or more'))
@@ -1272,7 +1266,7 @@ def complete_rows(model, run, canvases, settings, eos_id, on_step=None):
         return complete(model, run['objective'], canvases, settings, eos_id, on_step)
     told = run['objective'] not in ('ar', 'uniform') and \
         length_name(settings['length'], run) in ('fit', 'ratio', 'reference')
-    require(settings, ('length_candidates', on_step is None, '1 to watch or save how one came'),
+    require(settings, ('length_candidates', on_step is ignore, '1 to watch or save how one came'),
             ('length_candidates', told, '1 but for masks of a length that is not the '
              "model's to say: fit, ratio, reference"))
     owners, tried = [], []
@@ -1282,11 +1276,12 @@ def complete_rows(model, run, canvases, settings, eos_id, on_step=None):
         owners += [i] * len(sizes)
         tried += [canvas[:size] + [mask_id] * (size - T) for size in sizes]
     done, totals = complete(model, run['objective'], tried, settings, eos_id, certainty=True)
-    best = {}
+    best, passes = {}, Counter()
     for i, answer in zip(owners, done):
+        passes[i] += answer[1]['nfe']
         if i not in best or answer[1]['log_p'] > best[i][1]['log_p']:
             best[i] = answer
-    return list(best.values()), totals
+    return [(ids, figures | {'nfe': passes[i]}) for i, (ids, figures) in best.items()], totals
 
 
 def without_repeated_words(text):
@@ -1315,7 +1310,7 @@ def main():
                         Screen(watch_delay) if watch else None)
     done, (written, nfe, seconds) = complete_rows(model, checkpoint['config'], canvases, settings,
                                                   meta['eos_id'],
-                                                  recorder if watch or save else None)
+                                                  recorder if watch or save else ignore)
     nfe, seconds = nfe + passes, seconds + took
     for (kind, given), (ids, figures) in zip(asked, done):
         ids = ids if meta['sep_id'] is None else split_row(ids, meta)[1]
@@ -1323,6 +1318,7 @@ def main():
         text = without_repeated_words(text) if cleanup else text
         if json:
             print(dumps({kind: given, 'text': text, 'tokens': ids, **figures, 'seed': seed,
+                         'nfe': figures['nfe'] + (passes > 0),  # with the one that predicts
                          'decoder': decoder_name(decoder, objective)}))
         else:
             print(text, '-' * 80, sep='\n')

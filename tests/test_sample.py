@@ -331,7 +331,8 @@ def reverse_chain(model, N, schedule, temperature=1.0, start=BLANK_ROW, eta=0.0,
     """After `steps` of N steps, by default all of them."""
     alpha, fillable = ALPHA[schedule], [i for i, token in enumerate(start) if token == LETTERS]
     return chain([partial(reverse_step, model, alpha(n / N), alpha((n - 1) / N), temperature,
-                          eta=eta, fillable=fillable)
+                          eta=eta, fillable=fillable,
+                          t=(1 - alpha(n / N)) * len(fillable) / len(start))
                   for n in range(N, N - (steps or N), -1)], start)
 
 
@@ -370,7 +371,8 @@ def test_remdm_follows_its_chain_step_by_step(N, schedule, eta, start):
             before = reverse_chain(model, N, schedule, 1.0, start, eta, n - 1)
         alpha, masks = ALPHA[schedule], [i for i, v in enumerate(start) if v == LETTERS]
         return {x + y: p * q for x, p in before.items() for y, q in reverse_step(
-            model, alpha(1 - (n - 1) / N), alpha(1 - n / N), 1.0, x, eta, masks).items()}
+            model, alpha(1 - (n - 1) / N), alpha(1 - n / N), 1.0, x, eta, masks,
+            (1 - alpha(1 - (n - 1) / N)) * len(masks) / LENGTH).items()}
 
     for n, seen in enumerate(moves, 1):
         assert p_value(seen, expected(n, eta)) > 1e-4
@@ -384,14 +386,14 @@ def test_remdm_follows_its_chain_step_by_step(N, schedule, eta, start):
 
 @pytest.mark.parametrize('eta', [0.0, 0.5])
 def test_blocks_of_the_reverse_process_follow_their_chains(eta):
-    """Blocks of 2 and 1, with 3 and 2 of 5 steps; masks to come count in the level t."""
+    """Blocks of 2 and 1, with 3 and 2 of 5 steps; t is of the canvas, with the masks to come."""
     model = tiny_model(V=LETTERS + 1, T=LENGTH, seed=7, time_cond=True)
     y, _ = decode_block(model, torch.tensor([BLANK_ROW] * ROWS), inner=decode_ancestral, eta=eta,
                         block_length=2, steps=5, generator=noise_source(3))
     steps = [partial(reverse_step, model, 1 - n / 3, 1 - (n - 1) / 3, 1.0, eta=eta,
                      fillable=(0, 1), t=1 - (1 - n / 3) * 2 / 3) for n in (3, 2, 1)]
     steps += [partial(reverse_step, model, 1 - n / 2, 1 - (n - 1) / 2, 1.0, eta=eta, fillable=(2,),
-                      t=1 - (1 - n / 2)) for n in (2, 1)]
+                      t=n / 2 / 3) for n in (2, 1)]
     assert p_value(tally(y), chain(steps)) > 1e-4
     whole = reverse_chain(model, 5, 'linear', eta=eta)
     assert p_value(tally(y), whole) < 1e-6
@@ -405,9 +407,9 @@ def whole_posterior(alpha_t, alpha_s, i, p, noise):
     return joint / joint.sum()
 
 
-def posterior_step(model, alpha_t, alpha_s, temperature, noise, x, fillable=range(LENGTH)):
+def posterior_step(model, alpha_t, alpha_s, temperature, noise, x, fillable, share=1.0):
     """{canvas: probability} of one reverse step by the whole posterior, whatever the noise is."""
-    p, V = predictions(model, x, 1 - alpha_t), len(noise)
+    p, V = predictions(model, x, share * (1 - alpha_t)), len(noise)
     p = p[:, :V] ** (1 / temperature)
     p /= p.sum(1, keepdims=True)
     choices = [[(token, 1.0)] if i not in fillable else
@@ -501,7 +503,8 @@ def test_uniform_follows_the_reverse_chain(N, schedule, temperature, given):
         after = collections.Counter()
         for z, q in states.items():
             for z2, r in posterior_step(model, alpha(n / N), alpha((n - 1) / N), temperature,
-                                        np.full(UNIFORM_K, 1 / UNIFORM_K), z, wanted).items():
+                                        np.full(UNIFORM_K, 1 / UNIFORM_K), z, wanted,
+                                        len(wanted) / 2).items():
                 after[z2] += q * r
         states = after
         assert p_value(tally(recorded[N - n]), states) > 1e-4
@@ -557,7 +560,8 @@ def test_uniform_keeps_its_promises(x, steps, seed, eos, drawing):
     assert torch.equal(decode(generator=noise_source(seed))[0], y)
     for n, (((read, t), out), (after, count, where, logits)) in enumerate(zip(calls, recorded)):
         assert torch.equal(where, x == MASK) and count == n + 1 and logits is out
-        assert t.shape == (len(x), 1) and (t - (1 - n / steps)).abs().max() < 1e-6
+        share = (x == MASK).float().mean(1, keepdim=True)
+        torch.testing.assert_close(t, share * (1 - n / steps), atol=1e-6, rtol=0)
         assert torch.equal(read[x != MASK], x[x != MASK]) and (read != MASK).all()
         assert n == 0 or torch.equal(read, recorded[n - 1][0])
     if recorded:
@@ -1836,8 +1840,9 @@ def test_the_surest_of_several_lengths():
     for n, reach in ((1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (5, (2, 2)), (6, (3, 2))):
         how = row_settings(length='fit', length_candidates=n)
         canvases = sample.row_canvases(prompts, run, META, how)
-        done, (written, _, _) = sample.complete_rows(model, run, canvases, how, 9)
-        assert len(done) == len(prompts)
+        done, (written, nfe, _) = sample.complete_rows(model, run, canvases, how, 9)
+        assert len(done) == len(prompts) and done[0][1]['nfe'] <= nfe
+        assert n == 1 or done[0][1]['nfe'] > n, 'the passes of all that was tried'
         for (ids, _), canvas, prompt, answer in zip(done, canvases, prompts, answers):
             width = canvas.count(12)
             low, high = max(width - reach[0], 1), min(width + reach[1], 10 - len(prompt))
