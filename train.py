@@ -40,7 +40,7 @@ import sample
 from config import UserError
 from eval import append_answers, draw_losses, fastest_flops, first_answers, flops_per_token, \
     print_bench
-from model import BOUND_NAMES, DIVERGENCES, LOSS_WEIGHTS, LOSSES, SCHEDULES, Block, Transformer, \
+from model import BOUND_NAMES, DIVERGENCES, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, \
     bound_of, evaluate, length_loss, load_checkpoint, loss_of, mixed_seed, model_config, \
     pick_device, pick_dtype
 from prepare import gather, gather_rows, load_meta, load_split, load_tokenizer, prepare, \
@@ -159,11 +159,8 @@ class RowBatches:
         self.known = lengths[self.kept].sum()  # tokens of all rows, no PAD among them
         self.per_epoch = len(row_batches(self.widths, batch_size))
 
-        @lru_cache(2)
-        def epoch(number):
-            rng = np.random.default_rng(mixed_seed(seed, number))
-            return row_batches(self.widths, batch_size, rng)
-        self.epoch = epoch
+        self.epoch = lru_cache(2)(lambda number: row_batches(
+            self.widths, batch_size, np.random.default_rng(mixed_seed(seed, number))))
 
     def get(self, number, share=1.0):
         """x0 (B, T) int64, given (B, T) bool: they follow from `number` and the seed alone.
@@ -181,8 +178,8 @@ class RowBatches:
 def orthogonalize(G, dtype):
     """The nearest matrix to G / its norm whose singular values all lie near 1 [Jordan 2024, Muon].
 
-    Five steps of X <- a X + (b A + c A A) X, A = X X', an odd polynomial that takes all of (0, 1]
-    into about (0.7, 1.2); rows and columns are swapped where that makes A smaller.
+    Five steps of X <- a X + (b A + c A A) X, A = X X', an odd polynomial that takes all of
+    (0.002, 1] into about (0.7, 1.2); rows and columns are swapped where that makes A smaller.
     """
     X = (G if G.size(0) <= G.size(1) else G.T).to(dtype)
     X = X / (X.norm() + 1e-7)
@@ -223,11 +220,9 @@ def make_optimizers(model, optimizer, betas, weight_decay, dtype):
     Weight decay falls on those matrices under either. The loop sets the learning rates. What is
     frozen is left out.
     """
-    blocks = [part for part in model.modules() if isinstance(part, Block)]
-    matrices = [p for block in blocks for p in block.parameters()
-                if p.dim() == 2 and p.requires_grad]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside and p.requires_grad]
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in learned.items() if 'blocks.' in name and p.dim() == 2]
+    rest = [p for name, p in learned.items() if 'blocks.' not in name or p.dim() != 2]
     adam = partial(torch.optim.AdamW, betas=betas, fused=True)
     if optimizer == 'muon' and matrices:
         return [Muon(matrices, weight_decay, dtype),
@@ -317,7 +312,7 @@ for name, fine, wanted in (
         ('mask_range', len(mask_range) == 2 and 0 <= mask_range[0] <= mask_range[1] <= 1
          and mask_range[1] > 0, '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0'),
         ('pad_curriculum', predict_pad or not pad_curriculum, '0 without predict_pad'),
-        *((n, 0 <= settings[n] <= 1, 'in [0, 1]') for n in ('random_length', 'row_share')),
+        *((n, 0 <= settings[n] <= 1, '0 to 1') for n in ('random_length', 'row_share', 'dropout')),
         ('token_weights', len(token_weights) == 3 and min(token_weights) >= 0
          and (objective == 'mdm' and not length_head or set(token_weights) == {1.0}),
          'three numbers of 0 or more (1, 1, 1 but for mdm without a length_head)'),
@@ -331,7 +326,7 @@ for name, fine, wanted in (
         ('length_quantile', 0 < length_quantile < 1, 'in (0, 1)'),
         *((n, settings[n] >= 0, '0 or more') for n in (
             'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows', 'length_curriculum',
-            'pad_curriculum')),
+            'pad_curriculum', 'n_kv_head', 'n_hidden', 'warmup_iters')),
         *((n, settings[n] >= 1, '1 or more') for n in (
             'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head',
             'n_embd', 'eval_interval', 'log_interval', 'eval_repeats', 'diffusion_steps',
@@ -364,6 +359,7 @@ if meta['layout'] == 'rows':
         raise UserError(f'score_prompt is for objective=ar alone: {objective} sees all the prompt')
     row_data = RowBatches(train_data, meta, batch_size, predict_pad, seed, row_share)
     val_rows = val_data.reshape(-1, meta['row_length'])
+    train_data = train_data.reshape(-1, meta['row_length'])[row_data.kept].ravel()  # to look at
     widest = max(row_data.widths.max(), row_widths(val_rows, meta, predict_pad).max())
     if widest > block_size:
         raise UserError(f'data/{dataset} has rows of {widest} tokens: set block_size, which is '
@@ -391,29 +387,31 @@ if init_from and not resume:
     if other:
         raise UserError(f'{init_from} cannot be what this run begins with, for it has another '
                         f'{", ".join(other)}')
-    weights = {k: v for k, v in model.state_dict().items() if k.startswith('length_head.')}
-    model.load_state_dict({k: v for k, v in source['model'].items()
-                           if not k.startswith('length_head.')} | weights)
+    model.load_state_dict(model.state_dict() | {k: v for k, v in source['model'].items()
+                                                if not k.startswith('length_head.')})
 if length_head:
     model.requires_grad_(False)
     model.length_head.requires_grad_(True)
 learned = [p for p in model.parameters() if p.requires_grad]
 optimizers = make_optimizers(model, optimizer, (beta1, beta2), weight_decay,
                              getattr(torch, dtype))
-first_iter, best, rows = 0, math.inf, []
+first_iter, best, tokens, seconds, rows = 0, math.inf, 0, 0.0, []
 if resume:
     if checkpoint['meta'] != meta:
         raise UserError(f'data/{dataset} is not what {out_dir} was trained on')
     try:
         model.load_state_dict(checkpoint['model'])
         for o, state in zip(optimizers, checkpoint['optimizer'], strict=True):
-            o.load_state_dict(state)
+            groups = [own | {'params': saved['params']} for own, saved in
+                      zip(o.param_groups, state['param_groups'], strict=True)]
+            o.load_state_dict(state | {'param_groups': groups})  # these settings' decay and betas
     except (RuntimeError, ValueError) as e:
         raise UserError(f'the weights in {out_dir} have another shape than these settings ask '
                         'for: resume without changing the model or the optimizer') from e
     first_iter, best = checkpoint['iter'], checkpoint['best']
     with open(out / 'log.csv', newline='') as f:
         rows = [row for row in csv.DictReader(f) if int(row['iter']) <= first_iter]
+    tokens, seconds = checkpoint.get('tokens', 0), checkpoint.get('seconds', 0.0)
 if compile:
     model.compile()
 parallel = Parallel(model, broadcast_buffers=False) if world > 1 else model
@@ -423,10 +421,11 @@ if length_head:
     bound_name = 'loss of the length'
     bound = partial(length_loss, pad_id=meta['pad_id'], length_quantile=length_quantile)
     loss_fn = lambda *batch: (bound(*batch).sum(), (~batch[3]).sum())  # given is the fourth
-weight = torch.full((model.config.vocab_size,), token_weights[0], device=device)
-for token, its_weight in zip((meta['eos_id'], meta['pad_id']), token_weights[1:]):
-    if token is not None:
-        weight[token] = its_weight
+if set(token_weights) != {1.0}:  # of rows, which have an EOS and a PAD
+    token_weight = torch.full((model.config.vocab_size,), float(token_weights[0]), device=device)
+    for token, its_weight in zip((meta['eos_id'], meta['pad_id']), token_weights[1:]):
+        token_weight[token] = its_weight
+    loss_fn = partial(loss_fn, token_weight=token_weight)
 measure = partial(evaluate, model, bound, batch_size=batch_size, meta=meta, predict_pad=predict_pad)
 autocast = torch.autocast(device.partition(':')[0], torch.bfloat16, enabled=dtype == 'bfloat16')
 log_v = math.log(meta['vocab_size'])
@@ -437,7 +436,7 @@ if row_data:  # means: every batch has its own width
     tokens_per_epoch, T = int(row_data.widths.sum()), round(row_data.widths.mean())
     tokens_per_iter = round(tokens_per_epoch / row_data.per_epoch * passes)
 epochs = max_iters * tokens_per_iter / tokens_per_epoch
-flops, peak = tokens_per_iter * flops_per_token(model, T), fastest_flops(device, dtype)
+flops, peak = flops_per_token(model, T), fastest_flops(device, dtype)
 say = print if rank == 0 else lambda *words, **how: None
 say(f'{dataset} ({meta["source"]}): {tokens_per_epoch:,} training tokens of '
     f"{meta['vocab_size']:,} kinds, log V' = {log_v:.4f}")
@@ -453,7 +452,7 @@ say(f'{objective}: {model.count_parameters():,} parameters, '
 
 # SIGINT and SIGTERM only leave a note here: the update at work is finished, and saved, before we go
 caught = []
-for signal_number in (signal.SIGINT, signal.SIGTERM):
+for signal_number in () if bench else (signal.SIGINT, signal.SIGTERM):
     signal.signal(signal_number, lambda number, frame: caught.append(number))
 trackers = []
 if rank == 0 and not bench:  # the others write nothing
@@ -466,8 +465,8 @@ if rank == 0 and not bench:  # the others write nothing
 kept = 'nothing is saved yet' if not resume else f'{out}/ckpt.pt has the weights of {first_iter}'
 bar = tqdm(total=max_iters, initial=first_iter, unit='it',
            disable=not sys.stderr.isatty() or rank > 0)
-seconds = float(rows[-1]['seconds']) if rows else 0.0  # of training, looking not counted
-seconds_here, stop = 0.0, False
+first_tokens, first_seconds = tokens, seconds  # of training, looking not counted
+speed, stop = 0.0, False
 if bench:
     max_iters = first_iter + WARM_UP + bench + PROFILED
     profiler, milliseconds = torch.profiler.profile(), []
@@ -476,7 +475,6 @@ for iteration in range(first_iter, max_iters + 1):
     factor = lr_factor(iteration, max_iters, warmup_iters, lr_schedule)
 
     # look at the model as it is after `iteration` updates
-    speed = tokens_per_iter * (iteration - first_iter) / max(seconds_here, 1e-9)
     look = not bench and (iteration % eval_interval == 0 or iteration == max_iters)
     if look and not (rows and int(rows[-1]['iter']) == iteration):
         with autocast:
@@ -485,10 +483,8 @@ for iteration in range(first_iter, max_iters + 1):
         if not val < 2 * log_v:  # nan is not, either
             raise UserError(f'diverged: the validation loss is {val:.4g} after {iteration} updates '
                             f'and at learning rate {factor * learning_rate:.2e}; {kept}')
-        tokens = tokens_per_iter * iteration if not rows else int(rows[-1]['tokens']) \
-            + tokens_per_iter * (iteration - int(rows[-1]['iter']))
-        rows.append({'iter': iteration, 'tokens': tokens,
-                     'measured': bound_name, 'train': f'{train:.6f}', 'val': f'{val:.6f}',
+        rows.append({'iter': iteration, 'tokens': tokens, 'measured': bound_name,
+                     'train': f'{train:.6f}', 'val': f'{val:.6f}',
                      'lr': f'{factor * learning_rate:.3e}', 'data': meta['source'],
                      'seconds': f'{seconds:.1f}', 'tokens_per_second': f'{speed:.0f}'})
         best = min(best, val)
@@ -499,12 +495,6 @@ for iteration in range(first_iter, max_iters + 1):
             write_atomically(out / 'loss.png', picture)
             bar.write(f'{iteration:6,} updates, {seconds:4.0f} s: {bound_name} {val:.4f} '
                       f'nats/token on the validation split, {train:.4f} on training text')
-            if decode_rows:
-                model.eval()
-                found = first_answers(model, settings, meta, decode_rows,
-                                      vars(sample) | {'seed': seed})
-                append_answers(out / 'samples.csv', iteration, found)
-                model.train()
         for track in trackers:
             track(iteration, {f'train {bound_name}': train, f'val {bound_name}': val,
                               'tokens/s': speed})
@@ -512,9 +502,14 @@ for iteration in range(first_iter, max_iters + 1):
         buffer = io.BytesIO()
         torch.save({'model': model.state_dict(), 'optimizer': [o.state_dict() for o in optimizers],
                     'config': settings, 'meta': meta, 'iter': iteration, 'best': best,
-                    'rng': seed}, buffer)  # every draw follows from the seed and the iteration
+                    'tokens': tokens, 'seconds': seconds, 'rng': seed}, buffer)  # draws: rng, iter
         write_atomically(out / 'ckpt.pt', buffer.getbuffer())
         kept = f'{out}/ckpt.pt has the weights after {iteration} updates'
+        if look and decode_rows:
+            found = first_answers(model.eval(), settings, meta, decode_rows,
+                                  vars(sample) | {'seed': seed})
+            append_answers(out / 'samples.csv', iteration, found)
+            model.train()
     if stop:
         bar.close()
         say(f'stopped and saved after {iteration} updates; go on with\n'
@@ -532,8 +527,6 @@ for iteration in range(first_iter, max_iters + 1):
             group['lr'] = factor * (muon_lr if isinstance(o, Muon) else learning_rate)
     sums = torch.zeros(3, device=device)  # nats, tokens that count, processes that caught a signal
     how = {'tau': 1e-3 * 1e-5 ** (iteration / max_iters)} if soft_inputs else {}  # to argmax
-    if set(token_weights) != {1.0}:
-        how['token_weight'] = weight
     for micro in range(gradient_accumulation_steps):
         number = mixed_seed(seed, iteration, micro * world + rank)
         torch.manual_seed(number)  # of dropout
@@ -546,6 +539,7 @@ for iteration in range(first_iter, max_iters + 1):
         share = min(1.0, iteration / pad_curriculum) if pad_curriculum else 1.0
         share *= draws.random() if draws.random() < random_length else 1.0
         x0, given = shortened(x0, given, meta['pad_id'], share)
+        tokens += x0.numel() * world  # the others' batches are about as wide
         if device.startswith('cuda'):
             x0 = x0.pin_memory()
         x0 = x0.to(device, non_blocking=True)
@@ -568,29 +562,34 @@ for iteration in range(first_iter, max_iters + 1):
     stop = sums[2].item() > 0 if world > 1 else bool(caught)  # all processes stop after the same
     if bench:
         sums.tolist()  # waits for the device
-    now = time.perf_counter() - began
-    seconds, seconds_here = seconds + now, seconds_here + now
-    speed = tokens_per_iter * (iteration + 1 - first_iter) / seconds_here
+    took = time.perf_counter() - began
+    seconds += took
+    speed = (tokens - first_tokens) / (seconds - first_seconds)
     bar.update()
     if bench and first_iter + WARM_UP <= iteration < max_iters - PROFILED:
-        milliseconds.append(1000 * now)
+        milliseconds.append(1000 * took)
 
     if (iteration % log_interval == 0 or stop) and not bench:
-        loss = (sums[0] / sums[1]).item()  # waits for the device, so not at every update
+        loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: not every time
         if not loss < 10 * log_v:
             raise UserError(f'diverged: the loss is {loss:.4g} at update {iteration} and learning '
                             f'rate {factor * learning_rate:.2e}: lower it; {kept}')
-        used = f'{100 * speed * flops / tokens_per_iter / world / peak:.0f}% of torch.mm'
+        used = f'{100 * speed * flops / world / peak:.0f}% of torch.mm'
         bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s, {used}')
         if bar.disable and iteration % (10 * log_interval) == 0:
-            minutes = (max_iters - iteration) * tokens_per_iter / speed / 60
+            share_done = (iteration + 1 - first_iter) / (max_iters - first_iter)
+            minutes = (seconds - first_seconds) * (1 / share_done - 1) / 60
             say(f'{iteration:6,} updates, {seconds:4.0f} s: loss {loss:.4f}, {speed:,.0f} '
                 f'tokens/s, {used}, {minutes:.1f} minutes left', flush=True)
 bar.close()
 if bench:
     profiler.stop()
-    print_bench(milliseconds, profiler, PROFILED, flops, peak, tokens_per_iter, device)
+    if rank == 0:
+        print_bench(milliseconds, profiler, PROFILED, tokens_per_iter * flops, peak,
+                    tokens_per_iter, device)
     sys.exit()
+for signal_number in (signal.SIGINT, signal.SIGTERM):  # all is saved: they may stop what follows
+    signal.signal(signal_number, signal.SIG_DFL)
 
 repeats = 1 if objective == 'ar' or length_head else eval_repeats
 scored = f'{len(val_rows):,} rows' if row_data else f'{len(val_data):,} tokens'

@@ -211,7 +211,8 @@ def torchrun(n, *words, cwd, code=None):
                           text=True, timeout=240, env=os.environ | {'PYTHONPATH': str(ROOT)})
 
 
-@pytest.mark.parametrize('words', [['--objective=ar'], ['--objective=mdm', '--dropout=0.1']])
+@pytest.mark.parametrize('words', [['--objective=ar'], [
+    '--objective=mdm', '--dropout=0.1', '--loss_weight=masked_mean']])  # each has its own count
 def test_two_processes_equal_one_with_accumulation_two(verse, words):
     """Real gloo processes: the same weights, and bounds that both have drawn one half of."""
     words = [*TINY, *words, '--max_iters=3', '--overwrite', '--grad_clip=0']
@@ -280,6 +281,29 @@ def test_muon_is_that_of_torch(shape):
             o.param_groups[0]['lr'] = lr
             o.step()
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_rates_rise_stay_and_fall():
+    lr_factor, = definitions('lr_factor')
+    for i, factor in ((0, 1 / 11), (9, 10 / 11), (10, 1), (89, 1), (100, 0.5), (110, 0)):
+        assert lr_factor(i, 110, 10, 'wsd') == pytest.approx(factor)
+    assert lr_factor(60, 110, 10, 'cosine') == pytest.approx(0.5)
+    assert lr_factor(110, 110, 10, 'constant') == 1
+
+
+@pytest.mark.parametrize('shape', [{}, {'tied': True}, {'time_cond': True, 'norm': 'layernorm',
+                                                        'bias': True, 'pos': 'learned'}])
+def test_every_parameter_is_learned_once_and_matrices_of_blocks_alone_decay(shape):
+    make_optimizers, *_ = definitions('make_optimizers', 'Muon', 'orthogonalize')
+    make_optimizers.__globals__['partial'] = functools.partial
+    model = Transformer(ModelConfig(12, 16, n_embd=32, n_layer=2, **shape))
+    inside = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+    for name in ('muon', 'adamw'):
+        groups = [group for o in make_optimizers(model, name, (0.9, 0.99), 0.1, torch.float32)
+                  for group in o.param_groups]
+        learned = [id(p) for group in groups for p in group['params']]
+        assert sorted(learned) == sorted(id(p) for p in model.parameters())
+        assert {id(p) for g in groups if g['weight_decay'] for p in g['params']} == inside
 
 
 def test_orthogonalize_keeps_directions_and_levels_their_sizes():
@@ -354,26 +378,6 @@ def test_a_loss_far_above_a_blind_guess_stops_the_run(verse):
     done = run('train.py', *TINY, '--out_dir=out/far', '--learning_rate=30.0', '--warmup_iters=0',
                '--optimizer=adamw', '--max_iters=50', '--eval_interval=10', cwd=verse)
     assert_one_line(done, 'diverged', 'learning rate', 'ckpt.pt has the weights after 0 updates')
-
-
-def test_accumulation_equals_one_large_batch(verse):
-    """(nats, count) sums: two halves of a batch give the gradient of the whole, to 1e-6."""
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(12, 16, n_embd=32, n_layer=1, causal=True))
-    with torch.no_grad():
-        model.head.weight.normal_(std=0.1)
-    x0 = torch.randint(0, 11, (6, 16))
-    found = []
-    for parts in ((x0,), x0.split(2)):
-        model.zero_grad()
-        total = 0
-        for part in parts:
-            nats, count = LOSSES['ar'](model, part)
-            nats.backward()
-            total += count
-        found.append([p.grad / total for p in model.parameters()])
-    for a, b in zip(*found):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def header_count(path):
@@ -622,6 +626,8 @@ def test_random_lengths_are_as_many_as_asked(verse, monkeypatch):
     spy.__kwdefaults__ = loss.__kwdefaults__
     train(verse, *TINY, '--objective=mdm', '--max_iters=150', '--eval_interval=150',
           '--random_length=0.5', '--out_dir=out/lengths')
+    log = log_without_times(verse / 'out/lengths')
+    assert int(log[-1]['tokens']) == 4 * sum(seen[-150:]) < 4 * 32 * 150, 'what was read is counted'
     whole = seen.count(max(seen))
     assert 55 < whole < 95 and len(set(seen)) > 24 and max(seen) == 32
 
@@ -635,6 +641,14 @@ def test_resumed_runs_on_rows_end_in_the_same_bits(pairs):
     said = train(pairs, '--out_dir=out/parts_rows', '--resume', '--max_iters=20')
     assert '20 updates' in said and int(re.search(r'(\d+) batches', said)[1]) < 40
     a, b = (weights(pairs / 'out' / d) for d in ('whole_rows', 'parts_rows'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_weights_of_tokens_may_be_whole_numbers(pairs):
+    words = [*ROWS, '--objective=mdm', '--predict_pad', '--max_iters=2']
+    for i, given in enumerate(('(1,2,0.5)', '(1.0,2.0,0.5)')):
+        train(pairs, *words, f'--token_weights={given}', f'--out_dir=out/weights_{i}')
+    a, b = (weights(pairs / 'out' / f'weights_{i}') for i in (0, 1))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -656,7 +670,7 @@ def test_two_processes_share_the_rows_of_one_with_accumulation_two(pairs):
     ([*ROWS, '--score_prompt', '--objective=mdm'], 'for objective=ar alone'),
     ([*TINY, '--predict_pad'], 'are for rows'),
     ([*TINY, '--token_weights=(1.0,0.0,1.0)'], 'are for rows'),
-    ([*TINY, '--row_share=0.5'], 'are for rows'), ([*ROWS, '--row_share=2'], 'in [0, 1]')])
+    ([*TINY, '--row_share=0.5'], 'are for rows'), ([*ROWS, '--row_share=2'], '0 to 1')])
 def test_settings_of_streams_and_rows_do_not_mix(pairs, words, said):
     done = run('train.py', *words, '--out_dir=out/bad', cwd=pairs)
     assert_one_line(done, said)
