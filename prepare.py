@@ -770,9 +770,8 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, threads=0, pro
 
 def main():
     what = [word for word in sys.argv[1:] if not word.startswith('-')][:1]
-    override(globals(), [word for word in sys.argv[1:] if word not in what] if what else ['--help'])
-    meta = prepare(*what, name, source, tokenizer, vocab_size, threads, prompts, answers, fields,
-                   documents, max_prompt, max_answer)
+    words = [word for word in sys.argv[1:] if word not in what] if what else ['--help']
+    meta = prepare(*what, **override(globals(), words))
     for split, count in meta['counts'].items():
         if meta['layout'] == 'rows':
             print(f'{split}: {count["rows"]:,} rows, {count["scored"]:,} tokens to predict; '
