@@ -55,11 +55,12 @@ max_windows = 64       # likelihood: of train, evenly spread; order, infill, rec
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 seed = 1
 batch_size = 16        # rows at a time
-repeats = 4            # independent draws of a bound, at least
-target_se = 0.005      # likelihood: draw until its standard error is below (nats); 0: only repeats
+repeats = 4            # independent draws of a bound
+target_se = 0.005      # likelihood, order: 8 draws, or as many more as bring the standard error of
+                       # a bound down to this (nats); 0: only repeats
 discrete_steps = ()    # likelihood: of mdm and d3pm also the bounds in so many steps, as (10, 1000)
-gen_tokens = 10_000    # generation, speed: how many to write, in texts as long as the context;
-                       # 100,000 for numbers to be published
+gen_tokens = 100_000   # generation: how many to write, in texts as long as the context; speed and
+                       # report write fewer unless told
 gen_length = 64        # order: tokens of a text, which takes as many passes
 judge = ''             # generation, speed: an AR run, or a causal model of Hugging Face's
                        # transformers; '' = the first AR run of out_dir
@@ -97,6 +98,7 @@ repetition_penalty = 1.0
 LAMBADA = ('https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl',
            '4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226')
 KNOWN_TOKENS = 20_000_000  # of the training text, as many are searched for words and copies
+PLAIN = {'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}  # the decoder and no more
 EOS_SHARES = (0.25, 0.5, 0.75, 1.0)  # of an answer's window that is masked, in length.png
 LEVELS, PLACES = 16, 16  # points of the two curves of likelihood.png
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
@@ -162,8 +164,9 @@ def seeds_together(rows, runs):
             values = [row[key] for row in group]
             if key == 'run':
                 merged[-1][key] = f'{values[0]} ({len(group)} seeds)'
-            elif isinstance(values[0], list):
-                merged[-1][key] = np.mean(values, axis=0).tolist()
+            elif isinstance(values[0], list):  # a curve; of texts the first
+                merged[-1][key] = values[0] if key == 'beginning' else \
+                    np.mean(values, axis=0).tolist()
             elif len(set(values)) > 1:
                 merged[-1][key] = Number(np.mean(values), getattr(values[0], 'bound', False),
                                          np.std(values, ddof=1))
@@ -229,21 +232,23 @@ def about(checkpoint):
 
 
 def draw_until(target_se, repeats, draw):
-    """(mean, its standard error, number) of draw(0), draw(1), ...: as many as the settings ask."""
-    values, error = [], math.inf
-    while len(values) < max(2, repeats) or error > target_se > 0:
-        values.append(draw(len(values)))
-        if len(values) > 1:
-            error = np.std(values, ddof=1) / len(values) ** 0.5
-    return float(np.mean(values)), float(error), len(values)
+    """(mean, its standard error, number) of draw(0), draw(1), ...: as many as the settings ask.
+
+    The first say how many that is, 8 at least: the error of 4 draws is itself off by 40%, and who
+    draws until it happens to look small believes in errors that are too small.
+    """
+    values = [draw(n) for n in range(max(8, repeats) if target_se else repeats)]
+    needed = (np.std(values, ddof=1) / target_se) ** 2 if target_se else 0
+    values += [draw(n) for n in range(len(values), math.ceil(needed))]
+    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5), len(values)
 
 
 @torch.no_grad()
 def nll_by_place(model, objective, x0, batch_size, seed):
     """(LEVELS, PLACES) mean -log p(x0_i | xt) of masked tokens, by share of masks and by position.
 
-    Level k masks each token with probability t = (k + 1/2) / LEVELS. Since the nelbo per token is
-    the integral of the column means over t, it is the mean of all of it. AR has one row, its nll.
+    Level k masks each token with probability t = (k + 1/2) / LEVELS. The nelbo per token is the
+    integral over t of what a masked token costs: the mean of the table. AR has one row, its nll.
     """
     places = [part.tolist() for part in np.array_split(np.arange(x0.size(1)),
                                                        min(PLACES, x0.size(1)))]
@@ -293,8 +298,7 @@ def likelihood(runs, settings):
     """
     rows, splits = [], [word.strip() for word in settings['split'].split(',')]
     work = [(run, split) for run in runs for split in splits]
-    for (name, checkpoint, model), split in tqdm(work, desc='likelihood',
-                                                 disable=not sys.stderr.isatty()):
+    for (name, checkpoint, model), split in tqdm(work, desc='likelihood', disable=None):
         run, meta, s = checkpoint['config'], checkpoint['meta'], settings
         data, exact = load_split(run['dataset'], split), run['objective'] == 'ar'
         windows = (s['max_windows'] or None) if split == 'train' else None
@@ -309,7 +313,7 @@ def likelihood(runs, settings):
             measures |= {f'nelbo in {n:,} steps': partial(draw, run=run | {
                 'objective': 'd3pm', 'diffusion_steps': n}) for n in s['discrete_steps']}
         by = {'by share': [], 'by position': []}
-        if run['objective'] in ('ar', 'mdm') and split != 'train' and meta['layout'] == 'stream':
+        if run['objective'] in ('ar', 'mdm') and split == 'val' and meta['layout'] == 'stream':
             table = nll_by_place(model, run['objective'],
                                  held_out(checkpoint, model.config.block_size, 64),
                                  s['batch_size'], s['seed'])
@@ -319,7 +323,8 @@ def likelihood(runs, settings):
             nats, error, draws = (draw(0), 'exact', '') if exact else \
                 draw_until(s['target_se'], s['repeats'], drawn)
             count = meta['counts'][split]
-            tokens = count['scored' if meta['layout'] == 'rows' else 'tokens']
+            tokens = count['rows'] * (meta['max_answer'] + 1) if padded else \
+                count['scored' if meta['layout'] == 'rows' else 'tokens']
             units = in_units(nats, not exact, tokens, count)
             rows.append({'run': name, 'data': meta['name'], 'split': split,
                          'parameters': model.count_parameters(), 'updates': checkpoint['iter'],
@@ -424,9 +429,9 @@ def orders(runs, settings):
     left = torch.arange(x0.size(1)).expand_as(x0)  # (B, T)
     generator = torch.Generator().manual_seed(s['seed'])
     random = [torch.rand(x0.shape, generator=generator).argsort(1) for _ in range(s['repeats'])]
-    for name, checkpoint, model in tqdm(runs, desc='order', disable=not sys.stderr.isatty()):
+    for name, checkpoint, model in tqdm(runs, desc='order', disable=None):
         run, device = checkpoint['config'], model.embed.weight.device
-        noise, found = torch.Generator(device).manual_seed(s['seed']), []
+        generator, found = torch.Generator(device).manual_seed(s['seed']), []
 
         def mean(nll, order):
             parts = zip(*(each.to(device).split(s['batch_size']) for each in (x0, order)))
@@ -436,7 +441,7 @@ def orders(runs, settings):
             return ordered_nll(model, x0, order)
 
         def blind(x0, order):
-            return bound_of(run)(model, x0, noise)
+            return bound_of(run)(model, x0, generator)
 
         if run['objective'] == 'ar':
             found = [('left to right', 'nll', mean(blind, left), 'exact')]
@@ -451,8 +456,9 @@ def orders(runs, settings):
         rows += [dict(zip(('run', 'order', 'measured', 'nats/token', 's.e.'), (name, *values)))
                  for values in found]
     return rows, (f'{about(runs[0][1])}: {len(x0)} texts of {x0.size(1)} tokens of val, each read '
-                  f'alone; seed {s["seed"]}; +-: standard deviation over orders. The nelbo is the '
-                  'mean over all orders')
+                  f'alone; seed {s["seed"]}; +-: standard deviation over {s["repeats"]} draws, in '
+                  'each of which every text has an order of its own. The nelbo is the mean over '
+                  'all orders')
 
 
 # ---------------------------------------------------------------------- what is written, and fast
@@ -578,25 +584,17 @@ def judged(judge, texts, ids):
     return {f'nats/char under {name}': nats / sum(map(len, texts))}
 
 
-def write(name, checkpoint, model, settings):
+def write(checkpoint, model, settings):
     """Texts as long as the context, gen_tokens or a little more: (ids, nfe, seconds, passes).
 
-    ids: rows. nfe: passes that a text took, on average over the batches. passes: of all batches.
+    ids: rows. nfe: passes that a text took, on average over them. passes: of all batches.
     """
-    T, objective, how = model.config.block_size, checkpoint['config']['objective'], settings
-    if objective == 'ar':  # it has but one decoder
-        how = how | {'decoder': 'ar', 'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}
-    n_texts = math.ceil(settings['gen_tokens'] / T)
-    ids, nfes, seconds = [], [], 0.0
-    for begin in tqdm(range(0, n_texts, settings['batch_size']), desc=name, leave=False,
-                      disable=not sys.stderr.isatty()):
-        n = min(settings['batch_size'], n_texts - begin)
-        x, nfe, took = sample.generate(model, objective, [[model.mask_id] * T] * n,
-                                       how | {'seed': settings['seed'] + begin})
-        ids += x.tolist()
-        nfes.append(nfe)
-        seconds += took
-    return ids, float(np.mean(nfes)), seconds, sum(nfes)
+    T, objective = model.config.block_size, checkpoint['config']['objective']
+    how = settings | PLAIN | {'decoder': 'ar'} if objective == 'ar' else settings
+    canvases = [[model.mask_id] * T] * math.ceil(settings['gen_tokens'] / T)
+    done, (_, passes, seconds) = sample.complete(model, objective, canvases, how)
+    nfe = float(np.mean([figures['nfe'] for _, figures in done]))
+    return [ids for ids, _ in done], nfe, seconds, passes
 
 
 def training_text(checkpoint):
@@ -613,7 +611,7 @@ def generation(runs, settings):
     real = held_out(checkpoint, T, math.ceil(settings['gen_tokens'] / T)).tolist()
     for name, (ids, nfe, seconds, _) in itertools.chain(
             [('validation text', (real, '', '', ''))],
-            ((run[0], write(*run, settings)) for run in runs)):
+            ((name, write(*run, settings)) for name, *run in runs)):
         texts = [tokenizer.decode(row) for row in ids]
         rows.append(text_row(name, texts, ids, known) | judged(judge, texts, ids)
                     | {'longest copy (chars)': longest_copy(texts, training), 'passes per text':
@@ -671,20 +669,19 @@ def speed(runs, settings):
     rows, T = [], runs[0][2].config.block_size
     real = held_out(checkpoint, T, math.ceil(settings['gen_tokens'] / T)).tolist()
 
-    def add(name, family, setting, ids, nfe='', speed='', pace=''):
+    def add(name, family, setting, ids, nfe='', fast='', slow=''):
         texts = [tokenizer.decode(row) for row in ids]
-        row = {'run': name, 'decoder': family, 'setting': setting, 'nfe': nfe, 'tokens/s': speed,
-               'ms/pass': pace} | judged(judge, texts, ids) | text_row(name, texts, ids, known)
+        row = {'run': name, 'decoder': family, 'setting': setting, 'nfe': nfe, 'tokens/s': fast,
+               'ms/pass': slow} | judged(judge, texts, ids) | text_row(name, texts, ids, known)
         rows.append({key: value for key, value in row.items()
                      if key not in ('tokens', 'distinct-1', 'distinct-3')})
 
     add('validation text', '', '', real)
     for name, checkpoint, model in runs:
         objective, T = checkpoint['config']['objective'], model.config.block_size
-        write('warm-up', checkpoint, model, settings | {'gen_tokens': T, 'steps': 4})
+        write(checkpoint, model, settings | {'gen_tokens': T, 'steps': 4})  # warm-up
         for family, setting, how in decoders_of(objective, T, settings['grid_steps']):
-            ids, nfe, seconds, passes = write(f'{family} {setting}', checkpoint, model,
-                                              settings | how)
+            ids, nfe, seconds, passes = write(checkpoint, model, settings | how)
             add(name, family, setting, ids, nfe, sum(map(len, ids)) / seconds,
                 1000 * seconds / passes)
     note = (f'{about(checkpoint)}; {settings["gen_tokens"]:,} tokens each, in texts as long as the '
@@ -723,7 +720,7 @@ def draw_speed(rows, path):
 def load_log(out_dir):
     """{column: numbers} of a run's log.csv from the second look on, its name, and its settings.
 
-    The first look says log V' for all. epochs: passes over the training text.
+    The first look says log V' for most. epochs: passes over the training text.
     """
     path = Path(out_dir.strip())
     try:
@@ -791,14 +788,20 @@ def draw_curves(rows, path):
 # -------------------------------------------------------------- what is missing, or was spoilt
 
 
-def fill(model, objective, x0, hidden, settings):
-    """x0 (B, T) with what is hidden (bool) written anew, greedily; and the passes of a batch."""
-    how = settings | {'decoder': {'ar': 'ar', 'mdm': 'confidence'}.get(objective, 'auto'),
-                      'temperature': 0.0, 'repetition_penalty': 1.0, 'block_length': 0,
-                      'prefix_cache': False, 'guidance': 0.0}
-    canvases = torch.where(hidden, model.mask_id, x0).split(settings['batch_size'])
-    done = [sample.generate(model, objective, rows.tolist(), how) for rows in canvases]
-    return torch.cat([x for x, _, _ in done]), float(np.mean([nfe for _, nfe, _ in done]))
+def greedy_settings(objective, decoder='auto'):
+    """Settings that take the likeliest tokens; 'auto' has masked models write the surest first."""
+    name = sample.decoder_name(decoder, objective)
+    return {'temperature': 0.0, 'decoder': 'confidence' if decoder == 'auto' and name == 'ancestral'
+            else name}
+
+
+def fill(model, objective, x0, is_mask, settings):
+    """x0 (B, T) written anew where is_mask is True, greedily; and the passes that a row took."""
+    how = settings | PLAIN | greedy_settings(objective) | {'repetition_penalty': 1.0}
+    canvases = torch.where(is_mask, model.mask_id, x0).tolist()
+    done, _ = sample.complete(model, objective, canvases, how)
+    return torch.tensor([ids for ids, _ in done]), \
+        float(np.mean([figures['nfe'] for _, figures in done]))
 
 
 def hide(shape, share, width, generator):
@@ -816,14 +819,17 @@ def right(x, x0, where):
 
 
 def rouge(texts, wanted):
-    """{column: mean F1 of words} of texts against those wanted; nothing without rouge-score."""
+    """{column: mean F1 of words, percent} of texts by those wanted; nothing without rouge-score.
+
+    Words are ours: rouge-score's are of a-z and 0-9, it would cut French ones at every accent.
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         return {}
     scorer = RougeScorer(['rouge1', 'rougeL'], tokenizer=SimpleNamespace(tokenize=words_of))
     scores = [scorer.score(b, a) for a, b in zip(texts, wanted)]
-    return {f'ROUGE-{key[5:]}': float(np.mean([score[key].fmeasure for score in scores]))
+    return {f'ROUGE-{key[5:]}': 100 * float(np.mean([score[key].fmeasure for score in scores]))
             for key in ('rouge1', 'rougeL')}
 
 
@@ -836,13 +842,12 @@ def infill(runs, settings):
     texts = [tokenizer.decode(row) for row in x0.tolist()]
     common = np.bincount(load_split(checkpoint['config']['dataset'], 'train')[:KNOWN_TOKENS])
     for share, width in ((0.25, 1), (0.5, 1), (0.75, 1), (0.25, 8), (0.5, 8)):
-        hidden = hide(x0.shape, share, width, generator)
-        filled = {'most frequent token': (torch.where(hidden, int(common.argmax()), x0), 0.0)}
-        for name, checkpoint, model in tqdm(runs, desc=f'infill {share:.0%}', leave=False,
-                                            disable=not sys.stderr.isatty()):
-            filled[name] = fill(model, checkpoint['config']['objective'], x0, hidden, settings)
+        is_mask = hide(x0.shape, share, width, generator)
+        filled = {'most frequent token': (torch.where(is_mask, int(common.argmax()), x0), 0.0)}
+        for name, checkpoint, model in tqdm(runs, f'infill {share:.0%}', leave=False, disable=None):
+            filled[name] = fill(model, checkpoint['config']['objective'], x0, is_mask, settings)
         rows += [{'run': name, 'hidden': f'{share:.0%}, {"tokens" if width == 1 else "spans of 8"}'}
-                 | right(x, x0, hidden)
+                 | right(x, x0, is_mask)
                  | rouge([tokenizer.decode(row) for row in x.tolist()], texts)
                  | {'nfe': nfe} for name, (x, nfe) in filled.items()]
     return rows, (f'{about(runs[0][1])}: {len(x0)} windows of {x0.size(1)} tokens of val; filled '
@@ -898,10 +903,10 @@ def token_by_token(model, objective, x, rate):
         return token_nll(model, h.flatten(0, 1), x.flatten()).view_as(x).cpu()
     nll = torch.zeros(x.shape, device=x.device)
     for k in range(8):
-        hidden = (torch.arange(x.size(1), device=x.device) % 8 == k).expand_as(x)
-        share = hidden.float().mean(1, keepdim=True)  # (B, 1)
-        h = model(torch.where(hidden, model.mask_id, x), share, where=hidden, hidden=True)
-        nll = nll.masked_scatter(hidden, token_nll(model, h, x[hidden]))
+        is_mask = (torch.arange(x.size(1), device=x.device) % 8 == k).expand_as(x)
+        share = is_mask.float().mean(1, keepdim=True)  # (B, 1)
+        h = model(torch.where(is_mask, model.mask_id, x), share, where=is_mask, hidden=True)
+        nll = nll.masked_scatter(is_mask, token_nll(model, h, x[is_mask]))
     return nll.cpu()
 
 
@@ -944,13 +949,14 @@ def lambada(runs, settings):
         if not work:
             raise UserError(f'{name} cannot read any of these texts: they have characters that its '
                             'tokenizer lacks')
-        for part in tqdm(work, desc=name, leave=False, disable=not sys.stderr.isatty()):
+        for part in tqdm(work, desc=name, leave=False, disable=None):
             x0, n = torch.tensor([ids for ids, _ in part]), torch.tensor([n for _, n in part])
             wanted = torch.arange(x0.size(1)) >= x0.size(1) - n[:, None]  # (B, T)
             draws = [bound_of(run)(model, x0.to(device), generator, ~wanted.to(device))
                      for _ in range(1 if run['objective'] == 'ar' else s['repeats'])]
             nats += torch.stack(draws).mean(0).tolist()
-            x, _ = fill(model, run['objective'], x0, wanted, s | {'steps': 0})
+            x, _ = fill(model, run['objective'], x0, wanted,
+                        s if run['objective'] == 'uniform' else s | {'steps': 0})
             known += (x == x0).all(1).tolist()
         exact, n = run['objective'] == 'ar', len(known)
         rows.append({'run': name, 'texts': n, 'skipped': skipped, 'right (%)': 100 * np.mean(known),
@@ -982,8 +988,7 @@ def reversal(runs, settings):
         facts, turned = set(FACT.findall(text)), {(a, b) for b, a in TURNED.findall(text)}
         if not facts or not turned:
             raise UserError(f'{name} was not trained on facts: run python prepare.py reversal')
-        how = settings | {'decoder': 'ar' if objective == 'ar' else 'confidence', 'steps': 0,
-                          'temperature': 0.0}
+        how = settings | greedy_settings(objective) | {'steps': 0}
         row = {'run': name}
         for column, asked, before, between, wanted in (
                 ('A is __', facts, '{0} is ', '.', 1), ('__ is B', facts, '', ' is {1}.', 0),
@@ -1035,9 +1040,10 @@ def row_pairs(meta, split, max_rows=0):
 
 
 def answer(model, run, meta, pairs, settings):
-    """The answers of a model to the prompts of pairs, [text], and {column: figure} of them.
+    """The answers of a model to the prompts of pairs, [text], {column: figure} of them, and sizes.
 
     run: the settings of training. Prompts of like lengths go together: few wait for others.
+    sizes (3, N): masks that answers got, as predicted, as the right answers and their EOS need.
     """
     tokenizer = load_tokenizer(meta)
     prompts, right = ([tokenizer.encode(pair[i]) for pair in pairs] for i in (1, 2))
@@ -1052,10 +1058,21 @@ def answer(model, run, meta, pairs, settings):
               'no EOS': [not figures.get('ended', len(row) < len(canvas))
                          for (row, figures), canvas in zip(done, canvases)],
               'empty': [not row for row in ids]}
+    masks = [canvas.count(model.mask_id) for canvas in canvases]
+    sizes = np.array([masks, predicted or masks, [len(ids) + 1 for ids in right]])
     return [tokenizer.decode(row) for row in ids], {
         **{name: float(np.mean(share)) for name, share in shares.items()},
         'nfe': float(np.mean([figures['nfe'] for _, figures in done]) + (predicted is not None)),
-        'sentences/s': len(pairs) / (seconds + took)}
+        'sentences/s': len(pairs) / (seconds + took)}, sizes
+
+
+def bleu(texts, right):
+    """sacrebleu's BLEU with its defaults."""
+    try:
+        from sacrebleu import corpus_bleu
+    except ImportError as e:
+        raise UserError(f"BLEU needs {e.name}: pip install -e '.[eval]'") from e
+    return corpus_bleu(texts, [right]).score
 
 
 def make_score():
@@ -1064,23 +1081,17 @@ def make_score():
     BERTScore is one of them where bert-score is installed and its model can be loaded.
     """
     try:
-        from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError as e:
         raise UserError(f"--task=translation needs {e.name}: pip install -e '.[eval]'") from e
-    # rouge-score's own words are of a-z and 0-9: it would cut French ones at every accent
-    rouge = RougeScorer(['rouge1', 'rougeL'], tokenizer=SimpleNamespace(tokenize=words_of))
     bleu, chrf, bert = BLEU(), CHRF(), None
     with suppress(Exception):  # not installed, not on the disk, or of versions that do not fit
         from bert_score import BERTScorer
         bert = BERTScorer('bert-base-multilingual-cased')
 
     def score(texts, right):
-        found = [rouge.score(b, a) for a, b in zip(texts, right)]
         row = {'BLEU': bleu.corpus_score(texts, [right]).score,
-               'chrF': chrf.corpus_score(texts, [right]).score,
-               'ROUGE-1': 100 * np.mean([f['rouge1'].fmeasure for f in found]),
-               'ROUGE-L': 100 * np.mean([f['rougeL'].fmeasure for f in found])}
+               'chrF': chrf.corpus_score(texts, [right]).score} | rouge(texts, right)
         if bert is not None:
             row['BERTScore'] = 100 * bert.score(texts, right)[2].mean().item()
         return {key: float(value) for key, value in row.items()}
@@ -1091,18 +1102,11 @@ def make_score():
                    'cased' if bert is not None else '; no BERTScore: no bert-score, or no model'))
 
 
-def greedy_settings(objective, decoder='auto'):
-    """Settings that take the likeliest tokens; 'auto' has masked models write the surest first."""
-    name = sample.decoder_name(decoder, objective)
-    return {'temperature': 0.0, 'decoder': 'confidence' if decoder == 'auto' and name == 'ancestral'
-            else name}
-
-
 def ways_to_answer(run, settings):
     """[(length, steps, settings)]: the decodings of a run that `translation` compares."""
     s, objective = settings, run['objective']
     if objective == 'ar':  # it has but one decoder
-        s = s | {'decoder': 'auto', 'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}
+        s = s | PLAIN | {'decoder': 'auto'}
     s = s | (greedy_settings(objective, s['decoder']) if s['greedy'] else
              {'decoder': sample.decoder_name(s['decoder'], objective)})
     if objective == 'ar':  # and writes its own end
@@ -1134,12 +1138,12 @@ def translation(runs, settings):
         for length, steps, s in ways_to_answer(run, settings):
             length += ' (oracle)' * (length == 'reference')
             length += f', best of {s["length_candidates"]}' * (s['length_candidates'] > 1)
-            written, figures = answer(model, run, meta, pairs, s)
+            written, figures, _ = answer(model, run, meta, pairs, s)
             rows.append({'run': name, 'decoder': s['decoder'], 'length': length, 'steps': steps}
                         | score(written, right) | figures)
             for level in filter(None, dict.fromkeys(levels)):
                 part = [(a, b) for a, b, c in zip(written, right, levels) if c == level]
-                rows[-1][f'BLEU {level}'] = score(*map(list, zip(*part)))['BLEU']
+                rows[-1][f'BLEU {level}'] = bleu(*zip(*part))
             texts[' '.join(f'{name} {length} {steps}'.split())] = written
     if path:
         for i, (level, prompt, _) in enumerate(pairs):
@@ -1174,22 +1178,13 @@ def draw_translation(rows, path):
 # ------------------------------------------------------------------------ length before decoding
 
 
-def bounds_row(model, run, meta, pairs, settings):
+def bounds_row(masks, predicted, need, full):
     """{column: figure} of the masks that answers get, against what they need with their EOS."""
-    if run['objective'] == 'ar':
-        return dict.fromkeys(('fits (%)', 'too long by', 'masks', 'saved', 'RMSE'), '')
-    tokenizer = load_tokenizer(meta)
-    canvases = sample.row_canvases([tokenizer.encode(prompt) for _, prompt, _ in pairs], run, meta,
-                                   settings)
-    canvases, predicted, _, _ = sample.shortened(model, canvases, run, meta, settings)
-    masks = np.array([canvas.count(model.mask_id) for canvas in canvases])
-    right = np.array([len(tokenizer.encode(answer)) + 1 for _, _, answer in pairs])
-    error = (masks if predicted is None else np.array(predicted)) - right
-    fits = masks >= right
+    fits = masks >= need
     return {'fits (%)': float(100 * fits.mean()),
-            'too long by': float((masks - right)[fits].mean() if fits.any() else math.nan),
-            'masks': float(masks.mean()), 'saved': float(meta['max_answer'] + 1 - masks.mean()),
-            'RMSE': float((error ** 2).mean() ** 0.5)}
+            'too long by': float((masks - need)[fits].mean() if fits.any() else math.nan),
+            'masks': float(masks.mean()), 'saved': float(full - masks.mean()),
+            'RMSE': float(((predicted - need) ** 2).mean() ** 0.5)}
 
 
 @torch.no_grad()
@@ -1225,15 +1220,15 @@ def lengths_of(run, settings):
 
 def lengths(runs, settings):
     """A row for each run and way to know the length: what it saves, and what it does to answers."""
-    score, how = make_score()
     meta, split = runs[0][1]['meta'], settings['split']
     sample.require(settings, ('file', not settings['file'], "'' for task=length"),
                    ('length_block', settings['length_block'] >= 1, '1 or more'))
     if meta['sep_id'] is None:
         raise UserError(f'data/{meta["name"]} has no prompts and answers: no lengths to predict')
-    pairs = row_pairs(meta, split)[:settings['max_rows'] or None]
+    pairs, full = row_pairs(meta, split, settings['max_rows']), meta['max_answer'] + 1
     data = load_split(meta['name'], split).reshape(-1, meta['row_length'])[:len(pairs)]
     rows, chances = [], {}
+    bleu(['a'], ['a'])  # before anything is decoded, for what there is to say without sacrebleu
     for name, checkpoint, model in runs:
         run = checkpoint['config']
         ways = ways_to_answer(run, settings | {'length': lengths_of(run, settings),
@@ -1242,11 +1237,13 @@ def lengths(runs, settings):
                  for length, steps, s in ways if length == 'full' and not s['block_length']]
         answer(model, run, meta, pairs[:4], ways[0][2])  # warm-up
         for length, steps, s in ways:
-            written, figures = answer(model, run, meta, pairs, s)
-            rows.append({'run': name, 'length': length} | bounds_row(model, run, meta, pairs, s) | {
+            written, figures, sizes = answer(model, run, meta, pairs, s)
+            bounds = bounds_row(*sizes, full)
+            rows.append({'run': name, 'length': length} | (
+                bounds if run['objective'] != 'ar' else dict.fromkeys(bounds, '')) | {
                 'steps': steps, 'nfe': figures['nfe'],
                 'ms/sentence': 1000 / figures['sentences/s'],
-                'BLEU': score(written, [answer for _, _, answer in pairs])['BLEU']})
+                'BLEU': bleu(written, [wanted for _, _, wanted in pairs])})
         if run['objective'] != 'ar' and run['predict_pad'] and not run.get('length_head'):
             chances[name] = {share: eos_chances(model, meta, data, share, settings['batch_size'],
                                                 settings['seed'])
@@ -1260,9 +1257,9 @@ def lengths(runs, settings):
     note = (f'{split} of {meta["name"]} ({meta["source"]}): {len(pairs):,} prompts, '
             f'{settings["batch_size"]} at a time, seed {settings["seed"]}; fits: the right answer '
             'and its EOS do; too long by: tokens, where they do; saved: masks of the '
-            f'{meta["max_answer"] + 1} of full; RMSE: of what was predicted, before it was rounded '
+            f'{full} of full; RMSE: of what was predicted, before it was rounded '
             f'up; length_quantile {settings["length_quantile"]}; nfe and ms/sentence: with the '
-            f'pass that predicts; {torch.get_num_threads()} threads; {how}{"".join(right)}')
+            f'pass that predicts; {torch.get_num_threads()} threads{"".join(right)}')
     return rows, note
 
 
@@ -1290,21 +1287,20 @@ def draw_length(rows, path):
 def first_answers(model, run, meta, n, settings):
     """[(prompt, right answer, answer)], texts, of the first n rows of the validation split."""
     pairs = row_pairs(meta, 'val', n)
-    texts, _ = answer(model, run, meta, pairs, settings | greedy_settings(run['objective']))
+    texts, *_ = answer(model, run, meta, pairs, settings | greedy_settings(run['objective']))
     return [(prompt, right, text) for (_, prompt, right), text in zip(pairs, texts)]
 
 
 def append_answers(path, iteration, found):
     """Adds what first_answers found to samples.csv, with BLEU if sacrebleu is installed."""
-    bleu, new = '', not path.exists()
-    with suppress(ImportError):
-        from sacrebleu import corpus_bleu
-        _, right, texts = zip(*found)
-        bleu = f'{corpus_bleu(texts, [right]).score:.2f}'
+    of_all, new = '', not path.exists()
+    with suppress(UserError):
+        _, wanted, texts = zip(*found)
+        of_all = f'{bleu(texts, wanted):.2f}'
     with open(path, 'a', newline='', encoding='utf-8') as f:
         writer = csv.writer(f)
         writer.writerows([('iter', 'BLEU of all', 'prompt', 'right answer', 'answer')] * new)
-        writer.writerows((iteration, bleu, *texts) for texts in found)
+        writer.writerows((iteration, of_all, *texts) for texts in found)
 
 
 def flops_per_token(model, T):
@@ -1383,6 +1379,7 @@ REPORT = {'curves': {}, 'likelihood': {'split': 'train,val'},
           'generation': {'gen_tokens': 4096}, 'infill': {'max_windows': 16, 'steps': 32},
           'recover': {'max_windows': 16, 'steps': 32},
           'speed': {'gen_tokens': 1024, 'grid_steps': (8, 32, 128)}}
+ALONE = {'speed': {'gen_tokens': 2048}}  # as many for each decoder and number of steps
 
 
 def measure(task, runs, settings, command):
@@ -1392,6 +1389,8 @@ def measure(task, runs, settings, command):
         raise UserError(f'task {task} is for streams of text; of rows there are '
                         f'{", ".join(ON_ROWS)}')
     rows, note = function(runs, settings)
+    if not rows:
+        raise UserError(f'task {task} has nothing to say about objectives like those of these runs')
     rows = seeds_together(rows, runs)
     text = f'{markdown(rows)}\n'
     if draw:
@@ -1434,14 +1433,20 @@ def main():
          'of numbers of steps, as in (10, 1000) or (1000,)'),
         ('x_axis', x_axis in ('tokens', 'epochs'), 'tokens or epochs'))
     runs = [] if task == 'curves' else load_runs(out_dir, pick_device(device), task != 'likelihood')
-    sections, words = {}, [word for word in sys.argv[1:] if not word.startswith('--task=')]
+    words = [word for word in sys.argv[1:] if not word.startswith('--task=')]
     given = {word[2:].partition('=')[0] for word in words}
-    for name, change in REPORT.items() if task == 'report' else [(task, {})]:
+    for name, change in REPORT.items() if task == 'report' else [(task, ALONE.get(task, {}))]:
         change = {key: value for key, value in change.items() if key not in given}
         command = shlex.join([*words, f'--task={name}', *(f'--{k}={v}' for k, v in change.items())])
-        sections[name] = measure(name, runs, settings | change, command)
-        print((f'## {name}\n\n' if task == 'report' else '') + sections[name]['markdown'])
-    save_report(sections, report_dir)
+        try:
+            section = measure(name, runs, settings | change, command)
+        except UserError as e:
+            if task != 'report':
+                raise
+            print(f'## {name}\n\nLeft out: {e}.\n')
+            continue
+        print((f'## {name}\n\n' if task == 'report' else '') + section['markdown'])
+        save_report({name: section}, report_dir)
     print(f'Collected in {report_dir}/report.md and report.json')
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -301,7 +302,7 @@ def test_an_answer_ended_if_there_was_room_behind_it_in_its_own_canvas():
     """The best of several may be wider than the one that fit asked for, by as much as it wrote."""
     meta = META | {'counts': {'train': {'answer_line': [0, 1]}}}  # one mask, where h EOS is right
     how = vars(evaluation) | {'temperature': 0.0, 'decoder': 'confidence', 'length_candidates': 3}
-    texts, figures = evaluation.answer(Counting({'a': 'h'}), trained(predict_pad=False), meta,
+    texts, figures, _ = evaluation.answer(Counting({'a': 'h'}), trained(predict_pad=False), meta,
                                        [('', 'a', 'h')], how)
     assert texts == ['h'] and figures['no EOS'] == 0
 
@@ -516,20 +517,37 @@ def test_noises_stand_beside_ar(runs, settings):
     assert (runs / 'noises.png').stat().st_size > 10_000
 
 
-def test_draws_stop_when_the_error_is_small_enough():
-    rng = np.random.default_rng(0)
-    values = []
-
-    def draw(n):
-        assert n == len(values)
-        values.append(rng.normal(3, 0.1))
-        return values[-1]
-
-    mean, error, n = evaluation.draw_until(0.01, 4, draw)
-    assert n == len(values) and mean == pytest.approx(np.mean(values)) and n > 20
-    assert error == pytest.approx(np.std(values, ddof=1) / n ** 0.5) and error <= 0.01
-    assert np.std(values[:-1], ddof=1) / (n - 1) ** 0.5 > 0.01, 'no more than it takes'
+def test_draws_are_as_many_as_the_error_asks_for_and_it_is_true():
+    """One draw spreads by 0.1 around 3."""
+    values, found = iter(np.random.default_rng(0).normal(3, 0.1, 10 ** 6)), []
+    for _ in range(300):
+        drawn = []
+        mean, error, n = evaluation.draw_until(0.02, 4, lambda k: drawn.append(next(values))
+                                               or drawn[-1])
+        assert n == len(drawn) >= 8 and mean == pytest.approx(np.mean(drawn))
+        assert error == pytest.approx(np.std(drawn, ddof=1) / n ** 0.5)
+        found.append((mean - 3, error, n))
+    off, errors, counts = np.array(found).T
+    assert 0.8 < np.mean(abs(off) < 2 * errors) < 0.97, 'of 8 draws 0.91 are'
+    assert np.mean(off ** 2) ** 0.5 == pytest.approx(np.mean(errors), rel=0.25)
+    assert np.mean(counts) == pytest.approx(25, rel=0.15)
     assert evaluation.draw_until(0, 3, lambda n: n)[2] == 3
+
+
+def test_rows_cost_a_blind_model_log_v_for_all_that_it_scores(runs, settings):
+    """EOS among it, and PAD with predict_pad: bits/char are of the answers' characters."""
+    (runs / 'q.txt').write_text('ab\nabc\nc\n' * 20)
+    (runs / 'a.txt').write_text('b\nca\nabcab\n' * 20)
+    assert run('prepare.py', 'rows', '--prompts=q.txt', '--answers=a.txt', '--tokenizer=char',
+               cwd=runs).returncode == 0
+    meta = evaluation.load_meta('rows')
+    blind, count = Knowing([0] * meta['row_length'], meta['vocab_size'], 0.0), meta['counts']['val']
+    for padded, scored in ((False, count['scored']), (True, count['rows'] * 6)):
+        checkpoint = a_run(blind, 'mdm', 'rows', predict_pad=padded)
+        (row,), _ = evaluation.likelihood([checkpoint], settings)
+        assert row['nats/token'] == pytest.approx(math.log(meta['vocab_size']))
+        assert row['bits/char'] == pytest.approx(
+            math.log2(meta['vocab_size']) * scored / count['characters'])
 
 
 def test_seeds_of_one_configuration_become_one_row():
@@ -537,13 +555,15 @@ def test_seeds_of_one_configuration_become_one_row():
                                           'eval_interval': 10 * seed, 'init_from': start}}, None)
             for name, seed, width, start in (('a', 1, 8, 'x'), ('b', 2, 8, 'y'), ('c', 1, 16, 'x'),
                                              ('d', 3, 8, 'z'), ('e', 4, 8, ''))]
-    rows = [{'run': name, 'split': split, 'nll': evaluation.Number(value, True), 'n': len(split)}
+    rows = [{'run': name, 'split': split, 'nll': evaluation.Number(value, True), 'n': len(split),
+             'beginning': [f'text of {name}'], 'curve': [value, 0.0]}
             for split in ('train', 'val') for name, value in zip('abcde', (1., 2., 5., 3., 9.))]
     merged = evaluation.seeds_together(rows, runs)
     assert [(row['run'], row['split']) for row in merged] == [
         (name, split) for split in ('train', 'val') for name in ('a (3 seeds)', 'c', 'e')]
     assert f'{merged[0]["nll"]:.2f}' == '<= 2.00 +- 1.00'
     assert [row['n'] for row in merged] == [5] * 3 + [3] * 3, 'of one run and two rows, not seeds'
+    assert (merged[0]['beginning'], merged[0]['curve']) == (['text of a'], [2.0, 0.0])
 
 
 def test_the_mean_over_orders_is_the_nelbo(settings):
@@ -593,7 +613,7 @@ def test_who_knows_the_text_fills_it_in(settings):
         if row['run'] == 'most frequent token':
             assert row['right (%)'] <= 100 * text.count(common) / 4
         else:
-            assert row['right (%)'] == 100 and row['ROUGE-1'] == row['ROUGE-L'] == 1
+            assert row['right (%)'] == 100 and row['ROUGE-1'] == row['ROUGE-L'] == 100
     rows, _ = evaluation.recover([*both, a_run(Knowing(text, V), 'uniform')], wide)
     assert {row['run'] for row in rows} == {'ar', 'mdm', 'uniform'}
     assert all(row['right (%)'] == row['found (%)'] == 100 for row in rows)
@@ -638,11 +658,36 @@ def test_lambada_scores_the_last_word(settings, runs):
                 .gather(-1, x0[..., None])[..., 0]
             by_draws.append((torch.where(is_mask, nll, 0.0) / t).sum(1).mean().item() * 0.98)
     assert rows[1]['nats/word'] == pytest.approx(np.mean(by_draws), rel=0.06)
+    for objective in ('d3pm', 'uniform', 'block'):
+        (row,), _ = evaluation.lambada([taken_for(objective)], settings | {'source': str(path)})
+        assert row['texts'] == 2 and row['nats/word'].bound
     text = tokenizer.encode(words[0])[-16:]
     sure = a_run(Knowing(text, model.mask_id), 'mdm')
     path.write_text(json.dumps({'text': words[0]}))
     (row,), _ = evaluation.lambada([sure], settings | {'source': str(path)})
     assert row['right (%)'] == 100 and row['perplexity'] == pytest.approx(1, abs=1e-4)
+
+
+def taken_for(objective):
+    """The run out/mdm as if it had another objective, and a log; in out/<objective>, too."""
+    shutil.copytree('out/mdm', f'out/{objective}', dirs_exist_ok=True)
+    checkpoint = load_checkpoint('out/mdm')
+    checkpoint['config']['objective'] = objective
+    torch.save(checkpoint, f'out/{objective}/ckpt.pt')
+    return evaluation.load_runs(f'out/{objective}', 'cpu')[0]
+
+
+def test_a_report_leaves_out_what_a_task_cannot_say(settings, runs):
+    taken_for('d3pm')
+    words = ['--out_dir=out/d3pm', '--gen_tokens=16', '--gen_length=4', '--max_windows=2',
+             '--grid_steps=(2,)', '--repeats=2', '--target_se=0', '--report_dir=d3pm']
+    done = run('eval.py', *words, '--task=order', cwd=runs)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'task order' in done.stderr
+    done = run('eval.py', *words, '--task=report', cwd=runs)
+    assert done.returncode == 0, done.stderr
+    assert 'Left out: task order has nothing to say' in done.stdout
+    assert list(json.loads((runs / 'd3pm/report.json').read_text())) == \
+        [task for task in evaluation.REPORT if task != 'order']
 
 
 def test_a_judge_of_hugging_face(settings, runs):
