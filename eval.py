@@ -10,8 +10,8 @@
 Each prints a Markdown table with a row for each run (several seeds of one configuration make one
 row, mean +- standard deviation) and, below it, how the numbers were obtained. All that was measured
 is collected in report_dir: report.md, the same as numbers in report.json, and pictures. On 2 CPU
-cores, likelihood and generation take a minute or two, curves a second, and report, which is all of
-it at sizes for a laptop, about 5 minutes.
+cores curves take a second, likelihood a minute or two, generation of the full 100,000 tokens by
+each run ten, and report, which is all of it at sizes for a laptop, about 5.
 """
 
 import csv
@@ -1367,7 +1367,8 @@ def draw_losses(rows, title, log_v):
 
 
 # a task: (runs, settings) -> (rows, note), and what draws <task>.png from the rows. Values that are
-# lists are for report.json and the picture alone. Report is those with settings, in this order.
+# lists are for report.json and the picture alone. REPORT: what a report has, in order, and what
+# is other than the settings there; ALONE: what is, by itself. What the user gives comes first.
 TASKS = {'curves': (curves, draw_curves), 'likelihood': (likelihood, draw_likelihood),
          'order': (orders, None), 'generation': (generation, None), 'infill': (infill, None),
          'recover': (recover, None), 'speed': (speed, draw_speed), 'lambada': (lambada, None),
