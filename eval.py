@@ -100,6 +100,7 @@ LAMBADA = ('https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.j
 KNOWN_TOKENS = 20_000_000  # of the training text, as many are searched for words and copies
 PLAIN = {'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}  # the decoder and no more
 EOS_SHARES = (0.25, 0.5, 0.75, 1.0)  # of an answer's window that is masked, in length.png
+MOST_DRAWS = 64        # of a bound, whatever its error is by then
 LEVELS, PLACES = 16, 16  # points of the two curves of likelihood.png
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
           '#882255')   # told apart by the colour-blind; in grey, by the markers
@@ -131,6 +132,8 @@ def load_runs(out_dirs, device, one_data_set=True):
     for path in map(str.strip, out_dirs.split(',')):
         checkpoint = load_checkpoint(path, device) | {'path': path}
         runs.append((Path(path).name, checkpoint, load_model(checkpoint, device)))
+    if len({name for name, *_ in runs}) < len(runs):
+        raise UserError(f'{out_dirs} has runs of the same name, which no table could tell apart')
     dataset = runs[0][1]['config']['dataset']
     for name, checkpoint, _ in runs:
         its = checkpoint['config']['dataset']
@@ -234,12 +237,12 @@ def about(checkpoint):
 def draw_until(target_se, repeats, draw):
     """(mean, its standard error, number) of draw(0), draw(1), ...: as many as the settings ask.
 
-    The first say how many that is, 8 at least: the error of 4 draws is itself off by 40%, and who
-    draws until it happens to look small believes in errors that are too small.
+    The first say how many that is, 8 to MOST_DRAWS: the error of 4 draws is itself off by 40%, and
+    who draws until it happens to look small believes in errors that are too small.
     """
     values = [draw(n) for n in range(max(8, repeats) if target_se else repeats)]
-    needed = (np.std(values, ddof=1) / target_se) ** 2 if target_se else 0
-    values += [draw(n) for n in range(len(values), math.ceil(needed))]
+    needed = np.nan_to_num((np.std(values, ddof=1) / target_se) ** 2) if target_se else 0
+    values += [draw(n) for n in range(len(values), min(MOST_DRAWS, math.ceil(needed)))]
     return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5), len(values)
 
 
@@ -1222,6 +1225,8 @@ def lengths(runs, settings):
     """A row for each run and way to know the length: what it saves, and what it does to answers."""
     meta, split = runs[0][1]['meta'], settings['split']
     sample.require(settings, ('file', not settings['file'], "'' for task=length"),
+                   ('max_rows', settings['max_rows'] >= 0, '1 or more, or 0 for all'),
+                   ('answer_steps', settings['answer_steps'], 'of whole numbers, as 16,'),
                    ('length_block', settings['length_block'] >= 1, '1 or more'))
     if meta['sep_id'] is None:
         raise UserError(f'data/{meta["name"]} has no prompts and answers: no lengths to predict')
@@ -1414,7 +1419,9 @@ def save_report(sections, folder):
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(OSError, ValueError):  # none yet, or a damaged one
         sections = json.loads(path.read_text(encoding='utf-8')) | sections
-    path.write_text(json.dumps(sections, indent=1), encoding='utf-8')
+    part = path.with_suffix('.part')  # a full disk must not cost what is there
+    part.write_text(json.dumps(sections, indent=1), encoding='utf-8')
+    part.replace(path)
     path.with_suffix('.md').write_text('\n'.join(
         [f'# {" and ".join(dict.fromkeys(s["settings"]["out_dir"] for s in sections.values()))}\n',
          *(f'## {task}\n\n{section["markdown"]}' for task, section in sections.items())]),

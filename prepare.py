@@ -132,7 +132,9 @@ def load_meta(dataset):
     """What data/<dataset>/meta.json says, checked. Raises UserError."""
     path = Path('data', dataset, 'meta.json')
     if not path.is_file():
-        raise UserError(f'there is no {path}: run python prepare.py {dataset}')
+        raise UserError(f'there is no {path}: ' + (
+            f'run python prepare.py {dataset}' if Path(dataset).name == dataset else
+            'prepare.py makes a folder of data/ from a file, and dataset is its name'))
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
         wrong = [key for key, kind in META_TYPES.items() if not isinstance(meta.get(key), kind)]
@@ -728,6 +730,10 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, threads=0, pro
     is_pair = bool(what in PAIRS or prompts or answers or fields)
     kind = tokenizer or DATASETS.get(what, ['char'])[0]
     target = Path('data', name or (what if what in DATASETS else Path(what).stem))
+    if min(vocab_size, threads, max_prompt - 1, max_answer - 1) < 0 or max(
+            max_prompt, max_answer) > 10 ** 6:
+        raise UserError('vocab_size and threads are 0 or more, max_prompt and max_answer 1 or more '
+                        'and a million at most')
     if kind not in TOKENIZER_KEYS:
         raise UserError(f'tokenizer is {kind!r}, but must be one of {", ".join(TOKENIZER_KEYS)}')
     taken = target.exists() and not (target / 'meta.json').exists()  # by something else of yours

@@ -1297,7 +1297,8 @@ def main():
                         for name in ('num_samples', 'batch_size')),
             ('gen_length', gen_length >= 0, '1 or more, or 0 to fill the context'))
     require(settings, ('save', not save or Path(save).suffix in SAVERS,
-                       f'a file ending in one of {", ".join(SAVERS)}'))
+                       f'a file ending in one of {", ".join(SAVERS)}'),
+            ('watch', not (watch and json), 'False with json'))
     if corrupt:
         return show_corruption(corrupt, out_dir, seed)
     place = pick_device(device)

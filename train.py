@@ -43,7 +43,7 @@ from eval import append_answers, draw_losses, fastest_flops, first_answers, flop
 from model import BOUND_NAMES, DIVERGENCES, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, \
     bound_of, evaluate, length_loss, load_checkpoint, loss_of, mixed_seed, model_config, \
     pick_device, pick_dtype
-from prepare import gather, gather_rows, load_meta, load_split, load_tokenizer, prepare, \
+from prepare import DATASETS, gather, gather_rows, load_meta, load_split, load_tokenizer, prepare, \
     row_batches, row_lengths, row_widths
 
 # the run
@@ -305,6 +305,10 @@ if resume:  # the settings that the run has, then what this command line says
     settings = config.override(globals())
 for name, fine, wanted in (
         ('objective', objective in LOSSES, f'one of {", ".join(LOSSES)}'),
+        ('objective', not resume or objective == checkpoint['config']['objective'],
+         'that of the run'),
+        ('seed', 0 <= seed < 2 ** 63, 'in [0, 2^63)'),
+        *((n, 0 <= settings[n] < 1, 'in [0, 1)') for n in ('beta1', 'beta2')),
         ('schedule', schedule in SCHEDULES, f'one of {", ".join(SCHEDULES)}'),
         ('loss_weight', loss_weight in LOSS_WEIGHTS, f'one of {", ".join(LOSS_WEIGHTS)}'),
         ('optimizer', optimizer in ('muon', 'adamw'), 'muon or adamw'),
@@ -326,7 +330,7 @@ for name, fine, wanted in (
         ('length_quantile', 0 < length_quantile < 1, 'in (0, 1)'),
         *((n, settings[n] >= 0, '0 or more') for n in (
             'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows', 'length_curriculum',
-            'pad_curriculum', 'n_kv_head', 'n_hidden', 'warmup_iters')),
+            'pad_curriculum', 'n_kv_head', 'n_hidden', 'warmup_iters', 'weight_decay', 'w_max')),
         *((n, settings[n] >= 1, '1 or more') for n in (
             'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head',
             'n_embd', 'eval_interval', 'log_interval', 'eval_repeats', 'diffusion_steps',
@@ -343,7 +347,7 @@ if world > 1:
         torch.cuda.set_device(device)
     dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
 dtype = pick_dtype(dtype, device)
-if rank == 0 and not (Path('data') / dataset / 'meta.json').exists():
+if rank == 0 and dataset in DATASETS and not (Path('data') / dataset / 'meta.json').exists():
     print(f'data/{dataset} is missing: preparing it')
     prepare(dataset)
 if world > 1:
@@ -411,7 +415,8 @@ if resume:
     first_iter, best = checkpoint['iter'], checkpoint['best']
     with open(out / 'log.csv', newline='') as f:
         rows = [row for row in csv.DictReader(f) if int(row['iter']) <= first_iter]
-    tokens, seconds = checkpoint.get('tokens', 0), checkpoint.get('seconds', 0.0)
+    tokens = int(checkpoint.get('tokens', rows[-1]['tokens']))  # runs of old have neither
+    seconds = float(checkpoint.get('seconds', rows[-1]['seconds']))
 if compile:
     model.compile()
 parallel = Parallel(model, broadcast_buffers=False) if world > 1 else model
@@ -457,11 +462,11 @@ for signal_number in () if bench else (signal.SIGINT, signal.SIGTERM):
 trackers = []
 if rank == 0 and not bench:  # the others write nothing
     out.mkdir(parents=True, exist_ok=True)
+    trackers = make_trackers(tensorboard, wandb, out_dir, settings)
     if not resume:
         for name in ('ckpt.pt', 'samples.csv'):  # of a run that --overwrite throws away
             (out / name).unlink(missing_ok=True)
     write_atomically(out / 'config.json', json.dumps(settings, indent=2).encode())
-    trackers = make_trackers(tensorboard, wandb, out_dir, settings)
 kept = 'nothing is saved yet' if not resume else f'{out}/ckpt.pt has the weights of {first_iter}'
 bar = tqdm(total=max_iters, initial=first_iter, unit='it',
            disable=not sys.stderr.isatty() or rank > 0)
@@ -480,7 +485,7 @@ for iteration in range(first_iter, max_iters + 1):
         with autocast:
             val, _ = measure(data=val_data)
             train, _ = measure(data=train_data, max_windows=4 * batch_size)
-        if not val < 2 * log_v:  # nan is not, either
+        if not val <= 2 * log_v:  # nan is not, either
             raise UserError(f'diverged: the validation loss is {val:.4g} after {iteration} updates '
                             f'and at learning rate {factor * learning_rate:.2e}; {kept}')
         rows.append({'iter': iteration, 'tokens': tokens, 'measured': bound_name,

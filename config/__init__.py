@@ -21,11 +21,18 @@ class UserError(Exception):
 
 
 def show_one_line(kind, error, trace):
-    """sys.excepthook of every script: no traceback for what is no bug, a full disk among it."""
-    if not issubclass(kind, (UserError, OSError)):
+    """sys.excepthook of every script: no traceback for what is no bug.
+
+    A full disk, text in no known encoding, Ctrl-C, and too little memory, of whatever device.
+    """
+    if issubclass(kind, KeyboardInterrupt):
+        error = 'stopped'
+    elif 'Memory' in kind.__name__ or "can't allocate memory" in str(error):
+        error = f'out of memory, lower batch_size or block_size: {str(error).splitlines()[0]}'
+    elif not issubclass(kind, (UserError, OSError, UnicodeError)):
         return sys.__excepthook__(kind, error, trace)
     print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    sys.exit(130 if issubclass(kind, KeyboardInterrupt) else 2)
 
 
 def override(settings, argv=None):
@@ -66,8 +73,9 @@ def convert(name, value, default, from_text):
             value = ast.literal_eval(value.capitalize() if kind is bool else value)
         if kind is float and type(value) is int:
             value = float(value)
-    if type(value) is not kind:
-        raise UserError(f'{name} is {value!r}, but it must be of type {kind.__name__}')
+    if type(value) is not kind or kind is tuple and {*map(type, value)} - {int, float}:
+        hint = f': write --{name}=VALUE' * (value is True) + ' of numbers' * (kind is tuple)
+        raise UserError(f'{name} is {value!r}, but it must be of type {kind.__name__}{hint}')
     return value
 
 

@@ -139,6 +139,7 @@ def test_tables_are_markdown():
 
 @pytest.mark.parametrize('words, said', [
     (['--out_dir=out/nowhere'], 'is not a run'), (['--task=sing'], 'likelihood, order'),
+    (['--out_dir=out/ar,out/ar'], 'of the same name'),
     (['--out_dir=out/nowhere', '--task=curves'], 'is not a run'),
     (['--out_dir=out/ar,out/other', '--task=generation'], 'cannot be compared'),
     (['--split=test'], "no split 'test'"),
@@ -532,6 +533,7 @@ def test_draws_are_as_many_as_the_error_asks_for_and_it_is_true():
     assert np.mean(off ** 2) ** 0.5 == pytest.approx(np.mean(errors), rel=0.25)
     assert np.mean(counts) == pytest.approx(25, rel=0.15)
     assert evaluation.draw_until(0, 3, lambda n: n)[2] == 3
+    assert evaluation.draw_until(1e-9, 3, lambda n: n % 2)[2] == evaluation.MOST_DRAWS
 
 
 def test_rows_cost_a_blind_model_log_v_for_all_that_it_scores(runs, settings):
@@ -839,6 +841,7 @@ def test_chances_of_an_eos_stand_at_their_distance_from_the_end(book, monkeypatc
 
 @pytest.mark.parametrize('settings, run, said', [
     ({'file': 'book.tsv'}, {}, "'' for task=length"), ({'length_block': 0}, {}, 'length_block'),
+    ({'answer_steps': ()}, {}, 'answer_steps'), ({'max_rows': -1}, {}, 'max_rows'),
     ({'length_quantile': 1.5}, {}, 'length_quantile'), ({'length': 'regress'}, {}, 'no such head'),
     ({'length': 'argmax'}, {'predict_pad': False}, 'train with predict_pad')])
 def test_lengths_that_cannot_be_measured(book, monkeypatch, settings, run, said):

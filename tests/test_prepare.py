@@ -521,6 +521,7 @@ def test_the_command_line(tmp_path):
         done = run(*words)
         assert done.returncode == 0 and 'vocab_size = 0 ' in done.stdout
     for words, message in ((['nix.txt'], 'there is no file'), (['verse.txt', '--nam=v'], 'nam'),
+                           (['verse.txt', '--threads=-1'], 'threads are 0 or more'),
                            (['verse.txt', '--tokenizer=word'], 'char, gpt2, bpe'),
                            (['verse.txt', '--vocab_size=many'], 'vocab_size')):
         done = run(*words)

@@ -10,17 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {
-    'config/__init__.py': 60,
+    # 60 was planned for settings alone, without what may go wrong later: memory, encodings, Ctrl-C
+    'config/__init__.py': 65,
     # 320 was planned without the stand-in for a blocked download and without resuming downloads
     # over several mirrors, 45 lines between them, and without rows, 190: five sources of them (two
     # files, .csv, .jsonl, documents, two known data sets) and how they are read back
-    'prepare.py': 565,
+    'prepare.py': 567,
     # 420 was planned for ar and mdm; then came d3pm, uniform with its soft inputs, and block
     'model.py': 600,
     # 320 was planned with torch.optim.Muon, whose bfloat16 is 80 times slower on most CPUs; then
-    # came --bench and the trackers, rows, which of them, how they grow and are weighed, and the
-    # settings of more objectives
-    'train.py': 502,
+    # came --bench and the trackers, rows, which of them, how they grow and are weighed, the
+    # settings of more objectives, and what may be wrong with each
+    'train.py': 506,
     # 450 was planned for the decoders, which it is without its section 'to be seen': --watch, and
     # --save to four formats, 70 lines of which are the page of HTML. 80 came with the objectives
     # d3pm, uniform and block, 50 with the answers to prompts, 40 with their lengths, and 40 with

@@ -1961,6 +1961,7 @@ def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main)
      'length_quantile is 0.0'),
     (['--start=ab', '--length_candidates=0'], 'length_candidates is 0'),
     (['--start=ab', '--length_candidates=3', '--watch'], '1 to watch or save'),
+    (['--start=ab', '--watch', '--json'], 'False with json'),
     (['--start=ab', '--length_candidates=3', '--out_dir=row_pad'], 'but for masks'),
     (['--start=a', '--length_candidates=3', '--out_dir=mdm'], 'without answers')])
 def test_bad_questions_are_one_line(row_runs, run_main, words, problem):

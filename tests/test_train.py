@@ -349,6 +349,9 @@ def test_trackers_get_the_losses_or_one_line_says_what_to_install(verse, monkeyp
     assert [i for i, k, v in tracked if k == 'val nelbo <=' and v > 0] == [0, 3, 6]
     monkeypatch.setitem(sys.modules, module, None)
     assert_one_line(run('train.py', *words, cwd=verse), "'.[track]'")
+    assert load_checkpoint(verse / 'out/tracked')['iter'] == 6, 'thrown away for nothing'
+    done = run('train.py', '--out_dir=out/tracked', '--resume', '--objective=ar', cwd=verse)
+    assert_one_line(done, 'that of the run')
 
 
 def test_a_broken_write_keeps_the_old_checkpoint(verse, monkeypatch):
@@ -438,6 +441,8 @@ def test_an_unknown_data_set_ends_in_one_line(tmp_path):
 
 @pytest.mark.parametrize('words, said', [
     (['--max_iter=3'], 'did you mean max_iters'), (['--n_layer=two'], 'of type int'),
+    (['--seed', '5'], 'write --seed=VALUE'), (['--seed=-1'], 'seed'), (['--beta2=1'], 'beta2'),
+    (["--mask_range=('a', 1)"], 'tuple of numbers'), (['--dataset=x/verse.txt'], 'is its name'),
     (['config/none.py'], 'there is no config file'), (['--objective=gan'], 'one of ar, mdm'),
     (['--optimizer=sgd'], 'muon or adamw'), (['--lr_schedule=x'], 'cosine, wsd'),
     (['--n_head=3'], 'multiple of n_head'), (['--block_size=100000'], 'training tokens'),
