@@ -151,12 +151,15 @@ def seeds_together(rows, runs):
     They differ in their seed, where they are, what weights of this seed they began with, and how
     often they were looked at.
     """
-    kinds = {name: repr((checkpoint['iter'], sorted(
-        (key, bool(value) if key == 'init_from' else value)
-        for key, value in checkpoint['config'].items()
-        if key not in ('seed', 'out_dir', 'resume', 'overwrite', 'eval_interval', 'log_interval',
-                       'eval_repeats')))) for name, checkpoint, _ in runs}
-    groups, merged, seen = {}, [], Counter()
+    kinds, groups, merged, seen = {}, {}, [], Counter()
+    for name, checkpoint, _ in runs:
+        config = checkpoint['config']
+        kind = repr((checkpoint['iter'], sorted(
+            (key, bool(value) if key == 'init_from' else value) for key, value in config.items()
+            if key not in ('seed', 'out_dir', 'resume', 'overwrite', 'eval_interval',
+                           'log_interval', 'eval_repeats'))))
+        seen[kind, config['seed']] += 1  # two of the same seed are not of one kind
+        kinds[name] = kind, seen[kind, config['seed']]
     for row in rows:
         seen[row['run']] += 1  # the n-th row of a run goes with the n-th of the others
         key = kinds.get(row['run'], row['run']), seen[row['run']]

@@ -485,7 +485,7 @@ for iteration in range(first_iter, max_iters + 1):
         with autocast:
             val, _ = measure(data=val_data)
             train, _ = measure(data=train_data, max_windows=4 * batch_size)
-        if not val <= 2 * log_v:  # nan is not, either
+        if not val <= (2 * log_v if token_weights[0] else math.inf):  # nan is not, either
             raise UserError(f'diverged: the validation loss is {val:.4g} after {iteration} updates '
                             f'and at learning rate {factor * learning_rate:.2e}; {kept}')
         rows.append({'iter': iteration, 'tokens': tokens, 'measured': bound_name,

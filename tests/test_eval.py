@@ -556,15 +556,16 @@ def test_seeds_of_one_configuration_become_one_row():
     runs = [(name, {'iter': 9, 'config': {'seed': seed, 'out_dir': name, 'n_embd': width,
                                           'eval_interval': 10 * seed, 'init_from': start}}, None)
             for name, seed, width, start in (('a', 1, 8, 'x'), ('b', 2, 8, 'y'), ('c', 1, 16, 'x'),
-                                             ('d', 3, 8, 'z'), ('e', 4, 8, ''))]
+                                             ('d', 3, 8, 'z'), ('e', 4, 8, ''), ('f', 1, 8, 'y'))]
     rows = [{'run': name, 'split': split, 'nll': evaluation.Number(value, True), 'n': len(split),
              'beginning': [f'text of {name}'], 'curve': [value, 0.0]}
-            for split in ('train', 'val') for name, value in zip('abcde', (1., 2., 5., 3., 9.))]
+            for split in ('train', 'val')
+            for name, value in zip('abcdef', (1., 2., 5., 3., 9., 7.))]
     merged = evaluation.seeds_together(rows, runs)
     assert [(row['run'], row['split']) for row in merged] == [
-        (name, split) for split in ('train', 'val') for name in ('a (3 seeds)', 'c', 'e')]
+        (name, split) for split in ('train', 'val') for name in ('a (3 seeds)', 'c', 'e', 'f')]
     assert f'{merged[0]["nll"]:.2f}' == '<= 2.00 +- 1.00'
-    assert [row['n'] for row in merged] == [5] * 3 + [3] * 3, 'of one run and two rows, not seeds'
+    assert [row['n'] for row in merged] == [5] * 4 + [3] * 4, 'of one run and two rows, not seeds'
     assert (merged[0]['beginning'], merged[0]['curve']) == (['text of a'], [2.0, 0.0])
 
 
