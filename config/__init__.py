@@ -28,7 +28,7 @@ def show_one_line(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         error = 'stopped'
     elif 'Memory' in kind.__name__ or "can't allocate memory" in str(error):
-        error = f'out of memory, lower batch_size or block_size: {str(error).splitlines()[0]}'
+        error = f'out of memory, lower batch_size, block_size: {" ".join(str(error).split())[:99]}'
     elif not issubclass(kind, (UserError, OSError, UnicodeError)):
         return sys.__excepthook__(kind, error, trace)
     print(f'error: {error}', file=sys.stderr)
