@@ -49,8 +49,9 @@ out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
 task = 'likelihood'    # likelihood, generation, speed, curves, infill, order, lambada, recover,
                        # noises, translation, length, reversal; report: most, on one page
 report_dir = 'out/report'  # where report.md, report.json and the pictures go
-split = 'val'          # train, val, test; likelihood: or several with commas
-max_windows = 64       # likelihood: of train, evenly spread; order, infill, recover: of val;
+split = 'val'          # train, val, test; likelihood: or several with commas; generation and
+                       # speed: val, always
+max_windows = 64       # likelihood: of train, evenly spread; order, infill, recover: of the split;
                        # lambada: texts; 0 = all
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 seed = 1
@@ -218,9 +219,9 @@ def save_figure(fig, path):
     fig.savefig(path, dpi=150)
 
 
-def held_out(checkpoint, T, n):
-    """n windows (n, T) of the validation split, evenly spread, or all there are; 0 = all."""
-    data = load_split(checkpoint['config']['dataset'], 'val')
+def held_out(checkpoint, T, n, split='val'):
+    """n windows (n, T) of a split, evenly spread, or all there are; 0 = all."""
+    data = load_split(checkpoint['config']['dataset'], split)
     T = min(T, len(data))
     starts = np.arange(0, len(data) - T + 1, T)
     if 0 < n < len(starts):
@@ -431,7 +432,7 @@ def orders(runs, settings):
     """
     rows, s = [], settings
     T = min(s['gen_length'], *(model.config.block_size for _, _, model in runs))
-    x0 = held_out(runs[0][1], T, s['max_windows'])
+    x0 = held_out(runs[0][1], T, s['max_windows'], s['split'])
     left = torch.arange(x0.size(1)).expand_as(x0)  # (B, T)
     generator = torch.Generator().manual_seed(s['seed'])
     random = [torch.rand(x0.shape, generator=generator).argsort(1) for _ in range(s['repeats'])]
@@ -461,10 +462,10 @@ def orders(runs, settings):
                      ('all orders', 'nelbo', Number(nelbo, bound=True), error)]
         rows += [dict(zip(('run', 'order', 'measured', 'nats/token', 's.e.'), (name, *values)))
                  for values in found]
-    return rows, (f'{about(runs[0][1])}: {len(x0)} texts of {x0.size(1)} tokens of val, each read '
-                  f'alone; seed {s["seed"]}; +-: standard deviation over {s["repeats"]} draws, in '
-                  'each of which every text has an order of its own. The nelbo is the mean over '
-                  'all orders')
+    return rows, (f'{about(runs[0][1])}: {len(x0)} texts of {x0.size(1)} tokens of {s["split"]}, '
+                  f'each read alone; seed {s["seed"]}; +-: standard deviation over {s["repeats"]} '
+                  'draws, in each of which every text has an order of its own. The nelbo is the '
+                  'mean over all orders')
 
 
 # ---------------------------------------------------------------------- what is written, and fast
@@ -844,7 +845,7 @@ def infill(runs, settings):
     checkpoint, generator = runs[0][1], torch.Generator().manual_seed(settings['seed'])
     tokenizer, rows = load_tokenizer(checkpoint['meta']), []
     x0 = held_out(checkpoint, min(model.config.block_size for _, _, model in runs),
-                  settings['max_windows'])
+                  settings['max_windows'], settings['split'])
     texts = [tokenizer.decode(row) for row in x0.tolist()]
     common = np.bincount(load_split(checkpoint['config']['dataset'], 'train')[:KNOWN_TOKENS])
     for share, width in ((0.25, 1), (0.5, 1), (0.75, 1), (0.25, 8), (0.5, 8)):
@@ -856,10 +857,10 @@ def infill(runs, settings):
                  | right(x, x0, is_mask)
                  | rouge([tokenizer.decode(row) for row in x.tolist()], texts)
                  | {'nfe': nfe} for name, (x, nfe) in filled.items()]
-    return rows, (f'{about(runs[0][1])}: {len(x0)} windows of {x0.size(1)} tokens of val; filled '
-                  f'greedily, ar from left to right without what follows, mdm surest first in '
-                  f'{settings["steps"]} steps; right: hidden tokens that are as they were, s.e. '
-                  f'over windows; seed {settings["seed"]}; ' + (
+    return rows, (f'{about(runs[0][1])}: {len(x0)} windows of {x0.size(1)} tokens of '
+                  f'{settings["split"]}; filled greedily, ar from left to right without what '
+                  f'follows, mdm surest first in {settings["steps"]} steps; right: hidden tokens '
+                  f'that are as they were, s.e. over windows; seed {settings["seed"]}; ' + (
                       'ROUGE: F1 of the words of whole windows' if 'ROUGE-1' in rows[0] else
                       "no ROUGE: pip install -e '.[eval]'"))
 
@@ -874,7 +875,7 @@ def recover(runs, settings):
     checkpoint, generator = runs[0][1], torch.Generator().manual_seed(settings['seed'])
     V, rows = checkpoint['meta']['vocab_size'], []
     x0 = held_out(checkpoint, min(model.config.block_size for _, _, model in runs),
-                  settings['max_windows'])
+                  settings['max_windows'], settings['split'])
     for rate in (0.05, 0.1, 0.2):
         spoilt = hide(x0.shape, rate, 1, generator)
         xt = torch.where(spoilt, (x0 + torch.randint(1, V, x0.shape, generator=generator)) % V, x0)
@@ -890,9 +891,9 @@ def recover(runs, settings):
                          100 * (suspect & spoilt).sum().item() / spoilt.sum().item()}
                         | right(x, x0, torch.ones_like(spoilt))
                         | {'before (%)': right(xt, x0, torch.ones_like(spoilt))['right (%)']})
-    return rows, (f'{about(checkpoint)}: {len(x0)} windows of {x0.size(1)} tokens of val, some of '
-                  'which are replaced by others; found: of those replaced; right: tokens that are '
-                  f'as they were before and after; s.e. over windows; seed {settings["seed"]}')
+    return rows, (f'{about(checkpoint)}: {len(x0)} windows of {x0.size(1)} tokens of '
+                  f'{settings["split"]}, some of which are replaced; found: of those; right: as '
+                  f'they were, after and before; s.e. over windows; seed {settings["seed"]}')
 
 
 @torch.no_grad()

@@ -620,6 +620,8 @@ def test_who_knows_the_text_fills_it_in(settings):
     rows, _ = evaluation.recover([*both, a_run(Knowing(text, V), 'uniform')], wide)
     assert {row['run'] for row in rows} == {'ar', 'mdm', 'uniform'}
     assert all(row['right (%)'] == row['found (%)'] == 100 for row in rows)
+    other = wide | {'split': 'train'}  # of which they know nothing
+    assert any(row['right (%)'] < 100 for row in evaluation.recover(both, other)[0])
     hidden = evaluation.hide((5, 64), 0.25, 8, torch.Generator().manual_seed(0))
     assert hidden.sum(1).tolist() == [16] * 5
     assert (hidden.view(5, 8, 8).float().mean(2) % 1 == 0).all(), 'whole spans'
