@@ -330,7 +330,8 @@ for name, fine, wanted in (
         ('length_quantile', 0 < length_quantile < 1, 'in (0, 1)'),
         *((n, settings[n] >= 0, '0 or more') for n in (
             'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows', 'length_curriculum',
-            'pad_curriculum', 'n_kv_head', 'n_hidden', 'warmup_iters', 'weight_decay', 'w_max')),
+            'pad_curriculum', 'n_kv_head', 'n_hidden', 'warmup_iters', 'weight_decay', 'w_max',
+            'learning_rate', 'muon_lr')),
         *((n, settings[n] >= 1, '1 or more') for n in (
             'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head',
             'n_embd', 'eval_interval', 'log_interval', 'eval_repeats', 'diffusion_steps',
@@ -413,10 +414,14 @@ if resume:
         raise UserError(f'the weights in {out_dir} have another shape than these settings ask '
                         'for: resume without changing the model or the optimizer') from e
     first_iter, best = checkpoint['iter'], checkpoint['best']
-    with open(out / 'log.csv', newline='') as f:
-        rows = [row for row in csv.DictReader(f) if int(row['iter']) <= first_iter]
-    tokens = int(checkpoint.get('tokens', rows[-1]['tokens']))  # runs of old have neither
-    seconds = float(checkpoint.get('seconds', rows[-1]['seconds']))
+    try:
+        with open(out / 'log.csv', newline='') as f:
+            rows = [row for row in csv.DictReader(f)  # None: a line that was cut
+                    if None not in row.values() and int(row['iter']) <= first_iter]
+        tokens = int(checkpoint.get('tokens', rows[-1]['tokens']))  # runs of old have neither
+        seconds = float(checkpoint.get('seconds', rows[-1]['seconds']))
+    except (OSError, ValueError, TypeError, LookupError) as e:
+        raise UserError(f'{out}/log.csv is damaged or gone ({type(e).__name__})') from e
 if compile:
     model.compile()
 parallel = Parallel(model, broadcast_buffers=False) if world > 1 else model
@@ -582,8 +587,8 @@ for iteration in range(first_iter, max_iters + 1):
         used = f'{100 * speed * flops / world / peak:.0f}% of torch.mm'
         bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s, {used}')
         if bar.disable and iteration % (10 * log_interval) == 0:
-            share_done = (iteration + 1 - first_iter) / (max_iters - first_iter)
-            minutes = (seconds - first_seconds) * (1 / share_done - 1) / 60
+            pace = (seconds - first_seconds) / (iteration + 1 - first_iter)
+            minutes = (max_iters - iteration - 1) * pace / 60
             say(f'{iteration:6,} updates, {seconds:4.0f} s: loss {loss:.4f}, {speed:,.0f} '
                 f'tokens/s, {used}, {minutes:.1f} minutes left', flush=True)
 bar.close()

@@ -471,6 +471,12 @@ def test_a_run_is_not_overwritten_unasked(verse):
     assert run('train.py', *words, '--overwrite', cwd=verse).returncode == 0
     assert_one_line(run('train.py', '--out_dir=out/kept', '--resume', '--n_embd=64', cwd=verse),
                     'another shape')
+    log = verse / 'out/kept/log.csv'
+    log.write_text(log.read_text()[:-40])  # the last line is left out, and written anew
+    assert run('train.py', '--out_dir=out/kept', '--resume', cwd=verse).returncode == 0
+    assert len(log.read_text().splitlines()) == 3
+    log.write_text(log.read_text().replace('0,0,', '?,0,'))
+    assert_one_line(run('train.py', '--out_dir=out/kept', '--resume', cwd=verse), 'log.csv is dam')
 
 
 def test_damaged_data_and_checkpoints_end_in_one_line(verse, tmp_path):
