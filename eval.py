@@ -163,7 +163,8 @@ def seeds_together(rows, runs):
         kinds[name] = kind, seen[kind, config['seed']]
     for row in rows:
         seen[row['run']] += 1  # the n-th row of a run goes with the n-th of the others
-        key = kinds.get(row['run'], row['run']), seen[row['run']]
+        key = (kinds.get(row['run'], row['run']), seen[row['run']],  # and points of each curve
+               *(len(value) for value in row.values() if isinstance(value, list)))
         groups.setdefault(key, []).append(row)
     for group in groups.values():
         merged.append(dict(group[0]))
@@ -774,8 +775,7 @@ def draw_curves(rows, path):
     for i, row in enumerate(rows):
         how = {'color': COLORS[i % 9], 'marker': MARKERS[1 + i % 8]}
         best, label = int(np.argmin(row['y'])), f'{row["run"]}, {row["measured"]}'
-        if row['measured'] == 'nelbo':
-            label += ' (an upper bound on the nll)'
+        label += ' (an upper bound on the nll)' * (row['measured'] == 'nelbo')
         for ax, x in zip(axes, (row[f'x: {x_axis}'], row['x: minutes'])):
             ax.plot(x, row['y'], lw=1.3, ms=4, label=label, **how)
             if x_axis == 'epochs':

@@ -567,6 +567,9 @@ def test_seeds_of_one_configuration_become_one_row():
     assert f'{merged[0]["nll"]:.2f}' == '<= 2.00 +- 1.00'
     assert [row['n'] for row in merged] == [5] * 4 + [3] * 4, 'of one run and two rows, not seeds'
     assert (merged[0]['beginning'], merged[0]['curve']) == (['text of a'], [2.0, 0.0])
+    rows[1]['curve'] = [2.0]  # looked at less often: no mean of curves
+    assert [row['run'] for row in evaluation.seeds_together(rows[:6], runs)] == [
+        'a (2 seeds)', 'b', 'c', 'e', 'f']
 
 
 def test_the_mean_over_orders_is_the_nelbo(settings):
