@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_commands_run_in_their_order(folder):
+def test_commands_run_in_their_order(folder, monkeypatch, capsys):
     for words in commands():
         script, rest = words[1], words[2:]
         if script == 'prepare.py':
@@ -48,6 +48,9 @@ def test_commands_run_in_their_order(folder):
         rest = [str(ROOT / word) if word.startswith('config/') else word for word in rest]
         done = run(script, *rest, *TOY[script], cwd=folder)
         assert done.returncode == 0, f'{" ".join(words)}: {done.stderr}'
+    monkeypatch.chdir(folder)
+    exec(re.search(r'```python\n(import .*?)```', README, re.S)[1], {})  # on a run of theirs
+    assert capsys.readouterr().out.splitlines()[-1].startswith('counts: ')
 
 
 def test_readme_names_both_set_up_commands():
