@@ -3,9 +3,10 @@
 dataset = 'shakespeare_char'
 train_tokens = 50_000
 objective = 'mdm'
-loss_weight = 'flat'
-mask_range = (0.0, 1.0)
 n_embd = 128
 block_size = 128
+dropout = 0.1
+weight_decay = 0.3
+lr_schedule = 'cosine'
 max_iters = 3000
-eval_interval = 200
+eval_interval = 250

@@ -2,5 +2,5 @@
 # parameters: 2,772,288
 dataset = 'shakespeare_char'
 objective = 'uniform'
-mask_range = (0.0, 1.0)
+mask_range = (0.0, 0.6)  # above, too little is left of the text to learn from
 time_cond = True
