@@ -1444,7 +1444,9 @@ def main():
         ('discrete_steps', all(n in range(1, 10 ** 6) for n in discrete_steps),
          'of numbers of steps, as in (10, 1000) or (1000,)'),
         ('x_axis', x_axis in ('tokens', 'epochs'), 'tokens or epochs'))
-    runs = [] if task == 'curves' else load_runs(out_dir, pick_device(device), task != 'likelihood')
+    runs = [(name, {'config': run, 'iter': log['tokens'][-1]}, None) for name, run, log in map(
+        load_log, out_dir.split(','))] if task == 'curves' else load_runs(  # logs alone: any device
+            out_dir, pick_device(device), task != 'likelihood')
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]
     given = {word[2:].partition('=')[0] for word in words}
     for name, change in REPORT.items() if task == 'report' else [(task, ALONE.get(task, {}))]:

@@ -115,6 +115,11 @@ def test_curves_are_drawn(runs):
     done = run('eval.py', '--out_dir=out/ar,out/mdm', '--task=curves', '--report_dir=r', cwd=runs)
     assert done.returncode == 0, done.stderr
     assert (runs / 'r/curves.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+    shutil.copytree(runs / 'out/ar', runs / 'out/ar_2', dirs_exist_ok=True)
+    saved = json.loads((runs / 'out/ar/config.json').read_text())
+    (runs / 'out/ar_2/config.json').write_text(json.dumps(saved | {'seed': 2}))
+    done = run('eval.py', '--out_dir=out/ar,out/ar_2', '--task=curves', '--report_dir=r', cwd=runs)
+    assert '| ar (2 seeds) |' in done.stdout
 
 
 def test_what_is_counted():
