@@ -775,7 +775,8 @@ def draw_curves(rows, path):
     for i, row in enumerate(rows):
         how = {'color': COLORS[i % 9], 'marker': MARKERS[1 + i % 8]}
         best, label = int(np.argmin(row['y'])), f'{row["run"]}, {row["measured"]}'
-        label += ' (an upper bound on the nll)' * (row['measured'] == 'nelbo')
+        if row['measured'] == 'nelbo':
+            label += ' (an upper bound on the nll)'
         for ax, x in zip(axes, (row[f'x: {x_axis}'], row['x: minutes'])):
             ax.plot(x, row['y'], lw=1.3, ms=4, label=label, **how)
             if x_axis == 'epochs':
@@ -1444,9 +1445,11 @@ def main():
         ('discrete_steps', all(n in range(1, 10 ** 6) for n in discrete_steps),
          'of numbers of steps, as in (10, 1000) or (1000,)'),
         ('x_axis', x_axis in ('tokens', 'epochs'), 'tokens or epochs'))
-    runs = [(name, {'config': run, 'iter': log['tokens'][-1]}, None) for name, run, log in map(
-        load_log, out_dir.split(','))] if task == 'curves' else load_runs(  # logs alone: any device
-            out_dir, pick_device(device), task != 'likelihood')
+    if task == 'curves':  # of logs alone: no model, and any device
+        runs = [(name, {'config': run, 'iter': log['tokens'][-1]}, None)
+                for name, run, log in map(load_log, out_dir.split(','))]
+    else:
+        runs = load_runs(out_dir, pick_device(device), one_data_set=task != 'likelihood')
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]
     given = {word[2:].partition('=')[0] for word in words}
     for name, change in REPORT.items() if task == 'report' else [(task, ALONE.get(task, {}))]:
