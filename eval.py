@@ -1022,7 +1022,7 @@ def reversal(runs, settings):
 def file_pairs(path):
     """[(level, prompt, answer)] of a file with tabs: its columns, the first of which may lack."""
     try:
-        text = Path(path).read_text(encoding='utf-8')
+        text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'file {path!r} cannot be read ({type(e).__name__})') from e
     pairs = []

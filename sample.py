@@ -1034,7 +1034,7 @@ def what_is_asked(settings):
     if path != '-' and not os.path.isfile(path):
         raise UserError(f'there is no prompt_file {path!r} (- reads prompts from stdin)')
     try:
-        text = sys.stdin.read() if path == '-' else Path(path).read_text(encoding='utf-8')
+        text = sys.stdin.read() if path == '-' else Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e:
         raise UserError(f'prompt_file {path!r} is not a text in UTF-8 ({e.reason})') from e
     lines = [line for line in text.split('\n') if line.strip()]

@@ -338,7 +338,7 @@ def test_answers_that_do_not_end_are_counted(book):
 
 def test_files_have_two_columns_or_three(tmp_path):
     path = tmp_path / 'x.tsv'
-    path.write_text(' a b \tc\r\n\nlevel\td\te f\n', newline='')
+    path.write_text('\ufeff a b \tc\r\n\nlevel\td\te f\n', 'utf-8', newline='')
     assert evaluation.file_pairs(path) == [['', 'a b', 'c'], ['level', 'd', 'e f']]
     levels = Counter(level for level, _, _ in evaluation.file_pairs(LEVELS))
     assert levels == dict.fromkeys(('basics', 'grammar', 'compound', 'complex', 'literary'), 10)

@@ -1397,9 +1397,11 @@ def objects(out):
 
 @pytest.mark.parametrize('name', ['ar', 'mdm'])
 def test_a_prompt_file_is_answered_in_its_order(run_main, runs, monkeypatch, name):
-    """Prompts of other lengths, a template, an empty line; each num_samples times, in batches."""
+    """Prompts of other lengths, a template, an empty line; each num_samples times, in batches.
+
+    A byte order mark, as some editors write it, is not part of the first."""
     lines = ['ROMEO:', 'a', 'JULI', 'To [___:3] a [_:2]', 'rose. ', 'b']
-    (runs / 'prompts.txt').write_text('\n'.join([*lines[:2], '', *lines[2:]]) + '\n', 'utf-8')
+    (runs / 'prompts.txt').write_text('\n'.join([*lines[:2], '', *lines[2:]]) + '\n', 'utf-8-sig')
     words = (f'--out_dir={name}', '--num_samples=2', '--gen_length=7', '--batch_size=3')
     found, (written, _) = texts(run_main('--prompt_file=prompts.txt', *words)[1])
     patterns = [re.escape(line) + '.{7}' if '[' not in line else 'To .{3} a .{2}'
