@@ -1295,7 +1295,8 @@ def main():
     check_decoding(settings)
     require(settings, *((name, settings[name] >= 1, '1 or more')
                         for name in ('num_samples', 'batch_size')),
-            ('gen_length', gen_length >= 0, '1 or more, or 0 to fill the context'))
+            ('gen_length', 0 <= gen_length < 10 ** 6, '1 to 999,999, as for a blank of a template, '
+             'or 0 to fill the context'))
     require(settings, ('save', not save or Path(save).suffix in SAVERS,
                        f'a file ending in one of {", ".join(SAVERS)}'),
             ('watch', not (watch and json), 'False with json'))
