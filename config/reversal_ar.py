@@ -4,4 +4,4 @@ dataset = 'reversal'
 objective = 'ar'
 n_embd = 128
 block_size = 128
-max_iters = 1000
+max_iters = 600

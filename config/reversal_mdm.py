@@ -5,4 +5,5 @@ objective = 'mdm'
 mask_range = (0.0, 1.0)
 n_embd = 128
 block_size = 128
-max_iters = 1000
+lr_schedule = 'cosine'
+max_iters = 6000
