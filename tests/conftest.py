@@ -11,9 +11,23 @@ from pathlib import Path
 
 import torch
 
+import model
+
 os.environ['OMP_NUM_THREADS'] = '1'
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
+FEATURES = {'float32': {}, 'bfloat16': {'avx512_bf16': True}}
+
+
+def pytest_addoption(parser):
+    parser.addoption('--auto_dtype', choices=FEATURES,
+                     help='what dtype=auto takes on the CPU, whatever instructions this one has')
+
+
+def pytest_configure(config):
+    if config.getoption('--auto_dtype'):
+        features = FEATURES[config.getoption('--auto_dtype')]
+        model.pick_dtype.__defaults__ = (lambda: features,)
 
 
 def run_alone(script, *words, cwd):
