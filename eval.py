@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import re
-import resource
 import shlex
 import sys
 import textwrap
@@ -643,11 +642,18 @@ def side_by_side(rows, lines=16, columns=100):
 
 
 def peak_memory(device):
-    """GB that this process has held at most so far, on the GPU if it computes there."""
+    """', 1.23 GB at most': what this process has held so far, on the GPU if it computes there.
+
+    Nothing on a platform that does not tell (Windows has no `resource`).
+    """
     if device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated() / 1e9
+        return f', {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most'
+    try:
+        import resource
+    except ImportError:
+        return ''
     unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return f', {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB at most'
 
 
 def decoders_of(objective, T, steps):
@@ -695,8 +701,7 @@ def speed(runs, settings):
     note = (f'{about(checkpoint)}; {settings["gen_tokens"]:,} tokens each, in texts as long as the '
             f'context, {settings["batch_size"]} at a time (a pass serves them all), seed '
             f'{settings["seed"]}, temperature {settings["temperature"]}, '
-            f'{torch.get_num_threads()} threads, '
-            f'{peak_memory(pick_device(settings["device"])):.2f} GB at most')
+            f'{torch.get_num_threads()} threads{peak_memory(pick_device(settings["device"]))}')
     return rows, note
 
 
@@ -1339,8 +1344,8 @@ def print_bench(milliseconds, profiler, profiled, flops, peak, tokens_per_iter, 
     ms = sorted(milliseconds)[len(milliseconds) // 2]
     print(f'{ms:.1f} ms per update (median of {len(milliseconds)}), '
           f'{tokens_per_iter / ms * 1e3:,.0f} tokens/s, {flops / ms / 1e6:.1f} GFLOP/s = '
-          f'{100 * flops / ms * 1e3 / peak:.1f}% of the {peak / 1e9:.1f} of torch.mm, '
-          f'{peak_memory(device):.2f} GB at most\n')
+          f'{100 * flops / ms * 1e3 / peak:.1f}% of the {peak / 1e9:.1f} of torch.mm'
+          f'{peak_memory(device)}\n')
     share = 'self_device_time_total' if device.startswith('cuda') else 'self_cpu_time_total'
     events = sorted(profiler.key_averages(), key=lambda e: -getattr(e, share))
     whole = sum(getattr(e, share) for e in events)

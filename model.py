@@ -640,14 +640,15 @@ def soft_tokens(x0, lam, tau, n_real, generator):
 
     Only x0 and the two others with the largest noise: tau is so small that a third has no weight.
     The two largest of n Gaussians are drawn as such: Phi of them are u^(1/n) and that of the first
-    times v^(1/(n - 1)), u and v uniform. So it costs the same for any V'.
+    times v^(1/(n - 1)), u and v uniform. So it costs the same for any V'. Of two tokens, n = 1, the
+    second is -inf: it has no weight.
     """
     how, n = {'generator': generator, 'device': x0.device}, n_real - 1
     log_u, log_v = torch.rand(2, *x0.shape, **how).log()
     first = -torch.special.ndtri(-torch.expm1(log_u / n))  # (B, T)
     second = -torch.special.ndtri(-torch.expm1(log_u / n + log_v / (n - 1)))
     one = 1 + torch.randint(n, x0.shape, **how)  # how far from x0 the first stands
-    two = 1 + (one + torch.randint(n - 1, x0.shape, **how)) % n  # any other distance
+    two = 1 + (one + torch.randint(max(1, n - 1), x0.shape, **how)) % n  # any other distance
     ids = (x0[..., None] + torch.stack([torch.zeros_like(x0), one, two], dim=2)) % n_real
     own = (1 - lam) / lam + torch.randn(x0.shape, **how)
     return ids, (torch.stack([own, first, second], dim=2) * lam[..., None] / tau).softmax(2)

@@ -65,7 +65,7 @@ steps = 128            # decoding steps; confidence, remask: 0 is one token a st
 noise_schedule = 'linear'  # ancestral, remdm, uniform: how the steps are spread; cosine, polynomial
 order = 'max_prob'     # confidence, threshold, remask: max_prob, margin, entropy, random
 counts = 'linear'      # confidence, remask: linear (as many each step), cosine (few first)
-threshold = 0.9        # threshold: each pass commits all above it, and at least one
+threshold = 0.9        # threshold: a pass commits all that are not below it, and at least one
 eta = 0.02             # remdm: largest chance per step that a written token is taken back
 block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
 prefix_cache = False   # read what precedes a block once: faster, but an approximation
@@ -120,7 +120,7 @@ def draw(logits, seen=None, *, generator, temperature=1.0, **drawing):
     logits = logits.to(generator.device)  # mps has no float64: its generator is on the CPU
     p = chances(logits, seen, temperature=temperature, **drawing)  # (M, V)
     token = p.argmax(-1) if temperature == 0 else race(p, generator)  # (M,)
-    return token, logits.float().softmax(-1).gather(-1, token[:, None])[:, 0]
+    return token, logits.double().softmax(-1).gather(-1, token[:, None])[:, 0]
 
 
 def filter_logits(logits, top_k, top_p):
@@ -148,13 +148,12 @@ def seen_tokens(x, where, V):
 
 
 def score_of(order, logits, probability, generator):
-    """How sure each of M predictions is, (M,), the higher the surer; logits (M, V)."""
+    """The confidence in each of M predictions, (M,) in [0, 1], float64; logits (M, V)."""
     if order == 'max_prob':
         return probability
     if order == 'random':
-        return torch.rand(probability.shape, generator=generator,
-                          device=generator.device).to(logits.device)
-    p = logits.float().softmax(-1)
+        return torch.rand(probability.shape, generator=generator, device=generator.device).double()
+    p = logits.to(generator.device).double().softmax(-1)
     if order == 'margin':
         best, second = p.topk(2, dim=-1).values.unbind(-1)
         return best - second
@@ -167,13 +166,15 @@ def guess(model, x, is_mask, order, generator, drawing):
     """Draws a token for every mask at once: x with them, how sure each is, the logits there.
 
     is_mask (B, T) bool. Returns (B, T) tokens, (B, T) scores, -inf where no mask is, and (M, V).
+    A score is the logit of the confidence, log(p / (1 - p)): in float32 p itself is 1 from
+    1 - p < 1e-7 on, and a confident model would have no order.
     """
     share = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), 1 - alpha_t of this canvas
     logits = model(x, share, where=is_mask)  # (M, V)
     logits[:, -1] = -torch.inf  # as it is, unless d3pm has learned to predict the mask
     token, probability = draw(logits, partial(seen_tokens, x, is_mask, logits.size(-1)),
                               generator=generator, **drawing)
-    score = score_of(order, logits, probability.to(x.device), generator).float()  # (M,)
+    score = score_of(order, logits, probability, generator).logit().float().to(x.device)  # (M,)
     scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
     return x.masked_scatter(is_mask, token.to(x.device)), scores, logits
 
@@ -181,9 +182,10 @@ def guess(model, x, is_mask, order, generator, drawing):
 def rank(scores):
     """(B, T): 0 for the highest score of a row, 1 for the next.
 
-    Rounded, so that noise in the last bits does not order equals: they go from the left.
+    Rounded to 1e-4, more than the noise of logits in float32, so that noise does not order equals:
+    they go from the left, and a greedy row does not depend on the rest of its batch.
     """
-    return scores.round(decimals=5).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return scores.round(decimals=4).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 def masks_left(n, i, steps, counts):
@@ -396,15 +398,17 @@ def decode_threshold(model, x, *, wanted=None, threshold, order='max_prob', eos_
     """All tokens that are sure enough, in as many passes as that takes [Fast-dLLM 2505.22618].
 
     Each pass draws a token for every mask and commits those whose score, as in decode_confidence,
-    is above the threshold, and the surest of each row in any case.
+    is not below the threshold, and the surest of each row in any case: with threshold = 1 that is
+    one token a pass and those of probability 1 (in float64).
     """
     x, nfe = x.clone(), 0
+    threshold = torch.tensor(threshold).double().logit().item()  # as the scores are
     wanted = x == model.mask_id if wanted is None else wanted
     while (wanted & (x == model.mask_id)).any():
         is_mask = wanted & (x == model.mask_id)
         filled, scores, logits = guess(model, x, is_mask, order, generator, drawing)
         nfe += 1
-        commit = is_mask & ((scores > threshold) | (rank(scores) == 0))
+        commit = is_mask & ((scores >= threshold) | (rank(scores) == 0))
         x = torch.where(commit, filled, x)
         x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
         on_step(x, nfe, is_mask, logits)

@@ -43,6 +43,8 @@ def override(settings, argv=None):
     it or a later word sets it. Returns the settings as a dict, to be kept with the run.
     """
     sys.excepthook = show_one_line
+    for stream in filter(lambda s: hasattr(s, 'reconfigure'), (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors='replace')  # a console that has no mask or arrow shows a '?'
     names = [n for n, v in settings.items() if not n.startswith('_') and n.islower()
              and isinstance(v, (bool, int, float, str, tuple))]
     for word in sys.argv[1:] if argv is None else argv:

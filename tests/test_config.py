@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import os
 import subprocess
 import sys
 from functools import partial
@@ -363,3 +364,14 @@ def test_help_of_the_real_scripts_holds_every_setting_and_no_code(script):
     assert text.startswith(ast.get_docstring(tree, clean=False))
     block = ast.parse(text[len(ast.get_docstring(tree, clean=False)):])
     assert [node.targets[0].id for node in block.body] == names and len(names) > 4
+
+
+@pytest.mark.parametrize('script', ['sample', 'eval'])
+def test_scripts_start_without_what_only_unix_has(script, tmp_path):
+    """Windows has no module resource; a console of cp1252 prints no mask and no arrow."""
+    code = (f"import sys; sys.modules['resource'] = None; import {script}, config; "
+            "config.override({'__file__': 'x'}, []); print('█ → done')")
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {'PYTHONIOENCODING': 'cp1252', 'PYTHONPATH':
+                                                       str(REPOSITORY)})
+    assert done.returncode == 0 and done.stdout == '? ? done\n', done.stderr

@@ -167,6 +167,20 @@ def test_time_conditioning_starts_as_the_identity_and_then_matters():
     assert not torch.allclose(model(x, t)[0], model(x, 1 - t)[0], atol=1e-4)
 
 
+@torch.no_grad()
+def test_adaln_scales_shifts_and_gates_each_sublayer_by_its_own():
+    torch.manual_seed(0)
+    c = ModelConfig(12, 16, n_embd=32, n_layer=1, time_cond=True, pos='learned')
+    block = Transformer(c).eval().blocks[0]
+    for p in block.parameters():
+        p.normal_(std=0.3)
+    x, time = torch.randn(2, 5, 32), torch.randn(2, 1, 32)
+    scale1, shift1, gate1, scale2, shift2, gate2 = block.modulate(time).view(2, 1, 6, 32).unbind(2)
+    y = x + (1 + gate1) * block.attn((1 + scale1) * block.norm1(x) + shift1, None, None, None)
+    y = y + (1 + gate2) * block.mlp((1 + scale2) * block.norm2(y) + shift2)
+    torch.testing.assert_close(block(x, None, None, None, time), y)
+
+
 @pytest.mark.parametrize('wrong, said', [
     (dict(n_head=5), 'multiple of n_head'), (dict(n_kv_head=3), 'n_kv_head'),
     (dict(pos='alibi'), 'not one of rope, learned'), (dict(norm='batch'), 'rmsnorm'),
@@ -610,6 +624,14 @@ def test_soft_tokens_are_the_largest_of_a_noisy_onehot(K):
     counts = torch.bincount(changed, minlength=K)[torch.arange(K) != 2].double()
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < {3: 10.8, 40: 71.0}[K]
     assert soft_tokens(x0, lam, 1e-8, K, generator)[1].amax(2).mean() > 0.9999
+
+
+def test_soft_tokens_of_a_vocabulary_of_two_have_one_other():
+    generator = torch.Generator().manual_seed(0)
+    ids, share = soft_tokens(torch.ones(4, 50, dtype=torch.long), torch.full((4, 1), 0.45), 0.1, 2,
+                             generator)
+    assert (ids[..., 0] == 1).all() and (ids[..., 1:] == 0).all() and (share[..., 2] == 0).all()
+    assert 0 < (share[..., 1] > share[..., 0]).float().mean() < 0.5
 
 
 def test_soft_inputs_integrate_the_same_density():

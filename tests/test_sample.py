@@ -14,6 +14,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from config import UserError
 from model import (ModelConfig, Transformer, ar_token_nll, load_checkpoint, load_model,
                    ordered_nll)
 from sample import (decode_ancestral, decode_ar, decode_block, decode_confidence, decode_guided,
-                    decode_remask, decode_threshold, decode_uniform, draw)
+                    decode_remask, decode_threshold, decode_uniform, draw, filter_logits)
 
 REPOSITORY = Path(__file__).parents[1]
 ORDERS = ('max_prob', 'margin', 'entropy', 'random')
@@ -737,8 +738,9 @@ def naive_confidence(model, x, order, remaining=None, threshold=None, penalty=1.
             score = p[np.arange(len(x)), tokens]  # of the token taken, which a penalty may change
         new = {i: (score[i], tokens[i]) for i in masked}
         pool = {**old, **new} if take_back else new
-        chosen = sorted(pool, key=lambda i: (-round(pool[i][0], 5), i))[:n]
-        chosen += [i for i in masked if threshold is not None and score[i] > threshold]
+        odds = {i: math.log(s / (1 - s)) if s < 1 else math.inf for i, (s, _) in pool.items()}
+        chosen = sorted(pool, key=lambda i: (-round(odds[i], 4), i))[:n]
+        chosen += [i for i in masked if threshold is not None and score[i] >= threshold]
         old = {i: pool[i] for i in chosen}
         for i in (fillable if take_back else chosen):
             x[i] = pool[i][1] if i in chosen else mask
@@ -1172,6 +1174,42 @@ def test_threshold_commits_all_above_it_and_at_least_one(order, threshold):
     assert nfe == max(passes for _, passes in naive)
     if threshold == 1.0:
         assert nfe == (x == WIDE_MASK).sum(1).max()
+
+
+class Certain:
+    """A model whose prediction of token i has the given log odds, however high."""
+
+    def __init__(self, log_odds):
+        self.mask_id, self.config = 2, types.SimpleNamespace(vocab_size=3, subs=True)
+        self.logits = torch.stack([log_odds, 0 * log_odds, 0 * log_odds - torch.inf], dim=1)
+
+    def __call__(self, x, level, where):
+        return self.logits.expand(len(x), -1, -1)[where].clone()
+
+
+def test_confident_models_keep_their_order():
+    """As LLaDA's generate has it, where 1 - p is far below what float32 can tell from 0."""
+    log_odds = torch.tensor([14.0, 25.0, 18.0, 30.0, 16.0])
+    seen, x = [], torch.full((1, 5), 2)
+    decode_confidence(Certain(log_odds), x, steps=0, temperature=0, generator=noise_source(),
+                      on_step=lambda x, *_: seen.append((x[0] != 2).tolist()))
+    written = [sum(step) for step in zip(*seen)]  # in how many of the 5 steps each stood there
+    assert np.argsort(written)[::-1].tolist() == log_odds.argsort(descending=True).tolist()
+
+
+def test_a_threshold_of_one_takes_what_is_certain():
+    """Fast-dLLM's >=: what has probability 1 in float64 is committed at once, with the best."""
+    x = torch.full((1, 4), 2)
+    for log_odds, passes in ((50.0, 1), (20.0, 4)):
+        _, nfe = decode_threshold(Certain(torch.full((4,), log_odds)), x, threshold=1.0,
+                                  temperature=0, generator=noise_source())
+        assert nfe == passes
+
+
+@pytest.mark.parametrize('top_p, kept', [(0.5, 1), (0.75, 2), (0.7500001, 3), (1.0, 3)])
+def test_a_nucleus_that_holds_exactly_top_p_is_enough(top_p, kept):
+    logits = torch.tensor([[2.0, 1.0, 1.0]], dtype=torch.float64) * math.log(2)  # exact in softmax
+    assert filter_logits(logits, 0, top_p).isfinite().sum() == kept
 
 
 @repeatable(max_examples=40)
