@@ -59,6 +59,7 @@ class ModelConfig:
     pos: str = 'rope'         # rope, learned
     norm: str = 'rmsnorm'     # rmsnorm, layernorm
     mlp: str = 'relu2'        # relu2, swiglu, gelu
+    n_conv: int = 0           # local mixing over so many neighbours in every block; 0 = none
     n_hidden: int = 0         # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
     qk_norm: bool = True      # normalise queries and keys, so that attention logits stay small
     bias: bool = False        # biases in linear layers and in layernorm
@@ -88,12 +89,16 @@ class ModelConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, so that the next ones need not read them again."""
+    """Keys and values of the tokens read so far, so that the next ones need not read them again.
+
+    With local mixing also the inputs of every block, behind n_conv rows of zeros.
+    """
 
     def __init__(self, config, B, device, dtype=torch.float32):
-        c = config
+        c, how = config, {'device': device, 'dtype': dtype}
         self.kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, c.block_size, c.n_embd // c.n_head,
-                              device=device, dtype=dtype)
+                              **how)
+        self.inputs = torch.zeros(c.n_layer, B, c.n_conv + c.block_size, c.n_embd, **how)
         self.length = 0  # tokens held
 
     def extend(self, layer, k, v):
@@ -102,6 +107,12 @@ class KVCache:
         self.kv[layer, 0, :, :, self.length:end] = k
         self.kv[layer, 1, :, :, self.length:end] = v
         return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+
+    def neighbours(self, layer, x, n):
+        """Stores x (B, T, C), the inputs of block `layer`; returns the n before them (B, n, C)."""
+        begin = self.inputs.size(2) - self.kv.size(4) + self.length
+        self.inputs[layer, :, begin:begin + x.size(1)] = x
+        return self.inputs[layer, :, begin - n:begin]
 
 
 def rope_angles(T, D, base=10000.0):
@@ -181,6 +192,40 @@ class MLP(nn.Module):
         return self.proj(h)
 
 
+class LocalMixing(nn.Module):
+    """A depthwise convolution over neighbours, added to the residual stream; zero at init.
+
+        y[i] = x[i] + sum over k of  w[k] * x[i + k - past],   past = K - 1 if causal else K // 2
+
+    Attention has to learn where the neighbours of a token are, and from masks it learns that last:
+    most of them are hidden. Here they are given [Primer 2109.08668; Canon layers, Allen-Zhu 2025].
+    """
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.layer, self.past = layer, c.n_conv - 1 if c.causal else c.n_conv // 2
+        self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
+
+    def forward(self, x, cache, block_length):
+        (B, T, C), n = x.shape, self.past
+        if not block_length:
+            before = x.new_zeros(B, n, C) if cache is None else cache.neighbours(self.layer, x, n)
+            return x + self.mix(x, before)
+        # [xt ; x0]: a token sees of its neighbours its own block, and the clean tokens before that
+        T, N = T // 2, math.ceil(T / 2 / block_length)
+        before = F.pad(x[:, T:], (0, 0, n, 0)).unfold(1, n, block_length)[:, :N]  # (B, N, C, n)
+        before = before.mT[:, None].expand(B, 2, N, n, C).reshape(-1, n, C)
+        blocks = F.pad(x.view(B, 2, T, C), (0, 0, 0, N * block_length - T))
+        mixed = self.mix(blocks.view(-1, block_length, C), before).view(B, 2, -1, C)[:, :, :T]
+        return x + mixed.reshape(x.shape)
+
+    def mix(self, x, before):
+        """The sum above (B, T, C) for x (B, T, C), before (B, past, C): zeros are behind it."""
+        behind = x.new_zeros(len(x), len(self.weight) - 1 - self.past, x.size(2))
+        h = torch.cat([before, x, behind], dim=1)  # (B, T + K - 1, C)
+        return sum(w * h[:, k:k + x.size(1)] for k, w in enumerate(self.weight))
+
+
 def block_mask(T, block_length, device):
     """(2T, 2T) bool, True where a token of [xt ; x0] sees another [BD3-LM].
 
@@ -197,16 +242,19 @@ def make_norm(c):
 
 
 class Block(nn.Module):
-    """x + attention, then x + mlp, each behind a norm; time modulates both [DiT, adaLN]."""
+    """Local mixing, x + attention, x + mlp, these behind a norm; time modulates both [DiT]."""
 
     def __init__(self, c, layer):
         super().__init__()
+        self.mixing = LocalMixing(c, layer) if c.n_conv else None
         self.norm1, self.attn = make_norm(c), Attention(c, layer)
         self.norm2, self.mlp = make_norm(c), MLP(c)
         self.drop = nn.Dropout(c.dropout)
         self.modulate = nn.Linear(c.n_embd, 6 * c.n_embd) if c.time_cond else None
 
-    def forward(self, x, rope, cache, mask, time):
+    def forward(self, x, rope, cache, mask, block_length, time):
+        if self.mixing is not None:
+            x = self.mixing(x, cache, block_length)
         if self.modulate is None:
             x = x + self.drop(self.attn(self.norm1(x), rope, cache, mask))
             return x + self.drop(self.mlp(self.norm2(x)))
@@ -276,7 +324,7 @@ class Transformer(nn.Module):
         h = self.drop(h)
         time = None if self.time_mlp is None else self.time_mlp(time_features(t))  # (B, 1, C)
         for block in self.blocks:
-            h = block(h, rope, cache, mask, time)
+            h = block(h, rope, cache, mask, block_length, time)
         if cache is not None:
             cache.length += T
         h = h[:, :T]
@@ -300,7 +348,7 @@ class Transformer(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 nn.init.constant_(p, 1.0 if 'norm' in name and name.endswith('weight') else 0.0)
-            elif name.endswith('proj.weight') or 'modulate' in name or name == 'head.weight':
+            elif name.endswith(('proj.weight', 'modulate.weight', 'mixing.weight', 'head.weight')):
                 nn.init.zeros_(p)
             elif 'embed' in name:
                 nn.init.normal_(p, std=0.02)

@@ -80,6 +80,7 @@ n_embd = 192
 pos = 'rope'                # rope, learned
 norm = 'rmsnorm'            # rmsnorm, layernorm
 mlp = 'relu2'               # relu2, swiglu, gelu
+n_conv = 0                  # local mixing over so many neighbours in every block; 0 = none
 n_hidden = 0                # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
 qk_norm = True
 bias = False
@@ -217,12 +218,15 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, optimizer, betas, weight_decay, dtype):
     """[Muon, AdamW] or [AdamW]: Muon takes the matrices inside the blocks.
 
-    Weight decay falls on those matrices under either. The loop sets the learning rates. What is
+    Weight decay falls on those matrices under either. Local mixing is no matrix, but a vector of
+    channels for each neighbour. The loop sets the learning rates. What is
     frozen is left out.
     """
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for name, p in learned.items() if 'blocks.' in name and p.dim() == 2]
-    rest = [p for name, p in learned.items() if 'blocks.' not in name or p.dim() != 2]
+    inside = {name for name, p in learned.items()
+              if 'blocks.' in name and p.dim() == 2 and 'mixing' not in name}
+    matrices = [p for name, p in learned.items() if name in inside]
+    rest = [p for name, p in learned.items() if name not in inside]
     adam = partial(torch.optim.AdamW, betas=betas, fused=True)
     if optimizer == 'muon' and matrices:
         return [Muon(matrices, weight_decay, dtype),
@@ -330,8 +334,8 @@ for name, fine, wanted in (
         ('length_quantile', 0 < length_quantile < 1, 'in (0, 1)'),
         *((n, settings[n] >= 0, '0 or more') for n in (
             'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows', 'length_curriculum',
-            'pad_curriculum', 'n_kv_head', 'n_hidden', 'warmup_iters', 'weight_decay', 'w_max',
-            'learning_rate', 'muon_lr')),
+            'pad_curriculum', 'n_kv_head', 'n_hidden', 'n_conv', 'warmup_iters', 'weight_decay',
+            'w_max', 'learning_rate', 'muon_lr')),
         *((n, settings[n] >= 1, '1 or more') for n in (
             'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head',
             'n_embd', 'eval_interval', 'log_interval', 'eval_repeats', 'diffusion_steps',

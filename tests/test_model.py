@@ -108,7 +108,7 @@ def test_rope_is_complex_rotation_and_relative():
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('shape', [{}, GPT2_STYLE, dict(n_kv_head=2, mlp='swiglu')])
+@pytest.mark.parametrize('shape', [{}, GPT2_STYLE, dict(n_kv_head=2, mlp='swiglu', n_conv=5)])
 def test_causal_logits_ignore_the_future_and_bidirectional_ones_do_not(shape):
     x = tokens(2, 12)
     for j in (0, 5, 11):
@@ -123,9 +123,11 @@ def test_causal_logits_ignore_the_future_and_bidirectional_ones_do_not(shape):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(1, 3),
-       st.sampled_from([1, 2, 4]), st.sampled_from(['rope', 'learned']), st.booleans())
-def test_cached_logits_equal_uncached_ones(chunks, B, n_kv_head, pos, qk_norm):
-    model = tiny(causal=True, n_kv_head=n_kv_head, pos=pos, qk_norm=qk_norm, block_size=25, std=0.3)
+       st.sampled_from([1, 2, 4]), st.sampled_from(['rope', 'learned']), st.booleans(),
+       st.sampled_from([0, 1, 2, 5]))
+def test_cached_logits_equal_uncached_ones(chunks, B, n_kv_head, pos, qk_norm, n_conv):
+    model = tiny(causal=True, n_kv_head=n_kv_head, pos=pos, qk_norm=qk_norm, n_conv=n_conv,
+                 block_size=25, std=0.3)
     x = tokens(B, sum(chunks))
     cache = KVCache(model.config, B, x.device)
     parts = [model(part, cache=cache) for part in x.split(chunks, dim=1)]
@@ -139,7 +141,28 @@ def test_where_selects_logits():
     torch.testing.assert_close(model(x, where=where), model(x)[where])
 
 
-@pytest.mark.parametrize('shape', [{}, GPT2_STYLE, dict(tied=True), dict(n_kv_head=1)])
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('K', [2, 5, 9])
+def test_local_mixing_is_torchs_depthwise_convolution(causal, K):
+    model, x = tiny(causal=causal, n_conv=K, std=0.3), torch.randn(3, 7, 32)
+    mixing = model.blocks[1].mixing
+    conv = nn.Conv1d(32, 32, K, groups=32, bias=False)
+    conv.weight.data = mixing.weight.data.T[:, None]
+    past = K - 1 if causal else K // 2
+    expected = x + conv(F.pad(x.mT, (past, K - 1 - past))).mT
+    torch.testing.assert_close(mixing(x, None, 0), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_local_mixing_starts_as_the_identity_and_then_matters():
+    plain, mixed = (Transformer(ModelConfig(12, 16, n_embd=32, n_conv=K)) for K in (0, 5))
+    mixed.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, 8, 32)
+    assert all(torch.equal(block.mixing(x, None, 0), x) for block in mixed.blocks)
+    assert mixed.count_parameters() - plain.count_parameters() == 4 * 5 * 32
+    assert not torch.equal(tiny(n_conv=5, std=0.2)(tokens(2, 8)), tiny(std=0.2)(tokens(2, 8)))
+
+
+@pytest.mark.parametrize('shape', [{}, GPT2_STYLE, dict(tied=True), dict(n_kv_head=1, n_conv=5)])
 def test_twins_have_equal_parameter_counts(shape):
     counts = {sum(p.numel() for p in tiny(causal=causal, **shape).parameters())
               for causal in (True, False)}
@@ -178,7 +201,7 @@ def test_adaln_scales_shifts_and_gates_each_sublayer_by_its_own():
     scale1, shift1, gate1, scale2, shift2, gate2 = block.modulate(time).view(2, 1, 6, 32).unbind(2)
     y = x + (1 + gate1) * block.attn((1 + scale1) * block.norm1(x) + shift1, None, None, None)
     y = y + (1 + gate2) * block.mlp((1 + scale2) * block.norm2(y) + shift2)
-    torch.testing.assert_close(block(x, None, None, None, time), y)
+    torch.testing.assert_close(block(x, None, None, None, 0, time), y)
 
 
 @pytest.mark.parametrize('wrong, said', [
@@ -681,9 +704,9 @@ def test_symmetric_kl_is_that_of_torch_and_scaled_as_stated():
         torch.testing.assert_close(scaled / plain, torch.tensor(lam / (4 * (1 - lam) + lam)))
 
 
-@pytest.mark.parametrize('time_cond', [False, True])
-def test_one_block_is_mdm(time_cond):
-    model, x0 = tiny(std=0.2, time_cond=time_cond), tokens(4, 16)
+@pytest.mark.parametrize('time_cond, n_conv', [(False, 0), (True, 0), (True, 5)])
+def test_one_block_is_mdm(time_cond, n_conv):
+    model, x0 = tiny(std=0.2, time_cond=time_cond, n_conv=n_conv), tokens(4, 16)
     given_tokens = torch.arange(16).expand(4, 16) < torch.tensor([[0], [3], [15], [16]])
     for pair in ((mdm_loss, block_loss), (mdm_nelbo, block_nelbo)):
         one, block = (fn(model, x0, torch.Generator().manual_seed(0), given_tokens, **how)
@@ -692,7 +715,8 @@ def test_one_block_is_mdm(time_cond):
     assert one[3] == 0, 'nothing was wanted'
 
 
-@pytest.mark.parametrize('shape', [dict(time_cond=True), dict(n_kv_head=2), GPT2_STYLE])
+@pytest.mark.parametrize('shape', [dict(time_cond=True), dict(n_kv_head=2), GPT2_STYLE,
+                                   dict(n_conv=5), dict(n_conv=2), dict(n_conv=9)])
 @pytest.mark.parametrize('T, block_length', [(16, 4), (13, 4), (5, 8)])
 def test_finished_blocks_in_a_cache_are_the_block_mask(shape, T, block_length):
     """Decoding, block after block, sees what training saw; each block at a level of its own."""
@@ -727,6 +751,19 @@ def test_blocks_of_one_mask_are_clean_prefixes():
         by_hand -= causal(prefix)[:, -1].log_softmax(-1).gather(1, x0[:, i:i + 1]).sum()
     assert count == 30
     torch.testing.assert_close(nats, by_hand)
+
+
+def test_blocks_of_one_mask_mix_what_precedes_them():
+    """As above with local mixing: a centred kernel of 5 has 2 clean neighbours and itself."""
+    model, causal = tiny(n_conv=5), tiny(causal=True, n_conv=3)
+    causal.load_state_dict({name: p[:3] if 'mixing' in name else p
+                            for name, p in model.state_dict().items()})
+    x0 = tokens(2, 6)
+    xt = torch.full_like(x0, 11)
+    logits = model(torch.cat([xt, x0], dim=1), block_length=1)
+    for i in range(6):
+        prefix = torch.cat([x0[:, :i], xt[:, :1]], dim=1)
+        torch.testing.assert_close(logits[:, i], causal(prefix)[:, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_block_bound_enumerated():

@@ -11,17 +11,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGETS = {
     # 60 was planned for settings alone, without what may go wrong later: memory, encodings, Ctrl-C
-    'config/__init__.py': 65,
+    'config/__init__.py': 67,
     # 320 was planned without the stand-in for a blocked download and without resuming downloads
     # over several mirrors, 45 lines between them, and without rows, 190: five sources of them (two
     # files, .csv, .jsonl, documents, two known data sets) and how they are read back
     'prepare.py': 567,
     # 420 was planned for ar and mdm; then came d3pm, uniform with its soft inputs, and block
-    'model.py': 600,
+    'model.py': 629,
     # 320 was planned with torch.optim.Muon, whose bfloat16 is 80 times slower on most CPUs; then
     # came --bench and the trackers, rows, which of them, how they grow and are weighed, the
     # settings of more objectives, and what may be wrong with each, or with a log
-    'train.py': 511,
+    'train.py': 514,
     # 450 was planned for the decoders, which it is without its section 'to be seen': --watch, and
     # --save to four formats, 70 lines of which are the page of HTML. 80 came with the objectives
     # d3pm, uniform and block, 50 with the answers to prompts, 40 with their lengths, and 40 with
@@ -30,7 +30,7 @@ BUDGETS = {
     # 600 was planned for likelihood, generation, speed and curves; then came infill, recover,
     # lambada and order, judges of Hugging Face, copies from the training text, the page that
     # collects everything, translation, lengths, reversal, and curves that are means over seeds
-    'eval.py': 1110}
+    'eval.py': 1112}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 
@@ -81,7 +81,7 @@ def test_imports_run_one_way():
                 assert order.index(module) < order.index(name[:-3]), f'{name} imports {module}'
 
 
-def test_one_line_reads_the_causal_flag():
-    """In the transformer; the guard that refuses causal with time_cond does not count."""
+def test_two_lines_read_the_causal_flag():
+    """One of attention and one of local mixing; the guard that refuses time_cond does not count."""
     source = (ROOT / 'model.py').read_text()
-    assert len(re.findall(r'\bc\.causal\b', source)) == 1
+    assert len(re.findall(r'\bc\.causal\b', source)) == 2
