@@ -3,8 +3,8 @@
     python train.py config/shakespeare_mdm.py --max_iters=100 --compile
 
 Files of `name = value` lines and `--name=value` words are applied from left to right, so the last
-one wins. A name the script does not have, or a value of another type than its default, ends the
-script with one line. `--help` prints the block.
+one wins. A name the script does not have, a value of another type than its default, or a number
+beyond its limits, ends the script with one line. `--help` prints the block.
 """
 
 import ast
@@ -15,9 +15,100 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+LIMITS = {  # of numbers, as intervals; of each number if the setting is a tuple
+    'seed': '[0, 9e18]',  # 63 bits
+    # data
+    'vocab_size': '[0, 65535]',
+    'max_prompt': '[1, 1000000]',
+    'max_answer': '[1, 1000000]',
+    'batch_size': '[1, inf)',
+    'gradient_accumulation_steps': '[1, inf)',
+    'block_size': '[1, inf)',
+    'train_tokens': '[0, inf)',
+    'random_length': '[0, 1]',
+    'row_share': '[0, 1]',
+    'length_curriculum': '[0, inf)',
+    'pad_curriculum': '[0, inf)',
+    'token_weights': '[0, inf)',
+    # model
+    'n_layer': '[1, inf)',
+    'n_head': '[1, inf)',
+    'n_kv_head': '[0, inf)',
+    'n_embd': '[1, inf)',
+    'n_conv': '[0, inf)',
+    'n_hidden': '[0, inf)',
+    'dropout': '[0, 1]',
+    # objective
+    'w_max': '[0, inf)',
+    'mask_range': '[0, 1]',
+    'diffusion_steps': '[1, inf)',
+    'block_length': '[0, inf)',
+    'length_quantile': '(0, 1]',
+    # optimisation
+    'max_iters': '[0, inf)',
+    'learning_rate': '[0, inf)',
+    'muon_lr': '[0, inf)',
+    'warmup_iters': '[0, inf)',
+    'weight_decay': '[0, inf)',
+    'beta1': '[0, 1)',
+    'beta2': '[0, 1)',
+    'grad_clip': '[0, inf)',
+    'eval_interval': '[1, inf)',
+    'log_interval': '[1, inf)',
+    'eval_repeats': '[1, inf)',
+    'decode_rows': '[0, inf)',
+    'bench': '[0, inf)',
+    # decoding
+    'num_samples': '[1, inf)',
+    'gen_length': '[0, 999999]',
+    'steps': '[0, inf)',
+    'threshold': '(0, 1]',
+    'eta': '[0, 1]',
+    'guidance': '[0, inf)',
+    'temperature': '[0, inf)',
+    'top_k': '[0, inf)',
+    'top_p': '(0, 1]',
+    'repetition_penalty': '(0, inf)',
+    'length_line': '[0, inf)',
+    'length_candidates': '[1, inf)',
+    # measuring
+    'max_windows': '[0, inf)',
+    'repeats': '[2, inf)',
+    'target_se': '[0, inf)',
+    'discrete_steps': '[1, 999999]',
+    'gen_tokens': '[1, inf)',
+    'grid_steps': '[1, 999999]',
+    'answer_steps': '[0, inf)',
+    'max_rows': '[0, inf)'}
+
 
 class UserError(Exception):
     """Something the user can mend: shown as one line, exit status 2, nothing overwritten."""
+
+
+def require(name, value, fine, wanted):
+    """Raises UserError unless the value of a setting is fine."""
+    if not fine:
+        raise UserError(f'{name} is {value!r}, but it must be {wanted}')
+
+
+def one_of(name, value, known):
+    """Raises UserError unless the value of a setting is one of the known names."""
+    if value not in known:
+        raise UserError(f'{name} is {value!r}, not one of {", ".join(filter(None, known))}')
+
+
+def check_limits(settings):
+    """Raises UserError for the first number that is not in its interval; nan is in none."""
+    for name in filter(settings.__contains__, LIMITS):
+        interval, value = LIMITS[name], settings[name]
+        low, high = (float(end) for end in interval[1:-1].split(','))
+        wanted = f'{low:g} or more' if interval.endswith(' inf)') and interval[0] == '[' \
+            else f'in {interval}'
+        for number in value if isinstance(value, tuple) else (value,):
+            above = number >= low if interval[0] == '[' else number > low
+            below = number <= high if interval[-1] == ']' else number < high
+            require(name, value, above and below, wanted)
 
 
 def show_one_line(kind, error, trace):
@@ -35,41 +126,54 @@ def show_one_line(kind, error, trace):
     sys.exit(130 if issubclass(kind, KeyboardInterrupt) else 2)
 
 
-def override(settings, argv=None):
+def names_of(settings):
+    """The settings of a script: its lower-case globals that hold a bool, number, text or tuple."""
+    return [n for n, v in settings.items() if not n.startswith('_') and n.islower()
+            and isinstance(v, (bool, int, float, str, tuple))]
+
+
+def override(settings, argv=None, inherited=None, names=()):
     """Applies config files and --name=value words to `settings`, the globals() of a script.
 
-    Settings are the lower-case globals that hold a bool, int, float, str or tuple; the type of the
-    default is the type of the setting. A config file also sets out_dir to out/<its name>, unless
-    it or a later word sets it. Returns the settings as a dict, to be kept with the run.
+    The type of a default is the type of its setting. A config file also sets out_dir to out/<its
+    name>, unless it or a later word sets it. inherited, names: a module and those of its settings
+    that this script takes over. Returns all settings as a dict, to be kept with the run.
     """
     sys.excepthook = show_one_line
     for stream in filter(lambda s: hasattr(s, 'reconfigure'), (sys.stdout, sys.stderr)):
         stream.reconfigure(errors='replace')  # a console that has no mask or arrow shows a '?'
-    names = [n for n, v in settings.items() if not n.startswith('_') and n.islower()
-             and isinstance(v, (bool, int, float, str, tuple))]
+    own = names_of(settings)
+    found = {n: settings[n] for n in own} | {n: vars(inherited)[n] for n in names}
     for word in sys.argv[1:] if argv is None else argv:
         if word in ('--help', '-h'):
-            print(help_text(settings['__file__'], names))
+            print(help_text(settings['__file__'], own))
+            if names:
+                print(f'\nand, of {inherited.__name__}.py,\n'
+                      + help_text(inherited.__file__, names, docstring=False))
             sys.exit(0)
         if not word.startswith('--'):
             given = read_config(word)
-            if 'out_dir' in names:
-                settings['out_dir'] = f'out/{Path(word).stem}'
+            if 'out_dir' in found:
+                found['out_dir'] = f'out/{Path(word).stem}'
         else:  # the first '=' only, for --start=a=b; --resume is short for --resume=True
             name, equals, value = word[2:].partition('=')
             given = {name: value if equals else True}
         for name, value in given.items():
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
+            if name not in found:
+                near = difflib.get_close_matches(name, found, 1)
                 hint = f', did you mean {near[0]}?' if near else ' (--help lists them)'
                 raise UserError(f'no setting is called {name!r}{hint}')
-            settings[name] = convert(name, value, settings[name], word.startswith('--'))
-    return {name: settings[name] for name in names}
+            found[name] = convert(name, value, found[name], word.startswith('--'))
+    check_limits(found)
+    settings.update({name: found[name] for name in own})
+    return found
 
 
 def convert(name, value, default, from_text):
     """The value for a setting whose default is `default`; an int does for a float."""
     kind = type(default)
+    if default in ('auto', 'on', 'off'):  # --compile and --compile=False are on and off
+        value = {'True': 'on', 'False': 'off'}.get(str(value), value)
     with suppress(Exception):  # what cannot be read stays as it is, and is refused below
         if from_text and kind is not str and type(value) is str:
             value = ast.literal_eval(value.capitalize() if kind is bool else value)
@@ -92,11 +196,26 @@ def read_config(path):
     return {n: v for n, v in found.items() if not n.startswith('_') and type(v) is not type(ast)}
 
 
-def help_text(path, names):
-    """The docstring of the script and its block of settings, as they stand in its source."""
+def help_text(path, names, docstring=True):
+    """The docstring of a script and its block of settings, as they stand in its source."""
     source = Path(path).read_text(encoding='utf-8')
     tree = ast.parse(source)
     rows = [next(node for node in tree.body if isinstance(node, ast.Assign)
                  and getattr(node.targets[0], 'id', None) == name) for name in names]
     block = source.splitlines()[rows[0].lineno - 2:rows[-1].end_lineno]  # -2: the first heading
-    return '\n'.join([ast.get_docstring(tree, clean=False), *block])
+    return '\n'.join([ast.get_docstring(tree, clean=False), *block] if docstring else block)
+
+
+def write_atomically(path, content):
+    """Writes bytes so that `path` holds, at every moment, all of the old content or of the new."""
+    path = Path(path)
+    part = path.with_name(path.name + '.part')
+    try:
+        with open(part, 'wb') as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f'cannot write {path} ({e.strerror}); the one before it is intact') from e

@@ -3,8 +3,10 @@
 import ast
 import itertools
 import os
+import re
 import subprocess
 import sys
+import types
 from functools import partial
 from pathlib import Path
 
@@ -114,6 +116,7 @@ VALUES = {'steps': st.integers(), 'rate': st.floats(allow_nan=False, allow_infin
 @repeatable(max_examples=150)
 @given(st.fixed_dictionaries({}, optional=VALUES))
 def test_random_values_come_back_from_words_and_from_files(values):
+    assume(values.get('steps', 0) >= 0)  # as LIMITS has it; numbers without limits stand in span
     words = [f'--{name}={value if name == "start" else repr(value)}'
              for name, value in values.items()]
     Path('random.py').write_text('\n'.join(f'{name} = {value!r}' for name, value in values.items()),
@@ -375,3 +378,66 @@ def test_scripts_start_without_what_only_unix_has(script, tmp_path):
                           text=True, env=os.environ | {'PYTHONIOENCODING': 'cp1252', 'PYTHONPATH':
                                                        str(REPOSITORY)})
     assert done.returncode == 0 and done.stdout == '? ? done\n', done.stderr
+
+
+@pytest.mark.parametrize('name, wrong, right, said', [
+    ('batch_size', (0, -3), (1, 10 ** 9), '1 or more'),
+    ('steps', (-1,), (0, 7), '0 or more'),
+    ('top_p', (0.0, 1.5, float('nan')), (1e-9, 1.0), 'in (0, 1]'),
+    ('temperature', (-0.1, float('inf'), float('nan')), (0.0, 9.9), '0 or more'),
+    ('beta1', (1.0,), (0.0, 0.999), 'in [0, 1)'),
+    ('seed', (-1, 10 ** 19), (0, 2 ** 62), 'in [0, '),
+    ('repetition_penalty', (0.0, float('inf')), (0.5, 2.0), 'in (0, inf)'),
+    ('mask_range', ((0.0, 1.1), (-0.1, 0.5)), ((0.0, 1.0),), 'in [0, 1]')])
+def test_limits_are_those_of_intervals(name, wrong, right, said):
+    for value in right:
+        assert config.override({name: value}, []) == {name: value}
+    for value in wrong:
+        with pytest.raises(UserError, match=re.escape(said)):
+            config.override({name: value}, [])
+
+
+def test_every_limit_is_of_a_setting_and_allows_its_default():
+    blocks = {}
+    for script in ('train', 'sample', 'eval', 'prepare'):
+        tree = ast.parse((REPOSITORY / f'{script}.py').read_text(encoding='utf-8'))
+        above = itertools.takewhile(lambda node: not isinstance(node, ast.FunctionDef), tree.body)
+        blocks |= {node.targets[0].id: script for node in above if isinstance(node, ast.Assign)
+                   and isinstance(node.targets[0], ast.Name)}
+    assert not config.LIMITS.keys() - blocks.keys()
+
+
+def test_a_script_inherits_settings_with_their_defaults_types_and_limits(tmp_path, capsys):
+    write('other.py', '\n\n# how\ntop_p = 0.9  # nucleus\nwords = ""\n\n\ndef main():\n    0\n')
+    other = types.SimpleNamespace(__name__='other', __file__='other.py', top_p=0.9, words='')
+    script = {'steps': 8, '__file__': 'other.py'}
+    found = config.override(script, ['--top_p=1', '--steps=3'], other, ('top_p', 'words'))
+    assert found == {'steps': 3, 'top_p': 1.0, 'words': ''} and other.top_p == 0.9
+    assert script == {'steps': 3, '__file__': 'other.py'}
+    for wrong in ('--top_p=2', '--top_p=a', '--top_q=0.5'):
+        with pytest.raises(UserError, match='top_'):
+            config.override(dict(script), [wrong], other, ('top_p', 'words'))
+    help_of_both = config.help_text('other.py', ('top_p', 'words'), docstring=False)
+    assert help_of_both == '# how\ntop_p = 0.9  # nucleus\nwords = ""'
+
+
+@pytest.mark.parametrize('word, found', [
+    ('--compile', 'on'), ('--compile=True', 'on'), ('--compile=False', 'off'),
+    ('--compile=auto', 'auto'), ('--compile=off', 'off')])
+def test_a_switch_of_three_positions_takes_what_a_boolean_took(word, found):
+    assert config.override({'compile': 'auto'}, [word]) == {'compile': found}
+    write('a.py', f'compile = {found == "on"}')
+    assert config.override({'compile': 'auto'}, ['a.py'])['compile'] in ('on', 'off')
+
+
+def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / 'x'
+    config.write_atomically(path, b'old')
+
+    def full(descriptor):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(UserError, match='No space left'):
+        config.write_atomically(path, b'new')
+    assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]

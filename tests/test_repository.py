@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGETS = {
     # 60 was planned for settings alone, without what may go wrong later: memory, encodings, Ctrl-C
-    'config/__init__.py': 67,
+    'config/__init__.py': 160,
     # 320 was planned without the stand-in for a blocked download and without resuming downloads
     # over several mirrors, 45 lines between them, and without rows, 190: five sources of them (two
     # files, .csv, .jsonl, documents, two known data sets) and how they are read back
