@@ -15,71 +15,23 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-LIMITS = {  # of numbers, as intervals; of each number if the setting is a tuple
-    'seed': '[0, 9e18]',  # 63 bits
-    # data
-    'vocab_size': '[0, 65535]',
-    'max_prompt': '[1, 1000000]',
-    'max_answer': '[1, 1000000]',
-    'batch_size': '[1, inf)',
-    'gradient_accumulation_steps': '[1, inf)',
-    'block_size': '[1, inf)',
-    'train_tokens': '[0, inf)',
-    'random_length': '[0, 1]',
-    'row_share': '[0, 1]',
-    'length_curriculum': '[0, inf)',
-    'pad_curriculum': '[0, inf)',
-    'token_weights': '[0, inf)',
-    # model
-    'n_layer': '[1, inf)',
-    'n_head': '[1, inf)',
-    'n_kv_head': '[0, inf)',
-    'n_embd': '[1, inf)',
-    'n_conv': '[0, inf)',
-    'n_hidden': '[0, inf)',
-    'dropout': '[0, 1]',
-    # objective
-    'w_max': '[0, inf)',
-    'mask_range': '[0, 1]',
-    'diffusion_steps': '[1, inf)',
-    'block_length': '[0, inf)',
-    'length_quantile': '(0, 1]',
-    # optimisation
-    'max_iters': '[0, inf)',
-    'learning_rate': '[0, inf)',
-    'muon_lr': '[0, inf)',
-    'warmup_iters': '[0, inf)',
-    'weight_decay': '[0, inf)',
-    'beta1': '[0, 1)',
-    'beta2': '[0, 1)',
-    'grad_clip': '[0, inf)',
-    'eval_interval': '[1, inf)',
-    'log_interval': '[1, inf)',
-    'eval_repeats': '[1, inf)',
-    'decode_rows': '[0, inf)',
-    'bench': '[0, inf)',
-    # decoding
-    'num_samples': '[1, inf)',
-    'gen_length': '[0, 999999]',
-    'steps': '[0, inf)',
-    'threshold': '(0, 1]',
-    'eta': '[0, 1]',
-    'guidance': '[0, inf)',
-    'temperature': '[0, inf)',
-    'top_k': '[0, inf)',
-    'top_p': '(0, 1]',
-    'repetition_penalty': '(0, inf)',
-    'length_line': '[0, inf)',
-    'length_candidates': '[1, inf)',
-    # measuring
-    'max_windows': '[0, inf)',
-    'repeats': '[2, inf)',
-    'target_se': '[0, inf)',
-    'discrete_steps': '[1, 999999]',
-    'gen_tokens': '[1, inf)',
-    'grid_steps': '[1, 999999]',
-    'answer_steps': '[0, inf)',
-    'max_rows': '[0, inf)'}
+LIMITS = {  # interval: the numbers that lie in it, in any script; of a tuple each of its numbers
+    '[0, inf)': 'train_tokens length_curriculum pad_curriculum token_weights n_kv_head n_conv '
+                'n_hidden w_max block_length max_iters learning_rate muon_lr warmup_iters '
+                'weight_decay grad_clip decode_rows bench steps guidance temperature top_k '
+                'length_line max_windows target_se answer_steps max_rows',
+    '[1, inf)': 'batch_size gradient_accumulation_steps block_size n_layer n_head n_embd '
+                'diffusion_steps eval_interval log_interval eval_repeats num_samples '
+                'length_candidates gen_tokens',
+    '[2, inf)': 'repeats',  # fewer have no standard error
+    '(0, inf)': 'repetition_penalty',
+    '[0, 1]': 'random_length row_share dropout mask_range eta',
+    '[0, 1)': 'beta1 beta2',
+    '(0, 1]': 'length_quantile threshold top_p',
+    '[0, 9e18]': 'seed',  # 63 bits
+    '[0, 65535]': 'vocab_size',
+    '[0, 999999]': 'gen_length',
+    '[1, 1e6]': 'max_prompt max_answer discrete_steps grid_steps'}
 
 
 class UserError(Exception):
@@ -100,8 +52,9 @@ def one_of(name, value, known):
 
 def check_limits(settings):
     """Raises UserError for the first number that is not in its interval; nan is in none."""
-    for name in filter(settings.__contains__, LIMITS):
-        interval, value = LIMITS[name], settings[name]
+    intervals = {name: interval for interval, names in LIMITS.items() for name in names.split()}
+    for name in filter(intervals.__contains__, settings):
+        interval, value = intervals[name], settings[name]
         low, high = (float(end) for end in interval[1:-1].split(','))
         wanted = f'{low:g} or more' if interval.endswith(' inf)') and interval[0] == '[' \
             else f'in {interval}'
