@@ -30,6 +30,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -39,12 +40,13 @@ import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import requests
 import tiktoken
+import torch
 from tqdm import tqdm
 from urllib3.exceptions import MaxRetryError
 
@@ -772,6 +774,254 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, threads=0, pro
             threads or os.cpu_count()) for split, read in splits.items()}
     write_dataset(target, meta, pieces)
     return meta
+
+
+def mixed_seed(*numbers):
+    """One seed of 32 bits from several numbers, all of which count [numpy's SeedSequence].
+
+    Generators on the CPU take no more than 32 bits, and neighbouring seeds are not independent
+    enough: bounds drawn under the seeds 0, 1, 2, ... spread three times wider than they should.
+    """
+    return int(np.random.SeedSequence([n % 2 ** 64 for n in numbers]).generate_state(1)[0])
+
+
+def crop_batch(x0, given, pad_id, fraction):
+    """Crops a batch to a random width. fraction=0 keeps the longest answer (streams: one token),
+    fraction=1 keeps all T.
+
+    x0 (B, T) int64; given (B, T) bool, or None for streams.
+    """
+    shortest, T = 1, x0.size(1)
+    if given is not None:  # the last column that is not all PAD holds an EOS, which may go
+        shortest += (x0 != pad_id).any(0).nonzero().max().item()
+    width = shortest + round(fraction * (T - shortest))
+    return x0[:, :width], None if given is None else given[:, :width]
+
+
+def random_fraction(number, random_length):
+    """1, or in a share random_length of the batches a random number in [0, 1), for crop_batch."""
+    draws = np.random.default_rng([number, 1])  # independent of the draws of the windows
+    return draws.random() if draws.random() < random_length else 1.0
+
+
+def evenly(n, limit):
+    """The indices of `limit` of n things, evenly spread; of all if limit is 0 or n at least."""
+    if not 0 < limit < n:
+        return np.arange(n)
+    return torch.linspace(0, n - 1, limit).long().numpy()
+
+
+def describe_data(data, meta):
+    return (f'{data.dataset} ({meta["source"]}): {data.tokens_per_epoch:,} training tokens of '
+            f"{meta['vocab_size']:,} kinds, log V' = {math.log(meta['vocab_size']):.4f}")
+
+
+class Stream:
+    """A data set of one long text per split, read in windows of block_size tokens."""
+
+    def __init__(self, dataset, meta, block_size, batch_size, seed, train_tokens, random_length):
+        self.dataset, self.meta, self.seed = dataset, meta, seed
+        self.block_size, self.batch_size, self.random_length = block_size, batch_size, random_length
+        self.train = self.tokens('train')[:train_tokens or None]
+        self.tokens_per_epoch = len(self.train)
+        self.tokens_per_batch, self.mean_width = batch_size * block_size, block_size
+
+    def check(self):
+        """Raises UserError where there is not one whole window to train on."""
+        if len(self.train) < self.block_size:
+            raise UserError(f'block_size is {self.block_size}, but data/{self.dataset} has only '
+                            f'{len(self.train):,} training tokens')
+
+    def tokens(self, split):
+        """The ids of a split, a memmap."""
+        return load_split(self.dataset, split)
+
+    def size(self, split):
+        return f'{self.scored(split):,} tokens'
+
+    def scored(self, split):
+        """How many tokens of a split an evaluation scores: all."""
+        return self.meta['counts'][split]['tokens']
+
+    def describe(self):
+        """What train.py prints about the data."""
+        return describe_data(self, self.meta)
+
+    def batch(self, update, part=0, parts=1):
+        """Windows x0 (B, T) int64 from random places of the training text, and None: none is given.
+
+        They follow from the seed and the arguments alone: a resumed run sees what the killed one
+        would have seen, and a batch is the same whether the parts of an update run one after the
+        other or on many processes.
+        """
+        self.check()
+        number = mixed_seed(self.seed, update, part)
+        places = len(self.train) - self.block_size + 1
+        starts = np.random.default_rng(number).integers(0, places, self.batch_size)
+        x0 = self.read(self.train, starts, self.block_size)
+        return crop_batch(x0, None, None, random_fraction(number, self.random_length))
+
+    def batches(self, split, batch_size, limit=0):
+        """[function that reads a batch (x0, None) to evaluate on]: each token of a split once.
+
+        The windows lie side by side, and the last is as short as it comes; with a limit, so many
+        whole windows, evenly spread.
+        """
+        data = self.train if split == 'train' else self.tokens(split)
+        T = min(self.block_size, len(data))
+        starts = np.arange(len(data) // T) * T
+        kept = starts[evenly(len(starts), limit)]
+        parts = [(kept[i:i + batch_size], T) for i in range(0, len(kept), batch_size)]
+        if len(kept) == len(starts) and len(data) % T:
+            parts.append((np.array([len(data) // T * T]), len(data) % T))
+        return [lambda part=part: (self.read(data, *part), None) for part in parts]
+
+    def windows(self, split, T, n):
+        """n windows (n, T) int64 of a split, evenly spread, or all that there are; 0 = all."""
+        data = self.tokens(split)
+        T = min(T, len(data))
+        starts = np.arange(0, len(data) - T + 1, T)
+        if 0 < n < len(starts):
+            starts = starts[np.linspace(0, len(starts) - 1, n).astype(int)]
+        return self.read(data, starts, T)
+
+    def read(self, data, starts, T):
+        return torch.from_numpy(gather(data, starts, T, self.meta['vocab_size']))
+
+
+class Rows:
+    """A data set of rows: prompts and answers, or documents. A batch holds rows of one width."""
+
+    def __init__(self, dataset, meta, block_size, batch_size, seed, predict_pad, random_length,
+                 score_prompt, row_share, length_curriculum, pad_curriculum):
+        self.dataset, self.meta, self.seed = dataset, meta, seed
+        self.block_size, self.batch_size, self.random_length = block_size, batch_size, random_length
+        self.predict_pad, self.score_prompt = predict_pad, score_prompt
+        self.length_curriculum, self.pad_curriculum = length_curriculum, pad_curriculum
+        rows = self.rows('train')
+        lengths = row_lengths(rows, meta)[1]  # without PAD
+        n = math.ceil(row_share * len(rows)) or 1
+        self.kept = np.sort(lengths.argsort(kind='stable')[:n])  # (N,) numbers of the shortest rows
+        self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (N,)
+        self.batches_per_epoch = len(row_batches(self.widths, batch_size))
+        self.tokens_per_epoch = int(self.widths.sum())
+        self.pad_share = 1 - lengths[self.kept].sum() / self.tokens_per_epoch
+        self.tokens_per_batch = self.tokens_per_epoch / self.batches_per_epoch  # a mean
+        self.mean_width = round(self.widths.mean())
+        self.epoch = lru_cache(2)(self.shuffled)
+
+    @cached_property
+    def widest(self):
+        """Tokens of the widest row of the train and val splits."""
+        val = row_widths(self.rows('val'), self.meta, self.predict_pad)
+        return max(self.widths.max(), val.max())
+
+    def check(self):
+        """Raises UserError where a row is longer than the context."""
+        if self.widest > self.block_size:
+            raise UserError(f'data/{self.dataset} has rows of {self.widest} tokens: set block_size,'
+                            f' which is {self.block_size}, to {self.widest} or more')
+
+    def tokens(self, split):
+        """The ids of a split, a memmap."""
+        return load_split(self.dataset, split)
+
+    def rows(self, split):
+        """The rows of a split, (N, row_length)."""
+        return self.tokens(split).reshape(-1, self.meta['row_length'])
+
+    def size(self, split):
+        return f'{self.meta["counts"][split]["rows"]:,} rows'
+
+    def scored(self, split):
+        """How many tokens of a split an evaluation scores: answers, EOS, and PAD if predicted."""
+        count = self.meta['counts'][split]
+        if self.predict_pad:
+            return count['rows'] * (self.meta['max_answer'] + 1)
+        return count['scored']
+
+    def describe(self):
+        """What train.py prints about the data."""
+        return (f'{describe_data(self, self.meta)}\n'
+                f'{len(self.widths):,} rows of {self.widths.min()} to {self.widths.max()} tokens, '
+                f'{self.batches_per_epoch:,} batches an epoch, '
+                f'{100 * self.pad_share:.1f}% of what is computed is PAD')
+
+    def shuffled(self, epoch):
+        """[(B,) indices into self.kept] of the batches of an epoch, in random order."""
+        rng = np.random.default_rng(mixed_seed(self.seed, epoch))
+        return row_batches(self.widths, self.batch_size, rng)
+
+    def batch(self, update, part=0, parts=1):
+        """Rows of one width, x0 (B, T) int64, and given (B, T) bool: True in the prompt.
+
+        As in Stream.batch, they follow from the seed and the arguments alone. Of the batches of an
+        epoch those are read that the length curriculum has reached; given is None if the prompt is
+        to be predicted, too.
+        """
+        self.check()
+        number = mixed_seed(self.seed, update, part)
+        epoch, i = divmod(update * parts + part, self.batches_per_epoch)
+        progress = update / self.length_curriculum if self.length_curriculum else 1.0
+        low, high = self.widths.min(), self.widths.max()
+        batches = [batch for batch in self.epoch(epoch)
+                   if self.widths[batch[0]] <= low + progress * (high - low)]
+        x0, given = self.read('train', self.kept[batches[i % len(batches)]])
+        fraction = min(1.0, update / self.pad_curriculum) if self.pad_curriculum else 1.0
+        fraction *= random_fraction(number, self.random_length)
+        x0, given = crop_batch(x0, given, self.meta['pad_id'], fraction)
+        return x0, None if self.score_prompt else given
+
+    def batches(self, split, batch_size, limit=0):
+        """[function that reads a batch (x0, given) to evaluate on]: each row of a split once.
+
+        With a limit, so many rows, evenly spread.
+        """
+        rows = self.rows(split)
+        numbers = self.kept if split == 'train' else np.arange(len(rows))
+        numbers = numbers[evenly(len(numbers), limit)]
+        batches = row_batches(row_widths(rows[numbers], self.meta, self.predict_pad), batch_size)
+        return [partial(self.read, split, numbers[batch]) for batch in batches]
+
+    def read(self, split, numbers):
+        """x0 (B, T) int64 and given (B, T) bool of some rows, T the width of the widest."""
+        length = self.meta['row_length']
+        x0 = gather(self.tokens(split), np.asarray(numbers) * length, length,
+                    self.meta['vocab_size'])
+        T = row_widths(x0, self.meta, self.predict_pad).max()
+        given = np.arange(T) < row_lengths(x0, self.meta)[0][:, None]  # (B, T)
+        return torch.from_numpy(x0[:, :T]), torch.from_numpy(given)
+
+    def pairs(self, split, n=0):
+        """[(ids of the prompt, ids of the answer)] of the first n rows; 0 = of all."""
+        return [split_row(row, self.meta) for row in self.rows(split)[:n or None].tolist()]
+
+
+def split_row(ids, meta):
+    """(prompt, answer) of a row: the ids before SEP, and those behind it up to EOS, without PAD."""
+    middle, special = ids.index(meta['sep_id']), (meta['sep_id'], meta['pad_id'])
+    answer = ids[middle + 1:]
+    answer = answer[:answer.index(meta['eos_id'])] if meta['eos_id'] in answer else answer
+    return ids[:middle], [i for i in answer if i not in special]
+
+
+def open_data(dataset, block_size, batch_size, seed=0, *, predict_pad=False, train_tokens=0,
+              random_length=0.0, score_prompt=False, row_share=1.0, length_curriculum=0,
+              pad_curriculum=0):
+    """The data set data/<dataset>, opened for reading: a Stream or Rows; both answer the same calls.
+
+    The arguments are the settings of train.py. Raises UserError where one is for the other layout.
+    """
+    meta = load_meta(dataset)
+    if meta['layout'] == 'rows':
+        if train_tokens:
+            raise UserError(f'train_tokens is for a stream of text, but data/{dataset} has rows')
+        return Rows(dataset, meta, block_size, batch_size, seed, predict_pad, random_length,
+                    score_prompt, row_share, length_curriculum, pad_curriculum)
+    if predict_pad or score_prompt or length_curriculum or row_share != 1:
+        raise UserError('predict_pad, score_prompt, row_share, length_curriculum and token_weights '
+                        f'are for rows, but data/{dataset} is a stream of text')
+    return Stream(dataset, meta, block_size, batch_size, seed, train_tokens, random_length)
 
 
 def main():
