@@ -28,7 +28,6 @@ import collections
 import csv
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -40,7 +39,7 @@ import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -275,7 +274,7 @@ def find_texts(what, recipe, sources):
 
 def read_chunks(file):
     """Yields a UTF-8 file piece by piece, line ends untouched."""
-    with io.TextIOWrapper(file.open('rb'), encoding='utf-8', newline='') as f:
+    with file.open('r', encoding='utf-8', newline='') as f:
         try:
             while chunk := f.read(READ_SIZE):
                 yield chunk
@@ -734,6 +733,7 @@ def evenly(n, limit):
 
 
 def describe_data(data, meta):
+    """The line that streams and rows have in common in what train.py prints."""
     return (f'{data.dataset} ({meta["source"]}): {data.tokens_per_epoch:,} training tokens of '
             f"{meta['vocab_size']:,} kinds, log V' = {math.log(meta['vocab_size']):.4f}")
 
@@ -741,22 +741,25 @@ def describe_data(data, meta):
 class Stream:
     """A data set of one long text per split, read in windows of block_size tokens."""
 
-    def __init__(self, dataset, meta, block_size, batch_size, seed, train_tokens, random_length):
+    def __init__(self, dataset, meta, block_size, batch_size, seed, *, train_tokens=0,
+                 random_length=0.0, predict_pad=False, score_prompt=False, row_share=1.0,
+                 length_curriculum=0, pad_curriculum=0):
+        if predict_pad or score_prompt or length_curriculum or row_share != 1:
+            raise UserError('predict_pad, score_prompt, row_share, length_curriculum and '
+                            f'token_weights are for rows, but data/{dataset} is a stream of text')
         self.dataset, self.meta, self.seed = dataset, meta, seed
+        self.tokens = cache(partial(load_split, dataset))  # of a split: its ids, a memmap
         self.block_size, self.batch_size, self.random_length = block_size, batch_size, random_length
         self.train = self.tokens('train')[:train_tokens or None]
         self.tokens_per_epoch = len(self.train)
         self.tokens_per_batch, self.mean_width = batch_size * block_size, block_size
 
     def check(self):
-        """Raises UserError where there is not one whole window to train on."""
+        """Raises UserError where there is nothing to validate on, or not one window to train on."""
+        self.tokens('val')
         if len(self.train) < self.block_size:
             raise UserError(f'block_size is {self.block_size}, but data/{self.dataset} has only '
                             f'{len(self.train):,} training tokens')
-
-    def tokens(self, split):
-        """The ids of a split, a memmap."""
-        return load_split(self.dataset, split)
 
     def size(self, split):
         return f'{self.scored(split):,} tokens'
@@ -814,9 +817,13 @@ class Stream:
 class Rows:
     """A data set of rows: prompts and answers, or documents. A batch holds rows of one width."""
 
-    def __init__(self, dataset, meta, block_size, batch_size, seed, predict_pad, random_length,
-                 score_prompt, row_share, length_curriculum, pad_curriculum):
+    def __init__(self, dataset, meta, block_size, batch_size, seed, *, predict_pad=False,
+                 random_length=0.0, score_prompt=False, row_share=1.0, length_curriculum=0,
+                 pad_curriculum=0, train_tokens=0):
+        if train_tokens:
+            raise UserError(f'train_tokens is for a stream of text, but data/{dataset} has rows')
         self.dataset, self.meta, self.seed = dataset, meta, seed
+        self.tokens = cache(partial(load_split, dataset))  # of a split: its ids, a memmap
         self.block_size, self.batch_size, self.random_length = block_size, batch_size, random_length
         self.predict_pad, self.score_prompt = predict_pad, score_prompt
         self.length_curriculum, self.pad_curriculum = length_curriculum, pad_curriculum
@@ -830,23 +837,15 @@ class Rows:
         self.pad_share = 1 - lengths[self.kept].sum() / self.tokens_per_epoch
         self.tokens_per_batch = self.tokens_per_epoch / self.batches_per_epoch  # a mean
         self.mean_width = round(self.widths.mean())
-        self.epoch = lru_cache(2)(self.shuffled)
-
-    @cached_property
-    def widest(self):
-        """Tokens of the widest row of the train and val splits."""
-        val = row_widths(self.rows('val'), self.meta, self.predict_pad)
-        return max(self.widths.max(), val.max())
+        self.widest = max(self.widths.max(), row_widths(self.rows('val'), meta, predict_pad).max())
+        self.epoch = lru_cache(2)(lambda epoch: row_batches(  # of indices into self.kept
+            self.widths, batch_size, np.random.default_rng(mixed_seed(seed, epoch))))
 
     def check(self):
         """Raises UserError where a row is longer than the context."""
         if self.widest > self.block_size:
             raise UserError(f'data/{self.dataset} has rows of {self.widest} tokens: set block_size,'
                             f' which is {self.block_size}, to {self.widest} or more')
-
-    def tokens(self, split):
-        """The ids of a split, a memmap."""
-        return load_split(self.dataset, split)
 
     def rows(self, split):
         """The rows of a split, (N, row_length)."""
@@ -868,11 +867,6 @@ class Rows:
                 f'{len(self.widths):,} rows of {self.widths.min()} to {self.widths.max()} tokens, '
                 f'{self.batches_per_epoch:,} batches an epoch, '
                 f'{100 * self.pad_share:.1f}% of what is computed is PAD')
-
-    def shuffled(self, epoch):
-        """[(B,) indices into self.kept] of the batches of an epoch, in random order."""
-        rng = np.random.default_rng(mixed_seed(self.seed, epoch))
-        return row_batches(self.widths, self.batch_size, rng)
 
     def batch(self, update, part=0, parts=1):
         """Rows of one width, x0 (B, T) int64, and given (B, T) bool: True in the prompt.
@@ -927,23 +921,16 @@ def split_row(ids, meta):
     return ids[:middle], [i for i in answer if i not in special]
 
 
-def open_data(dataset, block_size, batch_size, seed=0, *, predict_pad=False, train_tokens=0,
-              random_length=0.0, score_prompt=False, row_share=1.0, length_curriculum=0,
-              pad_curriculum=0):
+def open_data(dataset, block_size, batch_size, seed=0, **choices):
     """The data set data/<dataset>, opened for reading: Stream or Rows; both answer the same calls.
 
-    The arguments are the settings of train.py. Raises UserError where one is for the other layout.
+    choices: settings of train.py (predict_pad, train_tokens, random_length, score_prompt,
+    row_share, length_curriculum, pad_curriculum). Raises UserError where one of them is for the
+    other layout.
     """
     meta = load_meta(dataset)
-    if meta['layout'] == 'rows':
-        if train_tokens:
-            raise UserError(f'train_tokens is for a stream of text, but data/{dataset} has rows')
-        return Rows(dataset, meta, block_size, batch_size, seed, predict_pad, random_length,
-                    score_prompt, row_share, length_curriculum, pad_curriculum)
-    if predict_pad or score_prompt or length_curriculum or row_share != 1:
-        raise UserError('predict_pad, score_prompt, row_share, length_curriculum and token_weights '
-                        f'are for rows, but data/{dataset} is a stream of text')
-    return Stream(dataset, meta, block_size, batch_size, seed, train_tokens, random_length)
+    make = Rows if meta['layout'] == 'rows' else Stream
+    return make(dataset, meta, block_size, batch_size, seed, **choices)
 
 
 def main():
