@@ -1,37 +1,38 @@
 """The transformer, and the probability models that are made from it.
 
-    first half    Transformer: tokens in, logits out; one flag turns it from causal to bidirectional
-    second half   ar, mdm and three relatives of it, d3pm, uniform and block: the loss that train.py
-                  minimises and the number that eval.py reports, exact for autoregression (nll), an
-                  upper bound for all kinds of diffusion (nelbo)
-
-Between them stands LengthHead, which tells how long an answer will be before it is written; behind
-them what measures a split, picks a device and reads a checkpoint.
+    Transformer     tokens in, logits out; one flag turns it from causal to bidirectional
+    Objective       what training minimises and evaluation reports. Autoregression has the negative
+                    log-likelihood itself (nll); diffusion has an upper bound on it (nelbo).
+                    MaskedDiffusion is the one to read first; D3PM, Uniform and BlockDiffusion
+                    differ from it in how they corrupt text and in what a prediction costs
+    evaluate        the mean of an objective over a split
+    LengthHead      predicts how long an answer will be, before it is written
 
 Letters, here and in the papers:
 
     B, T, C   batch, sequence length, channels (n_embd)
     H, D      attention heads, channels of one head (C = H * D)
-    N, M      steps of d3pm; tokens of a batch that are scored, those masked or not given
+    K         neighbours of local mixing (n_conv)
+    N, M      diffusion steps of D3PM; tokens of a batch whose prediction is scored
     V         rows of the embedding: V' real tokens, then one row for the mask, mask_id = V - 1
     x0        clean tokens (B, T) int64                           x, z_0 in MDLM, x_0 in LLaDA
-    t         noise level (B, 1) in (0, 1], t = 1 is all masks    t
+    t         noise level (B, 1) in (0, 1]; at t = 1 all tokens are masks
     alpha     P(a token is kept at level t)                       alpha_t
     w(t)      weight of level t in the bound                      -alpha'_t / (1 - alpha_t)
     xt        x0 with each token kept or replaced by mask_id      z_t, x_t
     is_mask   (B, T) bool, True where xt is mask_id
-    given     (B, T) bool, True where a token is known (a prompt): never masked and never scored
+    given     (B, T) bool, True where a token is known (a prompt): never masked, never scored
+    nats, nll, nelbo   natural logarithms throughout; per token where a line says so
 
 Papers: MDLM arXiv 2406.07524, LLaDA 2502.09992, MaskGIT 2202.04200, GPT-2, RoFormer 2104.09864,
 DiT 2212.09748 (adaLN), D3PM 2107.03006, UDLM 2412.10193, Duo 2506.10892, BD3-LM 2503.09573.
-Everything is in nats per token.
 """
 
 import math
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,10 +41,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from config import UserError
-from prepare import gather, gather_rows, row_batches, row_widths
+from config import UserError, one_of
+from prepare import mixed_seed
 
 # ---------------------------------------------------------------------------- the transformer
+
+NORMS, POSITIONS, MLPS = ('rmsnorm', 'layernorm'), ('rope', 'learned'), ('relu2', 'swiglu', 'gelu')
+LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress', 'encoder_classify')
 
 
 @dataclass
@@ -64,23 +68,21 @@ class ModelConfig:
     qk_norm: bool = True      # normalise queries and keys, so that attention logits stay small
     bias: bool = False        # biases in linear layers and in layernorm
     tied: bool = False        # the head shares the embedding's matrix
-    time_cond: bool = False   # tell the network t (adaLN); xt shows it already for masked noise
+    time_cond: bool = False   # show the network the noise level (adaLN); masks show it already
     dropout: float = 0.0
     subs: bool = True         # the mask is never predicted; False: d3pm may predict it
-    block_length: int = 0     # of objective block; 0 = none
-    length_head: str = ''     # how it tells the length of an answer, see LENGTH_HEADS; '' = not
+    block_length: int = 0     # tokens per block of block diffusion; 0 = none
+    length_head: str = ''     # how the length of an answer is predicted, see LengthHead; '' = not
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise UserError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, '
                             f'and that of n_kv_head {self.n_kv_head}')
-        for name, known in (('pos', ('rope', 'learned')), ('norm', ('rmsnorm', 'layernorm')),
-                            ('mlp', ('relu2', 'swiglu', 'gelu')),
-                            ('length_head', ('', *LENGTH_HEADS))):
-            if getattr(self, name) not in known:
-                raise UserError(f'{name} is {getattr(self, name)!r}, not one of '
-                                + ', '.join(filter(None, known)))
+        one_of('pos', self.pos, POSITIONS)
+        one_of('norm', self.norm, NORMS)
+        one_of('mlp', self.mlp, MLPS)
+        one_of('length_head', self.length_head, ('', *LENGTH_HEADS))
         if self.causal and self.time_cond:
             raise UserError('time_cond shows the network a noise level; causal models have none')
         if self.pos == 'rope' and self.n_embd // self.n_head % 2:
@@ -290,28 +292,30 @@ class Transformer(nn.Module):
         self.register_buffer('sin', sin, persistent=False)
         self.init_weights()
 
-    def forward(self, x, t=None, *, cache=None, where=None, hidden=False, block_length=0,
-                mixture=None):
+    def forward(self, x, level=None, *, cache=None, where=None, hidden=False, clean=None,
+                block_length=0, mixture=None):
         """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
-        x (B, T) int64: tokens, mask_id among them. t (B, 1): noise level, for time_cond alone; all
-        callers pass the expected share of x that is noise, on which all schedules agree: told().
+        x (B, T) int64: tokens, mask_id among them.
+        level (B, 1): the fraction of x that is noise, for time_cond alone; see noise_fraction.
         cache: a KVCache that holds the tokens before x; x is added to it.
         hidden: stop before the head, (B, T, C) or (M, C), of which logits() makes the rest.
-        block_length: above 0, x is [xt ; x0], (B, 2T), and xt, whose logits are returned, sees of
-        x0 the blocks before its own; t may then be (B, T), a level for every position of xt.
+        clean (B, T), block_length: read [x ; clean], where a block of x sees the clean blocks
+        before its own; level may then be (B, T), one for each block [BD3-LM].
         mixture: (ids, weights), each (B, T, K): sum over k of weights[k] * embed(ids[k]) is read in
         the place of embed(x).
         """
-        B, T = x.size(0), x.size(1) // 2 if block_length else x.size(1)
+        B, T = x.shape
         start = cache.length if cache is not None else 0
         if start + T > self.config.block_size:
             raise UserError(f'{start + T} tokens do not fit into the context of this model, '
                             f'block_size is {self.config.block_size}')
         position, mask = torch.arange(start, start + T, device=x.device), None
-        if block_length:  # both halves stand at the same positions, and x0 has no noise
+        if clean is not None:  # both halves stand at the same positions, and x0 has no noise
             position, mask = position.repeat(2), block_mask(T, block_length, x.device)
-            t = None if t is None else torch.cat([t.expand(B, T), torch.zeros_like(x[:, T:])], 1)
+            level = None if level is None else torch.cat(
+                [level.expand(B, T), torch.zeros_like(clean)], dim=1)
+            x = torch.cat([x, clean], dim=1)
         if mixture is None:
             h = self.embed(x)  # (B, T, C)
         else:
@@ -322,7 +326,7 @@ class Transformer(nn.Module):
         else:
             rope = self.cos[position], self.sin[position]  # 2 x (T, D)
         h = self.drop(h)
-        time = None if self.time_mlp is None else self.time_mlp(time_features(t))  # (B, 1, C)
+        time = None if self.time_mlp is None else self.time_mlp(time_features(level))  # (B, 1, C)
         for block in self.blocks:
             h = block(h, rope, cache, mask, block_length, time)
         if cache is not None:
@@ -334,7 +338,7 @@ class Transformer(nn.Module):
         return h if hidden else self.logits(h)
 
     def logits(self, h):
-        """(..., V) from hidden states (..., C): what the head says, with subs never the mask."""
+        """(..., V) of hidden states (..., C); with subs the mask's is -inf."""
         logits = self.head(h)
         if self.config.subs:  # a prediction is a real token [MDLM sec. 3.2]
             logits[..., self.mask_id] = -torch.inf
@@ -355,9 +359,26 @@ class Transformer(nn.Module):
             else:
                 nn.init.normal_(p, std=p.size(1) ** -0.5)
 
+    @property
+    def device(self):
+        return self.embed.weight.device
+
     def count_parameters(self):
         """All numbers that are learned; a tied head is counted once."""
         return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T):
+        """Multiplications and additions of an update for a token [PaLM 2204.02311, app. B].
+
+        6 for every weight of a matrix, and 12 C in each layer for every position attended to, half
+        of them on average if causal. Reading an embedding is none; the head is counted at all
+        positions.
+        """
+        c = self.config
+        weights = self.count_parameters() - (0 if c.tied else self.embed.weight.numel())
+        attended = T / 2 if self.config.causal else T
+        halves = 2 if c.block_length else 1  # [xt ; x0]
+        return halves * (6 * weights + 12 * c.n_layer * c.n_embd * attended)
 
 
 def time_features(t, size=256):
@@ -367,156 +388,90 @@ def time_features(t, size=256):
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-# ------------------------------------------------------------------------- the length of an answer
-
-LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress', 'encoder_classify')
-
-
-class LengthHead(nn.Module):
-    """Tells from a prompt how many tokens its answer has, EOS among them; the model is frozen.
-
-        regress_mean      a number, from the mean of the model's hidden states
-        regress_concat    the same, from their mean in the prompt beside that in the answer's masks
-        classify          for every mask, whether the answer has ended there
-        encoder_regress   a number, from the mean in the prompt of a small encoder of its own
-        encoder_classify  a distribution over lengths, from the same
-    """
-
-    def __init__(self, c):
-        super().__init__()
-        self.kind, self.encoder, C = c.length_head, None, c.n_embd
-        if self.kind.startswith('encoder'):
-            self.encoder = Transformer(ModelConfig(c.vocab_size, c.block_size, n_layer=2, n_head=4,
-                                                   n_embd=128, tied=True))
-            C = 128
-        self.mlp = nn.Sequential(nn.Linear(2 * C if self.kind == 'regress_concat' else C, C),
-                                 nn.ReLU(), nn.Linear(C, c.block_size if self.kind ==
-                                                      'encoder_classify' else 1))
-
-    def forward(self, model, x):
-        """x (B, P + W): prompts of P tokens, then W masks. classify: logits (B, W), that the answer
-        ends there or before; encoder_classify: (B, W), of the lengths 1..W; else lengths (B,)."""
-        P = int((x[0] != model.mask_id).sum())
-        if self.encoder is not None:
-            h = self.encoder(x[:, :P], hidden=True).mean(1)  # (B, C)
-        else:
-            share = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1)
-            with torch.no_grad():
-                h = model(x, share, hidden=True)  # (B, P + W, C)
-            if self.kind == 'classify':
-                h = h[:, P:]
-            elif self.kind == 'regress_mean':
-                h = h.mean(1)
-            else:
-                h = torch.cat([h[:, :P].mean(1), h[:, P:].mean(1)], dim=1)
-        out = self.mlp(h).squeeze(-1)
-        return out[:, :x.size(1) - P] if self.kind == 'encoder_classify' else out
-
-    def predict(self, model, x, quantile):
-        """Lengths (B,) that answers exceed with probability 1 - quantile at most; a number was
-        trained to be such a bound, at the quantile set then."""
-        out = self(model, x)
-        if not self.kind.endswith('classify'):
-            return out
-        return first_to_hold(out.sigmoid() if self.kind == 'classify' else
-                             out.softmax(1).cumsum(1), quantile)
-
-
-def first_to_hold(cumulative, share):
-    """The first position, from 1, at which cumulative (B, W) is not below share, else W: (B,)."""
-    below = (cumulative < share).long().cumprod(1).sum(1)
-    return below.clamp(max=cumulative.size(1) - 1) + 1.0
-
-
-def length_loss(model, x0, generator=None, given=None, *, pad_id, length_quantile):
-    """The loss (B,) of the length head, one for each row.
-
-    Nats: of a distribution over lengths; of W yes or no, if classify; and of a number those of an
-    asymmetric Laplace distribution, a constant aside: the pinball loss [Koenker & Bassett 1978]
-
-        max(q * (n - prediction), (q - 1) * (n - prediction)),  q = length_quantile
-
-    whose minimum is the length n that is exceeded with probability 1 - q. The mean square has its
-    minimum at the mean, for which about half of all answers are too long.
-    """
-    n = (~given & (x0 != pad_id)).sum(1)  # (B,), EOS among them
-    kind = model.length_head.kind
-    out = model.length_head(model, torch.where(given, x0, model.mask_id)).float()
-    if kind == 'encoder_classify':
-        return F.cross_entropy(out, n - 1, reduction='none')
-    if kind == 'classify':
-        ended = torch.arange(out.size(1), device=x0.device) >= n[:, None] - 1  # (B, W)
-        return F.binary_cross_entropy_with_logits(out, ended.float(), reduction='none').sum(1)
-    short = n - out
-    return torch.maximum(length_quantile * short, (length_quantile - 1) * short)
-
-
 # ------------------------------------------------------------------------- the probability models
-#
-# Every loss(model, x0, generator, given) returns (nats, count): train.py divides the sum of the one
-# by the sum of the other over all micro-batches, so that splitting a batch changes nothing.
-# Every bound(model, x0, generator, given) returns (B,) nats per row: what eval.py reports.
 
-POWER = 2  # of the polynomial schedule
-SOFT_RANGE = (0.25, 0.5)  # the share of Gaussian noise in soft tokens
-SMOOTHING = 1e-3  # of targets, so that a divergence from them is finite
-DIVERGENCES = ('elbo', 'symmetric_kl', 'scaled_kl')
-LOSS_WEIGHTS = ('elbo', 'clipped', 'flat', 'masked_mean')
 SCHEDULES = ('linear', 'cosine', 'polynomial')
+POWER = 2  # of the polynomial schedule
+LOSS_WEIGHTS = ('elbo', 'clipped', 'flat', 'masked_mean')
+DIVERGENCES = ('elbo', 'symmetric_kl', 'scaled_kl')
+SOFT_RANGE = (0.25, 0.5)  # the fraction lam of Gaussian noise in soft tokens
+SMOOTHING = 1e-3  # of targets, so that a divergence from them is finite
+MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')  # see sample.py
 
 
 def noise(t, schedule):
-    """alpha_t, the share of tokens kept at level t, and w(t) = -alpha'_t / (1 - alpha_t).
+    """alpha_t, the fraction of tokens kept at level t, and w(t) = -alpha'_t / (1 - alpha_t).
 
     The bound is the same under every schedule (substitute alpha for t); its variance is not.
     """
+    one_of('schedule', schedule, SCHEDULES)
     if schedule == 'linear':
         return 1 - t, 1 / t
     if schedule == 'cosine':
         return 1 - torch.sin(math.pi / 2 * t), math.pi / 2 / torch.tan(math.pi / 2 * t)
-    if schedule == 'polynomial':
-        return 1 - t ** POWER, POWER / t
-    raise UserError(f'schedule is {schedule!r}, not one of {", ".join(SCHEDULES)}')
+    return 1 - t ** POWER, POWER / t
 
 
-def levels(n, mask_range, generator, device):
-    """n noise levels in (lo, hi] = mask_range: one in each 1/n of it, all shifted by one draw.
+def low_discrepancy(n, rng, device, shuffled=False):
+    """n numbers in [0, 1), one in each 1/n of it, all shifted by one draw [VDM 2107.00630].
 
-    Each is uniform, but together they are spread more evenly [VDM 2107.00630].
+    Each is uniform, but together they are spread more evenly than independent draws. In their
+    order, or shuffled where each row counts by itself.
     """
-    u = torch.rand(1, generator=generator, device=device)
-    t = 1 - (u + torch.arange(n, device=device) / n) % 1  # (n,) in (0, 1]
-    return mask_range[0] + (mask_range[1] - mask_range[0]) * t
+    u = torch.rand(1, generator=rng, device=device)
+    k = torch.randperm(n, generator=rng, device=device) if shuffled else \
+        torch.arange(n, device=device)
+    return (u + k / n) % 1
 
 
-def told(t, given, block_length=0):
-    """The level that the network reads where t of what is not given is noise: the share of all.
+def noise_fraction(t, given, block_length=0):
+    """Time conditioning: the fraction of ALL tokens that is noise, t * mean(~given).
 
-    That is what a decoder knows. (B, 1), or (B, T) if of each block.
+    A decoder can count it on any canvas; it never sees t itself. (B, 1), or (B, T) by block.
     """
     parts = (~given).float().split(block_length or given.size(1), dim=1)
-    asked = torch.cat([part.mean(1, keepdim=True).expand_as(part) for part in parts], dim=1)
-    return t * (asked if block_length else asked[:, :1])
+    noisy = torch.cat([part.mean(1, keepdim=True).expand_as(part) for part in parts], dim=1)
+    return t * (noisy if block_length else noisy[:, :1])
 
 
-def strata(n, generator, device):
-    """n numbers in [0, 1), one in each 1/n of it, in random order: for bounds, row by row."""
-    u = torch.rand(1, generator=generator, device=device)
-    return (u + torch.randperm(n, generator=generator, device=device) / n) % 1
+def masks_by_count(given, block_length, rng):
+    """is_mask (B, T): l of the L tokens of each block that are not given; and l/L of it, (B, T).
+
+    l is uniform in 1..L, stratified over all blocks of the batch.
+    """
+    B, T = given.shape
+    n = math.ceil(T / block_length)
+    given = F.pad(given, (0, n * block_length - T), value=True).view(B, n, block_length)
+    L = (~given).sum(2, keepdim=True)  # (B, n, 1)
+    u = low_discrepancy(B * n, rng, given.device, shuffled=True).view(B, n, 1)
+    n_mask = 1 + (u * L).long().clamp(max=L - 1)
+    order = torch.rand(given.shape, generator=rng, device=given.device)
+    is_mask = order.masked_fill(given, 2.0).argsort(2).argsort(2) < n_mask  # at random places
+    fraction = (n_mask / L).nan_to_num(1.0).expand_as(order)  # 0 / 0 where all is given
+    return is_mask.flatten(1)[:, :T], fraction.flatten(1)[:, :T]
 
 
-def training_weight(w, loss_weight, w_max):
-    """What a loss puts in the place of w(t), the weight of a level in the bound."""
-    if loss_weight == 'elbo':
-        return w
-    if loss_weight == 'clipped':
-        return w.clamp(max=w_max)
-    if loss_weight in ('flat', 'masked_mean'):
-        return torch.ones_like(w)
-    raise UserError(f'loss_weight is {loss_weight!r}, not one of {", ".join(LOSS_WEIGHTS)}')
+def with_one(chosen, given, rng):
+    """chosen (B, T) bool, and one token more in each row, drawn from all that are not given.
+
+    A set of l tokens, E[l] of them expected, is then l / E[l] times as probable as before. Callers
+    divide by that, which takes out the weights that are large where E[l] is small.
+    """
+    u = torch.rand(chosen.shape, generator=rng, device=chosen.device).masked_fill(given, -1.0)
+    return chosen.scatter(1, u.argmax(1, keepdim=True), True) & ~given
 
 
-def token_costs(model, cost, h, *rows, at_once=2 ** 28):
+def by_row(costs, where):
+    """Sums (B,) of costs (M,), those of the tokens at which where (B, T) bool is True."""
+    return torch.zeros(where.shape, device=costs.device).masked_scatter(where, costs).sum(1)
+
+
+def cross_entropy(logits, target):
+    """-log p(target) (M,) under logits (M, V)."""
+    return F.cross_entropy(logits, target, reduction='none')
+
+
+def in_slices(cost, model, h, *rows, at_once=2 ** 28):
     """cost(logits (M, V), *rows) (M,) of hidden states h (M, C) and rows, each of length M.
 
     In slices if M * V is more than `at_once`. A slice keeps none of its logits for the backward
@@ -533,113 +488,273 @@ def token_costs(model, cost, h, *rows, at_once=2 ** 28):
                       for part in zip(h.split(n), *(row.split(n) for row in rows))])
 
 
-def token_nll(model, h, target):
-    """-log p(target) (M,) from hidden states h (M, C)."""
-    return token_costs(model, partial(F.cross_entropy, reduction='none'), h, target)
+class Noised(NamedTuple):
+    """One draw of the forward process q(xt | x0), and what its prediction is to cost."""
+    xt: torch.Tensor      # (B, T) int64, what the network reads
+    scored: torch.Tensor  # (B, T) bool, the M positions whose prediction is scored
+    weight: torch.Tensor  # (B, T) or (B, 1), of each cost
+    level: torch.Tensor   # (B, 1), or (B, T) if of each block: noise_fraction, for time_cond
+    inputs: dict = {}     # what else the network reads: keywords of Transformer.forward
+    extra: tuple = ()     # what else the cost reads: tensors (B, T) or (B, 1)
 
 
-def ar_token_nll(model, x0, given=None):
-    """-log p(x_i | x_<i) at every position, 0 where given, (B, T), from one causal pass.
+@dataclass
+class Objective:
+    """How text is corrupted, and what predicting it back costs. Its fields are settings.
 
-    The input is x0 shifted by one behind a start token, mask_id, so that all T tokens of a window
-    are scored, with the same information as masked diffusion has at t = 1.
+        loss    what training minimises          loss_weight and mask_range choose its levels
+        bound   what evaluation reports          all levels; the nll itself if exact
+
+    A member says how it corrupts text (corrupt; corrupt_evenly: the same bound with less variance)
+    and, if it is not cross-entropy, what a prediction costs. Everyone else asks the attributes.
     """
-    start = torch.full_like(x0[:, :1], model.mask_id)
-    h = model(torch.cat([start, x0[:, :-1]], dim=1), hidden=True)  # (B, T, C)
-    if given is None:
-        return token_nll(model, h.flatten(0, 1), x0.flatten()).view_as(x0)
-    nll = token_nll(model, h[~given], x0[~given])  # (M,)
-    return torch.zeros_like(x0, dtype=nll.dtype).masked_scatter(~given, nll)
+    schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
+    loss_weight: str = 'elbo'        # elbo w(t), clipped min(w(t), w_max), flat 1, masked_mean
+    w_max: float = 5.0
+    mask_range: tuple = (0.0, 1.0)   # levels t that are trained; (0.15, 0.15) is BERT
+
+    exact = False                # the bound is the nll
+    causal = False               # the network sees no later token
+    masks = True                 # noise is the mask: decoding begins at a canvas of masks
+    any_order = False            # one token at a time, in any order, has an exact nll [2110.02037]
+    block_length = 0             # tokens per block, if there are blocks
+    decoders = MASK_DECODERS     # names in sample.py, the default first
+    measured = 'nelbo <='        # a bound is called a bound wherever it is printed
+
+    def __post_init__(self):
+        one_of('schedule', self.schedule, SCHEDULES)
+        one_of('loss_weight', self.loss_weight, LOSS_WEIGHTS)
+        if len(self.mask_range) != 2 or not 0 <= self.mask_range[0] <= self.mask_range[1] > 0:
+            raise UserError(f'mask_range is {self.mask_range!r}, but it must be (lo, hi) with '
+                            '0 <= lo <= hi <= 1 and hi > 0')
+
+    cost = staticmethod(cross_entropy)
+
+    def loss(self, model, x0, rng, given=None, progress=0.0):
+        """(nats, count): train.py divides the sum of the one by that of the other.
+
+        So splitting a batch changes nothing. x0 (B, T) int64, clean tokens. rng: a Generator.
+        progress: of training, in [0, 1]. With loss_weight='elbo' and the whole mask_range, nats per
+        token are in expectation an upper bound on the nll; the other weights have the same optimum
+        (every level's conditionals) but spend the network's effort elsewhere.
+        """
+        given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
+        noised = self.corrupt(model, x0, given, rng, progress)
+        nats = self.costs(model, x0, noised).sum()
+        return nats, noised.scored.sum() if self.loss_weight == 'masked_mean' else (~given).sum()
+
+    def bound(self, model, x0, rng, given=None):
+        """An unbiased draw of the bound on -log p(x0) of every row, (B,), in nats."""
+        given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
+        noised = self.corrupt_evenly(model, x0, given, rng)
+        return by_row(self.costs(model, x0, noised), noised.scored)
+
+    def costs(self, model, x0, noised):
+        """Weighted costs (M,) of predicting x0 from one draw of its corruption, in nats."""
+        xt, scored, weight, level, inputs, extra = noised
+        h = model(xt, level, where=scored, hidden=True, **inputs)  # (M, C)
+        rows = [row.expand_as(x0)[scored] for row in (x0, *extra)]  # (M,) each
+        return weight.expand_as(x0)[scored] * in_slices(self.cost, model, h, *rows)
+
+    def draw_levels(self, n, rng, device):
+        """n noise levels in (lo, hi] = mask_range, evenly spread."""
+        lo, hi = self.mask_range
+        return lo + (hi - lo) * (1 - low_discrepancy(n, rng, device))
+
+    def training_weight(self, w):
+        """What a loss puts in the place of w(t), the weight of a level in the bound."""
+        if self.loss_weight == 'clipped':
+            return w.clamp(max=self.w_max)
+        return w if self.loss_weight == 'elbo' else torch.ones_like(w)
 
 
-def ar_loss(model, x0, generator=None, given=None):
-    """Negative log-likelihood of the next token, exact.
-
-        nll = mean over (b, i) of  -log p(x0[b, i] | x0[b, :i])
-
-    x0 (B, T) int64, clean tokens. Returns (nats, count), nats per token is the one by the other.
-    """
-    count = torch.ones_like(x0).sum() if given is None else (~given).sum()
-    return ar_token_nll(model, x0, given).sum(), count
-
-
-def mdm_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight='elbo',
-             w_max=5.0, mask_range=(0.0, 1.0), token_weight=None):
-    """Negative ELBO of masked diffusion, one t per row [MDLM eq. 11; LLaDA eq. 3].
+@dataclass
+class MaskedDiffusion(Objective):
+    """Masked diffusion, one t per row [MDLM eq. 11; LLaDA eq. 3].
 
         nelbo = mean over (b, i) of  is_mask[b, i] * w(t[b]) * -log p(x0[b, i] | xt[b])
 
-    x0 (B, T) int64, clean tokens. Returns (nats, count), nats per token is the one by the other.
-    With loss_weight='elbo' and the whole mask_range that is, in expectation, an upper bound on the
-    nll; the other weights have the same optimum (every level's conditionals) but spend the
-    network's effort elsewhere: 'flat' w = 1, 'clipped' w = min(w(t), w_max), and 'masked_mean',
-    w = 1 with the mean over masked tokens in place of all.
-    mask_range=(lo, hi) squeezes t into (lo, hi]; (0.15, 0.15) is BERT. token_weight (V,) is what a
-    wrong guess at each kind of token counts, 1 if None.
+    Evaluation draws how many tokens are masked in place of t [LLaDA eq. 14], which is the same
+    bound, integrated over the levels that leave l masks, and exact for uniform logits:
+
+        nelbo = E over l in 1..L, l of L tokens masked, of  L / l * sum of -log p(x0_i | xt)
     """
-    B, T = x0.shape
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    t = levels(B, mask_range, generator, x0.device)[:, None]  # (B, 1)
-    alpha, w = noise(t, schedule)
-    w = training_weight(w, loss_weight, w_max)
+    any_order = True
+    token_weight = None  # (V,): what a wrong guess at each kind of token counts in the loss
 
-    is_mask = (torch.rand(B, T, generator=generator, device=x0.device) >= alpha) & ~given
-    xt = torch.where(is_mask, model.mask_id, x0)
-    h = model(xt, told(1 - alpha, given), where=is_mask, hidden=True)  # (M, C), M masked tokens
-    nll = token_nll(model, h, x0[is_mask])  # (M,)
-    nll = nll if token_weight is None else nll * token_weight[x0[is_mask]]
-    nats = (w.expand(B, T)[is_mask] * nll).sum()
-    return nats, is_mask.sum() if loss_weight == 'masked_mean' else (~given).sum()
+    def corrupt(self, model, x0, given, rng, progress=0.0):
+        t = self.draw_levels(len(x0), rng, x0.device)[:, None]  # (B, 1)
+        alpha, w = noise(t, self.schedule)  # linear: 1 - t and 1 / t
+        is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
+        xt = torch.where(is_mask, model.mask_id, x0)
+        weight = self.training_weight(w)  # (B, 1)
+        if self.token_weight is not None:
+            weight = weight * self.token_weight[x0]  # (B, T)
+        return Noised(xt, is_mask, weight, noise_fraction(1 - alpha, given))
+
+    def corrupt_evenly(self, model, x0, given, rng):
+        is_mask, fraction = masks_by_count(given, x0.size(1), rng)  # 2 x (B, T)
+        xt = torch.where(is_mask, model.mask_id, x0)
+        return Noised(xt, is_mask, 1 / fraction, noise_fraction(fraction[:, :1], given))
 
 
-def d3pm_grid(diffusion_steps, schedule, device):
-    """m = 1 - alpha at t = 0, 1/N, ..., 1, (N + 1,), and c (N + 1,), the chance to reveal a mask.
+@dataclass
+class Autoregression(Objective):
+    """Next-token prediction: nothing is corrupted, and loss and bound are the nll itself.
 
-        c(t) = (alpha_s - alpha_t) / (1 - alpha_t),  s = t - 1/N;  c(0) is not defined: 0
+        nll = mean over (b, i) of  -log p(x0[b, i] | x0[b, :i])
+
+    The network reads x0 shifted by one behind a start token, mask_id, so that all T tokens of a
+    window are scored, with the same information as masked diffusion has at t = 1.
     """
-    t = torch.arange(diffusion_steps + 1, dtype=torch.float64) / diffusion_steps
-    m = 1 - noise(t, schedule)[0]
-    c = F.pad(m.diff() / m[1:], (1, 0))
-    return m.float().to(device), c.float().to(device)
+    exact, causal, masks = True, True, False
+    decoders, measured = ('ar',), 'nll'
+
+    def loss(self, model, x0, rng=None, given=None, progress=0.0):
+        return self.token_nll(model, x0, given).sum(), \
+            torch.ones_like(x0).sum() if given is None else (~given).sum()
+
+    def bound(self, model, x0, rng=None, given=None):
+        return self.token_nll(model, x0, given).sum(1)
+
+    def token_nll(self, model, x0, given=None):
+        """-log p(x_i | x_<i) at every position, 0 where given, (B, T), from one causal pass."""
+        scored = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given
+        start = torch.full_like(x0[:, :1], model.mask_id)
+        h = model(torch.cat([start, x0[:, :-1]], dim=1), where=scored, hidden=True)  # (M, C)
+        nll = in_slices(cross_entropy, model, h, x0[scored])  # (M,)
+        return torch.zeros_like(x0, dtype=nll.dtype).masked_scatter(scored, nll)
 
 
-def d3pm_cost(logits, target, m_t, m_s, c):
-    """1/c of the KL divergence of a masked token's step, (M,) [D3PM, absorbing state].
+@dataclass
+class D3PM(Objective):
+    """Masked diffusion in N discrete steps [D3PM, absorbing state].
 
-        -log p(x0) + g(alpha_t) + (1 - c) / c * (g(alpha_t) - g(alpha_s))
-        g(alpha) = log(1 + alpha * p(mask) / (1 - alpha)),  m = 1 - alpha
+        nelbo = mean over (b, i) of  is_mask[b, i] * N * c(t[b]) * cost[b, i]
 
-    With subs p(mask) is 0, and so is g.
+    As MaskedDiffusion, but t stands on the grid 1/N, ..., 1, and N c(t) in the place of w(t), where
+    c(t) = (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/N, is the probability that a step reveals
+    a mask. Evaluation draws a step with probability alpha_s - alpha_t = c * (1 - alpha_t), and its
+    masks as in with_one: exact for uniform logits if subs.
     """
-    logp = logits.log_softmax(-1)
-    p_mask = logp[:, -1].exp()
-    g_t, g_s = (torch.log1p((1 - m) / m.clamp(min=1e-12) * p_mask) for m in (m_t, m_s))
-    # at s = 0, where g_s is not finite, 1 - c is 0
-    return -logp.gather(1, target[:, None])[:, 0] + g_t + (1 - c) / c * (g_t - g_s)
+    diffusion_steps: int = 1000
+
+    def grid(self, device):
+        """m = 1 - alpha at t = 0, 1/N, ..., 1, (N + 1,), and c (N + 1,), which is 0 at t = 0."""
+        t = torch.arange(self.diffusion_steps + 1, dtype=torch.float64) / self.diffusion_steps
+        m = 1 - noise(t, self.schedule)[0]
+        c = F.pad(m.diff() / m[1:], (1, 0))
+        return m.float().to(device), c.float().to(device)
+
+    def corrupt(self, model, x0, given, rng, progress=0.0):
+        t = self.draw_levels(len(x0), rng, x0.device)[:, None]  # (B, 1)
+        step = (t * self.diffusion_steps).ceil().long()  # (B, 1), 1..N
+        m, c = self.grid(x0.device)
+        is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]) & ~given
+        xt = torch.where(is_mask, model.mask_id, x0)
+        weight = self.training_weight(self.diffusion_steps * c[step])
+        return Noised(xt, is_mask, weight, noise_fraction(m[step], given),
+                      extra=(m[step], m[step - 1], c[step]))
+
+    def corrupt_evenly(self, model, x0, given, rng):
+        m, c = self.grid(x0.device)
+        u = low_discrepancy(len(x0), rng, x0.device, shuffled=True)[:, None]  # (B, 1)
+        step = torch.searchsorted(m, u, right=True).clamp(max=self.diffusion_steps)  # (B, 1), 1..N
+        is_mask = torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]
+        is_mask = with_one(is_mask, given, rng)
+        xt = torch.where(is_mask, model.mask_id, x0)
+        weight = (~given).sum(1, keepdim=True) / is_mask.sum(1, keepdim=True).clamp(min=1)  # L / l
+        return Noised(xt, is_mask, weight, noise_fraction(m[step], given),
+                      extra=(m[step], m[step - 1], c[step]))
+
+    @staticmethod
+    def cost(logits, target, m_t, m_s, c):
+        """1/c of the KL divergence of a masked token's step, (M,).
+
+            -log p(x0) + g(alpha_t) + (1 - c) / c * (g(alpha_t) - g(alpha_s))
+            g(alpha) = log(1 + alpha * p(mask) / (1 - alpha)),  m = 1 - alpha
+
+        With subs p(mask) is 0, and so is g.
+        """
+        logp = logits.log_softmax(-1)
+        p_mask = logp[:, -1].exp()
+        g_t, g_s = (torch.log1p((1 - m) / m.clamp(min=1e-12) * p_mask) for m in (m_t, m_s))
+        # at s = 0, where g_s is not finite, 1 - c is 0
+        return -logp.gather(1, target[:, None])[:, 0] + g_t + (1 - c) / c * (g_t - g_s)
 
 
-def d3pm_loss(model, x0, generator, given=None, *, diffusion_steps=1000, schedule='linear',
-              loss_weight='elbo', w_max=5.0, mask_range=(0.0, 1.0)):
-    """Negative ELBO of masked diffusion in N discrete steps, one per row [D3PM].
+@dataclass
+class Uniform(Objective):
+    """Diffusion whose noise is random tokens, one t per row [UDLM, Duo].
 
-        nelbo = mean over (b, i) of  is_mask[b, i] * N * c(t[b]) * d3pm_cost[b, i]
+        nelbo = mean over (b, i) of  w(t[b]) * (1 - alpha[b]) * uniform_cost[b, i]
 
-    As mdm_loss, but t stands on the grid 1/N, ..., 1 and N * c(t) in the place of w(t).
+    A token that is not kept becomes any of the V' real ones, perhaps itself: the network cannot
+    know which are noise, so all are scored, and none is ever beyond correction. The best prediction
+    is p(x0[b, i] | xt[b] without its i-th token).
+
+    For training only: soft_inputs, where the network reads soft_tokens, of which xt is the argmax,
+    with lam in SOFT_RANGE in the place of t and of the schedule, and tau annealed from 1e-3 to 1e-8
+    [Duo]; and a divergence in the place of the weighted cost, 'symmetric_kl' or 'scaled_kl', which
+    is that times lam / (V' (1 - lam) + lam). Without soft inputs lam is 1 - alpha.
     """
-    B, T = x0.shape
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    t = levels(B, mask_range, generator, x0.device)[:, None]  # (B, 1)
-    step = (t * diffusion_steps).ceil().long()  # (B, 1), 1..N
-    m, c = d3pm_grid(diffusion_steps, schedule, x0.device)
-    w = training_weight(diffusion_steps * c[step], loss_weight, w_max)
+    divergence: str = 'elbo'
+    soft_inputs: bool = False
 
-    is_mask = (torch.rand(B, T, generator=generator, device=x0.device) < m[step]) & ~given
-    xt = torch.where(is_mask, model.mask_id, x0)
-    h = model(xt, told(m[step], given), where=is_mask, hidden=True)  # (M, C), M masked tokens
-    step = step.expand(B, T)[is_mask]  # (M,)
-    cost = token_costs(model, d3pm_cost, h, x0[is_mask], m[step], m[step - 1], c[step])
-    nats = (w.expand(B, T)[is_mask] * cost).sum()
-    return nats, is_mask.sum() if loss_weight == 'masked_mean' else (~given).sum()
+    masks = False
+    decoders = ('uniform',)
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of('divergence', self.divergence, DIVERGENCES)
+
+    def corrupt(self, model, x0, given, rng, progress=0.0):
+        t, inputs = self.draw_levels(len(x0), rng, x0.device)[:, None], {}  # (B, 1)
+        if self.soft_inputs:
+            low, high = SOFT_RANGE
+            lam = low + (high - low) * t
+            alpha, slope = soft_noise(lam, model.mask_id)
+            w = -slope * (high - low) / (1 - alpha)
+            tau = 1e-3 * 1e-5 ** progress
+            ids, weights = soft_tokens(x0, lam, tau, model.mask_id, rng)
+            weights[given] = torch.tensor([1.0, 0.0, 0.0], device=x0.device)
+            xt = ids.gather(2, weights.argmax(2, keepdim=True))[..., 0]
+            inputs = {'mixture': (ids, weights)}
+        else:
+            alpha, w = noise(t, self.schedule)
+            lam = 1 - alpha
+            is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
+            xt = torch.where(is_noise, random_tokens(model, x0, rng), x0)
+        level = noise_fraction(1 - alpha, given)
+        if self.divergence == 'elbo':
+            weight = self.training_weight(w) * (1 - alpha)  # (B, 1)
+            return Noised(xt, ~given, weight, level, inputs, extra=(xt, alpha))
+        weight = lam / (model.mask_id * (1 - lam) + lam) if self.divergence == 'scaled_kl' \
+            else torch.ones_like(lam)
+        return Noised(xt, ~given, weight, level, inputs)
+
+    def corrupt_evenly(self, model, x0, given, rng):
+        """The cost of a wrong token is about 1/t. So half of the draws, at random, have noise as in
+        with_one, and all are weighted by the fraction of their own distribution in the mixture,
+        at most 2."""
+        L = (~given).sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+        u = 2 * low_discrepancy(len(x0), rng, x0.device, shuffled=True)[:, None]  # half and level
+        t = 1 - u % 1  # (B, 1) in (0, 1]
+        is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) < t) & ~given
+        is_noise = torch.where(u < 1, is_noise, with_one(is_noise, given, rng))
+        weight = 2 / (1 + is_noise.sum(1, keepdim=True) / (L * t))  # (B, 1)
+        xt = torch.where(is_noise, random_tokens(model, x0, rng), x0)
+        return Noised(xt, ~given, weight, noise_fraction(t, given), extra=(xt, 1 - t))
+
+    @staticmethod
+    def cost(logits, x0, xt=None, alpha=None):
+        """uniform_cost, or symmetric_kl where the cost is not to know xt and its level."""
+        return symmetric_kl(logits, x0) if xt is None else uniform_cost(logits, x0, xt, alpha)
+
+
+def random_tokens(model, x0, rng):
+    """Uniformly random real tokens, (B, T)."""
+    return torch.randint(model.mask_id, x0.shape, generator=rng, device=x0.device)
 
 
 def uniform_cost(logits, x0, xt, alpha):
@@ -683,7 +798,7 @@ def soft_noise(lam, n_real):
     return (((n_real * kept - 1) / (n_real - 1)).to(lam), (-n_real * slope / lam64 ** 2).to(lam))
 
 
-def soft_tokens(x0, lam, tau, n_real, generator):
+def soft_tokens(x0, lam, tau, n_real, rng):
     """softmax(((1 - lam) * onehot(x0) + lam * gauss) / tau) by ids and weights, 2 x (B, T, 3).
 
     Only x0 and the two others with the largest noise: tau is so small that a third has no weight.
@@ -691,7 +806,7 @@ def soft_tokens(x0, lam, tau, n_real, generator):
     times v^(1/(n - 1)), u and v uniform. So it costs the same for any V'. Of two tokens, n = 1, the
     second is -inf: it has no weight.
     """
-    how, n = {'generator': generator, 'device': x0.device}, n_real - 1
+    how, n = {'generator': rng, 'device': x0.device}, n_real - 1
     log_u, log_v = torch.rand(2, *x0.shape, **how).log()
     first = -torch.special.ndtri(-torch.expm1(log_u / n))  # (B, T)
     second = -torch.special.ndtri(-torch.expm1(log_u / n + log_v / (n - 1)))
@@ -702,293 +817,72 @@ def soft_tokens(x0, lam, tau, n_real, generator):
     return ids, (torch.stack([own, first, second], dim=2) * lam[..., None] / tau).softmax(2)
 
 
-def uniform_loss(model, x0, generator, given=None, *, schedule='linear', loss_weight='elbo',
-                 w_max=5.0, mask_range=(0.0, 1.0), divergence='elbo', soft_inputs=False, tau=1e-3):
-    """Negative ELBO of diffusion whose noise is random tokens, one t per row [UDLM, Duo].
-
-        nelbo = mean over (b, i) of  w(t[b]) * (1 - alpha[b]) * uniform_cost[b, i]
-
-    As mdm_loss, but a token that is not kept becomes any of the V' real ones, perhaps itself: the
-    network cannot know which are noise, so all are scored, and none is ever beyond correction. The
-    best prediction is p(x0[b, i] | xt[b] without its i-th token).
-    soft_inputs: the network reads soft_tokens, of which xt is the argmax, lam in SOFT_RANGE in the
-    place of t and of the schedule [Duo]. divergence: 'symmetric_kl' in the place of the
-    weighted cost, or 'scaled_kl', that times lam / (V' (1 - lam) + lam); lam is 1 - alpha if hard.
-    """
-    B, T = x0.shape
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    t = levels(B, mask_range, generator, x0.device)[:, None]  # (B, 1)
-    if soft_inputs:
-        lam = SOFT_RANGE[0] + (SOFT_RANGE[1] - SOFT_RANGE[0]) * t
-        alpha, slope = soft_noise(lam, model.mask_id)
-        w = -slope * (SOFT_RANGE[1] - SOFT_RANGE[0]) / (1 - alpha)
-        ids, share = soft_tokens(x0, lam, tau, model.mask_id, generator)
-        share[given] = torch.tensor([1.0, 0.0, 0.0], device=x0.device)
-        xt, mixture = ids.gather(2, share.argmax(2, keepdim=True))[..., 0], (ids, share)
-    else:
-        alpha, w = noise(t, schedule)
-        lam, mixture = 1 - alpha, None
-        is_noise = (torch.rand(B, T, generator=generator, device=x0.device) >= alpha) & ~given
-        other = torch.randint(model.mask_id, (B, T), generator=generator, device=x0.device)
-        xt = torch.where(is_noise, other, x0)
-
-    h = model(xt, told(1 - alpha, given), where=~given, hidden=True, mixture=mixture)  # (M, C)
-    if divergence == 'elbo':
-        w = training_weight(w, loss_weight, w_max) * (1 - alpha)  # (B, 1)
-        cost = token_costs(model, uniform_cost, h, x0[~given], xt[~given],
-                           alpha.expand(B, T)[~given])
-    else:
-        w = lam / (model.mask_id * (1 - lam) + lam) if divergence == 'scaled_kl' \
-            else torch.ones_like(lam)
-        cost = token_costs(model, symmetric_kl, h, x0[~given])
-    return (w.expand(B, T)[~given] * cost).sum(), (~given).sum()
-
-
-def block_loss(model, x0, generator, given=None, *, block_length=16, schedule='linear',
-               loss_weight='elbo', w_max=5.0, mask_range=(0.0, 1.0)):
-    """Negative ELBO of blocks from left to right, masked diffusion in each [BD3-LM].
+@dataclass
+class BlockDiffusion(Objective):
+    """Blocks from left to right, masked diffusion in each [BD3-LM].
 
         nelbo = mean over (b, i) of  is_mask[b, i] * w(t[b, i]) * -log p(x0[b, i] | xt, x0 before)
 
-    As mdm_loss, but t is drawn for every block, and a block sees the clean ones before it: all in
-    one pass over [xt ; x0]. With block_length = T it is mdm_loss.
+    As MaskedDiffusion, but t is drawn for every block, and a block sees the clean ones before it:
+    all in one pass over [xt ; x0]. With block_length = T it is MaskedDiffusion.
     """
-    B, T = x0.shape
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    n = math.ceil(T / block_length)
-    t = levels(B * n, mask_range, generator, x0.device).view(B, n)
-    t = t.repeat_interleave(block_length, dim=1)[:, :T]  # (B, T)
-    alpha, w = noise(t, schedule)
-    w = training_weight(w, loss_weight, w_max)
+    block_length: int = 16
 
-    is_mask = (torch.rand(B, T, generator=generator, device=x0.device) >= alpha) & ~given
-    xt = torch.where(is_mask, model.mask_id, x0)
-    h = model(torch.cat([xt, x0], dim=1), told(1 - alpha, given, block_length), where=is_mask,
-              hidden=True, block_length=block_length)  # (M, C), M masked tokens
-    nll = token_nll(model, h, x0[is_mask])  # (M,)
-    nats = (w[is_mask] * nll).sum()
-    return nats, is_mask.sum() if loss_weight == 'masked_mean' else (~given).sum()
-
-
-def ar_nll(model, x0, generator=None, given=None):
-    """-log p(x0) of every row, (B,), in nats: exact."""
-    return ar_token_nll(model, x0, given).sum(1)
-
-
-def masks_by_count(given, block_length, generator):
-    """is_mask (B, T), l of the L tokens of each block that are not given, and l/L of it, (B, T).
-
-    l is uniform in 1..L and stratified over all blocks of the batch.
-    """
-    B, T = given.shape
-    n = math.ceil(T / block_length)
-    given = F.pad(given, (0, n * block_length - T), value=True).view(B, n, block_length)
-    L = (~given).sum(2, keepdim=True)  # (B, n, 1)
-    n_mask = 1 + (strata(B * n, generator, given.device).view(B, n, 1) * L).long().clamp(max=L - 1)
-    order = torch.rand(given.shape, generator=generator, device=given.device)
-    is_mask = order.masked_fill(given, 2.0).argsort(2).argsort(2) < n_mask  # at random
-    share = (n_mask / L).nan_to_num(1.0).expand_as(order)  # where nothing is wanted 0/0
-    return is_mask.flatten(1)[:, :T], share.flatten(1)[:, :T]
-
-
-def by_row(costs, where):
-    """Sums (B,) of costs (M,), those of the tokens at which where (B, T) bool is True."""
-    return torch.zeros(where.shape, device=costs.device).masked_scatter(where, costs).sum(1)
-
-
-def mdm_nelbo(model, x0, generator, given=None):
-    """An unbiased draw of the bound on -log p(x0) of every row, (B,), in nats [LLaDA eq. 14].
-
-        nelbo = E over l in 1..L, l of L tokens masked, of  L / l * sum of -log p(x0_i | xt)
-
-    The same bound as mdm_loss's, integrated over the noise that leaves l masks; its variance is
-    lower, and it is exact for uniform logits. The l of a batch are stratified over 1..L.
-    """
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    is_mask, share = masks_by_count(given, x0.size(1), generator)  # 2 x (B, T)
-
-    xt = torch.where(is_mask, model.mask_id, x0)
-    h = model(xt, told(share[:, :1], given), where=is_mask, hidden=True)  # (M, C), M masked tokens
-    nll = token_nll(model, h, x0[is_mask])  # (M,)
-    return by_row(nll / share[is_mask], is_mask)
-
-
-def block_nelbo(model, x0, generator, given=None, *, block_length=16):
-    """An unbiased draw of the bound on -log p(x0) of every row, (B,), in nats: mdm_nelbo by block.
-
-        nelbo = sum over blocks of  E over l in 1..L of  L / l * sum of -log p(x0_i | xt, x0 before)
-    """
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    is_mask, share = masks_by_count(given, block_length, generator)  # 2 x (B, T)
-
-    xt = torch.where(is_mask, model.mask_id, x0)
-    h = model(torch.cat([xt, x0], dim=1), told(share, given, block_length), where=is_mask,
-              hidden=True, block_length=block_length)  # (M, C), M masked tokens
-    nll = token_nll(model, h, x0[is_mask])  # (M,)
-    return by_row(nll / share[is_mask], is_mask)
-
-
-def with_one(chosen, given, generator):
-    """chosen (B, T) bool, and one token more in each row, drawn from all that are not given.
-
-    A set of l tokens, E[l] of them expected, is then l / E[l] times as probable as before. Callers
-    divide by that, which takes out the weights that are large where E[l] is small.
-    """
-    u = torch.rand(chosen.shape, generator=generator, device=chosen.device).masked_fill(given, -1.0)
-    return chosen.scatter(1, u.argmax(1, keepdim=True), True) & ~given
-
-
-def d3pm_nelbo(model, x0, generator, given=None, *, diffusion_steps=1000, schedule='linear'):
-    """An unbiased draw of the bound on -log p(x0) of every row, (B,), in nats, in N steps.
-
-        nelbo = E over t, one token and others masked, of  L / l * sum of d3pm_cost
-
-    A step is drawn with probability alpha_s - alpha_t = c * (1 - alpha_t), stratified, and its
-    masks as in with_one: c * E[l] / L in all. Exact for uniform logits if subs.
-    """
-    B, T = x0.shape
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    L = (~given).sum(1)  # (B,)
-    m, c = d3pm_grid(diffusion_steps, schedule, x0.device)
-    u = strata(B, generator, x0.device)[:, None]  # (B, 1)
-    step = torch.searchsorted(m, u, right=True).clamp(max=diffusion_steps)  # (B, 1), 1..N
-    is_mask = torch.rand(B, T, generator=generator, device=x0.device) < m[step]
-    is_mask = with_one(is_mask, given, generator)
-
-    xt = torch.where(is_mask, model.mask_id, x0)
-    h = model(xt, told(m[step], given), where=is_mask, hidden=True)  # (M, C), M masked tokens
-    step = step.expand(B, T)[is_mask]  # (M,)
-    cost = token_costs(model, d3pm_cost, h, x0[is_mask], m[step], m[step - 1], c[step])
-    return by_row(cost, is_mask) * L / is_mask.sum(1).clamp(min=1)
-
-
-def uniform_nelbo(model, x0, generator, given=None):
-    """An unbiased draw of the bound on -log p(x0) of every row, (B,), in nats [UDLM, Duo].
-
-        nelbo = E over t in (0, 1], xt of  sum of uniform_cost
-
-    That of a wrong token is about 1/t. So half of the draws, by chance, have noise as in with_one,
-    and all are weighted by the share of their own distribution in the mixture, at most 2.
-    """
-    B, T = x0.shape
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    L = (~given).sum(1, keepdim=True).clamp(min=1)  # (B, 1)
-    u = 2 * strata(B, generator, x0.device)[:, None]  # (B, 1): a half and a level
-    t = 1 - u % 1  # (B, 1) in (0, 1]
-    is_noise = (torch.rand(B, T, generator=generator, device=x0.device) < t) & ~given
-    is_noise = torch.where(u < 1, is_noise, with_one(is_noise, given, generator))
-    weight = 2 / (1 + is_noise.sum(1, keepdim=True) / (L * t))  # (B, 1)
-
-    other = torch.randint(model.mask_id, (B, T), generator=generator, device=x0.device)
-    xt = torch.where(is_noise, other, x0)
-    h = model(xt, told(t, given), where=~given, hidden=True)  # (M, C), M tokens not given
-    alpha, weight = (1 - t).expand(B, T)[~given], weight.expand(B, T)[~given]  # 2 x (M,)
-    cost = weight * token_costs(model, uniform_cost, h, x0[~given], xt[~given], alpha)
-    return by_row(cost, ~given)
-
-
-def ordered_nll(model, x0, order, given=None):
-    """-log p(x0) of every row, (B,), in nats, exact: masked diffusion that reveals in one order.
-
-    order (B, T): a permutation of positions, the first is revealed first. One pass for each; the
-    mean over all orders is mdm's nelbo [2110.02037, autoregressive diffusion].
-    """
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    rank, nats = order.argsort(dim=1), 0.0
-    for i in range(x0.size(1)):
-        is_mask, now = (rank >= i) & ~given, (rank == i) & ~given
+    def corrupt(self, model, x0, given, rng, progress=0.0):
+        (B, T), n = x0.shape, math.ceil(x0.size(1) / self.block_length)
+        t = self.draw_levels(B * n, rng, x0.device).view(B, n)
+        t = t.repeat_interleave(self.block_length, dim=1)[:, :T]  # (B, T)
+        alpha, w = noise(t, self.schedule)
+        is_mask = (torch.rand(B, T, generator=rng, device=x0.device) >= alpha) & ~given
         xt = torch.where(is_mask, model.mask_id, x0)
-        h = model(xt, is_mask.float().mean(1, keepdim=True), where=now, hidden=True)  # (M, C)
-        nats += by_row(token_nll(model, h, x0[now]), now)
-    return nats
+        return Noised(xt, is_mask, self.training_weight(w), *self.read(x0, 1 - alpha, given))
+
+    def corrupt_evenly(self, model, x0, given, rng):
+        is_mask, fraction = masks_by_count(given, self.block_length, rng)  # 2 x (B, T)
+        xt = torch.where(is_mask, model.mask_id, x0)
+        return Noised(xt, is_mask, 1 / fraction, *self.read(x0, fraction, given))
+
+    def read(self, x0, t, given):
+        """(level, inputs) of Noised: the noise of each block, and the clean text before it."""
+        return noise_fraction(t, given, self.block_length), \
+            {'clean': x0, 'block_length': self.block_length}
 
 
-LOSSES = {'ar': ar_loss, 'mdm': mdm_loss, 'd3pm': d3pm_loss, 'uniform': uniform_loss,
-          'block': block_loss}
-BOUNDS = {'ar': ar_nll, 'mdm': mdm_nelbo, 'd3pm': d3pm_nelbo, 'uniform': uniform_nelbo,
-          'block': block_nelbo}
-# a bound is called a bound wherever it is printed
-BOUND_NAMES = {name: 'nll' if name == 'ar' else 'nelbo <=' for name in BOUNDS}
+OBJECTIVES = {'ar': Autoregression, 'mdm': MaskedDiffusion, 'd3pm': D3PM, 'uniform': Uniform,
+              'block': BlockDiffusion}
 
 
-def loss_of(settings):
-    """loss(model, x0, generator, given) of a run, which knows what it needs of the settings."""
-    return filled_in(LOSSES[settings['objective']], settings)
+def fields_in(cls, settings):
+    """{name: value} of the settings that are fields of a dataclass; it has defaults for others."""
+    return {name: settings[name] for name in cls.__dataclass_fields__ if name in settings}
 
 
-def bound_of(settings):
-    """bound(model, x0, generator, given) of a run, which knows what it needs of the settings."""
-    return filled_in(BOUNDS[settings['objective']], settings)
-
-
-def filled_in(function, settings):
-    """function with its keywords, which bear the names of settings, bound to their values."""
-    names = function.__kwdefaults__ or {}
-    return partial(function, **{name: settings[name] for name in names if name in settings})
-
-
-def mixed_seed(*numbers):
-    """One seed of 32 bits from several numbers, all of which count [numpy's SeedSequence].
-
-    Generators on the CPU take no more than 32 bits, and neighbouring seeds are not independent
-    enough: bounds drawn under the seeds 0, 1, 2, ... spread three times wider than they should.
-    """
-    return int(np.random.SeedSequence([n % 2 ** 64 for n in numbers]).generate_state(1)[0])
-
-
-def evaluation_windows(data, T, batch_size, vocab_size, max_windows):
-    """[function that reads a batch of windows: x0 (B, T) int64, and nothing given]."""
-    T = min(T, len(data))
-    whole = len(data) // T * T
-    starts = np.arange(0, whole, T)
-    if max_windows is not None and max_windows < len(starts):
-        starts = starts[torch.linspace(0, len(starts) - 1, max_windows).long().numpy()]
-        whole = len(data)  # no shorter one behind them
-    parts = [(starts[i:i + batch_size], T) for i in range(0, len(starts), batch_size)]
-    if whole < len(data):
-        parts.append((np.array([whole]), len(data) - whole))
-    return [lambda part=part: (gather(data, *part, vocab_size), None) for part in parts]
-
-
-def evaluation_rows(data, meta, batch_size, predict_pad, max_rows):
-    """[function that reads a batch of rows of one width: x0 (B, T) int64, given (B, T) bool]."""
-    rows = data.reshape(-1, meta['row_length'])
-    if max_rows is not None and max_rows < len(rows):
-        rows = rows[torch.linspace(0, len(rows) - 1, max_rows).long().numpy()]
-    batches = row_batches(row_widths(rows, meta, predict_pad), batch_size)
-    return [partial(gather_rows, rows.reshape(-1), batch, meta, predict_pad) for batch in batches]
+def make_objective(settings):
+    """The Objective that a run's settings name, with what it needs of them."""
+    one_of('objective', settings['objective'], OBJECTIVES)
+    cls = OBJECTIVES[settings['objective']]
+    return cls(**fields_in(cls, settings))
 
 
 @torch.no_grad()
-def evaluate(model, bound, data, batch_size, seed=0, repeats=1, max_windows=None, meta=None,
-             predict_pad=False):
-    """Mean of bound(model, ...) over a split, nats per token, and the standard error of that mean.
+def evaluate(model, objective, batches, seed=0, repeats=1):
+    """Mean of objective.bound over a split, nats per token, and the standard error of that mean.
 
-    data: a memmap of tokens, cut into windows of block_size, the last one as short as it comes, so
-    that every token counts once (max_windows: that many, evenly spread). Under a meta whose layout
-    is rows: the rows, each read alone, in which all that is behind the prompt counts once, PAD
-    among it if predict_pad. The error is that of the Monte Carlo draws, from `repeats` independent
+    batches: functions that read (x0, given), of prepare.py's Stream or Rows; every token that is
+    not given counts once. The error is that of the Monte Carlo draws, from `repeats` independent
     ones; nan with one repeat. The processes of a torchrun share the batches and all return the
     same.
     """
-    was_training, device = model.training, model.embed.weight.device
+    was_training, device = model.training, model.device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.eval()
-    generator = torch.Generator(device)
-    if meta is not None and meta['layout'] == 'rows':
-        reads = evaluation_rows(data, meta, batch_size, predict_pad, max_windows)
-    else:
-        reads = evaluation_windows(data, model.config.block_size, batch_size, model.mask_id,
-                                   max_windows)
-    means = []
+    rng, means = torch.Generator(device), []
     for repeat in range(repeats):
-        sums = torch.zeros(len(reads), 2, dtype=torch.float64)  # nats, tokens that count
-        for i in range(rank, len(reads), world):
-            x0, given = (torch.from_numpy(part).to(device) if part is not None else None
-                         for part in reads[i]())
-            # a batch's noise does not depend on which process draws it
-            generator.manual_seed(mixed_seed(seed, repeat, i))
-            sums[i, 0] = bound(model, x0, generator, given).sum()
+        sums = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats, tokens that count
+        for i in range(rank, len(batches), world):
+            x0, given = (part if part is None else part.to(device) for part in batches[i]())
+            rng.manual_seed(mixed_seed(seed, repeat, i))  # the same on whichever process
+            sums[i, 0] = objective.bound(model, x0, rng, given).sum()
             sums[i, 1] = x0.numel() if given is None else (~given).sum()
         if world > 1:  # every entry from one process, zero from the others: the sum is exact
             sums = sums.to(device)
@@ -998,6 +892,101 @@ def evaluate(model, bound, data, batch_size, seed=0, repeats=1, max_windows=None
     model.train(was_training)
     error = np.std(means, ddof=1) / repeats ** 0.5 if repeats > 1 else math.nan
     return float(np.mean(means)), float(error)
+
+
+# ------------------------------------------------------------------------- the length of an answer
+
+
+class LengthHead(nn.Module):
+    """Predicts from a prompt how many tokens its answer has, EOS among them; the model is frozen.
+
+        regress_mean      a number, from the mean of the model's hidden states
+        regress_concat    the same, from their mean in the prompt beside that in the answer's masks
+        classify          for every mask, whether the answer has ended there
+        encoder_regress   a number, from the mean in the prompt of a small encoder of its own
+        encoder_classify  a distribution over lengths, from the same
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.kind, self.encoder, C = c.length_head, None, c.n_embd
+        if self.kind.startswith('encoder'):
+            self.encoder = Transformer(ModelConfig(c.vocab_size, c.block_size, n_layer=2, n_head=4,
+                                                   n_embd=128, tied=True))
+            C = 128
+        self.mlp = nn.Sequential(nn.Linear(2 * C if self.kind == 'regress_concat' else C, C),
+                                 nn.ReLU(), nn.Linear(C, c.block_size if self.kind ==
+                                                      'encoder_classify' else 1))
+
+    def forward(self, model, x):
+        """x (B, P + W): prompts of P tokens, then W masks. classify: logits (B, W), that the answer
+        ends there or before; encoder_classify: (B, W), of the lengths 1..W; else lengths (B,)."""
+        P = int((x[0] != model.mask_id).sum())
+        if self.encoder is not None:
+            h = self.encoder(x[:, :P], hidden=True).mean(1)  # (B, C)
+        else:
+            fraction = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1)
+            with torch.no_grad():
+                h = model(x, fraction, hidden=True)  # (B, P + W, C)
+            if self.kind == 'classify':
+                h = h[:, P:]
+            elif self.kind == 'regress_mean':
+                h = h.mean(1)
+            else:
+                h = torch.cat([h[:, :P].mean(1), h[:, P:].mean(1)], dim=1)
+        out = self.mlp(h).squeeze(-1)
+        return out[:, :x.size(1) - P] if self.kind == 'encoder_classify' else out
+
+    def predict(self, model, x, quantile):
+        """Lengths (B,) that answers exceed with probability 1 - quantile at most.
+
+        A number was trained to be such a bound, at the length_quantile of training.
+        """
+        out = self(model, x)
+        if not self.kind.endswith('classify'):
+            return out
+        return first_to_hold(out.sigmoid() if self.kind == 'classify' else
+                             out.softmax(1).cumsum(1), quantile)
+
+
+def first_to_hold(cumulative, p):
+    """The first position, from 1, at which cumulative (B, W) is not below p, else W: (B,)."""
+    below = (cumulative < p).long().cumprod(1).sum(1)
+    return below.clamp(max=cumulative.size(1) - 1) + 1.0
+
+
+@dataclass
+class LengthLoss:
+    """What trains a LengthHead, in an Objective's place: it corrupts nothing and decodes nothing.
+
+    Nats: of a distribution over lengths; of W yes or no, if classify; and of a number those of an
+    asymmetric Laplace distribution, a constant aside: the pinball loss [Koenker & Bassett 1978]
+
+        max(q * (n - prediction), (q - 1) * (n - prediction)),  q = length_quantile
+
+    whose minimum is the length n that is exceeded with probability 1 - q. The mean square has its
+    minimum at the mean, for which about half of all answers are too long.
+    """
+    pad_id: int
+    length_quantile: float = 0.95
+
+    exact, measured = True, 'loss of the length'
+
+    def loss(self, model, x0, rng=None, given=None, progress=0.0):
+        return self.bound(model, x0, rng, given).sum(), (~given).sum()
+
+    def bound(self, model, x0, rng=None, given=None):
+        """The loss of every row, (B,)."""
+        n = (~given & (x0 != self.pad_id)).sum(1)  # (B,), EOS among them
+        kind = model.length_head.kind
+        out = model.length_head(model, torch.where(given, x0, model.mask_id)).float()
+        if kind == 'encoder_classify':
+            return F.cross_entropy(out, n - 1, reduction='none')
+        if kind == 'classify':
+            ended = torch.arange(out.size(1), device=x0.device) >= n[:, None] - 1  # (B, W)
+            return F.binary_cross_entropy_with_logits(out, ended.float(), reduction='none').sum(1)
+        short, q = n - out, self.length_quantile
+        return torch.maximum(q * short, (q - 1) * short)
 
 
 # ------------------------------------------------------------------------- devices and checkpoints
@@ -1021,8 +1010,7 @@ def pick_dtype(dtype, device, features=getattr(torch.cpu, 'get_capabilities', di
     A CPU with bfloat16 instructions multiplies matrices several times faster in it; one without
     has to imitate them, which is slower than float32.
     """
-    if dtype not in ('auto', 'float32', 'bfloat16'):
-        raise UserError(f'dtype is {dtype!r}, not one of auto, float32, bfloat16')
+    one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
     if dtype != 'auto':
         return dtype
     if device == 'cpu':
@@ -1049,11 +1037,9 @@ def load_checkpoint(out_dir, device='cpu'):
 
 def model_config(settings, meta):
     """The ModelConfig that a run's settings and its data set's meta describe."""
-    shape = {name: settings[name] for name in ModelConfig.__dataclass_fields__ if name in settings}
-    shape['causal'] = settings['objective'] == 'ar'
-    if settings['objective'] != 'block':
-        shape['block_length'] = 0
-    return ModelConfig(vocab_size=meta['vocab_size'] + 1, **shape)
+    objective = make_objective(settings)
+    return ModelConfig(vocab_size=meta['vocab_size'] + 1, **fields_in(ModelConfig, settings) | {
+        'causal': objective.causal, 'block_length': objective.block_length})
 
 
 def load_model(checkpoint, device):

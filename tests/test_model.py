@@ -1,6 +1,7 @@
 """The transformer against torch's own, and the probability models against closed forms."""
 
 import itertools
+import json
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -14,11 +15,11 @@ from hypothesis import given, settings, strategies as st
 
 import model
 from config import UserError
-from model import BOUNDS, LENGTH_HEADS, LOSSES, SCHEDULES, KVCache, ModelConfig, Transformer, \
-    ar_loss, ar_nll, ar_token_nll, block_loss, block_nelbo, bound_of, d3pm_loss, d3pm_nelbo, \
-    evaluate, first_to_hold, length_loss, load_checkpoint, load_model, loss_of, mdm_loss, \
-    mdm_nelbo, noise, ordered_nll, pick_device, pick_dtype, rope_angles, rotate, soft_noise, \
-    soft_tokens, symmetric_kl, uniform_cost, uniform_loss, uniform_nelbo
+from model import LENGTH_HEADS, OBJECTIVES, SCHEDULES, Autoregression, BlockDiffusion, KVCache, \
+    LengthLoss, ModelConfig, Noised, Objective, Transformer, Uniform, evaluate, first_to_hold, \
+    load_checkpoint, load_model, make_objective, noise, noise_fraction, pick_device, pick_dtype, \
+    rope_angles, rotate, soft_noise, soft_tokens, symmetric_kl, uniform_cost
+from prepare import open_data
 
 GPT2_STYLE = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
 
@@ -38,6 +39,51 @@ def tokens(B, T, V=12, seed=0):
     return torch.randint(0, V - 1, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
+def loss_with(name):
+    """The loss of an objective, the settings of which are keywords."""
+    def loss(model, x0, rng, given=None, progress=0.0, token_weight=None, **settings):
+        objective = OBJECTIVES[name](**settings)
+        objective.token_weight = token_weight
+        return objective.loss(model, x0, rng, given, progress)
+    return loss
+
+
+def bound_with(name):
+    def bound(model, x0, rng=None, given=None, **settings):
+        return OBJECTIVES[name](**settings).bound(model, x0, rng, given)
+    return bound
+
+
+LOSSES, BOUNDS = ({name: of(name) for name in OBJECTIVES} for of in (loss_with, bound_with))
+ar_loss, mdm_loss, d3pm_loss, uniform_loss, block_loss = LOSSES.values()
+ar_nll, mdm_nelbo, d3pm_nelbo, uniform_nelbo, block_nelbo = BOUNDS.values()
+ar_token_nll = Autoregression().token_nll
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def stream(folder, ids, V=12, block_size=16):
+    """A data set on disk whose training and validation text are these ids, opened."""
+    (folder / 'data/ids').mkdir(parents=True, exist_ok=True)
+    counts = {'tokens': len(ids), 'characters': len(ids), 'bytes': len(ids)}
+    meta = {'name': 'ids', 'layout': 'stream', 'row_length': None, 'max_answer': None,
+            'vocab_size': V - 1, 'mask_id': V - 1, 'eos_id': None, 'sep_id': None, 'pad_id': None,
+            'tokenizer': {'kind': 'gpt2'}, 'source': '', 'sha256': '',
+            'counts': {'train': counts, 'val': counts}}
+    return write(folder, meta, ids, block_size)
+
+
+def write(folder, meta, ids, block_size, **how):
+    (folder / 'data/ids/meta.json').write_text(json.dumps(meta))
+    for split in ('train', 'val'):
+        np.asarray(ids, '<u2').tofile(folder / f'data/ids/{split}.bin')
+    return open_data('ids', block_size, 2, **how)
+
+
 class ContextFree(nn.Module):
     """A predictor with the same distribution everywhere, that remembers what it was asked."""
 
@@ -49,10 +95,9 @@ class ContextFree(nn.Module):
         self.embed = nn.Embedding(1, 1)
         self.asked = []
 
-    def forward(self, x, t=None, where=None, cache=None, hidden=False, block_length=0,
-                mixture=None):
-        x = x[:, :x.size(1) // 2] if block_length else x
-        self.asked.append((x, t))
+    def forward(self, x, level=None, where=None, cache=None, hidden=False, clean=None,
+                block_length=0, mixture=None):
+        self.asked.append((x, level))
         n = x.shape if where is None else (int(where.sum()),)
         h = torch.zeros(*n, 1)
         return h if hidden else self.logits(h)
@@ -384,8 +429,8 @@ def test_given_tokens_are_never_masked_nor_scored(fn):
 
 @pytest.mark.parametrize('fn', [mdm_loss, mdm_nelbo, d3pm_loss, d3pm_nelbo, uniform_loss,
                                 uniform_nelbo])
-def test_the_level_that_is_told_is_the_share_of_all_tokens_that_are_noise(fn):
-    """Of all tokens, given ones too: who decodes sees but the canvas."""
+def test_the_level_is_the_fraction_of_all_tokens_that_is_noise(fn):
+    """Of all tokens, given ones too: a decoder can count it on its canvas."""
     model, x0 = ContextFree(torch.zeros(99), 60), tokens(2000, 60, V=100)
     known = torch.arange(60).expand(2000, 60) < 45
     fn(model, x0, torch.Generator().manual_seed(0), known)
@@ -725,7 +770,7 @@ def test_finished_blocks_in_a_cache_are_the_block_mask(shape, T, block_length):
     xt = torch.where(torch.rand(3, T, generator=generator) < 0.5, model.mask_id, x0)
     t = torch.rand(3, math.ceil(T / block_length), generator=generator)
     levels = t.repeat_interleave(block_length, dim=1)[:, :T]
-    both = model(torch.cat([xt, x0], dim=1), levels, block_length=block_length)
+    both = model(xt, levels, clean=x0, block_length=block_length)
     cache = KVCache(model.config, 3, x0.device)
     parts = []
     for n, (noisy, clean) in enumerate(zip(xt.split(block_length, 1), x0.split(block_length, 1))):
@@ -760,7 +805,7 @@ def test_blocks_of_one_mask_mix_what_precedes_them():
                             for name, p in model.state_dict().items()})
     x0 = tokens(2, 6)
     xt = torch.full_like(x0, 11)
-    logits = model(torch.cat([xt, x0], dim=1), block_length=1)
+    logits = model(xt, clean=x0, block_length=1)
     for i in range(6):
         prefix = torch.cat([x0[:, :i], xt[:, :1]], dim=1)
         torch.testing.assert_close(logits[:, i], causal(prefix)[:, -1], atol=1e-5, rtol=1e-5)
@@ -772,7 +817,7 @@ def test_block_bound_enumerated():
     x0, generator = torch.tensor([[0, 2, 1]]), torch.Generator().manual_seed(0)
 
     def nll(xt, where):
-        logp = model(torch.cat([torch.tensor([xt]), x0], 1), block_length=2)[0].log_softmax(-1)
+        logp = model(torch.tensor([xt]), clean=x0, block_length=2)[0].log_softmax(-1)
         return -sum(logp[i, x0[0, i]].item() for i in where)
 
     with torch.no_grad():  # in a block of two, B(1, 2) = 1/2 for one mask and B(2, 1) = 1/2 for two
@@ -786,72 +831,109 @@ def test_block_bound_enumerated():
         assert abs(mean - exact) < 4 * error < 0.15
 
 
-def test_the_mean_over_all_orders_is_the_bound():
-    model = tiny(vocab_size=4, block_size=3, std=0.7)
-    x0, orders = torch.tensor([0, 1, 2]), torch.tensor(list(itertools.permutations(range(3))))
-    with torch.no_grad():
-        nats = ordered_nll(model, x0.expand(6, 3), orders)
-        assert nats.mean().item() == pytest.approx(enumerated_nelbo(model, x0), abs=1e-5)
-        xt, by_hand = torch.full((1, 3), 3), 0.0
-        for i in (2, 0, 1):  # two cyclic steps: its inverse is another order
-            by_hand -= model(xt)[0, i].log_softmax(-1)[x0[i]].item()
-            xt[0, i] = x0[i]
-        assert nats[orders.tolist().index([2, 0, 1])].item() == pytest.approx(by_hand, abs=1e-5)
-        known = torch.tensor([[False, True, False]])
-        conditional = ordered_nll(model, x0[None], orders[:1], known)
-        xt = torch.tensor([[3, 1, 3]])
-        by_hand = -model(xt)[0, 0].log_softmax(-1)[0] - \
-            model(torch.tensor([[0, 1, 3]]))[0, 2].log_softmax(-1)[2]
-    assert conditional.item() == pytest.approx(by_hand.item(), abs=1e-5)
-
-
-def test_settings_choose_the_loss_and_the_bound():
+def test_settings_choose_the_objective():
     """Each takes what it needs; a run from before a setting existed has its default."""
     m, x0 = tiny(std=0.2), tokens(6, 16)
-    for name, how, bound_how in (
-            ('ar', {}, {}), ('mdm', dict(loss_weight='flat', schedule='cosine'), {}),
-            ('d3pm', *[dict(diffusion_steps=3, schedule='cosine')] * 2),
-            ('uniform', dict(loss_weight='flat'), {}),
-            ('block', dict(block_length=5), dict(block_length=5))):
-        chosen = {'objective': name, 'n_layer': 2} | how
-        for ours, theirs, keywords in ((loss_of(chosen), LOSSES[name], how),
-                                       (bound_of(chosen), BOUNDS[name], bound_how)):
-            with torch.no_grad():
-                a, b, plain = (list(map(float, fn(m, x0, torch.Generator().manual_seed(0), None)))
-                               for fn in (ours, partial(theirs, **keywords), theirs))
-            assert a == b and (a == plain) == (not keywords)
+    for name, how in (('ar', {}), ('mdm', dict(loss_weight='flat', schedule='cosine')),
+                      ('d3pm', dict(diffusion_steps=3, schedule='cosine')),
+                      ('uniform', dict(loss_weight='flat')), ('block', dict(block_length=5))):
+        objective = make_objective({'objective': name, 'n_layer': 2} | how)
+        assert type(objective) is OBJECTIVES[name]
+        with torch.no_grad():
+            a, b, plain = (list(map(float, fn(m, x0, torch.Generator().manual_seed(0), None)))
+                           for fn in (objective.loss, partial(LOSSES[name], **how), LOSSES[name]))
+        assert a == b and (a == plain) == (not how)
+    with pytest.raises(UserError, match='objective is .gan., not one of ar, mdm'):
+        make_objective({'objective': 'gan'})
+
+
+def test_levels_are_one_for_each_block():
+    """All tokens of a block have the weight of one level, and other blocks have others."""
+    model, x0 = tiny(time_cond=True), tokens(3, 14)
+    given_tokens = torch.zeros_like(x0, dtype=torch.bool)
+    noised = BlockDiffusion(block_length=4).corrupt(model, x0, given_tokens,
+                                                    torch.Generator().manual_seed(0))
+    parts = noised.weight.split(4, dim=1)
+    assert all((part == part[:, :1]).all() for part in parts)
+    assert len({part[row, 0].item() for part in parts for row in range(3)}) == 12
+    torch.testing.assert_close(noised.level, 1 / noised.weight)
+    evenly = BlockDiffusion(block_length=4).corrupt_evenly(model, x0, given_tokens,
+                                                           torch.Generator().manual_seed(0))
+    for part, is_mask in zip(evenly.level.split(4, 1), evenly.scored.split(4, 1)):
+        torch.testing.assert_close(part, is_mask.float().mean(1, keepdim=True).expand_as(part))
+
+
+def test_soft_inputs_harden_as_training_goes_on(monkeypatch):
+    """tau falls from 1e-3 to 1e-8, evenly in its logarithm."""
+    taus, x0 = [], tokens(2, 16)
+    monkeypatch.setattr(model, 'soft_tokens', lambda x0, lam, tau, *rest: taus.append(tau)
+                        or soft_tokens(x0, lam, tau, *rest))
+    for progress in (0.0, 0.5, 1.0):
+        Uniform(soft_inputs=True).loss(tiny(), x0, torch.Generator().manual_seed(0), None, progress)
+    assert taus == pytest.approx([1e-3, 10 ** -5.5, 1e-8])
+
+
+class Erasure(Objective):
+    """A toy: every second token is a mask, whatever t; it costs what cross-entropy says, twice."""
+    decoders = ('confidence',)
+
+    def corrupt(self, model, x0, given, rng, progress=0.0):
+        return self.corrupt_evenly(model, x0, given, rng)
+
+    def corrupt_evenly(self, model, x0, given, rng):
+        is_mask = (torch.arange(x0.size(1)) % 2 == 0).expand_as(x0) & ~given
+        xt = torch.where(is_mask, model.mask_id, x0)
+        return Noised(xt, is_mask, torch.full((1, 1), 2.0), noise_fraction(0.5, given))
+
+
+def test_an_objective_is_one_class_and_one_line_of_a_table(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, 'erasure', Erasure)
+    objective = make_objective({'objective': 'erasure', 'mask_range': (0.0, 1.0)})
+    model, x0 = ContextFree(torch.zeros(11), 16), tokens(3, 16)
+    nats, count = objective.loss(model, x0, torch.Generator())
+    assert count == 48 and nats.item() == pytest.approx(48 * math.log(11), rel=1e-6)
+    bound = objective.bound(model, x0, torch.Generator(), torch.arange(16).expand(3, 16) < 4)
+    torch.testing.assert_close(bound, torch.full((3,), 12 * math.log(11)))
 
 
 # ------------------------------------------------------------ evaluation, devices, checkpoints
 
 
 @pytest.mark.parametrize('length', [16, 33, 47, 5])
-def test_evaluate_counts_every_token_once(length):
+def test_evaluate_counts_every_token_once(length, in_tmp_path):
     model = tiny(causal=True)
     data = tokens(1, length)[0].numpy().astype(np.uint16)
-    got, error = evaluate(model, ar_nll, data, batch_size=2)
+    got, error = evaluate(model, Autoregression(), stream(in_tmp_path, data).batches('val', 2))
     with torch.no_grad():
         nats = sum(ar_nll(model, x[None]).item() for x in torch.from_numpy(data).long().split(16))
     assert got == pytest.approx(nats / length, rel=1e-5) and math.isnan(error)
 
 
-ROW_META = {'layout': 'rows', 'row_length': 9, 'max_answer': 3, 'vocab_size': 11, 'eos_id': 8,
-            'sep_id': 9, 'pad_id': 10}
 ROWS = [([1, 2], [3]), ([4], [5, 6]), ([7, 7, 7], [1, 2, 3]), ([2], [6, 5]), ([1, 2], [4, 4])]
 ROW_DATA = np.array([[*p, 9, *a, 8, *[10] * (7 - len(p) - len(a))] for p, a in ROWS], np.uint16)
 
 
+def rows(folder, pad=False):
+    counts = {'tokens': ROW_DATA.size, 'characters': 0, 'bytes': 0, 'rows': len(ROWS), 'scored': 13}
+    meta = {'name': 'ids', 'layout': 'rows', 'row_length': 9, 'max_answer': 3, 'vocab_size': 11,
+            'mask_id': 11, 'eos_id': 8, 'sep_id': 9, 'pad_id': 10, 'tokenizer': {'kind': 'gpt2'},
+            'source': '', 'sha256': '', 'counts': {'train': counts, 'val': counts}}
+    (folder / 'data/ids').mkdir(parents=True, exist_ok=True)
+    return write(folder, meta, ROW_DATA.ravel(), 16, predict_pad=pad)
+
+
 @pytest.mark.parametrize('pad', [False, True])
 @pytest.mark.parametrize('batch_size', [1, 2, 16])
-def test_evaluate_counts_every_answer_of_rows_once(pad, batch_size):
+def test_evaluate_counts_every_answer_of_rows_once(pad, batch_size, in_tmp_path):
     """Against one row at a time, without its PAD or with it up to the longest answer's EOS."""
     model, seen, nats, n = tiny(causal=True), [], 0.0, 0
 
-    def bound(model, x0, generator, given):
-        seen.extend(zip(x0.tolist(), given.sum(1).tolist()))
-        return ar_nll(model, x0, generator, given)
+    class Spy(Autoregression):
+        def bound(self, model, x0, rng, given):
+            seen.extend(zip(x0.tolist(), given.sum(1).tolist()))
+            return super().bound(model, x0, rng, given)
 
-    got, _ = evaluate(model, bound, ROW_DATA.ravel(), batch_size, meta=ROW_META, predict_pad=pad)
+    got, _ = evaluate(model, Spy(), rows(in_tmp_path, pad).batches('val', batch_size))
     wanted = [([*p, 9, *a, 8, *[10] * (3 - len(a)) * pad], len(p) + 1) for p, a in ROWS]
     assert sorted(seen) == sorted(wanted)
     for ids, known in wanted:
@@ -861,15 +943,16 @@ def test_evaluate_counts_every_answer_of_rows_once(pad, batch_size):
         n += len(ids) - known
     assert got == pytest.approx(nats / n, rel=1e-5)
     seen.clear()
-    evaluate(model, bound, ROW_DATA.ravel(), 2, max_windows=3, meta=ROW_META)
+    evaluate(model, Spy(), rows(in_tmp_path).batches('val', 2, limit=3))
     assert sorted(ids[0] for ids, _ in seen) == [1, 1, 7], 'evenly spread'
 
 
 @pytest.mark.parametrize('objective', ['ar', 'mdm'])
 @pytest.mark.parametrize('pad', [False, True])
-def test_a_uniform_guess_costs_log_v_in_rows(objective, pad):
+def test_a_uniform_guess_costs_log_v_in_rows(objective, pad, in_tmp_path):
     model = Transformer(ModelConfig(12, 16, causal=objective == 'ar', n_embd=32))
-    got, _ = evaluate(model, BOUNDS[objective], ROW_DATA.ravel(), 2, meta=ROW_META, predict_pad=pad)
+    batches = rows(in_tmp_path, pad).batches('val', 2)
+    got, _ = evaluate(model, OBJECTIVES[objective](), batches)
     assert got == pytest.approx(math.log(11), abs=1e-6)
 
 
@@ -896,24 +979,24 @@ def test_n_hidden_is_the_width_inside_the_mlp():
     assert mlps[1].proj.in_features == 100
 
 
-def test_standard_error_is_that_of_independent_repeats():
+def test_standard_error_is_that_of_independent_repeats(in_tmp_path):
     """Over many seeds, the means scatter as much as the error says."""
-    model, data = tiny(), tokens(1, 64)[0].numpy().astype(np.uint16)
-    found = [evaluate(model, mdm_nelbo, data, 2, seed=seed, repeats=16) for seed in range(40)]
+    model, batches = tiny(), stream(in_tmp_path, tokens(1, 64)[0]).batches('val', 2)
+    found = [evaluate(model, OBJECTIVES['mdm'](), batches, seed, repeats=16) for seed in range(40)]
     means, errors = np.array(found).T
     assert 0.6 < means.std(ddof=1) / errors.mean() < 1.5
 
 
-def test_evaluate_leaves_the_mode_and_the_global_generator_alone():
+def test_evaluate_leaves_the_mode_and_the_global_generator_alone(in_tmp_path):
     model = tiny(dropout=0.1).train()
     state = torch.get_rng_state()
-    evaluate(model, mdm_nelbo, np.arange(10, dtype=np.uint16), 2)
+    evaluate(model, OBJECTIVES['mdm'](), stream(in_tmp_path, range(10)).batches('val', 2))
     assert model.training and torch.equal(state, torch.get_rng_state())
 
 
-def test_ids_outside_the_vocabulary_are_refused():
+def test_ids_outside_the_vocabulary_are_refused(in_tmp_path):
     with pytest.raises(UserError, match='id 11'):
-        evaluate(tiny(), mdm_nelbo, np.array([1, 11, 2], dtype=np.uint16), 2)
+        evaluate(tiny(), OBJECTIVES['mdm'](), stream(in_tmp_path, [1, 11, 2]).batches('val', 2))
 
 
 @pytest.mark.parametrize('asked, cuda, mps, found', [
@@ -987,7 +1070,7 @@ def test_sliced_cross_entropy_is_the_whole(objective, monkeypatch):
         m.head.weight.normal_(std=0.1)
     x0, found = torch.randint(0, 29, (6, 16)), []
     for at_once in (2 ** 25, 30 * 7, 1):  # all, 7 positions, one
-        monkeypatch.setattr(model.token_costs, '__kwdefaults__', {'at_once': at_once})
+        monkeypatch.setattr(model.in_slices, '__kwdefaults__', {'at_once': at_once})
         m.zero_grad()
         nats, count = LOSSES[objective](m, x0, torch.Generator().manual_seed(1))
         nats.backward()
@@ -997,15 +1080,13 @@ def test_sliced_cross_entropy_is_the_whole(objective, monkeypatch):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_every_number_of_a_mixed_seed_counts():
-    """Also those beyond the 32 bits that a generator on the CPU looks at."""
-    seeds = {model.mixed_seed(*n) for n in itertools.product((0, 1, 2 ** 40, -1), (0, 1), (0, 1))}
-    assert len(seeds) == 16 and all(0 <= seed < 2 ** 32 for seed in seeds)
+def test_every_seed_draws_another_bound(in_tmp_path):
     m = Transformer(ModelConfig(8, 4, n_embd=8, n_layer=1, n_head=1))
     with torch.no_grad():
         m.head.weight.normal_()
-    data = np.random.default_rng(0).integers(0, 7, 100).astype(np.uint16)
-    drawn = [evaluate(m, BOUNDS['mdm'], data, 4, seed=seed)[0] for seed in (0, 1, 2 ** 40)]
+    ids = np.random.default_rng(0).integers(0, 7, 100)
+    batches = stream(in_tmp_path, ids, V=8, block_size=4).batches('val', 4)
+    drawn = [evaluate(m, OBJECTIVES['mdm'](), batches, seed)[0] for seed in (0, 1, 2 ** 40)]
     assert len(set(drawn)) == 3
 
 
@@ -1038,7 +1119,7 @@ class Head(nn.Module):
 
 def loss_of_head(kind, out, x0, given, quantile=0.5):
     m = SimpleNamespace(mask_id=11, length_head=Head(kind, torch.as_tensor(out)))
-    loss = length_loss(m, x0, None, given, pad_id=10, length_quantile=quantile)
+    loss = LengthLoss(pad_id=10, length_quantile=quantile).bound(m, x0, None, given)
     assert torch.equal(m.length_head.asked, x0.where(given, torch.tensor(11))), 'no answer is seen'
     return loss
 
@@ -1092,7 +1173,7 @@ def test_length_heads_learn_lengths_and_nothing_else_changes(kind):
     for step in range(steps):
         adam.param_groups[0]['lr'] = rate * (1 - step / steps)
         adam.zero_grad()
-        length_loss(m, x0, None, given, pad_id=10, length_quantile=0.9).sum().backward()
+        LengthLoss(pad_id=10, length_quantile=0.9).loss(m, x0, None, given)[0].backward()
         adam.step()
     assert all(torch.equal(v, before[k]) and m.get_parameter(k).grad is None
                for k, v in m.state_dict().items() if 'length_head' not in k), 'bit by bit'
