@@ -725,7 +725,7 @@ def crop_batch(x0, given, pad_id, fraction):
 
 
 def random_fraction(number, random_length):
-    """The fraction for crop_batch: in a share random_length of batches uniform in [0, 1), else 1."""
+    """The fraction for crop_batch: uniform in [0, 1) for a share random_length of batches, or 1."""
     draws = np.random.default_rng([number, 1])  # independent of the draws of the windows
     return draws.random() if draws.random() < random_length else 1.0
 
