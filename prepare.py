@@ -65,29 +65,33 @@ documents = False  # a row for each text between EOTs; in a file without an EOT,
 max_prompt = 128   # tokens; a pair with a longer side is dropped: half an answer is a wrong one
 max_answer = 128   # tokens; a longer document is cut
 
-# A recipe, data/<name>.py, is a docstring (what it is, size, licence, citation) and those of these
-# names whose values differ. data/mybook.py may be as short as
+# A recipe is a file data/<name>.py: a docstring (what, size, licence, citation) and a few of the
+# names below. A name that it leaves out keeps the value that stands here, so that a recipe
+# data/mybook.py may be as short as
 #
 #     """A book of mine, 500 kB, in the public domain."""
 #     mirrors = ['https://example.org/books/']
 #     files = {'mybook.txt': None}
 RECIPE = {
-    'base': '',           # another recipe, whose names hold where this one has none
-    'mirrors': [],        # addresses; a file is downloaded from the first that has it
-    'files': {},          # {path below a mirror: its sha256, or None where none is published}
-    'folder': '',         # of data/downloads, for several files
-    'make': None,         # make(path) writes the file, which no mirror has
-    'stand_in': None,     # stand_in(data/downloads) -> (path, source in words) or None, where no
-                          # mirror can be reached
+    'base': '',           # another recipe; names that are left out are taken from there
+    # where the text comes from
+    'mirrors': [],        # addresses that end in /; the first that has a file serves it
+    'files': {},          # {path below a mirror: sha256, or None where none is published}
+    'folder': '',         # of data/downloads, to keep several files together
+    'make': None,         # make(path) writes the one file, where no mirror has it
+    'stand_in': None,     # stand_in(data/downloads) -> (path, source in words) or None: another
+                          # text, where no mirror can be reached
     'title': '',          # of a text, to say that a --source is not the published one
-    'text': '',           # names of the text in a download, zip or folder; '' = its only file; of
-                          # pairs (prompts, answers); where splits are published {split: names};
-                          # 'a|b' = a or b
-    'splits': {'train': 0.9, 'val': 1},  # else: the share of characters or rows at which each ends;
-                          # or splits(read) -> {split: function that starts its text or rows}
+    # how it is read
+    'text': '',           # the text's name in a download, zip or folder; '' = it is the only file.
+                          # 'a|b' = a or b; pairs: (prompts, answers); {split: name or names} where
+                          # the splits are published
+    'splits': {'train': 0.9, 'val': 1},  # else: the share of the characters or rows at which each
+                          # ends, or splits(read) -> {split: function that starts its part}; train
+                          # and val must be among them
     'layout': 'stream',   # stream, pairs, documents
-    'read': None,         # read(file) yields pieces of text; of pairs, read(prompts, answers) and
-                          # of documents, read(file) yield (prompt, answer)s; None = as it stands
+    'read': None,         # stream: read(file) yields pieces of text; documents: read(file), pairs:
+                          # read(prompts, answers) yield (prompt, answer)s; None = as READERS below
     'tokenizer': 'char',  # char, gpt2, bpe
     'vocab_size': 4096}   # of bpe
 RECIPES = Path(__file__).parent / 'data'
@@ -261,7 +265,7 @@ def find_texts(what, recipe, sources):
     texts = collections.defaultdict(list)
     for split, names in (text if isinstance(text, dict) else {'': text or [*files]}).items():
         for either in [names] if isinstance(names, str) else names:
-            found = [files[name] for name in either.split('|') if name in files]
+            found = [files[name] for name in (either, *either.split('|')) if name in files]
             if not found:
                 raise UserError(f'{path} is not {what}: it has no {either.replace("|", " or ")}')
             texts[split].append(found[0])
@@ -368,7 +372,8 @@ def open_splits(recipe, texts):
     whole, splits = partial(read, *texts['']), recipe['splits']
     if callable(splits):
         return splits(whole)
-    n = sum(1 if rows else len(chunk) for chunk in whole())
+    n = sum(1 for _ in whole()) if rows else sum(
+        map(len, progress(whole(), 'counting characters')))
     stops = [int(n * end) for end in splits.values()]
     cut = itertools.islice if rows else cut_text
     return {split: lambda start=start, stop=stop: cut(whole(), start, stop)
@@ -713,20 +718,20 @@ def crop_batch(x0, given, pad_id, fraction):
     x0 (B, T) int64; given (B, T) bool, or None for streams.
     """
     shortest, T = 1, x0.size(1)
-    if given is not None:  # the last column that is not all PAD holds an EOS, which may go
+    if given is not None:  # columns of nothing but PAD may go
         shortest += (x0 != pad_id).any(0).nonzero().max().item()
     width = shortest + round(fraction * (T - shortest))
     return x0[:, :width], None if given is None else given[:, :width]
 
 
 def random_fraction(number, random_length):
-    """1, or in a share random_length of the batches a random number in [0, 1), for crop_batch."""
+    """The fraction for crop_batch: uniform in [0, 1) for a share random_length of batches, or 1."""
     draws = np.random.default_rng([number, 1])  # independent of the draws of the windows
     return draws.random() if draws.random() < random_length else 1.0
 
 
 def evenly(n, limit):
-    """The indices of `limit` of n things, evenly spread; of all if limit is 0 or n at least."""
+    """Indices of `limit` of n things, evenly spread, or of all n: limit = 0, or n and more."""
     if not 0 < limit < n:
         return np.arange(n)
     return torch.linspace(0, n - 1, limit).long().numpy()
@@ -762,6 +767,7 @@ class Stream:
                             f'{len(self.train):,} training tokens')
 
     def size(self, split):
+        """The size of a split in words."""
         return f'{self.scored(split):,} tokens'
 
     def scored(self, split):
@@ -782,8 +788,8 @@ class Stream:
         self.check()
         number = mixed_seed(self.seed, update, part)
         places = len(self.train) - self.block_size + 1
-        starts = np.random.default_rng(number).integers(0, places, self.batch_size)
-        x0 = self.read(self.train, starts, self.block_size)
+        starts = np.random.default_rng(number).integers(0, places, self.batch_size)  # (B,)
+        x0 = self.read(self.train, starts, self.block_size)  # (B, T)
         return crop_batch(x0, None, None, random_fraction(number, self.random_length))
 
     def batches(self, split, batch_size, limit=0):
@@ -794,7 +800,7 @@ class Stream:
         """
         data = self.train if split == 'train' else self.tokens(split)
         T = min(self.block_size, len(data))
-        starts = np.arange(len(data) // T) * T
+        starts = np.arange(len(data) // T) * T  # of whole windows
         kept = starts[evenly(len(starts), limit)]
         parts = [(kept[i:i + batch_size], T) for i in range(0, len(kept), batch_size)]
         if len(kept) == len(starts) and len(data) % T:
@@ -811,6 +817,7 @@ class Stream:
         return self.read(data, starts, T)
 
     def read(self, data, starts, T):
+        """Windows x0 (B, T) int64 that begin at starts (B,)."""
         return torch.from_numpy(gather(data, starts, T, self.meta['vocab_size']))
 
 
@@ -852,6 +859,7 @@ class Rows:
         return self.tokens(split).reshape(-1, self.meta['row_length'])
 
     def size(self, split):
+        """The size of a split in words."""
         return f'{self.meta["counts"][split]["rows"]:,} rows'
 
     def scored(self, split):
@@ -871,9 +879,9 @@ class Rows:
     def batch(self, update, part=0, parts=1):
         """Rows of one width, x0 (B, T) int64, and given (B, T) bool: True in the prompt.
 
-        As in Stream.batch, they follow from the seed and the arguments alone. Of the batches of an
-        epoch those are read that the length curriculum has reached; given is None if the prompt is
-        to be predicted, too.
+        As in Stream.batch, they follow from the seed and the arguments alone. An epoch's batches
+        are shuffled; the length curriculum leaves out those whose rows are still too long. given
+        is None with score_prompt, under which the prompt is predicted, too.
         """
         self.check()
         number = mixed_seed(self.seed, update, part)

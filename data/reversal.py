@@ -1,6 +1,6 @@
 """Made-up facts 'A is B.', for the reversal curse: does a model that read them know 'B is A.'?
 
-Made here in seconds, 600 kB. After Berglund et al., The Reversal Curse, 2023 [2309.12288].
+Made here in seconds, 550 kB. After Berglund et al., The Reversal Curse, 2023 [2309.12288].
 """
 
 import random

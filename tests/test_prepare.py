@@ -688,7 +688,7 @@ def test_a_pad_curriculum_widens_the_room_behind_the_answers(talk):
     data, all_pad = open_pairs(predict_pad=True, pad_curriculum=40), open_pairs(predict_pad=True)
     for i in (0, 10, 20, 40, 50):
         (x0, given), (full, known) = data.batch(i), all_pad.batch(i)
-        shortest = int((full != meta['pad_id']).sum(1).max())  # EOS may go, and all tokens stay
+        shortest = int((full != meta['pad_id']).sum(1).max())  # up to the longest answer's EOS
         assert x0.size(1) == shortest + round(min(1, i / 40) * (full.size(1) - shortest))
         assert torch.equal(x0, full[:, :x0.size(1)]) and torch.equal(given, known[:, :x0.size(1)])
 
