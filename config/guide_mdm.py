@@ -1,5 +1,9 @@
-# The recipe of tutorials on masked diffusion: a GPT-2 shown the noise level by adaLN, and AdamW.
+# The recipe of tutorials on masked diffusion: a GPT-2 with time conditioning by adaLN, and AdamW.
 # parameters: 7,305,728
+#     python train.py config/guide_mdm.py              for a GPU
+# Time and outcome of all updates: not measured. 45 updates, --warmup_iters=10, 238 s on one core:
+# nelbo <= 3.359 nats/character, where the frequencies of characters give 3.35 (data/RESULTS.md,
+# Noises).
 dataset = 'shakespeare_char'
 objective = 'mdm'
 loss_weight = 'masked_mean'

@@ -1,5 +1,8 @@
 # The autoregressive twin of multi30k_mdm.py: the same network, data and budget.
 # parameters: 3,307,392
+#     python train.py config/multi30k_ar.py            35 minutes on one core
+# After 1,700 of its updates: nll 1.197 nats/token, BLEU 54.37 on test2016 (data/RESULTS.md,
+# Translation).
 dataset = 'multi30k'
 objective = 'ar'
 block_size = 128

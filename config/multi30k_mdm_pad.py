@@ -1,5 +1,9 @@
-# As multi30k_mdm.py, but PAD is predicted too: it is not told how long the answer is to be.
+# As multi30k_mdm.py, but PAD is predicted too: the length of the answer is not given.
 # parameters: 3,307,392
+#     python train.py config/multi30k_mdm_pad.py
+# Time and outcome from scratch: not measured. From multi30k_mdm, 700 updates at random_length 0.0,
+# then 150 as below: BLEU 35.76 in the full window, 38.15 at predicted lengths (data/RESULTS.md,
+# Length prediction).
 dataset = 'multi30k'
 objective = 'mdm'
 mask_range = (0.0, 1.0)

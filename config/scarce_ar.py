@@ -1,5 +1,8 @@
 # Little text: AR on the first 50,000 characters of Tiny Shakespeare, 37 epochs.
 # parameters: 804,480
+#     python train.py config/scarce_ar.py              5 minutes on one core
+# nll 2.3172 +- 0.0288 nats/character, 3 seeds, all of the validation split (data/RESULTS.md,
+# Little text); after the 12th epoch it gains nothing more.
 dataset = 'shakespeare_char'
 train_tokens = 50_000
 objective = 'ar'

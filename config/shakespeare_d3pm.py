@@ -1,5 +1,9 @@
-# Masked diffusion in 1000 discrete steps (D3PM), the network being shown the level.
+# Masked diffusion in 1000 discrete steps (D3PM), with time conditioning.
 # parameters: 2,772,288
+#     python train.py config/shakespeare_d3pm.py
+# Time and outcome at this size: not measured. 4 layers x 128, context 128, noise levels 0.15 to
+# 0.99, 6.5 minutes on one core: <= 2.9946 bits/character; masked diffusion <= 2.9883
+# (data/RESULTS.md, Noises).
 dataset = 'shakespeare_char'
 objective = 'd3pm'
 mask_range = (0.0, 1.0)
