@@ -30,6 +30,7 @@ DiT 2212.09748 (adaLN), D3PM 2107.03006, UDLM 2412.10193, Duo 2506.10892, BD3-LM
 
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -1017,6 +1018,21 @@ def pick_dtype(dtype, device, features=getattr(torch.cpu, 'get_capabilities', di
         return 'bfloat16' if {'avx512_bf16', 'amx_bf16'} & {k for k, v in features().items() if v} \
             else 'float32'
     return 'bfloat16' if device.startswith('cuda') else 'float32'
+
+
+def peak_memory(device):
+    """', 1.23 GB at most': what this process has held so far, on the GPU if it computes there.
+
+    Nothing on a platform that does not tell (Windows has no `resource`).
+    """
+    if device.startswith('cuda'):
+        return f', {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most'
+    try:
+        import resource
+    except ImportError:
+        return ''
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return f', {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB at most'
 
 
 def load_checkpoint(out_dir, device='cpu'):

@@ -17,6 +17,8 @@ in an update: 2 processes do in one pass what 1 process does in 2. With several 
 
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=<0 or 1> --master_addr=<of machine 0>
         --master_port=1234 train.py config/shakespeare_mdm_10m.py
+
+Read main(), then train(): evaluate, save, update. Above them stand the parts in the same order.
 """
 
 import csv
@@ -24,27 +26,27 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
-from functools import lru_cache, partial
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import config
 import sample
-from config import UserError
-from eval import append_answers, draw_losses, fastest_flops, first_answers, flops_per_token, \
-    print_bench
-from model import BOUND_NAMES, DIVERGENCES, LOSS_WEIGHTS, LOSSES, SCHEDULES, Transformer, \
-    bound_of, evaluate, length_loss, load_checkpoint, loss_of, mixed_seed, model_config, \
-    pick_device, pick_dtype
-from prepare import DATASETS, gather, gather_rows, load_meta, load_split, load_tokenizer, prepare, \
-    row_batches, row_lengths, row_widths
+from config import UserError, one_of, require, write_atomically
+from model import LengthLoss, Transformer, evaluate, load_checkpoint, make_objective, \
+    model_config, peak_memory, pick_device, pick_dtype
+from prepare import load_tokenizer, mixed_seed, open_data, prepare, recipe_names
 
 # the run
 out_dir = 'out/shakespeare_mdm'  # where it is written; a config file sets out/<its name>
@@ -55,7 +57,7 @@ init_from = ''              # a run of this shape and vocabulary, whose weights 
 seed = 1337
 device = 'auto'             # cuda, mps, cpu; auto takes the first that is there
 dtype = 'auto'              # float32, bfloat16 (autocast); auto is bfloat16 where that is fast
-compile = False             # torch.compile: faster after a minute or two of compiling
+compile = 'auto'            # torch.compile: on, off; auto is on where it pays within this run
 # data
 dataset = 'shakespeare_char'  # a folder of data/, prepared if missing
 batch_size = 16             # B, windows per forward and backward pass
@@ -65,13 +67,13 @@ train_tokens = 0            # train on the first so many tokens of the training 
 random_length = 0.0         # share of the batches that are cut to a random length: a stream's to
                             # any; rows, if predict_pad, to what the longest answer needs, or more
 # data of rows: prompts and answers, or documents; a batch holds rows of one width
-predict_pad = False         # PAD is to be predicted too, so that the model finds where to end;
-                            # False: it is told by how many tokens there are, and never sees a PAD
+predict_pad = False         # PAD is predicted too, so that the model finds where an answer ends;
+                            # False: the number of tokens says so, and the model never sees a PAD
 score_prompt = False        # ar: train on the prompt too
 row_share = 1.0             # train on this share of the rows, the shortest ones
 length_curriculum = 0       # updates over which longer and longer rows join the shortest
 pad_curriculum = 0          # predict_pad: updates over which the room behind the answers grows
-token_weights = (1.0, 1.0, 1.0)  # mdm: what an error counts in the loss at text, at EOS, at PAD
+token_weights = (1.0, 1.0, 1.0)  # mdm: what an error at text, at EOS, at PAD counts in the loss
 # model
 n_layer = 4
 n_head = 4
@@ -98,7 +100,7 @@ subs = True                 # d3pm: the mask is never predicted; False leaves it
 block_length = 16           # block: tokens per block
 soft_inputs = False         # uniform: train on mixtures of tokens, ever closer to a single one
 divergence = 'elbo'         # uniform: elbo, symmetric_kl, scaled_kl; to train, never reported
-# length before decoding: train a head that tells it, on the run init_from, which stays as it is
+# length before decoding: train a head that predicts it on the run init_from, which stays fixed
 length_head = ''            # regress_mean, regress_concat, classify, encoder_regress,
                             # encoder_classify; see LengthHead in model.py
 length_quantile = 0.95      # of regress: the share of answers that are no longer than predicted
@@ -113,67 +115,18 @@ weight_decay = 0.0          # of matrices in the blocks
 beta1 = 0.9                 # AdamW's averages of the gradient
 beta2 = 0.99                # and of its square
 grad_clip = 1.0             # largest norm of the gradient; 0 = no limit
-# watching
+# evaluation
 eval_interval = 200         # updates between evaluations on the full validation split, checkpoints
-log_interval = 10           # updates between looks at the loss
+log_interval = 10           # updates between two losses that are shown
 decode_rows = 0             # prompts to answer at each evaluation, greedily, into samples.csv
 eval_repeats = 4            # independent draws of a bound at the end, for its standard error
-tensorboard = False         # also write the curves for TensorBoard, to out_dir
-wandb = False               # also send them to Weights & Biases, as project nanomdm
+track = ''                  # tensorboard (curves in out_dir), wandb (project nanomdm), or both
 bench = 0                   # only time this many updates and profile a few: nothing is written
-settings = config.override(globals())
 WARM_UP, PROFILED = 3, 3    # updates before and after those that bench times
+COMPILING, GAIN = 60, 0.25  # seconds that torch.compile takes, and the share of an update it saves
 
 
-def get_windows(data, B, T, vocab_size, number):
-    """Windows (B, T) int64 at random places, in which nothing is given.
-
-    They follow from `number` alone, as their noise does: a resumed run sees what the killed one
-    would have seen, and a batch is the same whether its parts run one after the other or on many
-    processes.
-    """
-    starts = np.random.default_rng(number).integers(0, len(data) - T + 1, B)
-    return torch.from_numpy(gather(data, starts, T, vocab_size)), None
-
-
-def shortened(x0, given, pad_id, share):
-    """x0 and given (B, T), cut at `share` of the way from the shortest length there can be to T.
-
-    That is the one at which a row loses its last token but PAD; of windows without rows, 1.
-    """
-    least, T = 1, x0.size(1)
-    if given is not None:
-        least += (x0 != pad_id).any(0).nonzero().max().item()
-    length = least + round(share * (T - least))
-    return x0[:, :length], None if given is None else given[:, :length]
-
-
-class RowBatches:
-    """The endless sequence of batches of rows, each of rows of one width, shuffled every epoch."""
-
-    def __init__(self, data, meta, batch_size, predict_pad, seed, share=1.0):
-        self.data, self.meta, self.predict_pad = data, meta, predict_pad
-        rows = data.reshape(-1, meta['row_length'])
-        lengths = row_lengths(rows, meta)[1]  # without PAD
-        self.kept = np.sort(lengths.argsort(kind='stable')[:math.ceil(share * len(rows)) or 1])
-        self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (N,)
-        self.known = lengths[self.kept].sum()  # tokens of all rows, no PAD among them
-        self.per_epoch = len(row_batches(self.widths, batch_size))
-
-        self.epoch = lru_cache(2)(lambda number: row_batches(
-            self.widths, batch_size, np.random.default_rng(mixed_seed(seed, number))))
-
-    def get(self, number, share=1.0):
-        """x0 (B, T) int64, given (B, T) bool: they follow from `number` and the seed alone.
-
-        share < 1: of the batches of that epoch that are no wider than this share of the widths.
-        """
-        epoch, i = divmod(number, self.per_epoch)
-        low, high = self.widths.min(), self.widths.max()
-        batches = [b for b in self.epoch(epoch) if self.widths[b[0]] <= low + share * (high - low)]
-        rows = self.kept[batches[i % len(batches)]]
-        x0, given = gather_rows(self.data, rows, self.meta, self.predict_pad)
-        return torch.from_numpy(x0), torch.from_numpy(given)
+# ----------------------------------------------------------------------------------- the optimisers
 
 
 def orthogonalize(G, dtype):
@@ -247,6 +200,168 @@ def lr_factor(iteration, max_iters, warmup_iters, lr_schedule):
     return 1.0  # constant
 
 
+# ------------------------------------------------------------------------------------------ set-up
+
+
+def check_settings(s, run_settings):
+    """Raises UserError for settings that do not go together; run_settings: of a run to resume."""
+    one_of('optimizer', s.optimizer, ('muon', 'adamw'))
+    one_of('lr_schedule', s.lr_schedule, ('cosine', 'wsd', 'constant'))
+    one_of('compile', s.compile, ('auto', 'on', 'off'))
+    require('objective', s.objective, s.objective == run_settings.get('objective', s.objective),
+            'that of the run')
+    require('pad_curriculum', s.pad_curriculum, s.predict_pad or not s.pad_curriculum,
+            '0 without predict_pad')
+    require('token_weights', s.token_weights, len(s.token_weights) == 3 and (
+        set(s.token_weights) == {1.0} or (s.objective == 'mdm' and not s.length_head)),
+        'three numbers of 0 or more (1, 1, 1 but for mdm without a length_head)')
+    require('soft_inputs', s.soft_inputs, s.objective == 'uniform' or not s.soft_inputs,
+            'False (but for uniform)')
+    require('subs', s.subs, s.subs or s.objective == 'd3pm', 'True (d3pm alone may use the mask)')
+    require('block_length', s.block_length, s.objective != 'block'
+            or 1 <= s.block_length <= s.block_size, 'in [1, block_size]')
+    require('length_head', s.length_head, not s.length_head or (
+        s.predict_pad and s.objective in ('mdm', 'd3pm')),
+        "'', unless predict_pad is on and objective is mdm or d3pm")
+    require('init_from', s.init_from, s.init_from or not s.length_head,
+            'the run that a length_head is for')
+    require('length_quantile', s.length_quantile, s.length_quantile < 1, 'in (0, 1)')
+
+
+def in_todays_words(settings):
+    """The settings of an older checkpoint, in which some had other names and values."""
+    settings = dict(settings)
+    track = [name for name in ('tensorboard', 'wandb') if settings.pop(name, False)]
+    settings.setdefault('track', ','.join(track))
+    if isinstance(settings.get('compile'), bool):
+        settings['compile'] = 'on' if settings['compile'] else 'off'
+    return settings
+
+
+def join_processes(device, length_head):
+    """(rank, world, device) of this process among those of a torchrun; (0, 1, device) if alone."""
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if world > 1:
+        if length_head:
+            raise UserError('a length_head is trained by one process: leave out torchrun')
+        if device == 'cuda':
+            device = f'cuda:{os.environ["LOCAL_RANK"]}'
+            torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    return rank, world, device
+
+
+def open_training_data(s, rank, world):
+    """The Stream or Rows to train on, prepared by the first process if it is missing."""
+    if rank == 0 and s.dataset in recipe_names() and not Path('data', s.dataset,
+                                                              'meta.json').exists():
+        print(f'data/{s.dataset} is missing: preparing it')
+        prepare(s.dataset)
+    if world > 1:
+        dist.barrier()  # from here on there is data, and every process has seen a free out_dir
+    choices = ('predict_pad', 'train_tokens', 'random_length', 'score_prompt', 'row_share',
+               'length_curriculum', 'pad_curriculum')
+    data = open_data(s.dataset, s.block_size, s.batch_size, s.seed,
+                     **{name: getattr(s, name) for name in choices})
+    if s.score_prompt and s.objective != 'ar':
+        raise UserError(f'score_prompt is for objective=ar alone: {s.objective} sees the prompt')
+    if set(s.token_weights) != {1.0} and data.meta['layout'] != 'rows':
+        raise UserError(f'token_weights are for rows, but data/{s.dataset} is a stream of text')
+    if s.decode_rows and data.meta['sep_id'] is None:
+        raise UserError(f'decode_rows is for prompts and answers, but data/{s.dataset} has none')
+    data.check()
+    return data
+
+
+def training_objective(s, meta, vocab_size, device):
+    """The Objective that the settings name, or a length head's loss."""
+    if s.length_head:
+        return LengthLoss(meta['pad_id'], s.length_quantile)
+    objective = make_objective(vars(s))
+    if set(s.token_weights) != {1.0}:  # of rows, which have an EOS and a PAD
+        text, eos, pad = s.token_weights
+        objective.token_weight = torch.full((vocab_size,), float(text), device=device)
+        objective.token_weight[meta['eos_id']] = eos
+        objective.token_weight[meta['pad_id']] = pad
+    return objective
+
+
+def load_first_weights(model, s, meta):
+    """Gives model the weights of the run init_from; UserError if they are of another kind."""
+    source = load_checkpoint(s.init_from, model.device)
+    theirs, own = vars(model_config(source['config'], source['meta'])), vars(model.config)
+    other = [name for name in theirs if theirs[name] != own[name]
+             and name not in ('causal', 'dropout', 'subs', 'block_length', 'length_head')]
+    other += [name for name in ('tokenizer', 'sep_id') if source['meta'][name] != meta[name]]
+    other += [name for name in ('objective', 'predict_pad')
+              if s.length_head and source['config'][name] != getattr(s, name)]
+    if other:
+        raise UserError(f'{s.init_from} cannot be what this run begins with, for it has another '
+                        f'{", ".join(other)}')
+    model.load_state_dict(model.state_dict() | {name: p for name, p in source['model'].items()
+                                                if not name.startswith('length_head.')})
+
+
+@dataclass
+class Progress:
+    """How far a run is: what a resumed run needs beside weights and settings."""
+    iteration: int = 0        # updates done when this process began
+    tokens: int = 0           # read in training
+    seconds: float = 0.0      # of updates, evaluations not counted
+    best: float = math.inf    # lowest loss on the validation split
+    log: list = field(default_factory=list)  # rows of log.csv
+    saved: int = -1           # updates behind the weights in ckpt.pt; -1 = none
+
+
+def restore(checkpoint, model, optimizers, out):
+    """Weights and optimizers of a checkpoint go where they belong; returns the run's Progress."""
+    try:
+        model.load_state_dict(checkpoint['model'])
+        for o, state in zip(optimizers, checkpoint['optimizer'], strict=True):
+            groups = [own | {'params': saved['params']} for own, saved in
+                      zip(o.param_groups, state['param_groups'], strict=True)]
+            o.load_state_dict(state | {'param_groups': groups})  # these settings' decay and betas
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f'the weights in {out} have another shape than these settings ask for: '
+                        'resume without changing the model or the optimizer') from e
+    iteration = checkpoint['iter']
+    try:
+        with open(out / 'log.csv', newline='') as f:
+            rows = [row for row in csv.DictReader(f)  # None: a line that was cut
+                    if None not in row.values() and int(row['iter']) <= iteration]
+        return Progress(iteration, int(checkpoint.get('tokens', rows[-1]['tokens'])),
+                        float(checkpoint.get('seconds', rows[-1]['seconds'])), checkpoint['best'],
+                        rows, iteration)
+    except (OSError, ValueError, TypeError, LookupError) as e:
+        raise UserError(f'{out}/log.csv is damaged or gone ({type(e).__name__})') from e
+
+
+def compile_or_not(asked, device, data, seconds_left):
+    """(whether to compile, why): for 'auto' where it pays within the updates that are left."""
+    if asked != 'auto':
+        return asked == 'on', 'as set'
+    if data.meta['layout'] == 'rows' or data.random_length:
+        return False, 'batches have many widths, and each would be compiled anew'
+    if device == 'mps' or (device == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++'))):
+        return False, 'there is no compiler for this device'
+    if GAIN * seconds_left < COMPILING:
+        return False, f'about {seconds_left:.0f} s of updates are too few to make up for it'
+    return True, f'it saves a quarter of about {seconds_left:.0f} s of updates'
+
+
+def compile_model(t, s):
+    """Compiles the model by a first batch; where the compiler fails, goes on without it."""
+    t.model.compile()
+    try:
+        x0, given = on_device(t.data.batch(0, t.rank, t.world), t.device)
+        with t.autocast:
+            t.objective.loss(t.model, x0, torch.Generator(t.device), given)[0].backward()
+        t.model.zero_grad()
+    except Exception as e:  # of a dozen kinds: no compiler, no headers, no space, a bug of its own
+        t.model._compiled_call_impl = None
+        print(f'torch.compile failed ({type(e).__name__}): going on without it')
+
+
 class Parallel(torch.nn.parallel.DistributedDataParallel):
     """The model on one of several processes: backward() adds up the gradients of all of them."""
 
@@ -257,374 +372,392 @@ class Parallel(torch.nn.parallel.DistributedDataParallel):
             return getattr(self.module, name)
 
 
-def make_trackers(tensorboard, wandb, out_dir, settings):
+# ----------------------------------------------------------------------------- evaluation, records
+
+
+def make_trackers(track, out_dir, settings):
     """Functions (iteration, {name: number}), one for each tracker that is asked for."""
     trackers = []
     try:
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(out_dir)
-            trackers.append(lambda i, row: [writer.add_scalar(k, v, i) for k, v in row.items()])
-        if wandb:
-            from wandb import init
-            run = init(project='nanomdm', name=Path(out_dir).name, config=settings)
-            trackers.append(lambda i, row: run.log(row, step=i))
+        for name in filter(None, track.split(',')):
+            one_of('track', name, ('tensorboard', 'wandb'))
+            if name == 'tensorboard':
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(out_dir)
+                trackers.append(lambda i, row: [writer.add_scalar(k, v, i) for k, v in row.items()])
+            else:
+                from wandb import init
+                run = init(project='nanomdm', name=Path(out_dir).name, config=settings)
+                trackers.append(lambda i, row: run.log(row, step=i))
     except ImportError as e:
         raise UserError(f"{e}: python -m pip install -e '.[track]'") from e
     return trackers
 
 
-def write_atomically(path, content):
-    """Writes bytes so that `path` holds, at every moment, all of the old content or of the new."""
-    part = path.with_name(path.name + '.part')
-    try:
-        with open(part, 'wb') as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f'cannot write {path} ({e.strerror}); the one before it is intact') from e
+def evaluate_now(t, s, progress, iteration, learning_rate, speed):
+    """Adds a row to the log: the loss on all of the validation split and on some training text."""
+    with t.autocast:
+        val, _ = evaluate(t.model, t.objective, t.data.batches('val', s.batch_size))
+        train, _ = evaluate(t.model, t.objective, t.data.batches('train', s.batch_size,
+                                                                 limit=4 * s.batch_size))
+    limit = 2 * math.log(t.data.meta['vocab_size']) if s.token_weights[0] else math.inf
+    if not val <= limit:  # nan is not, either
+        raise UserError(f'diverged: the validation loss is {val:.4g} after {iteration} updates and '
+                        f'at learning rate {learning_rate:.2e}; {kept(progress, s.out_dir)}')
+    progress.best, measured = min(progress.best, val), t.objective.measured
+    progress.log.append({
+        'iter': iteration, 'tokens': progress.tokens, 'measured': measured, 'train': f'{train:.6f}',
+        'val': f'{val:.6f}', 'lr': f'{learning_rate:.3e}', 'data': t.data.meta['source'],
+        'seconds': f'{progress.seconds:.1f}', 'tokens_per_second': f'{speed:.0f}'})
+    if t.rank == 0:
+        write_log(progress.log, Path(s.out_dir))
+        title = f'{s.length_head or s.objective} on {s.dataset}'
+        log_v = None if s.length_head else math.log(t.data.meta['vocab_size'])
+        write_atomically(Path(s.out_dir, 'loss.png'), draw_losses(progress.log, title, log_v))
+    for track in t.trackers:
+        track(iteration, {f'train {measured}': train, f'val {measured}': val, 'tokens/s': speed})
+    return (f'{iteration:6,} updates, {progress.seconds:4.0f} s: {measured} {val:.4f} nats/token '
+            f'on the validation split, {train:.4f} on training text')
 
 
-def write_log(rows, path):
-    """log.csv: a row for every look at the validation split."""
+def write_log(rows, out):
+    """log.csv: a row for every evaluation."""
     text = io.StringIO(newline='')
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(out / 'log.csv', text.getvalue().encode())
 
 
-# -------------------------------------------------------- from here on it runs, from top to bottom
+def draw_losses(rows, title, log_v):
+    """The bytes of loss.png: a run's losses over updates and tokens, and log V', if not None."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(7, 4.2), layout='constrained')
+    ax, x = fig.subplots(), [int(row['iter']) for row in rows]
+    for key, label, style, color in (('train', 'training text', 'o--', '#E69F00'),
+                                     ('val', 'validation text', 'o-', '#0072B2')):
+        ax.plot(x, [float(row[key]) for row in rows], style, ms=4, label=label, color=color)
+    if log_v is not None:
+        ax.axhline(log_v, color='0.5', lw=1, ls=':')
+        ax.annotate("log V', a uniform guess", (1, log_v), xycoords=('axes fraction', 'data'),
+                    xytext=(-4, -4), textcoords='offset points', color='0.4', ha='right', va='top')
+    name = rows[0]['measured'].replace('<=', '(an upper bound on the nll)')
+    ax.set(xlabel='updates', title=title, ylabel=f'{name}, nats per token')
+    per_update = int(rows[-1]['tokens']) / max(1, x[-1]) / 1e6
+    if per_update:
+        tokens = ax.secondary_xaxis('top', functions=(lambda n: n * per_update,
+                                                      lambda n: n / per_update))
+        tokens.set_xlabel('training tokens (millions)')
+    ax.grid(color='0.92')
+    ax.legend(frameon=False)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, dpi=150, format='png')
+    return buffer.getvalue()
 
-out = Path(out_dir)
-if (out / 'ckpt.pt').exists() and not (resume or overwrite or bench):
-    raise UserError(f'{out_dir} holds a run already: --resume goes on with it, --overwrite starts '
-                    'anew, --out_dir=... puts the new one elsewhere')
-checkpoint = load_checkpoint(out_dir) if resume else None
-if resume:  # the settings that the run has, then what this command line says
-    globals().update({k: v for k, v in checkpoint['config'].items() if k in settings})
-    settings = config.override(globals())
-for name, fine, wanted in (
-        ('objective', objective in LOSSES, f'one of {", ".join(LOSSES)}'),
-        ('objective', not resume or objective == checkpoint['config']['objective'],
-         'that of the run'),
-        ('seed', 0 <= seed < 2 ** 63, 'in [0, 2^63)'),
-        *((n, 0 <= settings[n] < 1, 'in [0, 1)') for n in ('beta1', 'beta2')),
-        ('schedule', schedule in SCHEDULES, f'one of {", ".join(SCHEDULES)}'),
-        ('loss_weight', loss_weight in LOSS_WEIGHTS, f'one of {", ".join(LOSS_WEIGHTS)}'),
-        ('optimizer', optimizer in ('muon', 'adamw'), 'muon or adamw'),
-        ('lr_schedule', lr_schedule in ('cosine', 'wsd', 'constant'), 'cosine, wsd or constant'),
-        ('mask_range', len(mask_range) == 2 and 0 <= mask_range[0] <= mask_range[1] <= 1
-         and mask_range[1] > 0, '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0'),
-        ('pad_curriculum', predict_pad or not pad_curriculum, '0 without predict_pad'),
-        *((n, 0 <= settings[n] <= 1, '0 to 1') for n in ('random_length', 'row_share', 'dropout')),
-        ('token_weights', len(token_weights) == 3 and min(token_weights) >= 0
-         and (objective == 'mdm' and not length_head or set(token_weights) == {1.0}),
-         'three numbers of 0 or more (1, 1, 1 but for mdm without a length_head)'),
-        ('divergence', divergence in DIVERGENCES, f'one of {", ".join(DIVERGENCES)}'),
-        ('soft_inputs', objective == 'uniform' or not soft_inputs, 'False (but for uniform)'),
-        ('subs', subs or objective == 'd3pm', 'True (d3pm alone has a use for the mask)'),
-        ('block_length', objective != 'block' or block_length <= block_size, 'block_size at most'),
-        ('length_head', not length_head or (predict_pad and objective in ('mdm', 'd3pm')),
-         "'', unless predict_pad is on and objective is mdm or d3pm"),
-        ('init_from', init_from or not length_head, 'the run that a length_head is for'),
-        ('length_quantile', 0 < length_quantile < 1, 'in (0, 1)'),
-        *((n, settings[n] >= 0, '0 or more') for n in (
-            'max_iters', 'train_tokens', 'grad_clip', 'bench', 'decode_rows', 'length_curriculum',
-            'pad_curriculum', 'n_kv_head', 'n_hidden', 'n_conv', 'warmup_iters', 'weight_decay',
-            'w_max', 'learning_rate', 'muon_lr')),
-        *((n, settings[n] >= 1, '1 or more') for n in (
-            'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head',
-            'n_embd', 'eval_interval', 'log_interval', 'eval_repeats', 'diffusion_steps',
-            'block_length'))):
-    if not fine:
-        raise UserError(f'{name} is {settings[name]!r}, but it must be {wanted}')
-rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # of torchrun
-device = pick_device(device)
-if world > 1:
-    if length_head:
-        raise UserError('a length_head is trained by one process: leave out torchrun')
-    if device == 'cuda':
-        device = f'cuda:{os.environ["LOCAL_RANK"]}'
-        torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
-dtype = pick_dtype(dtype, device)
-if rank == 0 and dataset in DATASETS and not (Path('data') / dataset / 'meta.json').exists():
-    print(f'data/{dataset} is missing: preparing it')
-    prepare(dataset)
-if world > 1:
-    dist.barrier()  # from here on there is data, and every process has seen that out_dir is free
-meta = load_meta(dataset)
-train_data, val_data = load_split(dataset, 'train')[:train_tokens or None], \
-    load_split(dataset, 'val')
-row_data = None
-if meta['layout'] == 'rows':
-    if train_tokens:
-        raise UserError(f'train_tokens is for a stream of text, but data/{dataset} has rows')
-    if score_prompt and objective != 'ar':
-        raise UserError(f'score_prompt is for objective=ar alone: {objective} sees all the prompt')
-    row_data = RowBatches(train_data, meta, batch_size, predict_pad, seed, row_share)
-    val_rows = val_data.reshape(-1, meta['row_length'])
-    train_data = train_data.reshape(-1, meta['row_length'])[row_data.kept].ravel()  # to look at
-    widest = max(row_data.widths.max(), row_widths(val_rows, meta, predict_pad).max())
-    if widest > block_size:
-        raise UserError(f'data/{dataset} has rows of {widest} tokens: set block_size, which is '
-                        f'{block_size}, to {widest} or more')
-elif predict_pad or score_prompt or length_curriculum or {*token_weights, row_share} != {1.0}:
-    raise UserError('predict_pad, score_prompt, row_share, length_curriculum and token_weights '
-                    f'are for rows, but data/{dataset} is a stream of text')
-elif len(train_data) < block_size:
-    raise UserError(f'block_size is {block_size}, but data/{dataset} has only '
-                    f'{len(train_data):,} training tokens')
 
-if decode_rows and meta['sep_id'] is None:
-    raise UserError(f'decode_rows is for prompts and answers, but data/{dataset} has none')
-
-torch.manual_seed(seed)
-model = Transformer(model_config(settings, meta)).to(device)
-if init_from and not resume:
-    source = load_checkpoint(init_from, device)
-    shape, own = vars(model_config(source['config'], source['meta'])), vars(model.config)
-    other = [name for name in shape if shape[name] != own[name]
-             and name not in ('causal', 'dropout', 'subs', 'block_length', 'length_head')]
-    other += [name for name in ('tokenizer', 'sep_id') if source['meta'][name] != meta[name]]
-    other += [name for name in ('objective', 'predict_pad')
-              if length_head and source['config'][name] != settings[name]]
-    if other:
-        raise UserError(f'{init_from} cannot be what this run begins with, for it has another '
-                        f'{", ".join(other)}')
-    model.load_state_dict(model.state_dict() | {k: v for k, v in source['model'].items()
-                                                if not k.startswith('length_head.')})
-if length_head:
-    model.requires_grad_(False)
-    model.length_head.requires_grad_(True)
-learned = [p for p in model.parameters() if p.requires_grad]
-optimizers = make_optimizers(model, optimizer, (beta1, beta2), weight_decay,
-                             getattr(torch, dtype))
-first_iter, best, tokens, seconds, rows = 0, math.inf, 0, 0.0, []
-if resume:
-    if checkpoint['meta'] != meta:
-        raise UserError(f'data/{dataset} is not what {out_dir} was trained on')
-    try:
-        model.load_state_dict(checkpoint['model'])
-        for o, state in zip(optimizers, checkpoint['optimizer'], strict=True):
-            groups = [own | {'params': saved['params']} for own, saved in
-                      zip(o.param_groups, state['param_groups'], strict=True)]
-            o.load_state_dict(state | {'param_groups': groups})  # these settings' decay and betas
-    except (RuntimeError, ValueError) as e:
-        raise UserError(f'the weights in {out_dir} have another shape than these settings ask '
-                        'for: resume without changing the model or the optimizer') from e
-    first_iter, best = checkpoint['iter'], checkpoint['best']
-    try:
-        with open(out / 'log.csv', newline='') as f:
-            rows = [row for row in csv.DictReader(f)  # None: a line that was cut
-                    if None not in row.values() and int(row['iter']) <= first_iter]
-        tokens = int(checkpoint.get('tokens', rows[-1]['tokens']))  # runs of old have neither
-        seconds = float(checkpoint.get('seconds', rows[-1]['seconds']))
-    except (OSError, ValueError, TypeError, LookupError) as e:
-        raise UserError(f'{out}/log.csv is damaged or gone ({type(e).__name__})') from e
-if compile:
-    model.compile()
-parallel = Parallel(model, broadcast_buffers=False) if world > 1 else model
-
-loss_fn, bound, bound_name = loss_of(settings), bound_of(settings), BOUND_NAMES[objective]
-if length_head:
-    bound_name = 'loss of the length'
-    bound = partial(length_loss, pad_id=meta['pad_id'], length_quantile=length_quantile)
-    loss_fn = lambda *batch: (bound(*batch).sum(), (~batch[3]).sum())  # given is the fourth
-if set(token_weights) != {1.0}:  # of rows, which have an EOS and a PAD
-    token_weight = torch.full((model.config.vocab_size,), float(token_weights[0]), device=device)
-    for token, its_weight in zip((meta['eos_id'], meta['pad_id']), token_weights[1:]):
-        token_weight[token] = its_weight
-    loss_fn = partial(loss_fn, token_weight=token_weight)
-measure = partial(evaluate, model, bound, batch_size=batch_size, meta=meta, predict_pad=predict_pad)
-autocast = torch.autocast(device.partition(':')[0], torch.bfloat16, enabled=dtype == 'bfloat16')
-log_v = math.log(meta['vocab_size'])
-passes = gradient_accumulation_steps * world
-tokens_per_epoch, T = len(train_data), block_size
-tokens_per_iter = batch_size * passes * block_size
-if row_data:  # means: every batch has its own width
-    tokens_per_epoch, T = int(row_data.widths.sum()), round(row_data.widths.mean())
-    tokens_per_iter = round(tokens_per_epoch / row_data.per_epoch * passes)
-epochs = max_iters * tokens_per_iter / tokens_per_epoch
-flops, peak = flops_per_token(model, T), fastest_flops(device, dtype)
-say = print if rank == 0 else lambda *words, **how: None
-say(f'{dataset} ({meta["source"]}): {tokens_per_epoch:,} training tokens of '
-    f"{meta['vocab_size']:,} kinds, log V' = {log_v:.4f}")
-if row_data:
-    say(f'{len(row_data.widths):,} rows of {row_data.widths.min()} to {row_data.widths.max()} '
-        f'tokens, {row_data.per_epoch:,} batches an epoch, '
-        f'{100 * (1 - row_data.known / tokens_per_epoch):.1f}% of what is computed is PAD')
-say(f'{objective}: {model.count_parameters():,} parameters, '
-    + (f'{sum(p.numel() for p in learned):,} of them learned, ' if length_head else '')
-    + f'{tokens_per_iter:,} tokens per '
-    f'update, {max_iters:,} updates = {epochs:.1f} epochs, on {device} in {dtype}'
-    + (f', {world} processes' if world > 1 else ''))
-
-# SIGINT and SIGTERM only leave a note here: the update at work is finished, and saved, before we go
-caught = []
-for signal_number in () if bench else (signal.SIGINT, signal.SIGTERM):
-    signal.signal(signal_number, lambda number, frame: caught.append(number))
-trackers = []
-if rank == 0 and not bench:  # the others write nothing
-    out.mkdir(parents=True, exist_ok=True)
-    trackers = make_trackers(tensorboard, wandb, out_dir, settings)
-    if not resume:
-        for name in ('ckpt.pt', 'samples.csv'):  # of a run that --overwrite throws away
-            (out / name).unlink(missing_ok=True)
-    write_atomically(out / 'config.json', json.dumps(settings, indent=2).encode())
-kept = 'nothing is saved yet' if not resume else f'{out}/ckpt.pt has the weights of {first_iter}'
-bar = tqdm(total=max_iters, initial=first_iter, unit='it',
-           disable=not sys.stderr.isatty() or rank > 0)
-first_tokens, first_seconds = tokens, seconds  # of training, looking not counted
-speed, stop = 0.0, False
-if bench:
-    max_iters = first_iter + WARM_UP + bench + PROFILED
-    profiler, milliseconds = torch.profiler.profile(), []
-
-for iteration in range(first_iter, max_iters + 1):
-    factor = lr_factor(iteration, max_iters, warmup_iters, lr_schedule)
-
-    # look at the model as it is after `iteration` updates
-    look = not bench and (iteration % eval_interval == 0 or iteration == max_iters)
-    if look and not (rows and int(rows[-1]['iter']) == iteration):
-        with autocast:
-            val, _ = measure(data=val_data)
-            train, _ = measure(data=train_data, max_windows=4 * batch_size)
-        if not val <= (2 * log_v if token_weights[0] else math.inf):  # nan is not, either
-            raise UserError(f'diverged: the validation loss is {val:.4g} after {iteration} updates '
-                            f'and at learning rate {factor * learning_rate:.2e}; {kept}')
-        rows.append({'iter': iteration, 'tokens': tokens, 'measured': bound_name,
-                     'train': f'{train:.6f}', 'val': f'{val:.6f}',
-                     'lr': f'{factor * learning_rate:.3e}', 'data': meta['source'],
-                     'seconds': f'{seconds:.1f}', 'tokens_per_second': f'{speed:.0f}'})
-        best = min(best, val)
-        if rank == 0:
-            write_log(rows, out / 'log.csv')
-            picture = draw_losses(rows, f'{length_head or objective} on {dataset}',
-                                  None if length_head else log_v)
-            write_atomically(out / 'loss.png', picture)
-            bar.write(f'{iteration:6,} updates, {seconds:4.0f} s: {bound_name} {val:.4f} '
-                      f'nats/token on the validation split, {train:.4f} on training text')
-        for track in trackers:
-            track(iteration, {f'train {bound_name}': train, f'val {bound_name}': val,
-                              'tokens/s': speed})
-    if (look or stop) and rank == 0 and not (bench or (resume and iteration == first_iter)):
+def save(t, s, progress, iteration):
+    """Writes ckpt.pt. All draws follow from the seed and the iteration: those are the rng."""
+    if t.rank == 0:
         buffer = io.BytesIO()
-        torch.save({'model': model.state_dict(), 'optimizer': [o.state_dict() for o in optimizers],
-                    'config': settings, 'meta': meta, 'iter': iteration, 'best': best,
-                    'tokens': tokens, 'seconds': seconds, 'rng': seed}, buffer)  # draws: rng, iter
-        write_atomically(out / 'ckpt.pt', buffer.getbuffer())
-        kept = f'{out}/ckpt.pt has the weights after {iteration} updates'
-        if look and decode_rows:
-            found = first_answers(model.eval(), settings, meta, decode_rows,
-                                  vars(sample) | {'seed': seed})
-            append_answers(out / 'samples.csv', iteration, found)
-            model.train()
-    if stop:
-        bar.close()
-        say(f'stopped and saved after {iteration} updates; go on with\n'
-            f'python train.py --out_dir={out_dir} --resume')
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])
-    if iteration == max_iters:
-        break
-    if bench and iteration == max_iters - PROFILED:
-        profiler.start()
+        torch.save({'model': t.model.state_dict(), 'config': vars(s), 'meta': t.data.meta,
+                    'optimizer': [o.state_dict() for o in t.optimizers], 'iter': iteration,
+                    'tokens': progress.tokens, 'seconds': progress.seconds, 'best': progress.best,
+                    'rng': s.seed}, buffer)
+        write_atomically(Path(s.out_dir, 'ckpt.pt'), buffer.getbuffer())
+    progress.saved = iteration
 
-    # one update
-    began = time.perf_counter()
-    for o in optimizers:
-        for group in o.param_groups:
-            group['lr'] = factor * (muon_lr if isinstance(o, Muon) else learning_rate)
-    sums = torch.zeros(3, device=device)  # nats, tokens that count, processes that caught a signal
-    how = {'tau': 1e-3 * 1e-5 ** (iteration / max_iters)} if soft_inputs else {}  # to argmax
-    for micro in range(gradient_accumulation_steps):
-        number = mixed_seed(seed, iteration, micro * world + rank)
-        torch.manual_seed(number)  # of dropout
-        if row_data:
-            x0, given = row_data.get(iteration * passes + micro * world + rank,
-                                     iteration / length_curriculum if length_curriculum else 1.0)
-        else:
-            x0, given = get_windows(train_data, batch_size, block_size, meta['vocab_size'], number)
-        draws = np.random.default_rng([number, 1])  # not those of get_windows
-        share = min(1.0, iteration / pad_curriculum) if pad_curriculum else 1.0
-        share *= draws.random() if draws.random() < random_length else 1.0
-        x0, given = shortened(x0, given, meta['pad_id'], share)
-        tokens += x0.numel() * world  # the others' batches are about as wide
-        if device.startswith('cuda'):
-            x0 = x0.pin_memory()
-        x0 = x0.to(device, non_blocking=True)
-        generator = torch.Generator(device).manual_seed(number)
-        given = None if given is None or score_prompt else given.to(device)
-        parallel.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
-        with autocast:
-            nats, count = loss_fn(parallel, x0, generator, given, **how)
+
+def kept(progress, out_dir):
+    """What a run that fails now leaves behind, in words."""
+    if progress.saved < 0:
+        return 'nothing is saved yet'
+    return f'{out_dir}/ckpt.pt has the weights after {progress.saved} updates'
+
+
+def write_answers(t, s, iteration):
+    """Adds answers to the first prompts to samples.csv, with BLEU if sacrebleu is installed."""
+    path, bleu = Path(s.out_dir, 'samples.csv'), ''
+    answers = sample.first_answers(as_run(t, s), t.data, s.decode_rows, sample.defaults() | {
+        'seed': s.seed})
+    with suppress(ImportError):
+        from sacrebleu import corpus_bleu
+        _, references, texts = zip(*answers)
+        bleu = f'{corpus_bleu(texts, [references]).score:.2f}'
+    new = not path.exists()
+    with open(path, 'a', newline='', encoding='utf-8') as f:
+        writer = csv.writer(f)
+        writer.writerows([('iter', 'BLEU of all', 'prompt', 'reference', 'answer')] * new)
+        writer.writerows((iteration, bleu, *texts) for texts in answers)
+    t.model.train()
+
+
+def as_run(t, s):
+    """The model at work as what sample.py decodes with."""
+    return sample.Run(Path(s.out_dir).name, t.model.eval(), make_objective(vars(s)), t.data.meta,
+                      load_tokenizer(t.data.meta), vars(s), s.max_iters, s.out_dir)
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+
+class Training(NamedTuple):
+    """What the loop works with."""
+    model: Transformer
+    network: Any         # the model, or its Parallel
+    objective: Any       # an Objective, or a LengthLoss
+    data: Any            # a Stream or Rows
+    optimizers: list
+    trackers: list
+    rank: int            # of this process, of `world`
+    world: int
+    device: str
+    autocast: Any
+
+
+def on_device(batch, device):
+    """The tensors of a batch on the device; a None stays."""
+    pin = device.startswith('cuda')
+    return [None if x is None else (x.pin_memory() if pin else x).to(device, non_blocking=True)
+            for x in batch]
+
+
+def update(t, s, iteration, caught=()):
+    """One update: data, corruption and loss, backward, clip, step.
+
+    Returns sums (3,): nats, tokens that count, processes that caught a signal; and tokens read.
+    """
+    parts, tokens = s.gradient_accumulation_steps * t.world, 0
+    sums = torch.zeros(3, device=t.device)
+    for micro in range(s.gradient_accumulation_steps):
+        part = micro * t.world + t.rank
+        seed = mixed_seed(s.seed, iteration, part)
+        torch.manual_seed(seed)  # of dropout
+        rng = torch.Generator(t.device).manual_seed(seed)  # of noise
+        x0, given = on_device(t.data.batch(iteration, part, parts), t.device)
+        tokens += x0.numel() * t.world  # the others' batches are about as wide
+        t.network.require_backward_grad_sync = micro == s.gradient_accumulation_steps - 1
+        with t.autocast:
+            nats, count = t.objective.loss(t.network, x0, rng, given, iteration / s.max_iters)
         nats.backward()
         sums += torch.stack([nats.detach(), count, torch.zeros_like(nats)])
-    if world > 1:
+    if t.world > 1:
         sums[2] = len(caught)
         dist.all_reduce(sums)
+    learned = [p for p in t.model.parameters() if p.requires_grad]
     for p in learned:  # of the sum (the mean, if by processes) of nats, now per token
-        p.grad *= world / sums[1].clamp(min=1)
-    torch.nn.utils.clip_grad_norm_(learned, grad_clip or math.inf)
-    for o in optimizers:
+        p.grad *= t.world / sums[1].clamp(min=1)
+    torch.nn.utils.clip_grad_norm_(learned, s.grad_clip or math.inf)
+    for o in t.optimizers:
         o.step()
         o.zero_grad()
-    stop = sums[2].item() > 0 if world > 1 else bool(caught)  # all processes stop after the same
-    if bench:
-        sums.tolist()  # waits for the device
-    took = time.perf_counter() - began
-    seconds += took
-    speed = (tokens - first_tokens) / (seconds - first_seconds)
-    bar.update()
-    if bench and first_iter + WARM_UP <= iteration < max_iters - PROFILED:
-        milliseconds.append(1000 * took)
+    return sums, tokens
 
-    if (iteration % log_interval == 0 or stop) and not bench:
-        loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: not every time
-        if not loss < 10 * log_v:
-            raise UserError(f'diverged: the loss is {loss:.4g} at update {iteration} and learning '
-                            f'rate {factor * learning_rate:.2e}: lower it; {kept}')
-        used = f'{100 * speed * flops / world / peak:.0f}% of torch.mm'
-        bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s, {used}')
-        if bar.disable and iteration % (10 * log_interval) == 0:
-            pace = (seconds - first_seconds) / (iteration + 1 - first_iter)
-            minutes = (max_iters - iteration - 1) * pace / 60
-            say(f'{iteration:6,} updates, {seconds:4.0f} s: loss {loss:.4f}, {speed:,.0f} '
-                f'tokens/s, {used}, {minutes:.1f} minutes left', flush=True)
-bar.close()
-if bench:
+
+def set_rates(optimizers, s, factor):
+    """Muon's and AdamW's learning rates: the peaks times factor."""
+    for o in optimizers:
+        for group in o.param_groups:
+            group['lr'] = factor * (s.muon_lr if isinstance(o, Muon) else s.learning_rate)
+
+
+def train(t, s, progress, say, peak):
+    """The loop: evaluate, save, update, until max_iters or a signal."""
+    bar = tqdm(total=s.max_iters, initial=progress.iteration, unit='it',
+               disable=not sys.stderr.isatty() or t.rank > 0)
+    first, tokens, seconds = progress.iteration, progress.tokens, progress.seconds
+    flops, speed, stop = t.model.flops_per_token(t.data.mean_width) / t.world / peak, 0.0, False
+    # SIGINT and SIGTERM only leave a note: the update at work is finished, and saved, first
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: caught.append(number))
+    for iteration in range(first, s.max_iters + 1):
+        factor = lr_factor(iteration, s.max_iters, s.warmup_iters, s.lr_schedule)
+        due = iteration % s.eval_interval == 0 or iteration == s.max_iters
+        if due and not (progress.log and int(progress.log[-1]['iter']) == iteration):
+            line = evaluate_now(t, s, progress, iteration, factor * s.learning_rate, speed)
+            if t.rank == 0:
+                bar.write(line)
+        if (due or stop) and iteration != progress.saved:
+            save(t, s, progress, iteration)
+            if due and s.decode_rows and t.rank == 0:
+                write_answers(t, s, iteration)
+        if stop:
+            bar.close()
+            say(f'stopped and saved after {iteration} updates; go on with\n'
+                f'python train.py --out_dir={s.out_dir} --resume')
+            sys.exit(128 + (caught or [signal.SIGTERM])[0])
+        if iteration == s.max_iters:
+            break
+
+        began = time.perf_counter()
+        set_rates(t.optimizers, s, factor)
+        sums, read = update(t, s, iteration, caught)
+        stop = sums[2].item() > 0 if t.world > 1 else bool(caught)  # all stop after the same update
+        progress.tokens += read
+        progress.seconds += time.perf_counter() - began
+        speed = (progress.tokens - tokens) / (progress.seconds - seconds)
+        bar.update()
+
+        if iteration % s.log_interval == 0 or stop:
+            loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: not every time
+            if not loss < 10 * math.log(t.data.meta['vocab_size']):
+                raise UserError(f'diverged: the loss is {loss:.4g} at update {iteration} and '
+                                f'learning rate {factor * s.learning_rate:.2e}: lower it; '
+                                f'{kept(progress, s.out_dir)}')
+            state = f'{speed:,.0f} tokens/s, {100 * speed * flops:.0f}% of torch.mm'
+            bar.set_postfix_str(f'loss {loss:.3f}, {state}')
+            if bar.disable and iteration % (10 * s.log_interval) == 0:
+                left = (progress.seconds - seconds) / (iteration + 1 - first) \
+                    * (s.max_iters - iteration - 1) / 60
+                say(f'{iteration:6,} updates, {progress.seconds:4.0f} s: loss {loss:.4f}, {state}, '
+                    f'{left:.1f} minutes left', flush=True)
+    bar.close()
+    for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: they may stop what follows
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ------------------------------------------------------------------------------------------- speed
+
+
+def fastest_flops(device, dtype):
+    """FLOP/s of torch.mm on square matrices, the most that can be hoped for on this device."""
+    n = 4096 if device.startswith('cuda') else 1024
+    a, seconds = torch.randn(n, n, device=device, dtype=getattr(torch, dtype)), []
+    while len(seconds) < 10 and sum(seconds) < 1:
+        began = time.perf_counter()
+        torch.mm(a, a)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * n ** 3 / sorted(seconds)[len(seconds) // 2]
+
+
+def time_updates(t, s, first, tokens, peak):
+    """Prints the speed of s.bench updates, and what a few more, profiled, were busy with."""
+    milliseconds, profiler = [], torch.profiler.profile()
+    for i in range(WARM_UP + s.bench + PROFILED):
+        if i == WARM_UP + s.bench:
+            profiler.start()
+        began = time.perf_counter()
+        update(t, s, first + i)[0].tolist()  # waits for the device
+        milliseconds.append(1000 * (time.perf_counter() - began))
     profiler.stop()
-    if rank == 0:
-        print_bench(milliseconds, profiler, PROFILED, tokens_per_iter * flops, peak,
-                    tokens_per_iter, device)
-    sys.exit()
-for signal_number in (signal.SIGINT, signal.SIGTERM):  # all is saved: they may stop what follows
-    signal.signal(signal_number, signal.SIG_DFL)
+    if t.rank > 0:
+        return
+    ms = sorted(milliseconds[WARM_UP:-PROFILED])[s.bench // 2]
+    flops = tokens * t.model.flops_per_token(t.data.mean_width)
+    print(f'{ms:.1f} ms per update (median of {s.bench}), {tokens / ms * 1e3:,.0f} tokens/s, '
+          f'{flops / ms / 1e6:.1f} GFLOP/s = {100 * flops / ms * 1e3 / peak:.1f}% of the '
+          f'{peak / 1e9:.1f} of torch.mm{peak_memory(t.device)}\n')
+    share = f'self_{"device" if t.device.startswith("cuda") else "cpu"}_time_total'
+    events = sorted(profiler.key_averages(), key=lambda e: -getattr(e, share))
+    whole = sum(getattr(e, share) for e in events)
+    for e in events[:15]:
+        print(f'{100 * getattr(e, share) / whole:5.1f}%  {e.count // PROFILED:4} x  {e.key[:70]}')
 
-repeats = 1 if objective == 'ar' or length_head else eval_repeats
-scored = f'{len(val_rows):,} rows' if row_data else f'{len(val_data):,} tokens'
-nats, error = measure(data=val_data, seed=1, repeats=repeats)
-say(f'{bound_name} {nats:.4f}{"" if repeats == 1 else f" +- {error:.4f}"} nats/token, '
-    f'{nats / math.log(2):.4f} bits/token on the validation split ({scored} of '
-    f'{meta["source"]}), in float32')
-if world > 1:
-    dist.destroy_process_group()
-if rank > 0:
-    sys.exit()
-print(f'\nThe run is in {out_dir}: ckpt.pt, log.csv, loss.png. A sample of it:\n')
-defaults, task, start = vars(sample) | {'seed': seed}, 'likelihood', '--num_samples=3'
-if meta['sep_id'] is not None:
-    for prompt, right, written in first_answers(model.eval(), settings, meta, 2, defaults):
-        print(f'prompt:       {prompt}\nright answer: {right}\nanswer:       {written}\n')
-    task, start = 'translation', f'--start={prompt!r}'
-else:
-    canvas, eos_id = [model.mask_id] * block_size, meta['eos_id'] if row_data else None
-    ((ids, _),), _ = sample.complete(model.eval(), objective, [canvas], defaults, eos_id)
-    print(load_tokenizer(meta).decode(ids), end='\n\n')
-print('To try next:')
-print(f'python sample.py --out_dir={out_dir} {start}')
-print(f'python eval.py --out_dir={out_dir} --task={task}')
+
+# ------------------------------------------------------------------------------ from start to end
+
+
+def start(s, checkpoint):
+    """(Training, Progress, say): everything that the loop needs; say prints on one process."""
+    rank, world, device = join_processes(pick_device(s.device), s.length_head)
+    dtype = pick_dtype(s.dtype, device)
+    data = open_training_data(s, rank, world)
+    if checkpoint and checkpoint['meta'] != data.meta:
+        raise UserError(f'data/{s.dataset} is not what {s.out_dir} was trained on')
+    torch.manual_seed(s.seed)
+    model = Transformer(model_config(vars(s), data.meta)).to(device)
+    if s.init_from and not checkpoint:
+        load_first_weights(model, s, data.meta)
+    if s.length_head:
+        model.requires_grad_(False)
+        model.length_head.requires_grad_(True)
+    optimizers = make_optimizers(model, s.optimizer, (s.beta1, s.beta2), s.weight_decay,
+                                 getattr(torch, dtype))
+    progress = restore(checkpoint, model, optimizers, Path(s.out_dir)) if checkpoint else Progress()
+    trackers = open_out_dir(s) if rank == 0 and not s.bench else []  # the others write nothing
+    t = Training(model, Parallel(model, broadcast_buffers=False) if world > 1 else model,
+                 training_objective(s, data.meta, model.config.vocab_size, device), data,
+                 optimizers, trackers, rank, world, device,
+                 torch.autocast(device.partition(':')[0], torch.bfloat16,
+                                enabled=dtype == 'bfloat16'))
+    return t, progress, print if rank == 0 else lambda *words, **how: None
+
+
+def open_out_dir(s):
+    """Makes out_dir, writes config.json, and returns the trackers."""
+    out = Path(s.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    trackers = make_trackers(s.track, s.out_dir, vars(s))  # may fail: before anything is deleted
+    if not s.resume:
+        for name in ('ckpt.pt', 'samples.csv'):  # of a run that --overwrite throws away
+            (out / name).unlink(missing_ok=True)
+    write_atomically(out / 'config.json', json.dumps(vars(s), indent=2).encode())
+    return trackers
+
+
+def finish(t, s, say):
+    """The last evaluation, in float32, and a sample of what the model writes."""
+    repeats = 1 if t.objective.exact else s.eval_repeats
+    nats, error = evaluate(t.model, t.objective, t.data.batches('val', s.batch_size), seed=1,
+                           repeats=repeats)
+    say(f'{t.objective.measured} {nats:.4f}{"" if repeats == 1 else f" +- {error:.4f}"} nats/token,'
+        f' {nats / math.log(2):.4f} bits/token on the validation split ({t.data.size("val")} of '
+        f'{t.data.meta["source"]}), in float32')
+    if t.world > 1:
+        dist.destroy_process_group()
+    if t.rank > 0:
+        sys.exit()
+    print(f'\nThe run is in {s.out_dir}: ckpt.pt, log.csv, loss.png. A sample of it:\n')
+    run, how, task, start = as_run(t, s), sample.defaults() | {'seed': s.seed}, 'likelihood', \
+        '--num_samples=3'
+    if t.data.meta['sep_id'] is not None:
+        for prompt, reference, answer in sample.first_answers(run, t.data, 2, how):
+            print(f'prompt:    {prompt}\nreference: {reference}\nanswer:    {answer}\n')
+        task, start = 'translation', f'--start={prompt!r}'
+    else:
+        canvas, eos_id = [t.model.mask_id] * s.block_size, t.data.meta['eos_id']
+        rows = t.data.meta['layout'] == 'rows'
+        ((ids, _),), _ = sample.complete(run, [canvas], how, eos_id if rows else None)
+        print(run.tokenizer.decode(ids), end='\n\n')
+    print('To try next:')
+    print(f'python sample.py --out_dir={s.out_dir} {start}')
+    print(f'python eval.py --out_dir={s.out_dir} --task={task}')
+
+
+def main():
+    settings = config.override(globals())
+    if Path(out_dir, 'ckpt.pt').exists() and not (resume or overwrite or bench):
+        raise UserError(f'{out_dir} holds a run already: --resume goes on with it, --overwrite '
+                        'starts anew, --out_dir=... puts the new one elsewhere')
+    checkpoint = load_checkpoint(out_dir) if resume else None
+    if resume:  # the settings that the run has, then what this command line says
+        before = in_todays_words(checkpoint['config'])
+        globals().update({name: before[name] for name in settings if name in before})
+        settings = config.override(globals())
+    s = SimpleNamespace(**settings)
+    check_settings(s, checkpoint['config'] if resume else {})
+    t, progress, say = start(s, checkpoint)
+    tokens = round(t.data.tokens_per_batch * gradient_accumulation_steps * t.world)  # an update's
+    learned = sum(p.numel() for p in t.model.parameters() if p.requires_grad)
+    dtype_used = 'bfloat16' if t.autocast._enabled else 'float32'
+    peak = fastest_flops(t.device, dtype_used)
+    say(t.data.describe())
+    say(f'{objective}: {t.model.count_parameters():,} parameters, '
+        + (f'{learned:,} of them learned, ' if length_head else '')
+        + f'{tokens:,} tokens per update, {max_iters:,} updates = '
+        f'{max_iters * tokens / t.data.tokens_per_epoch:.1f} epochs, on {t.device} in {dtype_used}'
+        + (f', {t.world} processes' if t.world > 1 else ''))
+    left = (bench or max_iters - progress.iteration) * tokens
+    seconds_left = left * t.model.flops_per_token(t.data.mean_width) / (0.25 * peak)
+    on, why = compile_or_not(settings['compile'], t.device, t.data, seconds_left)
+    say(f'compile: {"on" if on else "off"} ({why})')
+    if on:
+        compile_model(t, s)
+    if bench:
+        return time_updates(t, s, progress.iteration, tokens, peak)
+    train(t, s, progress, say, peak)
+    finish(t, s, say)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,8 +1,6 @@
 """train.py as a user runs it: real subprocesses, every configuration, every refusal."""
 
-import ast
 import csv
-import functools
 import json
 import math
 import os
@@ -21,8 +19,10 @@ import pytest
 import torch
 from conftest import run, run_alone
 
+import config
 import prepare
-from model import LOSSES, ModelConfig, Transformer, load_checkpoint, load_model, mixed_seed, \
+import train as script
+from model import MaskedDiffusion, ModelConfig, Transformer, load_checkpoint, load_model, \
     model_config
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ CONFIGS = sorted(p for p in (ROOT / 'config').glob('*.py')
                  if p.name != '__init__.py' and not p.name.startswith('length_'))
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
         '--max_iters=6', '--eval_interval=3', '--warmup_iters=2', '--device=cpu',
-        '--log_interval=1', '--dataset=verse', '--eval_repeats=2', '--compile=False',
+        '--log_interval=1', '--dataset=verse', '--eval_repeats=2', '--compile=off',
         '--dtype=float32']  # what auto takes depends on the CPU: the comparisons must not
 # sentences in many orders, so that there is something to learn and nothing is repeated exactly
 VERSE = '\n'.join(f'The {a} {b} the {c}.' for a in ('cat', 'old king', 'rose', 'night', 'sea')
@@ -259,22 +259,11 @@ def test_a_signal_to_one_process_stops_all_after_the_same_update(verse):
     assert load_checkpoint(verse / 'out/stops')['iter'] == 4, 'agreed on in the update after it'
 
 
-def definitions(*names):
-    """Functions and classes of train.py, which is a script and cannot be imported."""
-    found = {'torch': torch, 'np': np, 'math': math}
-    for node in ast.parse((ROOT / 'train.py').read_text()).body:
-        if getattr(node, 'name', None) in names:
-            exec(compile(ast.Module([node], []), 'train.py', 'exec'), found)
-    return [found[name] for name in names]
-
-
 @pytest.mark.parametrize('shape', [(8, 8), (8, 32), (32, 8)])
 def test_muon_is_that_of_torch(shape):
-    Muon, _ = definitions('Muon', 'orthogonalize')
-    Muon.__init__.__globals__['orthogonalize'] = definitions('orthogonalize')[0]
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(w) for w in torch.randn(shape).repeat(2, 1, 1))
-    optimizers = (Muon([ours], 0.1, torch.bfloat16), torch.optim.Muon([theirs], weight_decay=0.1))
+    optimizers = (script.Muon([ours], 0.1, torch.bfloat16), torch.optim.Muon([theirs], weight_decay=0.1))
     for lr in (0.02, 0.05, 0.01):
         ours.grad = torch.randn(shape)
         theirs.grad = ours.grad.clone()
@@ -285,7 +274,7 @@ def test_muon_is_that_of_torch(shape):
 
 
 def test_rates_rise_stay_and_fall():
-    lr_factor, = definitions('lr_factor')
+    lr_factor = script.lr_factor
     for i, factor in ((0, 1 / 11), (9, 10 / 11), (10, 1), (89, 1), (100, 0.5), (110, 0)):
         assert lr_factor(i, 110, 10, 'wsd') == pytest.approx(factor)
     assert lr_factor(60, 110, 10, 'cosine') == pytest.approx(0.5)
@@ -295,12 +284,10 @@ def test_rates_rise_stay_and_fall():
 @pytest.mark.parametrize('shape', [{}, {'tied': True}, {'time_cond': True, 'norm': 'layernorm',
                                                         'bias': True, 'pos': 'learned'}])
 def test_every_parameter_is_learned_once_and_matrices_of_blocks_alone_decay(shape):
-    make_optimizers, *_ = definitions('make_optimizers', 'Muon', 'orthogonalize')
-    make_optimizers.__globals__['partial'] = functools.partial
     model = Transformer(ModelConfig(12, 16, n_embd=32, n_layer=2, **shape))
     inside = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
     for name in ('muon', 'adamw'):
-        groups = [group for o in make_optimizers(model, name, (0.9, 0.99), 0.1, torch.float32)
+        groups = [group for o in script.make_optimizers(model, name, (0.9, 0.99), 0.1, torch.float32)
                   for group in o.param_groups]
         learned = [id(p) for group in groups for p in group['params']]
         assert sorted(learned) == sorted(id(p) for p in model.parameters())
@@ -308,11 +295,10 @@ def test_every_parameter_is_learned_once_and_matrices_of_blocks_alone_decay(shap
 
 
 def test_orthogonalize_keeps_directions_and_levels_their_sizes():
-    orthogonalize, = definitions('orthogonalize')
     torch.manual_seed(0)
     for shape in ((16, 16), (16, 64), (64, 16)):
         G = torch.randn(shape)
-        X = orthogonalize(G, torch.float32)
+        X = script.orthogonalize(G, torch.float32)
         U, S, Vh = torch.linalg.svd(G, full_matrices=False)
         inside = U.T @ X @ Vh.T  # diagonal: the singular vectors are those of G
         off = inside - inside.diag().diag()
@@ -332,7 +318,7 @@ def test_bench_measures_and_writes_nothing(verse):
                                           ('wandb', 'wandb')])
 def test_trackers_get_the_losses_or_one_line_says_what_to_install(verse, monkeypatch, name,
                                                                   module):
-    words, tracked = [*TINY, '--out_dir=out/tracked', '--overwrite', f'--{name}'], []
+    words, tracked = [*TINY, '--out_dir=out/tracked', '--overwrite', f'--track={name}'], []
 
     class Writer:
         def __init__(self, *a, **k):
@@ -390,20 +376,18 @@ def header_count(path):
 
 def settings_of(path):
     """The settings of train.py under a configuration (None: its defaults), running neither."""
-    source = (ROOT / 'train.py').read_text().split('settings = config.override')[0]
-    found = {}
-    for text in (source, path.read_text() if path else ''):
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.Assign):
-                found[node.targets[0].id] = ast.literal_eval(node.value)
-    return found
+    changes = config.read_config(path) if path else {}
+    defaults = {name: getattr(script, name) for name in config.names_of(vars(script))}
+    assert not changes.keys() - defaults.keys()
+    return defaults | changes
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.name)
 def test_configurations_have_the_parameters_they_say(path):
     s = settings_of(path)
-    V = {'shakespeare_char': 65, 'wikitext2_bpe': 4096, 'reversal': 38,
-         **{name: size for name, (size, _) in prepare.PAIRS.items()}}.get(s['dataset'], 50_257)
+    recipe = prepare.load_recipe(s['dataset'])
+    V = {'gpt2': 50_257, 'bpe': recipe['vocab_size']}.get(recipe['tokenizer']) or {
+        'shakespeare_char': 65, 'reversal': 38}[s['dataset']]
     with torch.device('meta'):
         model = Transformer(model_config(s, {'vocab_size': V}))
     assert model.count_parameters() == header_count(path)
@@ -411,7 +395,7 @@ def test_configurations_have_the_parameters_they_say(path):
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.name)
 def test_configurations_train_one_step_shrunk(path, pairs):
-    tiny = ROWS if settings_of(path)['dataset'] in prepare.PAIRS else TINY
+    tiny = ROWS if settings_of(path)['dataset'] in ('multi30k', 'opus_books') else TINY
     train(pairs, path, *tiny, '--max_iters=1', '--out_dir=out/shrunk', '--overwrite')
     assert load_checkpoint(pairs / 'out/shrunk')['iter'] == 1
 
@@ -446,14 +430,15 @@ def test_an_unknown_data_set_ends_in_one_line(tmp_path):
     (['--seed', '5'], 'write --seed=VALUE'), (['--seed=-1'], 'seed'), (['--beta2=1'], 'beta2'),
     (["--mask_range=('a', 1)"], 'tuple of numbers'), (['--dataset=x/verse.txt'], 'is its name'),
     (['config/none.py'], 'there is no config file'), (['--objective=gan'], 'one of ar, mdm'),
-    (['--optimizer=sgd'], 'muon or adamw'), (['--lr_schedule=x'], 'cosine, wsd'),
+    (['--optimizer=sgd'], 'muon, adamw'), (['--compile=maybe'], 'on, off'), (['--lr_schedule=x'], 'cosine, wsd'),
     (['--n_head=3'], 'multiple of n_head'), (['--block_size=100000'], 'training tokens'),
     (['--resume', '--out_dir=out/nowhere'], 'is not a run'), (['--device=tpu'], 'tpu'),
     (['--train_tokens=20'], 'only 20 training tokens'),
     (['--batch_size=0'], 'batch_size'), (['--max_iters=-1'], 'max_iters'),
     (['--dtype=int8'], 'dtype'),
     (['--subs=False'], 'd3pm alone'), (['--soft_inputs'], 'uniform'),
-    (['--divergence=x'], 'scaled_kl'), (['--block_length=0'], 'block_length'),
+    (['--divergence=x', '--objective=uniform'], 'scaled_kl'),
+    (['--block_length=0', '--objective=block'], 'block_length'),
     (['--random_length=2'], 'random_length'), (['--pad_curriculum=9'], 'without predict_pad'),
     (['--token_weights=(1.0,2.0)'], 'three numbers'),
     (['--token_weights=(1.0,2.0,1.0)', '--objective=ar'], 'three numbers'),
@@ -567,76 +552,15 @@ def test_the_losses_of_rows_are_those_by_hand(pairs, word):
     assert (word == '--predict_pad') == (tokens < computed)
 
 
-def row_batches_of(folder, batch_size, predict_pad=False, seed=5, share=1.0):
-    RowBatches, = definitions('RowBatches')
-    RowBatches.__init__.__globals__.update(
-        {name: getattr(prepare, name) for name in ('row_batches', 'row_lengths', 'row_widths',
-                                                   'gather_rows')},
-        lru_cache=functools.lru_cache, mixed_seed=mixed_seed, math=math)
-    meta = json.loads((folder / 'data/pairs/meta.json').read_text())
-    data = np.fromfile(folder / 'data/pairs/train.bin', np.uint16)
-    return RowBatches(data, meta, batch_size, predict_pad, seed, share), meta
-
-
-def test_every_epoch_has_every_row_once_in_another_order(pairs):
-    batches, meta = row_batches_of(pairs, 4)
-    rows = rows_of(pairs, 'train')
-    epochs = []
-    for epoch in range(2):
-        got = [batches.get(epoch * batches.per_epoch + i) for i in range(batches.per_epoch)]
-        epochs.append([x0.tolist() for x0, _ in got])
-        assert sorted(row for x0, _ in got for row in x0.tolist()) == sorted(r for r, _ in rows)
-        for x0, given in got:
-            assert (x0 != meta['pad_id']).all()
-            behind = (x0 == meta['sep_id']).cumsum(1) - (x0 == meta['sep_id']).long()
-            assert torch.equal(given, behind == 0)
-    assert epochs[0] != epochs[1]
-    fresh, _ = row_batches_of(pairs, 4)
-    assert fresh.get(batches.per_epoch + 3)[0].tolist() == epochs[1][3]
-
-
-@pytest.mark.parametrize('predict_pad', [False, True])
-@pytest.mark.parametrize('share', [0.0, 0.4, 1.0])
-def test_a_share_of_the_rows_are_the_shortest(pairs, predict_pad, share):
-    batches, meta = row_batches_of(pairs, 4, predict_pad, share=share)
-    lengths = sorted(len(p) + len(a) + 2 for p, a in PAIRS[:len(rows_of(pairs, 'train'))])
-    n = math.ceil(share * len(lengths)) or 1
-    seen = torch.cat([(batches.get(i)[0] != meta['pad_id']).sum(1)
-                      for i in range(batches.per_epoch)])
-    assert sorted(seen.tolist()) == lengths[:n] and batches.known == sum(lengths[:n])
-
-
-def test_a_curriculum_begins_with_the_shortest_rows(pairs):
-    batches, _ = row_batches_of(pairs, 4)
-    low, high = batches.widths.min(), batches.widths.max()
-    for share in (0.0, 0.3, 0.7, 1.0):
-        seen = {batches.get(i, share)[0].size(1) for i in range(3 * batches.per_epoch)}
-        assert seen == {w for w in batches.widths if w <= low + share * (high - low)}
-    assert low < high
-
-
-def test_batches_are_cut_behind_their_last_token():
-    shortened, = definitions('shortened')
-    x0 = torch.tensor([[5, 9, 1, 2, 0, 0, 0, 0], [6, 9, 3, 1, 2, 0, 0, 0]])  # PAD is 0
-    given = torch.arange(8).expand_as(x0) < 2
-    for share, length in ((0.0, 5), (0.5, 7), (0.9, 8), (1.0, 8)):
-        rows, known = shortened(x0, given, 0, share)
-        assert torch.equal(rows, x0[:, :length]) and torch.equal(known, given[:, :length])
-    for share, length in ((0.0, 1), (0.5, 5), (1.0, 8)):  # of windows every token is as good
-        window, nothing = shortened(x0, None, None, share)
-        assert torch.equal(window, x0[:, :length]) and nothing is None
-
-
 def test_random_lengths_are_as_many_as_asked(verse, monkeypatch):
     """A share of 0.5 of 150 batches, and most lengths among them."""
-    seen, loss = [], LOSSES['mdm']
+    seen, loss = [], MaskedDiffusion.loss
 
-    def spy(model, x0, *rest, **how):
+    def spy(self, model, x0, *rest):
         seen.append(x0.size(1))
-        return loss(model, x0, *rest, **how)
+        return loss(self, model, x0, *rest)
 
-    monkeypatch.setitem(LOSSES, 'mdm', spy)
-    spy.__kwdefaults__ = loss.__kwdefaults__
+    monkeypatch.setattr(MaskedDiffusion, 'loss', spy)
     train(verse, *TINY, '--objective=mdm', '--max_iters=150', '--eval_interval=150',
           '--random_length=0.5', '--out_dir=out/lengths')
     log = log_without_times(verse / 'out/lengths')
@@ -683,7 +607,7 @@ def test_two_processes_share_the_rows_of_one_with_accumulation_two(pairs):
     ([*ROWS, '--score_prompt', '--objective=mdm'], 'for objective=ar alone'),
     ([*TINY, '--predict_pad'], 'are for rows'),
     ([*TINY, '--token_weights=(1.0,0.0,1.0)'], 'are for rows'),
-    ([*TINY, '--row_share=0.5'], 'are for rows'), ([*ROWS, '--row_share=2'], '0 to 1')])
+    ([*TINY, '--row_share=0.5'], 'are for rows'), ([*ROWS, '--row_share=2'], 'in [0, 1]')])
 def test_settings_of_streams_and_rows_do_not_mix(pairs, words, said):
     done = run('train.py', *words, '--out_dir=out/bad', cwd=pairs)
     assert_one_line(done, said)
