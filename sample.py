@@ -216,8 +216,7 @@ def empty_cache(model, B):
 
 def reverse_steps(steps, schedule):
     """[(alpha_t, alpha_s)] of `steps` steps from t = 1 to t = 0, s = t - 1/steps."""
-    require('steps', steps, steps > 0, '1 or more where chance decides how many tokens a step '
-            'writes: ancestral, remdm, uniform')
+    require('steps', steps, steps > 0, '1 or more: one token a step is for confidence and remask')
     alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), schedule)[0].tolist()
     return list(zip(alpha, alpha[1:]))
 
@@ -396,7 +395,9 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
     share = generated.float().mean(1, keepdim=True)  # (B, 1)
     start = torch.randint(n, x.shape, generator=rng, device=rng.device).to(x.device)
     x[generated] = start[generated]
-    for alpha_t, alpha_s in reverse_steps(steps, noise_schedule) if generated.any() else ():
+    for alpha_t, alpha_s in reverse_steps(steps, noise_schedule):
+        if not generated.any():
+            return
         logits = model(x, share * (1 - alpha_t), where=generated)  # (M, V)
         p = probabilities(logits.to(rng.device), x, generated, **sampling)[:, :n]  # (M, V')
         keep, now = alpha_t / alpha_s, F.one_hot(x[generated], n).to(p)  # now (M, V')
@@ -771,24 +772,25 @@ def crop_to_predicted(run, canvases, settings):
     return canvases, predicted, len(groups), time.perf_counter() - began
 
 
-def make_canvases(run, asked, settings):
-    """Canvases, one for each (kind, text) of asked; passes and seconds that their lengths took."""
+def make_canvases(run, prompts, settings):
+    """A canvas for each (kind, text) of prompts; passes and seconds that predicting lengths took."""
     if run.meta['sep_id'] is None:
         for name, usual in (('length', 'auto'), ('length_candidates', 1)):
             require(name, settings[name], settings[name] == usual,
                     f'{usual} for a run without answers')
         gen_length = settings['gen_length']
-        return [text_canvas(run, kind, text, gen_length) for kind, text in asked], 0, 0.0
+        return [text_canvas(run, kind, text, gen_length) for kind, text in prompts], 0, 0.0
     require('gen_length', settings['gen_length'], settings['gen_length'] == 0,
             '0 for a run on prompts and answers: length says how long an answer is')
     require('length', settings['length'], not run.objective.causal or settings['length'] == 'auto',
             'auto for an autoregressive model, which writes until it is done')
-    for kind, text in asked:
+    for kind, text in prompts:
         if kind == 'template' or not text.strip():
             raise UserError(f'{text[:20]!r} is no prompt, but this run is on prompts and answers: '
                             'ask it by start or prompt_file')
-    prompts = [run.tokenizer.encode(text.strip()) for _, text in asked]
-    canvases, _, *cost = crop_to_predicted(run, answer_canvases(run, prompts, settings), settings)
+    canvases = answer_canvases(run, [run.tokenizer.encode(text.strip()) for _, text in prompts],
+                               settings)
+    canvases, _, *cost = crop_to_predicted(run, canvases, settings)
     return canvases, *cost
 
 
@@ -981,15 +983,16 @@ def main():
     if corrupt:
         return show_corruption(corrupt, out_dir, seed)
     run = load_run(out_dir, pick_device(device))
-    asked = [question for question in read_prompts(start, template, prompt_file, gen_length)
-             for _ in range(num_samples)]
-    canvases, passes, took = make_canvases(run, asked, settings)
     name = decoder_name(decoder, run.objective)
-    recorder = Recorder(canvases[0], run.tokenizer, run.model.mask_id,
-                        Screen(WATCH_DELAY) if watch else None) if watch or save else None
+    prompts = [prompt for prompt in read_prompts(start, template, prompt_file, gen_length)
+               for _ in range(num_samples)]
+    canvases, passes, took = make_canvases(run, prompts, settings)
+    recorder = None
+    if watch or save:
+        recorder = Recorder(canvases[0], run.tokenizer, run.model.mask_id, Screen() if watch else None)
     done, (written, nfe, seconds) = complete_best(run, canvases, settings, run.meta['eos_id'],
-                                                  recorder)
-    for (kind, given), (ids, figures) in zip(asked, done):
+                                                  recorder)  # decodes batch by batch
+    for (kind, given), (ids, figures) in zip(prompts, done):
         ids = ids if run.meta['sep_id'] is None else split_row(ids, run.meta)[1]
         text = run.tokenizer.decode(ids)
         text = without_repeated_words(text) if cleanup else text
@@ -1102,8 +1105,8 @@ class Screen:
     was none, did not change then. Where there is no terminal, each step is a line of text.
     """
 
-    def __init__(self, delay):
-        self.delay, self.height, self.colors = delay, 0, {}
+    def __init__(self):
+        self.height, self.colors = 0, {}
 
     def __call__(self, r):
         columns, rows = shutil.get_terminal_size()
@@ -1131,7 +1134,7 @@ class Screen:
                          + ''.join(f'\x1b[2K{line}\n' for line in lines) + '\x1b[J\x1b[?25h')
         sys.stdout.flush()
         self.height = len(lines)
-        time.sleep(self.delay)
+        time.sleep(WATCH_DELAY)
 
 
 def ramp(n):
@@ -1140,14 +1143,15 @@ def ramp(n):
     return [colors.to_hex(color) for color in colormaps['viridis'](np.linspace(0.5, 1, n))]
 
 
-def draw_steps(r, shown, stood, title, size):
-    """PIL images of the canvas after each of the steps `shown`, a character being size x 2 size.
+def draw_steps(r, most, stood, title, size):
+    """PIL images of the canvas after each of `most` steps, a character being size x 2 size.
 
     Above it are the title and a bar with the colours of the steps so far.
     """
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont  # comes with matplotlib
     places, n, images = layout(stood, COLUMNS), len(r.steps) - 1, []
+    shown = np.linspace(0, n, min(n + 1, most)).round()
     font = ImageFont.truetype(f'{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf', size * 5 // 3)
     image = Image.new('RGB', (size * (COLUMNS + 2), size * 2 * (places[-1][0] + 3)), 'white')
     draw = ImageDraw.Draw(image)
@@ -1175,8 +1179,7 @@ def draw_steps(r, shown, stood, title, size):
 def save_gif(r, path, about):
     """The canvas over time, at most FRAMES steps of it; the last stays for 4 seconds."""
     from PIL import Image
-    shown = np.linspace(0, len(r.steps) - 1, min(len(r.steps), FRAMES)).round()
-    frames = draw_steps(r, shown, r.stood, about['title'], 10)
+    frames = draw_steps(r, FRAMES, r.stood, about['title'], 10)
     both = np.concatenate([np.asarray(frames[0]), np.asarray(frames[-1])])  # they have all colours
     palette = Image.fromarray(both).quantize(256)
     frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
@@ -1188,10 +1191,9 @@ def save_gif(r, path, about):
 def save_png(r, path, about):
     """ROWS of the steps one below the other, from masks to text; the first ROW_LINES of each."""
     from PIL import Image
-    shown = np.linspace(0, len(r.steps) - 1, min(len(r.steps), ROWS)).round()
     running = [[text.replace('⏎', ' ') for text in texts] for texts in r.stood]  # no line breaks
     rows = [np.asarray(image)[:40 * (ROW_LINES + 2)]
-            for image in draw_steps(r, shown, running, about['title'], 20)]
+            for image in draw_steps(r, ROWS, running, about['title'], 20)]
     Image.fromarray(np.concatenate(rows)).save(path)
 
 

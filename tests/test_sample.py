@@ -147,7 +147,7 @@ def draw(logits, seen=None, *, generator, **sampling):
 
 
 def distribution(logits, seen, temperature, top_k, top_p, repetition_penalty):
-    """What sample_token should sample from, in plain numpy: penalty, temperature, top_k, top_p, in turn."""
+    """What sample_token samples from, in plain numpy: penalty, temperature, top_k, top_p."""
     z = np.array(logits, dtype=float)
     for i in np.flatnonzero(seen):
         z[i] = z[i] / repetition_penalty if z[i] > 0 else z[i] * repetition_penalty
@@ -402,8 +402,8 @@ def test_remdm_follows_its_chain_step_by_step(N, schedule, eta, start):
     """After every step; and the share of masks is 1 - alpha, whatever eta is."""
     model = tiny_model(V=LETTERS + 1, T=LENGTH, seed=7, time_cond=True)
     recorded = [torch.tensor([start] * ROWS)]
-    y, _ = decode_remdm(model, recorded[0], steps=N, noise_schedule=schedule, eta=eta, generator=noise_source(
-        N + 1), on_step=lambda x, *_: recorded.append(x))
+    y, _ = decode_remdm(model, recorded[0], steps=N, noise_schedule=schedule, eta=eta,
+                        generator=noise_source(N + 1), on_step=lambda x, *_: recorded.append(x))
     assert len(recorded) == N + 1 and torch.equal(recorded[-1], y)
     moves = [tally(torch.cat(pair, dim=1)) for pair in zip(recorded, recorded[1:])]
 
@@ -1684,7 +1684,8 @@ BAD = [
     (['--out_dir=ar', '--block_length=4'], 'off for ar, which fills no masks'),
     (['--out_dir=ar', '--guidance=1'], 'guidance is 1.0, but it must be off for ar'),
     (['--prompt_file=nowhere.txt'], 'No such file'), (['--prompt_file=mdm'], 'can be read'),
-    (['--prompt_file=blank.txt'], 'a prompt or a template on each'), (['--prompt_file=latin.txt'], 'UTF-8'),
+    (['--prompt_file=blank.txt'], 'a prompt or a template on each'),
+    (['--prompt_file=latin.txt'], 'UTF-8'),
     (['--prompt_file=verse.txt', '--start=a'], 'leave out start'),
     (['--prompt_file=verse.txt', '--template=[_]'], 'leave out start'),
     (['--repetition_penalty=0'], 'repetition_penalty'),
@@ -1695,7 +1696,7 @@ BAD = [
     *(([f'--out_dir={name}', f'--decoder={other}'], f"'{other}', not one of auto, {name}\n")
       for name in ('ar', 'uniform')
       for other in ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')),
-    (['--out_dir=uniform', '--steps=0'], '1 or more where chance decides'),
+    (['--out_dir=uniform', '--steps=0'], '1 or more: one token a step is for conf'),
     (['--out_dir=uniform', '--block_length=4'], 'off for uniform'),
     (['--out_dir=uniform', '--guidance=1'], 'off for uniform'),
     (['--out_dir=uniform', '--template=[___:25]'], f'block_size is {CONTEXT}'),

@@ -391,8 +391,9 @@ def test_watch_in_a_pipe_is_a_line_per_step(run):
 def test_watch_shows_how_uniform_noise_settles(monkeypatch, capsys, terminal):
     """How many tokens each step changed; those of a step that changed few are the lightest."""
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal)
+    monkeypatch.setattr(sample, 'WATCH_DELAY', 0)
     x = torch.tensor([[MASK] * 12])
-    recorder = Recorder(x[0].tolist(), LETTERS, MASK, sample.Screen(0.0))
+    recorder = Recorder(x[0].tolist(), LETTERS, MASK, sample.Screen())
     decoded(decode_uniform, MODELS['mdm'], x, steps=12, generator=noise_source(), on_step=recorder)
     out = capsys.readouterr().out
     changed = [12, *(int(n) for n in re.findall(r'(\d+) tokens changed', out))]
