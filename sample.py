@@ -160,6 +160,85 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
     return token.to(logits.device), probability
 
 
+# --------------------------------------------------------------------------- what decoders share
+
+
+def window(i, size):
+    """Where the window of `size` tokens begins in which token i is written.
+
+    It drops its older half whenever it is full: a function of i, not of what was read before.
+    """
+    half = (size + 1) // 2
+    return 0 if i < size else ((i - size) // half + 1) * half
+
+
+def empty_cache(model, B):
+    weight = model.embed.weight
+    return KVCache(model.config, B, weight.device, weight.dtype)
+
+
+def reverse_steps(steps, schedule):
+    """[(alpha_t, alpha_s)] of `steps` steps from t = 1 to t = 0, s = t - 1/steps."""
+    require('steps', steps, steps > 0, '1 or more: one token a step is for confidence and remask')
+    alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), schedule)[0].tolist()
+    return list(zip(alpha, alpha[1:]))
+
+
+def propose(model, x, is_mask, order, rng, sampling):
+    """Samples a token for every mask: tokens (B, T), the scores of their confidence, the logits.
+
+    is_mask (B, T) bool. The scores (B, T) are the logit of the confidence, log(p / (1 - p)), since
+    in float32 p itself is 1 from 1 - p < 1e-7 on, and confident tokens would have no order; -inf
+    where no mask is.
+    """
+    level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), 1 - alpha_t of this canvas
+    logits = model(x, level, where=is_mask)  # (M, V)
+    logits[:, -1] = -torch.inf  # as it is, unless d3pm has learned to predict the mask
+    token, probability = sample_token(logits, x, is_mask, rng, **sampling)
+    score = confidence(order, logits, probability, rng).logit().float().to(x.device)  # (M,)
+    scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
+    return x.masked_scatter(is_mask, token), scores, logits
+
+
+def confidence(order, logits, probability, rng):
+    """The confidence in each of M predictions, (M,) in [0, 1], float64; logits (M, V).
+
+    It is the probability of the token that was sampled, the margin of the best over the second, the
+    entropy of the distribution (as 1 / perplexity, a probability again), or random.
+    """
+    if order == 'max_prob':
+        return probability
+    if order == 'random':
+        return torch.rand(probability.shape, generator=rng, device=rng.device).double()
+    p = logits.to(rng.device).double().softmax(-1)
+    if order == 'margin':
+        best, second = p.topk(2, dim=-1).values.unbind(-1)
+        return best - second
+    return torch.special.xlogy(p, p).sum(-1).exp()
+
+
+def confidence_rank(scores):
+    """(B, T): 0 for the highest score of a row, 1 for the next; equals go from the left.
+
+    Scores are rounded to 1e-4, more than the noise of logits in float32, so that noise does not
+    order equals, and a greedy row does not depend on the rest of its batch.
+    """
+    return scores.round(decimals=4).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
+def masks_left(n, i, steps, counts):
+    """How many of n (B,) masks are left after i of `steps` steps; steps = 0 is one token a step.
+
+    'linear' gives what n / steps leaves over to the first steps, one each, as LLaDA's code does;
+    'cosine' is MaskGIT's, a few tokens at first, when little is known, and ever more later.
+    """
+    if steps == 0:
+        return (n - i).clamp(min=0)
+    if counts == 'linear':
+        return n - n // steps * i - (n % steps).clamp(max=i)
+    return (n.cpu().double() * math.cos(math.pi / 2 * i / steps)).long().to(n.device)
+
+
 # -------------------------------------------------------------------------------------- decoders
 #
 # decode_name(model, x, to_generate, rng, *, its own settings, **sampling) is a generator.
@@ -185,8 +264,8 @@ def decode_ar(model, x, to_generate, rng, **sampling):
     for i in to_generate.any(0).nonzero()[:, 0].tolist():
         if not to_generate[:, i].any():  # rows have ended since
             continue
-        if window(i, model.config.block_size) > begin:
-            begin, cache.length = window(i, model.config.block_size), 0
+        if (new := window(i, model.config.block_size)) > begin:
+            begin, cache.length = new, 0  # what the cache holds stands at other positions now
         unread = x[:, begin + max(cache.length - 1, 0):i]  # behind the start token, up to i
         if cache.length == 0:
             unread = torch.cat([torch.full_like(x[:, :1], model.mask_id), unread], dim=1)
@@ -195,30 +274,9 @@ def decode_ar(model, x, to_generate, rng, **sampling):
         logits = model(unread, cache=cache, where=last)  # (B, V)
         token, _ = sample_token(logits, x[:, :i], last[:, -1:], rng, **sampling)  # (B,)
         where = torch.zeros_like(to_generate)
-        where[:, i] = rows = to_generate[:, i].clone()
-        x[rows, i] = token[rows]
-        yield where, logits[rows]
-
-
-def window(i, size):
-    """Where the window of `size` tokens begins in which token i is written.
-
-    It drops its older half whenever it is full: a function of i, not of what was read before.
-    """
-    half = (size + 1) // 2
-    return 0 if i < size else ((i - size) // half + 1) * half
-
-
-def empty_cache(model, B):
-    weight = model.embed.weight
-    return KVCache(model.config, B, weight.device, weight.dtype)
-
-
-def reverse_steps(steps, schedule):
-    """[(alpha_t, alpha_s)] of `steps` steps from t = 1 to t = 0, s = t - 1/steps."""
-    require('steps', steps, steps > 0, '1 or more: one token a step is for confidence and remask')
-    alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), schedule)[0].tolist()
-    return list(zip(alpha, alpha[1:]))
+        where[:, i] = to_generate[:, i]
+        x[where] = token[where[:, i]]
+        yield where, logits[where[:, i]]
 
 
 def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linear', **sampling):
@@ -266,58 +324,6 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
             x[reveal], _ = sample_token(logits, x, reveal, rng, **sampling)
         x[remask] = model.mask_id
         yield reveal, logits if reveal.any() else logits[:0]
-
-
-def propose(model, x, is_mask, order, rng, sampling):
-    """Samples a token for every mask: tokens (B, T), the scores of their confidence, the logits.
-
-    is_mask (B, T) bool. The scores (B, T) are the logit of the confidence, log(p / (1 - p)), since
-    in float32 p itself is 1 from 1 - p < 1e-7 on, and confident tokens would have no order; -inf
-    where no mask is. They are rounded to 1e-4, more than the noise of logits in float32, so that
-    noise does not order equals, and a greedy row does not depend on the rest of its batch.
-    """
-    level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), 1 - alpha_t of this canvas
-    logits = model(x, level, where=is_mask)  # (M, V)
-    logits[:, -1] = -torch.inf  # as it is, unless d3pm has learned to predict the mask
-    token, probability = sample_token(logits, x, is_mask, rng, **sampling)
-    score = confidence(order, logits, probability, rng).logit().float().to(x.device)  # (M,)
-    scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
-    return x.masked_scatter(is_mask, token), scores, logits
-
-
-def confidence(order, logits, probability, rng):
-    """The confidence in each of M predictions, (M,) in [0, 1], float64; logits (M, V).
-
-    It is the probability of the token that was sampled, the margin of the best over the second, the
-    entropy of the distribution (as 1 / perplexity, a probability again), or random.
-    """
-    if order == 'max_prob':
-        return probability
-    if order == 'random':
-        return torch.rand(probability.shape, generator=rng, device=rng.device).double()
-    p = logits.to(rng.device).double().softmax(-1)
-    if order == 'margin':
-        best, second = p.topk(2, dim=-1).values.unbind(-1)
-        return best - second
-    return torch.special.xlogy(p, p).sum(-1).exp()
-
-
-def confidence_rank(scores):
-    """(B, T): 0 for the highest score of a row, 1 for the next; equals go from the left."""
-    return scores.round(decimals=4).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-
-
-def masks_left(n, i, steps, counts):
-    """How many of n (B,) masks are left after i of `steps` steps; steps = 0 is one token a step.
-
-    'linear' gives what n / steps leaves over to the first steps, one each, as LLaDA's code does;
-    'cosine' is MaskGIT's, a few tokens at first, when little is known, and ever more later.
-    """
-    if steps == 0:
-        return (n - i).clamp(min=0)
-    if counts == 'linear':
-        return n - n // steps * i - (n % steps).clamp(max=i)
-    return (n.cpu().double() * math.cos(math.pi / 2 * i / steps)).long().to(n.device)
 
 
 def decode_confidence(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
@@ -407,7 +413,7 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
         yield generated, logits
 
 
-# ------------------------------------------------- around the decoders for masks: inner is one
+# -------------------------------------------- around a decoder for masks: blocks and guidance
 
 
 class PrefixCached:
@@ -516,7 +522,7 @@ class Guided:
 
 
 def decode_guided(model, x, to_generate, rng, *, inner, guidance):
-    """By the decoder `inner` and a Guided model."""
+    """Decodes by the decoder `inner`, which gets a Guided model."""
     yield from inner(Guided(model, x != model.mask_id, guidance), x, to_generate, rng)
 
 
@@ -773,7 +779,7 @@ def crop_to_predicted(run, canvases, settings):
 
 
 def make_canvases(run, prompts, settings):
-    """A canvas for each (kind, text) of prompts; passes and seconds that predicting lengths took."""
+    """A canvas for each (kind, text) of prompts; passes and seconds that their lengths took."""
     if run.meta['sep_id'] is None:
         for name, usual in (('length', 'auto'), ('length_candidates', 1)):
             require(name, settings[name], settings[name] == usual,
@@ -925,9 +931,9 @@ def answer(run, prompts, settings, references=None):
     answers = [split_row(ids, run.meta)[1] for ids, _ in done]
     masks = [canvas.count(run.model.mask_id) for canvas in canvases]
     sizes = [masks, predicted or masks]
-    ended = [figures.get('ended', len(ids) < len(canvas))
-             for (ids, figures), canvas in zip(done, canvases)]
-    figures = {'no EOS': 1 - np.mean(ended), 'empty': np.mean([not ids for ids in answers]),
+    no_eos = [not figures.get('ended', len(ids) < len(canvas))
+              for (ids, figures), canvas in zip(done, canvases)]
+    figures = {'no EOS': np.mean(no_eos), 'empty': np.mean([not ids for ids in answers]),
                'nfe': np.mean([figures['nfe'] for _, figures in done]) + (predicted is not None),
                'sentences/s': len(prompts) / (seconds + took)}
     if references is not None:
@@ -987,11 +993,9 @@ def main():
     prompts = [prompt for prompt in read_prompts(start, template, prompt_file, gen_length)
                for _ in range(num_samples)]
     canvases, passes, took = make_canvases(run, prompts, settings)
-    recorder = None
-    if watch or save:
-        recorder = Recorder(canvases[0], run.tokenizer, run.model.mask_id, Screen() if watch else None)
+    recorder = Recorder(canvases[0], run.tokenizer, run.model.mask_id, Screen() if watch else None)
     done, (written, nfe, seconds) = complete_best(run, canvases, settings, run.meta['eos_id'],
-                                                  recorder)  # decodes batch by batch
+                                                  recorder if watch or save else None)
     for (kind, given), (ids, figures) in zip(prompts, done):
         ids = ids if run.meta['sep_id'] is None else split_row(ids, run.meta)[1]
         text = run.tokenizer.decode(ids)
