@@ -591,8 +591,7 @@ class Counted:
 def end_rows(x, to_generate, eos_id, mask_id):
     """Ends the rows that have generated an eos_id with no mask before it, in place.
 
-    All that is to be generated behind it becomes eos_id, and the row has nothing to generate any
-    more.
+    All that was to be generated behind it becomes eos_id, and to_generate is cleared there.
     """
     before = (x == mask_id).cumsum(1)  # masks up to here
     ended = to_generate & (x == eos_id) & (before == 0)
@@ -713,13 +712,14 @@ def answer_canvases(run, prompts, settings, references=None):
 
     Autoregression has the rest of the context and writes its own end. Other models fill all masks
     that they get, and only those trained to predict PAD can use more than the answer needs: the
-    setting `length` says how many these are. references: lists of ids; 'reference' reads their
-    lengths, and nothing else is read. If `length` predicts, all that training had are there, and
-    crop_to_predicted() leaves as many as needed.
+    setting `length` says how many masks there are. references: lists of ids, of which length =
+    'reference' reads how long they are. Where `length` predicts, there are as many masks as in
+    training, and crop_to_predicted() leaves those that the answer needs.
     """
     name, meta, context = length_name(settings['length'], run), run.meta, run.settings['block_size']
-    slope, more = settings['length_line']
-    fit = meta['counts']['train'].get('answer_line', (slope, more))  # older data sets have none
+    line = settings['length_line']
+    require('length_line', line, len(line) == 2, 'two numbers')
+    fit = meta['counts']['train'].get('answer_line', line)  # older data sets have none
     require('length', name, name != 'reference' or references is not None,
             'another where no reference is known')
     canvases = []
@@ -728,7 +728,7 @@ def answer_canvases(run, prompts, settings, references=None):
         if room < 1:
             raise UserError(f'a prompt of {len(prompt)} tokens leaves no room for an answer: '
                             f'block_size is {context}')
-        widths = {'ratio': int(slope * len(prompt) + more),
+        widths = {'ratio': int(line[0] * len(prompt) + line[1]),
                   'fit': round(fit[0] * len(prompt) + fit[1]),
                   'reference': len(references[i]) + 1 if references else 0}
         width = max(1, min(widths.get(name, meta['max_answer'] + 1), room))
@@ -855,11 +855,11 @@ class LogProbability:
 def complete(run, canvases, settings, eos_id=None, watch=None, log_p=False):
     """Fills canvases of any lengths, batch by batch: [(ids, figures)] in their order, and totals.
 
-    watch sees the first batch, whose row 0 is the first canvas.
-    ids ends before an eos_id that was generated. figures: nfe, seconds and tokens_per_second of the
-    batch it was in; and with log_p, instead of watch, whether it ended, and log_p, the mean over
-    what was generated.
-    totals: tokens generated, each row's first eos_id among them; nfe; seconds.
+    ids: end before an eos_id that was generated.
+    figures: nfe, seconds and tokens_per_second of the batch; with log_p also whether an eos_id was
+    generated, `ended`, and `log_p`, the mean log probability of the generated tokens.
+    totals: generated tokens, each row's first eos_id among them; nfe; seconds.
+    watch sees the first batch, whose row 0 is the first canvas, unless log_p is asked for.
     """
     done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), run.model.mask_id
     for batch in batches(run, canvases, settings['batch_size'], settings['block_length'] > 0):
@@ -887,10 +887,11 @@ def end_of(ids, canvas, eos_id, mask_id):
 
 
 def complete_best(run, canvases, settings, eos_id, watch=None):
-    """As complete(), of answer_canvases: each is tried with length_candidates lengths around it.
+    """As complete(), but tries length_candidates numbers of masks, around that of each canvas.
 
-    The answer with the highest log_p stays: it says more about the right length than that of the
-    prompt does [Mask-Predict 1904.09324, sec. 3.3]. nfe and the totals are of all that was tried.
+    The answer with the highest log_p stays: its probability says more about the right length than
+    the length of the prompt does [Mask-Predict 1904.09324, sec. 3.3]. nfe and the totals count all
+    candidates.
     """
     n, mask_id = settings['length_candidates'], run.model.mask_id
     if n == 1:
@@ -918,9 +919,9 @@ def answer(run, prompts, settings, references=None):
     """The answers of a run to prompts, lists of ids: (answers, figures, sizes).
 
     answers: lists of ids without SEP, EOS and PAD. figures: {column: mean over the answers}.
-    sizes (2, N): the masks that answers got, and how many they were predicted to need; (3, N) with
-    references: and what these need with their EOS. Prompts of like lengths are answered together,
-    so that few wait for others.
+    sizes (2, N): the masks that answers got, and the number predicted; (3, N) with references: and
+    the number that they need with their EOS. Prompts of similar length are answered together, since
+    a batch decodes until its last row has ended.
     """
     canvases = answer_canvases(run, prompts, settings, references)
     canvases, predicted, _, took = crop_to_predicted(run, canvases, settings)
@@ -982,7 +983,6 @@ def without_repeated_words(text):
 
 def main():
     settings = config.override(globals())
-    require('length_line', length_line, len(length_line) == 2, 'two numbers')
     require('save', save, not save or Path(save).suffix in SAVERS,
             f'a file ending in one of {", ".join(SAVERS)}')
     require('watch', watch, not (watch and json), 'False with json')
