@@ -7,8 +7,13 @@
     python sample.py --out_dir=out/multi30k_mdm --start="A man is sleeping."
     python sample.py --corrupt="What's in a name?"
 
-A decoder gets a canvas, (B, T) tokens with mask_id wherever text is wanted, and returns it filled.
-Continuing a prompt, infilling and writing from nothing differ only in where the masks stand.
+The way from a checkpoint to text has four stations, and main() goes through them:
+
+    canvas    ids of a text with mask_id wherever tokens are to be generated; continuing a prompt,
+              infilling and writing from nothing differ only in where the masks stand
+    decoder   a generator that fills the masks of canvases (B, T) in place, step by step
+    decode    runs a decoder: counts the passes of the network, ends rows, tells who watches
+    text      what the tokenizer makes of the filled canvas
 """
 
 import math
@@ -19,9 +24,11 @@ import sys
 import time
 from collections import Counter
 from functools import partial
+from inspect import getfullargspec
 from itertools import groupby
 from json import dumps
 from pathlib import Path
+from typing import NamedTuple
 from unicodedata import east_asian_width
 
 import numpy as np
@@ -29,36 +36,23 @@ import torch
 import torch.nn.functional as F
 
 import config
-from config import UserError
-from model import SCHEDULES, KVCache, first_to_hold, load_checkpoint, load_model, noise, \
-    pick_device
-from prepare import EOT, load_tokenizer
+from config import UserError, one_of, require
+from model import SCHEDULES, KVCache, Objective, Transformer, first_to_hold, load_checkpoint, \
+    load_model, make_objective, noise, pick_device
+from prepare import EOT, load_tokenizer, split_row
 
 # what is read
 out_dir = 'out/shakespeare_mdm'  # the run whose model is used
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
-# what is wanted
-start = ''             # the text to go on from
+# what is to be generated
+start = ''             # the text to go on from; of a run on prompts and answers, the prompt
 template = ''          # a text with blanks: [___] is 5 tokens wide, [___:9] is 9
 prompt_file = ''       # a prompt or a template on every line; - reads them from stdin
-corrupt = ''           # a text: show what the noise makes of it, and stop
+corrupt = ''           # a text: show how the forward process masks it, and stop
 num_samples = 1        # of each prompt
 batch_size = 16        # rows at a time
 gen_length = 0         # tokens to write after start; 0 fills the model's context
 seed = 1337
-# of runs on prompts and answers: start is a prompt, and what is written is the answer
-length = 'auto'        # mdm, masks for it: full; fit, what training has on average for so long a
-                       # prompt; ratio; auto is full if run with predict_pad, else fit. Predicted
-                       # by one pass: argmax, quantile; regress, classify, encoder, which is what
-                       # config/length_*.py train, and auto in their runs
-length_ratio = 1.3     # ratio: so many for a token of the prompt
-length_extra = 2       # ratio: and so many more
-length_quantile = 0.9  # quantile, classify, encoder: the chance that an answer fits
-length_candidates = 1  # fit, ratio, reference: lengths around it to try, for the surest answer
-# to be seen: how the first sample came about
-watch = False          # in the terminal, step by step; its time counts in the tokens/s printed
-watch_delay = 0.05     # seconds for which watch shows a step
-save = ''              # to a file: x.gif, x.png, x.html or x.jsonl
 # how it is decoded
 decoder = 'auto'       # ar, ancestral, confidence, threshold, remask, remdm, uniform, auto
 steps = 128            # decoding steps; confidence, remask: 0 is one token a step
@@ -66,61 +60,47 @@ noise_schedule = 'linear'  # ancestral, remdm, uniform: how the steps are spread
 order = 'max_prob'     # confidence, threshold, remask: max_prob, margin, entropy, random
 counts = 'linear'      # confidence, remask: linear (as many each step), cosine (few first)
 threshold = 0.9        # threshold: a pass commits all that are not below it, and at least one
-eta = 0.02             # remdm: largest chance per step that a written token is taken back
+eta = 0.02             # remdm: largest probability per step that a written token is masked again
 block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
 prefix_cache = False   # read what precedes a block once: faster, but an approximation
 guidance = 0.0         # above 0: follow the given text more closely, at two passes a step
 temperature = 0.7      # 0 takes the most likely token; measured choices, see README
-top_k = 0              # draw among the k most likely tokens; 0 = all
-top_p = 1.0            # draw among the most likely tokens that hold this probability together
+top_k = 0              # sample among the k most likely tokens; 0 = all
+top_p = 1.0            # sample among the most likely tokens that hold this probability together
 repetition_penalty = 1.0  # above 1: tokens that the text has already become less likely
+length = 'auto'        # masks for the answer to a prompt: full; fit, the average in training for so
+                       # long a prompt; ratio, by length_line; auto is full if run with predict_pad,
+                       # else fit. Predicted by one pass: argmax, quantile; regress, classify,
+                       # encoder, which config/length_*.py train, and which are auto in their runs
+length_line = (1.3, 2.0)  # ratio: so many masks for a token of the prompt, and so many more
+length_quantile = 0.9  # quantile, classify, encoder: the probability that an answer fits
+length_candidates = 1  # fit, ratio, reference: lengths to try; the most confident answer stays
 # how it is shown
+watch = False          # the first sample in the terminal, step by step; its time is in tokens/s
+save = ''              # how the first sample came about, to a file: x.gif, x.png, x.html or x.jsonl
 cleanup = False        # drop words that repeat the one before them, in the text alone
 json = False           # one JSON object a line for each sample
 
+DECODING = (  # how text is decoded: the settings that eval.py takes over
+    'decoder', 'steps', 'noise_schedule', 'order', 'counts', 'threshold', 'eta', 'block_length',
+    'prefix_cache', 'guidance', 'temperature', 'top_k', 'top_p', 'repetition_penalty', 'length',
+    'length_line', 'length_quantile', 'length_candidates')
+PLAIN = {'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}  # nothing around the decoder
+SAMPLING = ('temperature', 'top_k', 'top_p', 'repetition_penalty')
+ORDERS, COUNTS = ('max_prob', 'margin', 'entropy', 'random'), ('linear', 'cosine')
+PREDICTED = ('argmax', 'quantile', 'regress', 'classify', 'encoder')
+LENGTHS = ('full', 'fit', 'ratio', 'reference', *PREDICTED)
 BLANK = re.compile(r'\[_+(?::(\d{1,6}))?\]')
 BLANK_WIDTH = 5        # tokens of a [___] that does not say
 MASK_SHOWN = '█'
-ORDERS = ('max_prob', 'margin', 'entropy', 'random')
-PREDICTED = ('argmax', 'quantile', 'regress', 'classify', 'encoder')
-LENGTHS = ('full', 'fit', 'ratio', 'reference', *PREDICTED)
 
 
-def chances(logits, seen=None, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
-    """(M, V) float64, the distributions to draw from where the model's logits are (M, V).
-
-    seen: a function that returns (M, V) bool, the tokens that repetition_penalty makes less likely
-    [CTRL 1909.05858, sec. 4.1]; the table is large, so nobody makes it who does not need it.
-    """
-    logits = logits.double()
-    if repetition_penalty != 1.0:
-        less = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen().to(logits.device), less, logits)
-    if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.size(-1)).double()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # none above 0: no overflow
-    return filter_logits(logits, top_k, top_p).softmax(-1)
+def defaults():
+    """The settings above as a dict, for those who call complete() or answer()."""
+    return {name: globals()[name] for name in config.names_of(globals())}
 
 
-def race(p, generator):
-    """One token (M,) for each row of p (M, V) float64, whose rows need not sum to 1.
-
-    The draw is exact: argmax of p / e with e ~ Exponential(1) has the distribution p, and float64
-    keeps its tails, which float32 noise cuts off [2409.02908].
-    """
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
-
-
-def draw(logits, seen=None, *, generator, temperature=1.0, **drawing):
-    """One token for each row of logits (M, V), and the model's own probability of it: 2 x (M,).
-
-    The arguments are those of chances(). The probability is that of the untempered, unfiltered
-    model: how sure it is does not depend on how we draw.
-    """
-    logits = logits.to(generator.device)  # mps has no float64: its generator is on the CPU
-    p = chances(logits, seen, temperature=temperature, **drawing)  # (M, V)
-    token = p.argmax(-1) if temperature == 0 else race(p, generator)  # (M,)
-    return token, logits.double().softmax(-1).gather(-1, token[:, None])[:, 0]
+# ------------------------------------------------------------------------------ sampling a token
 
 
 def filter_logits(logits, top_k, top_p):
@@ -134,57 +114,196 @@ def filter_logits(logits, top_k, top_p):
     if top_p < 1:
         ranked, index = logits.sort(dim=-1, descending=True)
         p = ranked.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p  # what stands before it holds top_p already
+        outside = p.cumsum(-1) - p >= top_p  # the likelier tokens hold top_p without this one
         logits = logits.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
     return logits
 
 
-def seen_tokens(x, where, V):
-    """(M, V) bool: which tokens stand in the rows of the M positions of `where`, masks aside."""
-    seen = torch.zeros(x.size(0), V, dtype=torch.bool, device=x.device)
-    seen.scatter_(1, x, True)
-    seen[:, -1] = False
-    return seen[where.nonzero()[:, 0]]
+def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
+    """(M, V) float64, the distributions to sample from where the model's logits are (M, V).
+
+    x, where (B, T): the canvas, and the M positions of the logits. repetition_penalty makes the
+    tokens less likely that stand in their rows, masks aside [CTRL 1909.05858, sec. 4.1].
+    """
+    logits = logits.double()
+    if repetition_penalty != 1.0:
+        seen = torch.zeros(x.size(0), logits.size(-1), dtype=torch.bool, device=x.device)
+        seen = seen.scatter(1, x, True)[where.nonzero()[:, 0]].to(logits.device)  # (M, V)
+        seen[:, -1] = False
+        less = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, less, logits)
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # none above 0: no overflow
+    return filter_logits(logits, top_k, top_p).softmax(-1)
 
 
-def score_of(order, logits, probability, generator):
-    """The confidence in each of M predictions, (M,) in [0, 1], float64; logits (M, V)."""
+def sample_categorical(p, rng):
+    """One token (M,) for each row of p (M, V) float64, whose rows need not sum to 1.
+
+    An exponential race is exact: argmax of p / e with e ~ Exponential(1) has the distribution p,
+    and float64 keeps its tails, which float32 noise cuts off [2409.02908].
+    """
+    return (p / torch.empty_like(p).exponential_(generator=rng)).argmax(-1)
+
+
+def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
+    """One token for each row of logits (M, V), and the model's own probability of it: 2 x (M,).
+
+    The arguments are those of probabilities(). The probability is that of the untempered,
+    unfiltered model: its confidence does not depend on how we sample.
+    """
+    on_rng = logits.to(rng.device)  # mps has no float64: its rng is on the CPU
+    p = probabilities(on_rng, x, where, temperature=temperature, **sampling)  # (M, V)
+    token = p.argmax(-1) if temperature == 0 else sample_categorical(p, rng)  # (M,)
+    probability = on_rng.double().softmax(-1).gather(-1, token[:, None])[:, 0]
+    return token.to(logits.device), probability
+
+
+# -------------------------------------------------------------------------------------- decoders
+#
+# decode_name(model, x, to_generate, rng, *, its own settings, **sampling) is a generator.
+#
+#     x (B, T) int64        a canvas, to be filled in place; masks elsewhere are read as masks
+#     to_generate (B, T)    bool, positions to be filled; run_decoder() clears rows that have ended
+#     rng                   torch.Generator of all that is random
+#     **sampling            the keywords of probabilities()
+#
+# After every step that changed something it yields `where, logits`: the positions (B, T) that its
+# pass predicted, and the logits (M, V) there. A model is called as model(x, level, where=...), with
+# level (B, 1) the fraction of the canvas that is noise, and returns (M, V).
+
+
+def decode_ar(model, x, to_generate, rng, **sampling):
+    """Left to right, each token given those before it; a filled blank has not seen what follows.
+
+    One pass per token, over that token alone: a KV cache holds the tokens before. Rows may have
+    their masks at different places. A canvas longer than the context is read through a window that
+    holds the start token and the newest tokens, and drops its older half whenever it is full.
+    """
+    cache, begin = empty_cache(model, len(x)), 0  # begin: canvas token behind the start token
+    for i in to_generate.any(0).nonzero()[:, 0].tolist():
+        if not to_generate[:, i].any():  # rows have ended since
+            continue
+        if window(i, model.config.block_size) > begin:
+            begin, cache.length = window(i, model.config.block_size), 0
+        unread = x[:, begin + max(cache.length - 1, 0):i]  # behind the start token, up to i
+        if cache.length == 0:
+            unread = torch.cat([torch.full_like(x[:, :1], model.mask_id), unread], dim=1)
+        last = torch.zeros_like(unread, dtype=torch.bool)
+        last[:, -1] = True
+        logits = model(unread, cache=cache, where=last)  # (B, V)
+        token, _ = sample_token(logits, x[:, :i], last[:, -1:], rng, **sampling)  # (B,)
+        where = torch.zeros_like(to_generate)
+        where[:, i] = rows = to_generate[:, i].clone()
+        x[rows, i] = token[rows]
+        yield where, logits[rows]
+
+
+def window(i, size):
+    """Where the window of `size` tokens begins in which token i is written.
+
+    It drops its older half whenever it is full: a function of i, not of what was read before.
+    """
+    half = (size + 1) // 2
+    return 0 if i < size else ((i - size) // half + 1) * half
+
+
+def empty_cache(model, B):
+    weight = model.embed.weight
+    return KVCache(model.config, B, weight.device, weight.dtype)
+
+
+def reverse_steps(steps, schedule):
+    """[(alpha_t, alpha_s)] of `steps` steps from t = 1 to t = 0, s = t - 1/steps."""
+    require('steps', steps, steps > 0, '1 or more: one token a step is for confidence and remask')
+    alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), schedule)[0].tolist()
+    return list(zip(alpha, alpha[1:]))
+
+
+def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linear', **sampling):
+    """The reverse process of masked diffusion in `steps` steps from t = 1 to 0 [MDLM eq. 7].
+
+        a masked token is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t),
+        s = t - 1/steps, and then drawn from p(x0 | xt)
+
+    Whether a token is revealed does not depend on the network, so that is drawn first: a step that
+    reveals nothing needs no pass, one that does needs the head only where it does.
+
+    A d3pm model with subs=False gives the mask a probability p too. Of its masked tokens fewer are
+    revealed, before the last step: the posterior q(xs | xt, x0) at the prediction for x0 reveals
+    one with probability (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p)).
+    """
+    return decode_remdm(model, x, to_generate, rng, steps=steps, noise_schedule=noise_schedule,
+                        eta=0.0, **sampling)
+
+
+def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', eta, **sampling):
+    """As decode_ancestral, but written tokens are masked again [ReMDM 2503.00307, 'cap'].
+
+    The expected share of masks at each t stays what it was:
+
+        a written token is masked again with probability sigma = min(eta, (1 - alpha_s) / alpha_t),
+        a masked one is revealed with (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+    """
+    now, later = (part.float().mean(1, keepdim=True) for part in  # 2 x (B, 1), shares of the canvas
+                  (to_generate, (x == model.mask_id) & ~to_generate))
+    for alpha_t, alpha_s in reverse_steps(steps, noise_schedule):
+        u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)
+        is_mask = to_generate & (x == model.mask_id)
+        sigma = min(eta, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 0.0  # at t = 1 all are masks
+        reveal = is_mask & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
+        remask = to_generate & ~is_mask & (u < sigma)
+        if not (reveal | remask).any():
+            continue
+        if reveal.any():  # always before a token is masked again, so that there are logits
+            logits = model(x, now * (1 - alpha_t) + later, where=reveal)  # (M, V), M to reveal
+            if not model.config.subs and eta == 0 and alpha_s < 1:
+                p = logits.float().softmax(-1)[:, -1]  # (M,), of the mask
+                fewer = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
+                remask[reveal] = u[reveal] >= fewer
+            logits[:, -1] = -torch.inf
+            x[reveal], _ = sample_token(logits, x, reveal, rng, **sampling)
+        x[remask] = model.mask_id
+        yield reveal, logits if reveal.any() else logits[:0]
+
+
+def propose(model, x, is_mask, order, rng, sampling):
+    """Samples a token for every mask: tokens (B, T), the scores of their confidence, the logits.
+
+    is_mask (B, T) bool. The scores (B, T) are the logit of the confidence, log(p / (1 - p)), since
+    in float32 p itself is 1 from 1 - p < 1e-7 on, and confident tokens would have no order; -inf
+    where no mask is. They are rounded to 1e-4, more than the noise of logits in float32, so that
+    noise does not order equals, and a greedy row does not depend on the rest of its batch.
+    """
+    level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), 1 - alpha_t of this canvas
+    logits = model(x, level, where=is_mask)  # (M, V)
+    logits[:, -1] = -torch.inf  # as it is, unless d3pm has learned to predict the mask
+    token, probability = sample_token(logits, x, is_mask, rng, **sampling)
+    score = confidence(order, logits, probability, rng).logit().float().to(x.device)  # (M,)
+    scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
+    return x.masked_scatter(is_mask, token), scores, logits
+
+
+def confidence(order, logits, probability, rng):
+    """The confidence in each of M predictions, (M,) in [0, 1], float64; logits (M, V).
+
+    It is the probability of the token that was sampled, the margin of the best over the second, the
+    entropy of the distribution (as 1 / perplexity, a probability again), or random.
+    """
     if order == 'max_prob':
         return probability
     if order == 'random':
-        return torch.rand(probability.shape, generator=generator, device=generator.device).double()
-    p = logits.to(generator.device).double().softmax(-1)
+        return torch.rand(probability.shape, generator=rng, device=rng.device).double()
+    p = logits.to(rng.device).double().softmax(-1)
     if order == 'margin':
         best, second = p.topk(2, dim=-1).values.unbind(-1)
         return best - second
-    if order == 'entropy':
-        return torch.special.xlogy(p, p).sum(-1).exp()  # 1 / perplexity, a probability again
-    raise UserError(f'order is {order!r}, not one of {", ".join(ORDERS)}')
+    return torch.special.xlogy(p, p).sum(-1).exp()
 
 
-def guess(model, x, is_mask, order, generator, drawing):
-    """Draws a token for every mask at once: x with them, how sure each is, the logits there.
-
-    is_mask (B, T) bool. Returns (B, T) tokens, (B, T) scores, -inf where no mask is, and (M, V).
-    A score is the logit of the confidence, log(p / (1 - p)): in float32 p itself is 1 from
-    1 - p < 1e-7 on, and a confident model would have no order.
-    """
-    share = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), 1 - alpha_t of this canvas
-    logits = model(x, share, where=is_mask)  # (M, V)
-    logits[:, -1] = -torch.inf  # as it is, unless d3pm has learned to predict the mask
-    token, probability = draw(logits, partial(seen_tokens, x, is_mask, logits.size(-1)),
-                              generator=generator, **drawing)
-    score = score_of(order, logits, probability, generator).logit().float().to(x.device)  # (M,)
-    scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
-    return x.masked_scatter(is_mask, token.to(x.device)), scores, logits
-
-
-def rank(scores):
-    """(B, T): 0 for the highest score of a row, 1 for the next.
-
-    Rounded to 1e-4, more than the noise of logits in float32, so that noise does not order equals:
-    they go from the left, and a greedy row does not depend on the rest of its batch.
-    """
+def confidence_rank(scores):
+    """(B, T): 0 for the highest score of a row, 1 for the next; equals go from the left."""
     return scores.round(decimals=4).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
@@ -201,138 +320,66 @@ def masks_left(n, i, steps, counts):
     return (n.cpu().double() * math.cos(math.pi / 2 * i / steps)).long().to(n.device)
 
 
-def end_rows(x, wanted, mask_id, eos_id):
-    """Ends the rows that wrote an eos_id with no mask before it: x and wanted after that.
+def decode_confidence(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
+                      **sampling):
+    """The most confident tokens first, for good [MaskGIT sec. 3.2; LLaDA sec. 2.4].
 
-    All that is wanted behind it becomes eos_id, and nothing more is wanted of such a row.
+    Each pass samples a token for every mask and commits those of the highest confidence(), as many
+    as leave masks_left() of each row. The simplest decoder of all is this one with steps = 0 and
+    temperature = 0: it writes the one token that the model is most confident of, reads the canvas
+    again, and goes on until no mask is left.
     """
-    if eos_id is None:
-        return x, wanted
-    before = (x == mask_id).cumsum(1)  # masks up to here
-    ended = wanted & (x == eos_id) & (before == 0)
-    behind = ended.cumsum(1) > 0
-    x = torch.where(behind & (wanted | (x == mask_id)), eos_id, x)
-    return x, wanted & ~ended.any(1, keepdim=True)
-
-
-# -------------------------------------------------------------------------------------- decoders
-#
-# decode_x(model, x, *, wanted, ..., eos_id, generator, on_step, **drawing) -> (x, nfe)
-#
-# x (B, T) int64 with mask_id where text is wanted; given tokens are never changed. wanted (B, T)
-# bool: the masks to fill now, by default all; the others stay, and are read as masks. A row that
-# has written eos_id with no mask before it is at its end: what follows becomes eos_id. nfe counts
-# forward passes of the network. on_step(x, nfe, where, logits) is called after every step that
-# changed something, with the positions (B, T) bool that its pass predicted and the logits (M, V)
-# there; x may change after the call, so clone what is to be kept. drawing: the keywords of
-# chances().
-
-
-def ignore(*step):
-    """The on_step of whoever does not look."""
-
-
-def window(i, size):
-    """Where the window of `size` tokens begins in which token i is written.
-
-    It drops its older half whenever it is full: a function of i, not of what was read before.
-    """
-    half = (size + 1) // 2
-    return 0 if i < size else ((i - size) // half + 1) * half
-
-
-@torch.no_grad()
-def decode_ar(model, x, *, wanted=None, eos_id=None, generator, on_step=ignore, **drawing):
-    """Left to right, each token given those before it; a filled blank has not seen what follows.
-
-    One pass per token, over that token alone: what was read before is in a KV cache. Rows may have
-    their masks at different places. A canvas longer than the context is read through a window that
-    holds the start token and the newest tokens, and drops its older half whenever it is full.
-    """
-    x, c, nfe = x.clone(), model.config, 0
-    wanted = x == model.mask_id if wanted is None else wanted
-    cache = KVCache(c, x.size(0), x.device, model.embed.weight.dtype)
-    begin = 0  # canvas token behind the start token in the window
-    for i in wanted.any(0).nonzero()[:, 0].tolist():
-        where = torch.zeros_like(wanted)
-        where[:, i] = wanted[:, i]
-        if not where.any():  # rows have ended since
+    n_masks = to_generate.sum(1)  # (B,)
+    for i in range(1, (steps or x.size(1)) + 1):
+        is_mask = to_generate & (x == model.mask_id)
+        quota = is_mask.sum(1) - masks_left(n_masks, i, steps, counts)  # (B,)
+        if not (quota > 0).any():
             continue
-        if window(i, c.block_size) > begin:
-            begin, cache.length = window(i, c.block_size), 0
-        unread = x[:, begin + max(cache.length - 1, 0):i]  # behind the start token, up to i
-        if cache.length == 0:
-            unread = torch.cat([torch.full_like(x[:, :1], model.mask_id), unread], dim=1)
-        last = torch.zeros_like(unread, dtype=torch.bool)
-        last[:, -1] = True
-        logits = model(unread, cache=cache, where=last)  # (B, V)
-        nfe += 1
-        token, _ = draw(logits, partial(seen_tokens, x[:, :i], last[:, -1:], c.vocab_size),
-                        generator=generator, **drawing)
-        x[:, i] = torch.where(wanted[:, i], token.to(x.device), x[:, i])
-        x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
-        on_step(x, nfe, where, logits[where[:, i]])
-    return x, nfe
+        tokens, scores, logits = propose(model, x, is_mask, order, rng, sampling)
+        commit = is_mask & (confidence_rank(scores) < quota[:, None])
+        x[commit] = tokens[commit]
+        yield is_mask, logits
 
 
-@torch.no_grad()
-def decode_ancestral(model, x, *, wanted=None, steps, noise_schedule='linear', eta=0.0, eos_id=None,
-                     generator, on_step=ignore, **drawing):
-    """The reverse process of masked diffusion in `steps` steps from t = 1 to 0 [MDLM eq. 7].
+def decode_threshold(model, x, to_generate, rng, *, threshold, order='max_prob', **sampling):
+    """All tokens of enough confidence, in as many passes as that takes [Fast-dLLM 2505.22618].
 
-        a masked token is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t),
-        s = t - 1/steps, and then drawn from p(x0 | xt)
-
-    Whether a token is revealed does not depend on the network, so that is drawn first: a step that
-    reveals nothing needs no pass, one that does needs the head only where it does.
-
-    With eta > 0 the process also takes tokens back, to draw them anew [ReMDM 2503.00307, 'cap'].
-    The expected share of masks at each t stays what it was:
-
-        a written token is masked again with probability sigma = min(eta, (1 - alpha_s) / alpha_t),
-        a masked one is revealed with (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
-
-    A d3pm model with subs=False gives the mask a probability p too. Of its masked tokens fewer are
-    revealed, before the last step: the posterior q(xs | xt, x0) at the prediction for x0 reveals
-    one with probability (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p)).
+    Each pass samples a token for every mask and commits those whose confidence is not below the
+    threshold, and the most confident of each row in any case. With threshold = 1 a pass commits
+    that one token and all those of probability 1 (in float64).
     """
-    x, nfe = x.clone(), 0
-    wanted = x == model.mask_id if wanted is None else wanted
-    now, later = (part.float().mean(1, keepdim=True) for part in
-                  (wanted, (x == model.mask_id) & ~wanted))  # 2 x (B, 1), shares of the canvas
-    alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise_schedule)[0].tolist()
-    for alpha_t, alpha_s in zip(alpha, alpha[1:]):
-        u = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
-        sigma = min(eta, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 0.0  # at t = 1 all are masks
-        is_mask = wanted & (x == model.mask_id)
-        reveal = is_mask & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
-        remask = wanted & ~is_mask & (u < sigma)
-        if not (reveal | remask).any():
+    least = torch.tensor(threshold).double().logit().item()  # as the scores are
+    while (is_mask := to_generate & (x == model.mask_id)).any():
+        tokens, scores, logits = propose(model, x, is_mask, order, rng, sampling)
+        commit = is_mask & ((scores >= least) | (confidence_rank(scores) == 0))
+        x[commit] = tokens[commit]
+        yield is_mask, logits
+
+
+def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
+                  **sampling):
+    """The most confident tokens first, none for good before the end [Mask-Predict 1904.09324].
+
+    As decode_confidence, but every token keeps the score it had when it was sampled, and each step
+    keeps the most confident of all, old and new, and masks the others again.
+    """
+    n_masks, score_of_all = to_generate.sum(1), torch.full(x.shape, -torch.inf, device=x.device)
+    for i in range(1, (steps or x.size(1)) + 1):
+        is_mask = to_generate & (x == model.mask_id)
+        keep = n_masks - masks_left(n_masks, i, steps, counts)  # (B,)
+        if not (is_mask.any(1) & (keep > 0)).any():
             continue
-        if reveal.any():
-            logits = model(x, now * (1 - alpha_t) + later, where=reveal)  # (M, V), M to reveal
-            nfe += 1
-            if not model.config.subs and eta == 0 and alpha_s < 1:
-                p = logits.float().softmax(-1)[:, -1]  # (M,), of the mask
-                chance = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
-                remask[reveal] = u[reveal] >= chance
-            logits[:, -1] = -torch.inf
-            token, _ = draw(logits, partial(seen_tokens, x, reveal, logits.size(-1)),
-                            generator=generator, **drawing)
-            x = x.masked_scatter(reveal, token.to(x.device))
-        x = torch.where(remask, model.mask_id, x)
-        x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
-        # nothing is taken back before something was revealed: logits exist
-        on_step(x, nfe, reveal, logits if reveal.any() else logits[:0])
-    return x, nfe
+        tokens, scores, logits = propose(model, x, is_mask, order, rng, sampling)
+        score_of_all = torch.where(is_mask, scores, score_of_all)
+        x[is_mask] = tokens[is_mask]
+        x[to_generate & (confidence_rank(score_of_all) >= keep[:, None])] = model.mask_id
+        yield is_mask, logits
 
 
-@torch.no_grad()
-def decode_uniform(model, x, *, wanted=None, steps, noise_schedule='linear', eos_id=None,
-                   generator, on_step=ignore, **drawing):
+def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear', **sampling):
     """The reverse process of uniform-state diffusion in `steps` steps from t = 1 to 0.
 
-    All that is wanted starts as uniformly random tokens, and all of it may change at every step, so
+    All generated tokens start as uniformly random ones, and every step may change all of them, so
     that errors are mended. With s = t - 1/steps, V' real tokens and p_j = p(x0 = j | xt), a token i
     becomes j with a probability proportional to q(xt = i | xs = j) * q(xs = j | x0), where the
     prediction stands for x0 [D3PM 2107.03006; Duo 2506.10892]:
@@ -340,129 +387,47 @@ def decode_uniform(model, x, *, wanted=None, steps, noise_schedule='linear', eos
         (alpha_t / alpha_s * [i = j] + (1 - alpha_t / alpha_s) / V') * (alpha_s * p_j
                                                                         + (1 - alpha_s) / V')
 
-    Temperature and the filters shape p. At temperature 0 it is all on the likeliest token: so ends
-    the last step, where alpha_s = 1, while the steps before it still draw noise.
+    Temperature and the filters shape p. At temperature 0 all of p is on the likeliest token, and
+    the last step, where alpha_s = 1, takes it; the steps before it still sample noise.
     """
-    x, nfe, n = x.clone(), 0, model.mask_id  # V'
-    wanted = x == model.mask_id if wanted is None else wanted
-    share = wanted.float().mean(1, keepdim=True)  # (B, 1)
-    start = torch.randint(n, x.shape, generator=generator, device=generator.device).to(x.device)
-    x = torch.where(wanted, start, x)
-    alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise_schedule)[0].tolist()
-    for alpha_t, alpha_s in zip(alpha, alpha[1:]):
-        if not wanted.any():
-            continue
-        logits = model(x, share * (1 - alpha_t), where=wanted)  # (M, V)
-        nfe += 1
-        p = chances(logits.to(generator.device), partial(seen_tokens, x, wanted, n + 1),
-                    **drawing)[:, :n]  # (M, V')
-        keep, now = alpha_t / alpha_s, F.one_hot(x[wanted], n).to(p)  # now (M, V')
+    n, generated = model.mask_id, to_generate.clone()  # V'
+    to_generate[:] = False  # no token is final, so that no row can end, before the last step
+    share = generated.float().mean(1, keepdim=True)  # (B, 1)
+    start = torch.randint(n, x.shape, generator=rng, device=rng.device).to(x.device)
+    x[generated] = start[generated]
+    for alpha_t, alpha_s in reverse_steps(steps, noise_schedule):
+        if not generated.any():
+            return
+        logits = model(x, share * (1 - alpha_t), where=generated)  # (M, V)
+        p = probabilities(logits.to(rng.device), x, generated, **sampling)[:, :n]  # (M, V')
+        keep, now = alpha_t / alpha_s, F.one_hot(x[generated], n).to(p)  # now (M, V')
         p = (keep * now + (1 - keep) / n) * (alpha_s * p + (1 - alpha_s) / n)
-        x = x.masked_scatter(wanted, race(p, generator).to(x.device))
-        x, _ = end_rows(x, wanted, model.mask_id, eos_id if alpha_s == 1 else None)
-        on_step(x, nfe, wanted, logits)
-    return x, nfe
+        x[generated] = sample_categorical(p, rng).to(x.device)
+        to_generate |= generated & (alpha_s == 1)
+        yield generated, logits
 
 
-@torch.no_grad()
-def decode_confidence(model, x, *, wanted=None, steps, order='max_prob', counts='linear',
-                      eos_id=None, generator, on_step=ignore, **drawing):
-    """The surest tokens first, for good [MaskGIT sec. 3.2; LLaDA sec. 2.4].
-
-    Each pass draws a token for every mask and commits those with the highest score: by `order`,
-    the probability of the drawn token, the margin of the best over the second, the entropy of the
-    distribution (as 1 / perplexity), or at random. `counts` says how many masks of each row remain
-    after i of `steps` steps. The simplest decoder of all is this one with steps = 0 and temperature
-    = 0: write the one token that the model is surest of, look again, until no mask is left.
-    """
-    x, nfe = x.clone(), 0
-    wanted = x == model.mask_id if wanted is None else wanted
-    n_masks = wanted.sum(1)  # (B,)
-    for i in range(1, (steps or x.size(1)) + 1):
-        is_mask = wanted & (x == model.mask_id)
-        quota = is_mask.sum(1) - masks_left(n_masks, i, steps, counts)  # (B,)
-        if not (quota > 0).any():
-            continue
-        filled, scores, logits = guess(model, x, is_mask, order, generator, drawing)
-        nfe += 1
-        commit = is_mask & (rank(scores) < quota[:, None])
-        x = torch.where(commit, filled, x)
-        x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
-        on_step(x, nfe, is_mask, logits)
-    return x, nfe
-
-
-@torch.no_grad()
-def decode_threshold(model, x, *, wanted=None, threshold, order='max_prob', eos_id=None,
-                     generator, on_step=ignore, **drawing):
-    """All tokens that are sure enough, in as many passes as that takes [Fast-dLLM 2505.22618].
-
-    Each pass draws a token for every mask and commits those whose score, as in decode_confidence,
-    is not below the threshold, and the surest of each row in any case: with threshold = 1 that is
-    one token a pass and those of probability 1 (in float64).
-    """
-    x, nfe = x.clone(), 0
-    threshold = torch.tensor(threshold).double().logit().item()  # as the scores are
-    wanted = x == model.mask_id if wanted is None else wanted
-    while (wanted & (x == model.mask_id)).any():
-        is_mask = wanted & (x == model.mask_id)
-        filled, scores, logits = guess(model, x, is_mask, order, generator, drawing)
-        nfe += 1
-        commit = is_mask & ((scores >= threshold) | (rank(scores) == 0))
-        x = torch.where(commit, filled, x)
-        x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
-        on_step(x, nfe, is_mask, logits)
-    return x, nfe
-
-
-@torch.no_grad()
-def decode_remask(model, x, *, wanted=None, steps, order='max_prob', counts='linear', eos_id=None,
-                  generator, on_step=ignore, **drawing):
-    """The surest tokens first, but none for good before the last step [Mask-Predict 1904.09324].
-
-    As decode_confidence, but every token keeps the score it had when it was drawn, and each step
-    keeps the surest of all, old and new, as many as `counts` allows; the others are masked again.
-    """
-    x, nfe = x.clone(), 0
-    wanted = x == model.mask_id if wanted is None else wanted
-    n_masks, sure = wanted.sum(1), torch.full(x.shape, -torch.inf, device=x.device)
-    for i in range(1, (steps or x.size(1)) + 1):
-        is_mask = wanted & (x == model.mask_id)
-        keep = n_masks - masks_left(n_masks, i, steps, counts)  # (B,)
-        if not (is_mask.any(1) & (keep > 0)).any():
-            continue
-        filled, scores, logits = guess(model, x, is_mask, order, generator, drawing)
-        nfe += 1
-        sure = torch.where(is_mask, scores, sure)
-        x = torch.where(wanted & (rank(sure) >= keep[:, None]), model.mask_id, filled)
-        x, wanted = end_rows(x, wanted, model.mask_id, eos_id)
-        on_step(x, nfe, is_mask, logits)
-    return x, nfe
-
-
-# ------------------------------------------------------- around the masked decoders: inner is one
-#
-# All hand inner another model, called the same way: model(x, t, where=...), with mask_id, config.
+# ------------------------------------------------- around the decoders for masks: inner is one
 
 
 class PrefixCached:
-    """A model that reads what precedes `start` at its first call only [Fast-dLLM 2505.22618].
+    """A model that reads what precedes a block at its first call there only [Fast-dLLM 2505.22618].
 
-    An approximation if the model is bidirectional: the tokens before `start` would see what is
-    written behind them, so their keys and values change, but here they stay as they were.
+    An approximation if the model is bidirectional: the tokens before the block would see what is
+    written in it, so their keys and values change, but here they stay as they were.
     """
 
-    def __init__(self, model, start):
-        self.model, self.start, self.cache = model, start, None
-        self.config, self.mask_id = model.config, model.mask_id
+    def __init__(self, model, B):
+        self.model, self.config, self.mask_id = model, model.config, model.mask_id
+        self.cache, self.start = empty_cache(model, B), 0
 
-    def __call__(self, x, t=None, *, where):
-        begin = self.start
-        if self.cache is None:
-            begin = 0
-            self.cache = KVCache(self.config, x.size(0), x.device, self.model.embed.weight.dtype)
-        self.cache.length = begin
-        return self.model(x[:, begin:], t, cache=self.cache, where=where[:, begin:])
+    def enter(self, x, start, stop):
+        """Goes to the block x[:, start:stop]."""
+        self.cache.length, self.start = 0, start
+
+    def __call__(self, x, level=None, *, where):
+        begin = self.cache.length = min(self.cache.length, self.start)  # 0 at the first call
+        return self.model(x[:, begin:], level, cache=self.cache, where=where[:, begin:])
 
 
 class BlockCached:
@@ -474,76 +439,57 @@ class BlockCached:
 
     def __init__(self, model, B):
         self.model, self.config, self.mask_id = model, model.config, model.mask_id
-        weight = model.embed.weight
-        self.cache, self.begin = KVCache(model.config, B, weight.device, weight.dtype), 0
+        self.cache, self.begin = empty_cache(model, B), 0
 
     def enter(self, x, start, stop):
-        """Goes to the block x[:, start:stop], and returns how many passes what precedes it took."""
+        """Goes to the block x[:, start:stop]: one pass for each finished block not read so far."""
         c, self.block = self.config, slice(start, stop)
         if stop - self.begin > c.block_size:
             begin = window(start // c.block_length, c.block_size // c.block_length or 1)
             self.begin, self.cache.length = begin * c.block_length, 0
-        unread = range(self.begin + self.cache.length, start, c.block_length)
-        for k in unread:  # one at a time: the tokens of a block see no later block
-            self.model(x[:, k:k + c.block_length], x.new_zeros(len(x), 1).float(), hidden=True,
-                       cache=self.cache)
-        return len(unread)
+        clean = torch.zeros(len(x), 1, device=x.device)  # the noise level of a finished block
+        for k in range(self.begin + self.cache.length, start, c.block_length):
+            self.model(x[:, k:k + c.block_length], clean, hidden=True, cache=self.cache)
 
-    def __call__(self, x, t=None, *, where):
+    def __call__(self, x, level=None, *, where):
         x = x[:, self.block]
-        share = (x == self.mask_id).float().mean(1, keepdim=True)  # (B, 1), of this block
-        logits = self.model(x, share, where=where[:, self.block], cache=self.cache)  # (M, V)
+        level = (x == self.mask_id).float().mean(1, keepdim=True)  # (B, 1), of this block
+        logits = self.model(x, level, where=where[:, self.block], cache=self.cache)  # (M, V)
         self.cache.length -= x.size(1)  # only finished blocks stay
         return logits
 
 
-@torch.no_grad()
-def decode_block(model, x, *, wanted=None, inner, block_length, steps=None, prefix_cache=False,
-                 generator, on_step=ignore, **drawing):
+def decode_blocks(model, x, to_generate, rng, *, inner, block_length, steps=None, cached=None):
     """Block by block from left to right, each by the decoder `inner` (semi-autoregressive).
 
-    Blocks of block_length columns begin at the first column that is wanted, and the last ends with
+    Blocks of block_length columns begin at the first column to be generated, and the last ends with
     the last; the rows of a batch share them. What follows a block stays masked, and is read as
     masks. The steps (None: inner takes none) are spread over the blocks by their lengths, and
     each has one at least.
-    prefix_cache: the first pass of a block reads all, the others only the block and what follows
-    it. That is an approximation, see PrefixCached.
-    A model that was trained on blocks [BD3-LM 2503.09573] has its blocks from the beginning of the
-    canvas on, and reads nothing that follows a block; nfe counts the pass over each finished block.
+
+    cached: PrefixCached or BlockCached, the model around the model that reads a block. A model that
+    was trained on blocks [BD3-LM 2503.09573] has its blocks from the beginning of the canvas on.
     """
-    x, nfe = x.clone(), 0
-    wanted = x == model.mask_id if wanted is None else wanted
-    columns = wanted.any(0).nonzero()[:, 0].tolist()
+    columns = to_generate.any(0).nonzero()[:, 0].tolist()
     first, end = (columns[0], columns[-1] + 1) if columns else (0, 0)
-    if model.config.block_length:
-        if block_length not in (0, model.config.block_length):
-            raise UserError(f'block_length is {block_length}, but this model learned blocks of '
-                            f'{model.config.block_length} and reads no others: leave it out')
-        block_length = model.config.block_length
+    if cached is BlockCached:
         first -= first % block_length
         end = min(end + -end % block_length, x.size(1))
-        model, prefix_cache = BlockCached(model, x.size(0)), False
-
-    def counted(x, passes, where, logits):
-        on_step(x, nfe + passes, where, logits)
-
+    reader = cached(model, len(x)) if cached else model
     for start in range(first, end, block_length):
-        stop = min(start + block_length, end)
-        block = wanted & (x == model.mask_id)  # no mask is left in rows that have ended
-        block[:, :start] = False
-        block[:, stop:] = False
+        stop, block = min(start + block_length, end), torch.zeros_like(to_generate)
+        block[:, start:stop] = to_generate[:, start:stop]
         if not block.any():
             continue
+        if cached:
+            reader.enter(x, start, stop)
         pace = {}
         if steps is not None:
             spent, due = (steps * (column - first) // (end - first) for column in (start, stop))
             pace['steps'] = max(1, due - spent) if steps else 0
-        if model.config.block_length:
-            nfe += model.enter(x, start, stop)
-        x, passes = inner(PrefixCached(model, start) if prefix_cache else model, x, wanted=block,
-                          generator=generator, on_step=counted, **pace, **drawing)
-        nfe += passes
-    return x, nfe
+        for step in inner(reader, x, block, rng, **pace):
+            yield step
+            block &= to_generate  # rows that have ended since
 
 
 class Guided:
@@ -560,31 +506,513 @@ class Guided:
         self.model, self.given, self.guidance = model, given, guidance
         self.config, self.mask_id = model.config, model.mask_id
 
-    def __call__(self, x, t=None, *, where):
+    def __call__(self, x, level=None, *, where):
         xt = torch.where(self.given, self.mask_id, x)
         share = (xt == self.mask_id).float().mean(1, keepdim=True)  # (B, 1)
-        blind, seeing = self.model(xt, share, where=where), self.model(x, t, where=where)
+        blind, seeing = self.model(xt, share, where=where), self.model(x, level, where=where)
         logits = blind + (self.guidance + 1) * (seeing - blind)
         logits[..., self.mask_id] = -torch.inf  # inf - inf is nan
         return logits
 
 
+def decode_guided(model, x, to_generate, rng, *, inner, guidance):
+    """By the decoder `inner` and a Guided model."""
+    yield from inner(Guided(model, x != model.mask_id, guidance), x, to_generate, rng)
+
+
+# ---------------------------------------------------------------------------- running a decoder
+
+DECODERS = {'ar': decode_ar, 'ancestral': decode_ancestral, 'confidence': decode_confidence,
+            'threshold': decode_threshold, 'remask': decode_remask, 'remdm': decode_remdm,
+            'uniform': decode_uniform}
+
+
+def decoder_name(name, objective):
+    """`name`, or for 'auto' the default decoder of an objective; UserError if it has no such."""
+    one_of('decoder', name, ('auto', *objective.decoders))
+    return objective.decoders[0] if name == 'auto' else name
+
+
+def greedy(objective, decoder='auto'):
+    """Settings that take the most likely tokens; 'auto' is by confidence where masks are filled."""
+    name = decoder_name(decoder, objective)
+    by_confidence = decoder == 'auto' and 'confidence' in objective.decoders
+    return {'temperature': 0.0, 'decoder': 'confidence' if by_confidence else name}
+
+
+def make_decoder(objective, settings):
+    """decoder(model, x, to_generate, rng) as the settings ask for.
+
+    A decoder takes the settings that its signature names, and those of probabilities().
+    """
+    s, name = settings, decoder_name(settings['decoder'], objective)
+    size = objective.block_length or s['block_length']
+    cached = BlockCached if objective.block_length else PrefixCached if s['prefix_cache'] else None
+    one_of('order', s['order'], ORDERS)
+    one_of('counts', s['counts'], COUNTS)
+    one_of('noise_schedule', s['noise_schedule'], SCHEDULES)
+    for setting in PLAIN:
+        require(setting, s[setting], objective.masks or not s[setting],
+                f'off for {name}, which fills no masks')
+    require('block_length', s['block_length'], s['block_length'] in (0, size),
+            f'0 or {size}: this model learned blocks of {size} and reads no others')
+    require('prefix_cache', s['prefix_cache'], size or not cached,
+            'off where block_length is 0: with no blocks, nothing precedes one')
+    require('guidance', s['guidance'], not (s['guidance'] and cached),
+            '0 with a cache: guidance reads finished text again, masked, and a cache reads it once')
+    own = getfullargspec(DECODERS[name]).kwonlyargs
+    decoder = partial(DECODERS[name], **{setting: s[setting] for setting in (*own, *SAMPLING)})
+    if size:
+        decoder = partial(decode_blocks, inner=decoder, block_length=size, cached=cached,
+                          steps=s['steps'] if 'steps' in own else None)
+    if s['guidance']:
+        decoder = partial(decode_guided, inner=decoder, guidance=s['guidance'])
+    return decoder
+
+
+class Counted:
+    """A model that counts its passes in nfe, whoever asks for them."""
+
+    def __init__(self, model):
+        self.model, self.config, self.mask_id = model, model.config, model.mask_id
+        self.embed, self.nfe = model.embed, 0
+
+    def __call__(self, *inputs, **options):
+        self.nfe += 1
+        return self.model(*inputs, **options)
+
+
+def end_rows(x, to_generate, eos_id, mask_id):
+    """Ends the rows that have generated an eos_id with no mask before it, in place.
+
+    All that is to be generated behind it becomes eos_id, and the row has nothing to generate any
+    more.
+    """
+    before = (x == mask_id).cumsum(1)  # masks up to here
+    ended = to_generate & (x == eos_id) & (before == 0)
+    x[to_generate & (ended.cumsum(1) > 0)] = eos_id
+    to_generate &= ~ended.any(1, keepdim=True)
+
+
 @torch.no_grad()
-def decode_guided(model, x, *, wanted=None, inner, guidance, generator, on_step=ignore, **drawing):
-    """By the decoder `inner` and a Guided model; nfe counts both passes of each call."""
-    def both(x, nfe, where, logits):
-        on_step(x, 2 * nfe, where, logits)
+def run_decoder(decoder, model, x, rng, eos_id=None, watch=None):
+    """The canvases x (B, T) filled by a decoder, and how many passes of the network that took.
 
-    guided = Guided(model, x != model.mask_id, guidance)
-    x, nfe = inner(guided, x, wanted=wanted, generator=generator, on_step=both, **drawing)
-    return x, 2 * nfe
+    With an eos_id, a row ends where it generates one; what was given behind it stays. watch(x, nfe,
+    where, logits) is called after every step with what the decoder yielded; x changes in place
+    after the call, so clone what is to be kept.
+    """
+    x, model = x.clone(), Counted(model)
+    to_generate = x == model.mask_id
+    for where, logits in decoder(model, x, to_generate, rng):
+        if eos_id is not None:
+            end_rows(x, to_generate, eos_id, model.mask_id)
+        if watch is not None:
+            watch(x, model.nfe, where, logits)
+    return x, model.nfe
 
 
-# ------------------------------------------------------------------------------------ to be seen
+# ------------------------------------------------------------------------ runs and their canvases
+
+
+class Run(NamedTuple):
+    """A trained model and all that it takes to use it."""
+    name: str             # of its folder
+    model: Transformer
+    objective: Objective
+    meta: dict            # of its data set
+    tokenizer: object     # encode(text), decode(ids)
+    settings: dict        # of training
+    updates: int
+    path: str             # its folder
+
+
+def load_run(out_dir, device):
+    """The Run that train.py saved in out_dir."""
+    checkpoint = load_checkpoint(out_dir, device)
+    settings, meta = checkpoint['config'], checkpoint['meta']
+    return Run(Path(out_dir).name, load_model(checkpoint, device), make_objective(settings), meta,
+               load_tokenizer(meta), settings, checkpoint['iter'], out_dir)
+
+
+def read_prompts(start, template, prompt_file, gen_length):
+    """[(kind, text)], kind 'prompt' or 'template': of start, template or the lines of prompt_file.
+
+    A line with a blank is a template; empty lines are skipped.
+    """
+    require('template', template, not template or not (start or gen_length), 'alone, since it says '
+            'what is given and how much is to be generated: leave out start and gen_length')
+    require('prompt_file', prompt_file, not prompt_file or not (start or template),
+            'alone, since it says what is given: leave out start and template')
+    if not prompt_file:
+        return [('template', template) if template else ('prompt', start)]
+    try:
+        text = sys.stdin.read() if prompt_file == '-' else Path(prompt_file).read_text('utf-8-sig')
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f'prompt_file {prompt_file!r} is no text in UTF-8 that can be read: {e} '
+                        '(- reads stdin)') from e
+    lines = [line for line in text.split('\n') if line.strip()]
+    require('prompt_file', prompt_file, lines, 'a file with a prompt or a template on each line')
+    return [('template' if BLANK.search(line) else 'prompt', line) for line in lines]
+
+
+def template_canvas(template, tokenizer, mask_id):
+    """The ids of a template, mask_id in its blanks.
+
+    The text between the blanks is tokenised piece by piece: with a BPE tokenizer a word that
+    touches a blank may get other tokens than inside a text, so put blanks at spaces.
+    """
+    first, *pieces = BLANK.split(template)  # text, then the width of a blank and text, in turn
+    if not pieces:
+        raise UserError(f'the template {template!r} has no blank: write [___], or [___:9] for 9 '
+                        'tokens')
+    ids = tokenizer.encode(first)
+    for width, text in zip(pieces[::2], pieces[1::2]):
+        ids += [mask_id] * int(width or BLANK_WIDTH) + tokenizer.encode(text)
+    if mask_id not in ids:
+        raise UserError(f'all blanks of the template {template!r} are 0 tokens wide')
+    return ids
+
+
+def text_canvas(run, kind, text, gen_length):
+    """The ids of a 'template', or of a 'prompt' with gen_length masks behind it."""
+    T, mask_id = run.model.config.block_size, run.model.mask_id
+    if kind == 'template':
+        return template_canvas(text, run.tokenizer, mask_id)
+    given = run.tokenizer.encode(text)
+    n_masks = gen_length or T - len(given)
+    if n_masks <= 0:
+        raise UserError(f'the prompt {text[:20]!r}... is {len(given)} tokens long and fills the '
+                        f'context of {T}: shorten it, or set gen_length (ar and block models)')
+    return given + [mask_id] * n_masks
+
+
+def length_name(name, run):
+    """`name`, or for 'auto' the `length` that suits a run."""
+    one_of('length', name, ('auto', *LENGTHS))
+    head = run.settings.get('length_head', '').partition('_')[0]  # older runs have no such setting
+    if name in PREDICTED:
+        require('length', name, name == head or name in ('argmax', 'quantile'), 'another: this run '
+                f'has no such head, config/length_{name}.py trains one')
+        require('length', name, run.settings['predict_pad'], 'another: this run never saw more '
+                'masks than its answer needed, train with predict_pad')
+        require('length', name, run.objective.masks and not run.objective.block_length, 'another: '
+                'this run never saw an answer that is all masks, and cannot say where that ends')
+    usual = head or ('full' if run.settings['predict_pad'] else 'fit')
+    return usual if name == 'auto' else name
+
+
+def answer_canvases(run, prompts, settings, references=None):
+    """prompt SEP and masks for the answer and its EOS, for each of prompts, lists of ids.
+
+    Autoregression has the rest of the context and writes its own end. Other models fill all masks
+    that they get, and only those trained to predict PAD can use more than the answer needs: the
+    setting `length` says how many these are. references: lists of ids; 'reference' reads their
+    lengths, and nothing else is read. If `length` predicts, all that training had are there, and
+    crop_to_predicted() leaves as many as needed.
+    """
+    name, meta, context = length_name(settings['length'], run), run.meta, run.settings['block_size']
+    slope, more = settings['length_line']
+    fit = meta['counts']['train'].get('answer_line', (slope, more))  # older data sets have none
+    require('length', name, name != 'reference' or references is not None,
+            'another where no reference is known')
+    canvases = []
+    for i, prompt in enumerate(prompts):
+        room = context - len(prompt) - 1
+        if room < 1:
+            raise UserError(f'a prompt of {len(prompt)} tokens leaves no room for an answer: '
+                            f'block_size is {context}')
+        widths = {'ratio': int(slope * len(prompt) + more),
+                  'fit': round(fit[0] * len(prompt) + fit[1]),
+                  'reference': len(references[i]) + 1 if references else 0}
+        width = max(1, min(widths.get(name, meta['max_answer'] + 1), room))
+        width = room if run.objective.causal else width
+        canvases.append([*prompt, meta['sep_id']] + [meta['mask_id']] * width)
+    return canvases
+
+
+@torch.no_grad()
+def predict_lengths(model, x, name, quantile, eos_id):
+    """How many tokens answers will have, EOS among them, (B,) float, from one pass over a canvas.
+
+    x (B, P + W): prompts of P tokens, then W masks. 'argmax': up to the mask where EOS is most
+    probable; 'quantile': up to where the probabilities of EOS, made to sum to 1 over the W masks,
+    have summed to quantile; else what the length_head of the model says.
+    """
+    if name not in ('argmax', 'quantile'):
+        return model.length_head.predict(model, x, quantile)
+    is_mask = x == model.mask_id
+    logits = model(x, is_mask.float().mean(1, keepdim=True), where=is_mask)  # (B * W, V)
+    eos = logits.float().log_softmax(-1)[:, eos_id].view(len(x), -1)  # (B, W)
+    return eos.argmax(1) + 1.0 if name == 'argmax' else \
+        first_to_hold(eos.softmax(1).cumsum(1), quantile)
+
+
+def crop_to_predicted(run, canvases, settings):
+    """answer_canvases with no more masks than their answers are predicted to need.
+
+    The number of masks is a power of two, or all of them: canvases of one length are decoded
+    together. Returns (canvases, predicted, passes, seconds); predicted, how many tokens, is None if
+    `length` does not predict.
+    """
+    name, mask_id = length_name(settings['length'], run), run.model.mask_id
+    if run.objective.causal or name not in PREDICTED:
+        return canvases, None, 0, 0.0
+    canvases, predicted, began = list(canvases), [None] * len(canvases), time.perf_counter()
+    groups = batches(run, canvases, settings['batch_size'], same_columns=True)
+    for batch in groups:
+        x = torch.tensor([canvases[i] for i in batch], device=run.model.embed.weight.device)
+        lengths = predict_lengths(run.model, x, name, settings['length_quantile'],
+                                  run.meta['eos_id'])
+        for i, length in zip(batch, lengths.tolist()):
+            n_masks = canvases[i].count(mask_id)
+            bound = math.ceil(min(max(length, 1.0), n_masks))
+            extra = n_masks - min(1 << (bound - 1).bit_length(), n_masks)
+            canvases[i], predicted[i] = canvases[i][:len(canvases[i]) - extra], length
+    return canvases, predicted, len(groups), time.perf_counter() - began
+
+
+def make_canvases(run, prompts, settings):
+    """A canvas for each (kind, text) of prompts; passes and seconds that predicting lengths took."""
+    if run.meta['sep_id'] is None:
+        for name, usual in (('length', 'auto'), ('length_candidates', 1)):
+            require(name, settings[name], settings[name] == usual,
+                    f'{usual} for a run without answers')
+        gen_length = settings['gen_length']
+        return [text_canvas(run, kind, text, gen_length) for kind, text in prompts], 0, 0.0
+    require('gen_length', settings['gen_length'], settings['gen_length'] == 0,
+            '0 for a run on prompts and answers: length says how long an answer is')
+    require('length', settings['length'], not run.objective.causal or settings['length'] == 'auto',
+            'auto for an autoregressive model, which writes until it is done')
+    for kind, text in prompts:
+        if kind == 'template' or not text.strip():
+            raise UserError(f'{text[:20]!r} is no prompt, but this run is on prompts and answers: '
+                            'ask it by start or prompt_file')
+    canvases = answer_canvases(run, [run.tokenizer.encode(text.strip()) for _, text in prompts],
+                               settings)
+    canvases, _, *cost = crop_to_predicted(run, canvases, settings)
+    return canvases, *cost
+
+
+# ------------------------------------------------------------------------- from canvases to text
+
+
+def batches(run, canvases, batch_size, same_columns):
+    """Lists of the indices of canvases that are decoded together, batch_size of them at most.
+
+    AR takes canvases of any lengths together. Masked canvases have one length, since masks added
+    to one would change the text; in blocks, they have their masks in the same columns too.
+    """
+    groups = {}
+    for i, canvas in enumerate(canvases):
+        key = None
+        if not run.objective.causal:
+            span = canvas.index(run.model.mask_id), canvas[::-1].index(run.model.mask_id)
+            key = len(canvas), span if same_columns or run.objective.block_length else None
+        groups.setdefault(key, []).append(i)
+    return [group[k:k + batch_size] for group in groups.values()
+            for k in range(0, len(group), batch_size)]
+
+
+def decode(run, rows, settings, eos_id=None, watch=None):
+    """The fillings of rows, canvases of one length: x (rows, T), nfe, and the seconds it took.
+
+    With an eos_id, a row ends there; without, it goes on to the end of the canvas.
+    """
+    context, weight = run.model.config.block_size, run.model.embed.weight
+    if len(rows[0]) > context and not (run.objective.causal or run.objective.block_length):
+        raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
+                        f'block_size is {context}')
+    decoder = make_decoder(run.objective, settings)
+    rng = torch.Generator('cpu' if weight.device.type == 'mps' else weight.device)
+    rng.manual_seed(settings['seed'])
+    began, x = time.perf_counter(), torch.tensor(rows, device=weight.device)
+    x, nfe = run_decoder(decoder, run.model, x, rng, eos_id, watch)
+    return x.cpu(), nfe, time.perf_counter() - began
+
+
+class LogProbability:
+    """A watch that keeps log p (B, T) of each token, by the last pass that wrote it."""
+
+    def __init__(self, rows):
+        self.x = torch.tensor(rows)
+        self.log_p = torch.zeros(self.x.shape)
+
+    def __call__(self, x, nfe, where, logits):
+        x, where = x.cpu(), where.cpu()
+        new = where & (x != self.x)
+        logits = logits[new[where].to(logits.device)].float().cpu()  # (M, V)
+        self.log_p[new] = logits.log_softmax(-1).gather(-1, x[new][:, None])[:, 0]
+        self.x = x.clone()
+
+
+def complete(run, canvases, settings, eos_id=None, watch=None, log_p=False):
+    """Fills canvases of any lengths, batch by batch: [(ids, figures)] in their order, and totals.
+
+    watch sees the first batch, whose row 0 is the first canvas.
+    ids ends before an eos_id that was generated. figures: nfe, seconds and tokens_per_second of the
+    batch it was in; and with log_p, instead of watch, whether it ended, and log_p, the mean over
+    what was generated.
+    totals: tokens generated, each row's first eos_id among them; nfe; seconds.
+    """
+    done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), run.model.mask_id
+    for batch in batches(run, canvases, settings['batch_size'], settings['block_length'] > 0):
+        T = max(len(canvases[i]) for i in batch)
+        rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
+        watcher = LogProbability(rows) if log_p else watch if batch[0] == 0 else None
+        x, nfe, seconds = decode(run, rows, settings | {'seed': settings['seed'] + batch[0]},
+                                 eos_id, watcher)
+        ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]
+        written = [canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends)]
+        for k, (i, end) in enumerate(zip(batch, ends)):
+            done[i] = x[k, :end].tolist(), {'nfe': nfe, 'seconds': seconds,
+                                            'tokens_per_second': sum(written) / seconds}
+            if log_p:
+                done[i][1]['ended'] = end < len(canvases[i])
+                done[i][1]['log_p'] = watcher.log_p[k, :end + 1].sum().item() / written[k]
+        totals = tuple(a + b for a, b in zip(totals, (sum(written), nfe, seconds)))
+    return done, totals
+
+
+def end_of(ids, canvas, eos_id, mask_id):
+    """How many of ids stand before the first eos_id that was generated in place of a mask."""
+    pairs = list(zip(ids, canvas))
+    return pairs.index((eos_id, mask_id)) if (eos_id, mask_id) in pairs else len(pairs)
+
+
+def complete_best(run, canvases, settings, eos_id, watch=None):
+    """As complete(), of answer_canvases: each is tried with length_candidates lengths around it.
+
+    The answer with the highest log_p stays: it says more about the right length than that of the
+    prompt does [Mask-Predict 1904.09324, sec. 3.3]. nfe and the totals are of all that was tried.
+    """
+    n, mask_id = settings['length_candidates'], run.model.mask_id
+    if n == 1:
+        return complete(run, canvases, settings, eos_id, watch)
+    name = length_name(settings['length'], run)
+    require('length_candidates', n, watch is None, '1 to watch or save how one came')
+    require('length_candidates', n, run.objective.masks and name in ('fit', 'ratio', 'reference'),
+            "1 but for masks of a length that is not the model's to say: fit, ratio, reference")
+    tried, owners = [], []
+    for i, canvas in enumerate(canvases):
+        least, T = canvas.index(mask_id) + 1, len(canvas)
+        sizes = {min(max(T + k - n // 2, least), run.settings['block_size']) for k in range(n)}
+        tried += [canvas[:size] + [mask_id] * (size - T) for size in sizes]
+        owners += [i] * len(sizes)
+    done, totals = complete(run, tried, settings, eos_id, log_p=True)
+    best = []
+    for _, candidates in groupby(zip(owners, done), key=lambda pair: pair[0]):
+        candidates = [answer for _, answer in candidates]
+        ids, figures = max(candidates, key=lambda answer: answer[1]['log_p'])
+        best.append((ids, figures | {'nfe': sum(figures['nfe'] for _, figures in candidates)}))
+    return best, totals
+
+
+def answer(run, prompts, settings, references=None):
+    """The answers of a run to prompts, lists of ids: (answers, figures, sizes).
+
+    answers: lists of ids without SEP, EOS and PAD. figures: {column: mean over the answers}.
+    sizes (2, N): the masks that answers got, and how many they were predicted to need; (3, N) with
+    references: and what these need with their EOS. Prompts of like lengths are answered together,
+    so that few wait for others.
+    """
+    canvases = answer_canvases(run, prompts, settings, references)
+    canvases, predicted, _, took = crop_to_predicted(run, canvases, settings)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    done, (_, _, seconds) = complete_best(run, [canvases[i] for i in order], settings,
+                                          run.meta['eos_id'])
+    done = [done[k] for k in np.argsort(order)]
+    answers = [split_row(ids, run.meta)[1] for ids, _ in done]
+    masks = [canvas.count(run.model.mask_id) for canvas in canvases]
+    sizes = [masks, predicted or masks]
+    ended = [figures.get('ended', len(ids) < len(canvas))
+             for (ids, figures), canvas in zip(done, canvases)]
+    figures = {'no EOS': 1 - np.mean(ended), 'empty': np.mean([not ids for ids in answers]),
+               'nfe': np.mean([figures['nfe'] for _, figures in done]) + (predicted is not None),
+               'sentences/s': len(prompts) / (seconds + took)}
+    if references is not None:
+        sizes.append([len(ids) + 1 for ids in references])
+        ratios = [len(ids) / max(1, len(right)) for ids, right in zip(answers, references)]
+        figures = {'length ratio': np.mean(ratios)} | figures
+    return answers, {name: float(figure) for name, figure in figures.items()}, np.array(sizes)
+
+
+def first_answers(run, data, n, settings):
+    """[(prompt, reference, answer)], texts of the first n validation rows, answered greedily."""
+    prompts, references = zip(*data.pairs('val', n))
+    answers, *_ = answer(run, prompts, settings | greedy(run.objective), references)
+    return [tuple(map(run.tokenizer.decode, row)) for row in zip(prompts, references, answers)]
+
+
+def show(ids, tokenizer, mask_id):
+    """The text of ids, with a block for every mask."""
+    runs = ([*run] for _, run in groupby(ids, key=mask_id.__eq__))
+    return ''.join(MASK_SHOWN * len(run) if run[0] == mask_id else tokenizer.decode(run)
+                   for run in runs)
+
+
+def show_corruption(text, out_dir, seed):
+    """The forward process on one text: ever more of its tokens become masks, none comes back.
+
+    Its tokens are those of the run out_dir; where there is none, its letters will do.
+    """
+    chars = ''.join(sorted(set(text)))
+    meta = {'tokenizer': {'kind': 'char', 'chars': chars}, 'eos_id': None, 'mask_id': len(chars)}
+    if (Path(out_dir) / 'ckpt.pt').is_file():
+        meta = load_checkpoint(out_dir)['meta']
+    tokenizer, mask_id = load_tokenizer(meta), meta['mask_id']
+    ids = torch.tensor(tokenizer.encode(text))
+    u = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
+    for t in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        xt = torch.where(u < t, mask_id, ids)  # alpha_t = 1 - t
+        print(f't = {t:.1f}  {show(xt.tolist(), tokenizer, mask_id)}')
+
+
+def without_repeated_words(text):
+    """text with one of each word that stands twice or more in a row, in capitals or not."""
+    word = r"[^\W\d_]+(?:['’][^\W\d_]+)*"
+    return re.sub(rf"(?i)(?<![\w'’])({word})(?:\s+\1(?!['’]?\w))+", r'\1', text)
+
+
+def main():
+    settings = config.override(globals())
+    require('length_line', length_line, len(length_line) == 2, 'two numbers')
+    require('save', save, not save or Path(save).suffix in SAVERS,
+            f'a file ending in one of {", ".join(SAVERS)}')
+    require('watch', watch, not (watch and json), 'False with json')
+    if corrupt:
+        return show_corruption(corrupt, out_dir, seed)
+    run = load_run(out_dir, pick_device(device))
+    name = decoder_name(decoder, run.objective)
+    prompts = [prompt for prompt in read_prompts(start, template, prompt_file, gen_length)
+               for _ in range(num_samples)]
+    canvases, passes, took = make_canvases(run, prompts, settings)
+    recorder = None
+    if watch or save:
+        recorder = Recorder(canvases[0], run.tokenizer, run.model.mask_id, Screen() if watch else None)
+    done, (written, nfe, seconds) = complete_best(run, canvases, settings, run.meta['eos_id'],
+                                                  recorder)  # decodes batch by batch
+    for (kind, given), (ids, figures) in zip(prompts, done):
+        ids = ids if run.meta['sep_id'] is None else split_row(ids, run.meta)[1]
+        text = run.tokenizer.decode(ids)
+        text = without_repeated_words(text) if cleanup else text
+        figures['nfe'] += passes > 0  # with the one that predicted its length
+        print(dumps({kind: given, 'text': text, 'tokens': ids, **figures, 'seed': seed,
+                     'decoder': name}) if json else f'{text}\n{"-" * 80}')
+    if not json:
+        print(f'{written} tokens in {nfe + passes} passes and {seconds + took:.2f} s, '
+              f'{written / (seconds + took):,.0f} tokens/s')
+    if save:
+        about = {'title': f'{run.name}, {name}', 'objective': run.settings['objective'], **settings}
+        SAVERS[Path(save).suffix](recorder, save, about | {'decoder': name})
+
+
+# -------------------------------------------------------------------------------------- pictures
 #
-# A Recorder is an on_step that keeps how a text came about. A Screen shows it meanwhile, and the
-# save_x(recorder, path, about) write it down, about['title'] above it.
+# A Recorder is a watch that keeps how a text came about. A Screen shows it meanwhile, and the
+# save_x(recorder, path, about) write it to a file, about['title'] above it.
 
+WATCH_DELAY = 0.05     # seconds for which watch shows a step
 TOP = 5                # alternatives kept of each token
 COLUMNS = 80           # characters in a line of a picture
 FRAMES = 120           # of a GIF, at most
@@ -596,7 +1024,7 @@ MASK_COLOR, MASK_256 = '#3d4454', 240
 
 
 class Recorder:
-    """Keeps how row 0 of a canvas changed, whatever the decoder; called as its on_step.
+    """Keeps how row 0 of a canvas changed, whatever the decoder; called as its watch.
 
     steps: the canvas as it was given, then for each step {'step': 0, 1, ..., 'nfe': passes so far,
     'ids': the canvas then, 'new': what changed}, a list of {'i': position, 'id': what came there,
@@ -620,16 +1048,14 @@ class Recorder:
     def keep(self, before, ids, nfe, logits):
         """Adds a step; logits[i] (V,) are those of position i."""
         new = []
-        for i, id in enumerate(ids):
-            if id == before[i]:
-                continue
-            p, alternatives = None, []
+        for i in (i for i, id in enumerate(ids) if id != before[i]):
+            id, p, alternatives = ids[i], None, []
+            text = MASK_SHOWN if id == self.mask_id else self.tokenizer.decode([id])
             if i in logits and id != self.mask_id:
                 p_all = logits[i].float().softmax(-1).cpu()  # (V,)
                 p, best = round(p_all[id].item(), 6), p_all.topk(min(TOP, len(p_all) - 1))
                 alternatives = [[k, round(p_k, 6), self.tokenizer.decode([k])]
                                 for k, p_k in zip(best.indices.tolist(), best.values.tolist())]
-            text = MASK_SHOWN if id == self.mask_id else self.tokenizer.decode([id])
             new.append({'i': i, 'id': id, 'text': text, 'p': p, 'alternatives': alternatives})
             self.stood[i].append(visible(text))
         self.steps.append({'step': len(self.steps), 'nfe': nfe, 'ids': ids, 'new': new})
@@ -642,7 +1068,7 @@ class Recorder:
         return f'{step["ids"].count(self.mask_id)} masks left'
 
     def rewritten(self):
-        """The share of the wanted tokens that were written more than once: how much is mended."""
+        """The share of generated tokens that were written more than once: how much is mended."""
         times = Counter(new['i'] for step in self.steps[1:] for new in step['new']
                         if new['id'] != self.mask_id)
         return sum(n > 1 for n in times.values()) / self.steps[0]['ids'].count(self.mask_id)
@@ -679,8 +1105,8 @@ class Screen:
     was none, did not change then. Where there is no terminal, each step is a line of text.
     """
 
-    def __init__(self, delay):
-        self.delay, self.height, self.colors = delay, 0, {}
+    def __init__(self):
+        self.height, self.colors = 0, {}
 
     def __call__(self, r):
         columns, rows = shutil.get_terminal_size()
@@ -708,7 +1134,7 @@ class Screen:
                          + ''.join(f'\x1b[2K{line}\n' for line in lines) + '\x1b[J\x1b[?25h')
         sys.stdout.flush()
         self.height = len(lines)
-        time.sleep(self.delay)
+        time.sleep(WATCH_DELAY)
 
 
 def ramp(n):
@@ -717,14 +1143,15 @@ def ramp(n):
     return [colors.to_hex(color) for color in colormaps['viridis'](np.linspace(0.5, 1, n))]
 
 
-def draw_steps(r, shown, stood, title, size):
-    """PIL images of the canvas after each of the steps `shown`, a character being size x 2 size.
+def draw_steps(r, most, stood, title, size):
+    """PIL images of the canvas after each of `most` steps, a character being size x 2 size.
 
     Above it are the title and a bar with the colours of the steps so far.
     """
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont  # comes with matplotlib
     places, n, images = layout(stood, COLUMNS), len(r.steps) - 1, []
+    shown = np.linspace(0, n, min(n + 1, most)).round()
     font = ImageFont.truetype(f'{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf', size * 5 // 3)
     image = Image.new('RGB', (size * (COLUMNS + 2), size * 2 * (places[-1][0] + 3)), 'white')
     draw = ImageDraw.Draw(image)
@@ -752,8 +1179,7 @@ def draw_steps(r, shown, stood, title, size):
 def save_gif(r, path, about):
     """The canvas over time, at most FRAMES steps of it; the last stays for 4 seconds."""
     from PIL import Image
-    shown = np.linspace(0, len(r.steps) - 1, min(len(r.steps), FRAMES)).round()
-    frames = draw_steps(r, shown, r.stood, about['title'], 10)
+    frames = draw_steps(r, FRAMES, r.stood, about['title'], 10)
     both = np.concatenate([np.asarray(frames[0]), np.asarray(frames[-1])])  # they have all colours
     palette = Image.fromarray(both).quantize(256)
     frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
@@ -765,10 +1191,9 @@ def save_gif(r, path, about):
 def save_png(r, path, about):
     """ROWS of the steps one below the other, from masks to text; the first ROW_LINES of each."""
     from PIL import Image
-    shown = np.linspace(0, len(r.steps) - 1, min(len(r.steps), ROWS)).round()
     running = [[text.replace('⏎', ' ') for text in texts] for texts in r.stood]  # no line breaks
     rows = [np.asarray(image)[:40 * (ROW_LINES + 2)]
-            for image in draw_steps(r, shown, running, about['title'], 20)]
+            for image in draw_steps(r, ROWS, running, about['title'], 20)]
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
@@ -875,466 +1300,13 @@ def save_html(r, path, about):
 def save_jsonl(r, path, about):
     """The raw data: a header, then the given canvas and each step, as in Recorder.
 
-    rewritten in the header: the share of the wanted tokens that were written more than once.
+    rewritten in the header: the share of generated tokens that were written more than once.
     """
     header = about | {'rewritten': r.rewritten()}
     Path(path).write_text(''.join(dumps(row) + '\n' for row in [header, *r.steps]))
 
 
 SAVERS = {'.gif': save_gif, '.png': save_png, '.html': save_html, '.jsonl': save_jsonl}
-
-
-# ------------------------------------------------------------------------------ text in, text out
-
-DECODERS = {  # name: the function, and its settings beside those of draw()
-    'ar': (decode_ar, ()),
-    'ancestral': (decode_ancestral, ('steps', 'noise_schedule')),
-    'confidence': (decode_confidence, ('steps', 'order', 'counts')),
-    'threshold': (decode_threshold, ('threshold', 'order')),
-    'remask': (decode_remask, ('steps', 'order', 'counts')),
-    'remdm': (decode_ancestral, ('steps', 'noise_schedule', 'eta')),
-    'uniform': (decode_uniform, ('steps', 'noise_schedule'))}
-MASKED = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')
-SERVED_BY = {  # objective: its decoders, the usual one first, and why there are no others
-    'ar': (('ar',), 'read only what stands before a token, and never learned what a mask is'),
-    'uniform': (('uniform',), 'may change every token at every step, and none is ever a mask'),
-    **dict.fromkeys(('mdm', 'd3pm', 'block'), (
-        MASKED, 'predict what masks hide; ar and uniform read texts without any'))}
-
-
-def decoder_name(name, objective):
-    """`name`, or for 'auto' the usual decoder of this objective, if the objective can serve it."""
-    if name not in ('auto', *DECODERS):
-        raise UserError(f'decoder is {name!r}, not one of auto, {", ".join(DECODERS)}')
-    known, reason = SERVED_BY[objective]
-    if name not in ('auto', *known):
-        raise UserError(f'decoder is {name!r}, but {objective} models decode by {", ".join(known)} '
-                        f'alone: they {reason}')
-    return known[0] if name == 'auto' else name
-
-
-def pick_decoder(objective, settings, eos_id):
-    """decode(model, x, generator=..., on_step=...) as the settings ask for."""
-    s, name = settings, decoder_name(settings['decoder'], objective)
-    function, takes = DECODERS[name]
-    if name not in MASKED and (s['block_length'] or s['guidance']):
-        raise UserError(f'block_length and guidance are for masks, and {objective} models have '
-                        f'none: they {SERVED_BY[objective][1]}')
-    if objective == 'block' and s['guidance']:
-        raise UserError('guidance is for models that read the whole text twice, once with its '
-                        'beginning hidden; a block model reads what is finished only once')
-    if name in ('ancestral', 'remdm', 'uniform') and s['steps'] == 0:
-        raise UserError(f'steps is 0, one token a step, but {name} leaves to chance how many '
-                        'tokens a step writes: it must be 1 or more')
-    drawing = {k: s[k] for k in ('temperature', 'top_k', 'top_p', 'repetition_penalty')}
-    decode = partial(function, eos_id=eos_id, **{k: s[k] for k in takes}, **drawing)
-    if s['block_length'] or objective == 'block':
-        decode = partial(decode_block, inner=decode, block_length=s['block_length'],
-                         steps=s['steps'] if 'steps' in takes else None,
-                         prefix_cache=s['prefix_cache'])
-    if s['guidance']:
-        decode = partial(decode_guided, inner=decode, guidance=s['guidance'])
-    return decode
-
-
-def require(settings, *rules):
-    """Raises UserError for the first of the rules (name, fine, wanted) that is not kept."""
-    for name, fine, wanted in rules:
-        if not fine:
-            raise UserError(f'{name} is {settings[name]!r}, but it must be {wanted}')
-
-
-def check_decoding(s):
-    """Raises UserError for values that no decoder can use."""
-    require(s, ('steps', s['steps'] >= 0, '1 or more, or 0 for one token a step'),
-            ('temperature', 0 <= s['temperature'] < math.inf, '0 or more'),
-            ('top_k', s['top_k'] >= 0, '1 or more, or 0 for all'),
-            ('top_p', 0 < s['top_p'] <= 1, 'in (0, 1]'),
-            ('threshold', 0 < s['threshold'] <= 1, 'in (0, 1]'),
-            ('eta', 0 <= s['eta'] <= 1, 'in [0, 1]'),
-            ('block_length', s['block_length'] >= 0, '1 or more, or 0 for all at once'),
-            ('guidance', 0 <= s['guidance'] < math.inf, 'above 0, or 0 for none'),
-            ('repetition_penalty', 0 < s['repetition_penalty'] < math.inf, 'above 0'),
-            ('seed', abs(s['seed']) < 2 ** 63, 'of at most 63 bits'),
-            ('order', s['order'] in ORDERS, f'one of {", ".join(ORDERS)}'),
-            ('noise_schedule', s['noise_schedule'] in SCHEDULES, f'one of {", ".join(SCHEDULES)}'),
-            ('counts', s['counts'] in ('linear', 'cosine'), 'linear or cosine'),
-            ('prefix_cache', not s['prefix_cache'] or s['block_length'] > 0,
-             'off where block_length is 0: with no blocks, nothing precedes one'),
-            ('prefix_cache', not (s['prefix_cache'] and s['guidance']),
-             'off where guidance is on, which masks the very text that the cache would hold'))
-
-
-def template_canvas(template, tokenizer, mask_id):
-    """The ids of a template, mask_id in its blanks.
-
-    The text between the blanks is tokenised piece by piece: with a BPE tokenizer a word that
-    touches a blank may get other tokens than inside a text, so put blanks at spaces.
-    """
-    if not BLANK.search(template):
-        raise UserError(f'the template {template!r} has no blank: write [___], or [___:9] for 9 '
-                        'tokens')
-    ids, end = [], 0
-    for blank in BLANK.finditer(template):
-        width = int(blank[1]) if blank[1] else BLANK_WIDTH
-        ids += tokenizer.encode(template[end:blank.start()]) + [mask_id] * width
-        end = blank.end()
-    ids += tokenizer.encode(template[end:])
-    if mask_id not in ids:
-        raise UserError(f'all blanks of the template {template!r} are 0 tokens wide')
-    return ids
-
-
-def show(ids, tokenizer, mask_id):
-    """The text of ids, with a block for every mask."""
-    runs = ([*run] for _, run in groupby(ids, key=mask_id.__eq__))
-    return ''.join(MASK_SHOWN * len(run) if run[0] == mask_id else tokenizer.decode(run)
-                   for run in runs)
-
-
-def show_corruption(text, out_dir, seed):
-    """The forward process on one text: ever more of its tokens become masks, none comes back.
-
-    Its tokens are those of the run out_dir; where there is none, its letters will do.
-    """
-    chars = ''.join(sorted(set(text)))
-    meta = {'tokenizer': {'kind': 'char', 'chars': chars}, 'eos_id': None, 'mask_id': len(chars)}
-    if (Path(out_dir) / 'ckpt.pt').is_file():
-        meta = load_checkpoint(out_dir)['meta']
-    tokenizer, mask_id = load_tokenizer(meta), meta['mask_id']
-    ids = torch.tensor(tokenizer.encode(text))
-    u = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
-    for t in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-        xt = torch.where(u < t, mask_id, ids)  # alpha_t = 1 - t
-        print(f't = {t:.1f}  {show(xt.tolist(), tokenizer, mask_id)}')
-
-
-def make_canvas(model, tokenizer, kind, text, gen_length):
-    """The ids of one canvas: a 'template', or a 'prompt' with gen_length masks behind it."""
-    T, mask_id = model.config.block_size, model.mask_id
-    if kind == 'template':
-        return template_canvas(text, tokenizer, mask_id)
-    given = tokenizer.encode(text)
-    length = gen_length or T - len(given)
-    if length <= 0:
-        raise UserError(f'the prompt {text[:20]!r}... is {len(given)} tokens long and fills the '
-                        f'context of {T}: shorten it, or set gen_length (ar and block models)')
-    return given + [mask_id] * length
-
-
-def what_is_asked(settings):
-    """[(kind, text)], kind 'prompt' or 'template': of start, template or the lines of prompt_file.
-
-    A line with a blank is a template; empty lines are skipped.
-    """
-    start, template, path = (settings[k] for k in ('start', 'template', 'prompt_file'))
-    if not path:
-        if template and (start or settings['gen_length']):
-            raise UserError('a template says itself what is given and how much is wanted: '
-                            'leave out start and gen_length')
-        return [('template', template) if template else ('prompt', start)]
-    if start or template:
-        raise UserError('prompt_file says what is given: leave out start and template')
-    if path != '-' and not os.path.isfile(path):
-        raise UserError(f'there is no prompt_file {path!r} (- reads prompts from stdin)')
-    try:
-        text = sys.stdin.read() if path == '-' else Path(path).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as e:
-        raise UserError(f'prompt_file {path!r} is not a text in UTF-8 ({e.reason})') from e
-    lines = [line for line in text.split('\n') if line.strip()]
-    if not lines:
-        raise UserError(f'prompt_file {path!r} is empty: write a prompt or a template on each line')
-    return [('template' if BLANK.search(line) else 'prompt', line) for line in lines]
-
-
-def check_asked(asked, settings, objective):
-    """Raises UserError for what a model of prompts and answers cannot be asked."""
-    require(settings, ('gen_length', settings['gen_length'] == 0,
-                       '0 for a run on prompts and answers: length says how long an answer is'),
-            ('length', objective != 'ar' or settings['length'] == 'auto',
-             'auto for an ar model, which writes until it is done'))
-    for kind, text in asked:
-        if kind == 'template':
-            raise UserError(f'{text[:20]!r}... is a template, but this run is on prompts and '
-                            'answers: give it a prompt')
-        if not text.strip():
-            raise UserError('this run is on prompts and answers: ask it by start or prompt_file')
-
-
-def split_row(ids, meta):
-    """(prompt, answer) of a row: the ids before SEP, and those behind it up to EOS, without PAD."""
-    middle, special = ids.index(meta['sep_id']), (meta['sep_id'], meta['pad_id'])
-    answer = ids[middle + 1:]
-    answer = answer[:answer.index(meta['eos_id'])] if meta['eos_id'] in answer else answer
-    return ids[:middle], [i for i in answer if i not in special]
-
-
-def length_name(name, run):
-    """`name`, or for 'auto' the `length` that suits `run`, the settings of training."""
-    if name not in ('auto', *LENGTHS):
-        raise UserError(f'length is {name!r}, not one of auto, {", ".join(LENGTHS)}')
-    head = run.get('length_head', '').partition('_')[0]  # older runs have no such setting
-    if name in PREDICTED[2:] and name != head:
-        raise UserError(f'length is {name!r}, but this run has no such head: '
-                        f'config/length_{name}.py trains one')
-    if name in PREDICTED and not run['predict_pad']:
-        raise UserError(f'length is {name!r}, but this run never saw more masks than its answer '
-                        'needed: train with predict_pad')
-    if name in PREDICTED and run['objective'] in ('uniform', 'block'):
-        raise UserError(f'length is {name!r}, but a run of {run["objective"]} never saw an answer '
-                        'that is all masks: it cannot say where that ends')
-    return head or ('full' if run['predict_pad'] else 'fit') if name == 'auto' else name
-
-
-def row_canvases(prompts, run, meta, settings, answers=None):
-    """prompt SEP and masks for the answer and its EOS, for each of prompts, lists of ids.
-
-    run: the settings of training. Autoregression has the rest of the context and writes its own
-    end. Masked diffusion is told how many tokens it can write, and only if it was trained to
-    predict PAD does it know what to do with more than the answer needs. `length` is 'full', the
-    number in training; 'ratio' or 'fit', by the length of the prompt, fit as training has it on
-    average; or 'reference', what the right answer needs, which is all that answers, lists of ids,
-    are read for. Where it is to be predicted, it is that of 'full', for shortened() to cut.
-    """
-    name = length_name(settings['length'], run)
-    ratio, extra = settings['length_ratio'], settings['length_extra']
-    line = meta['counts']['train'].get('answer_line', (ratio, extra))  # older data have none
-    require(settings, ('length_ratio', 0 <= ratio < math.inf, '0 or more'),
-            ('length', name != 'reference' or answers is not None,
-             'another where no right answer is known'))
-    canvases = []
-    for i, prompt in enumerate(prompts):
-        room = width = run['block_size'] - len(prompt) - 1
-        if room < 1:
-            raise UserError(f'a prompt of {len(prompt)} tokens leaves no room for an answer: '
-                            f'block_size is {run["block_size"]}')
-        if run['objective'] != 'ar':
-            width = {'ratio': int(ratio * len(prompt)) + extra,
-                     'fit': round(line[0] * len(prompt) + line[1]),
-                     'reference': len(answers[i]) + 1 if answers else 0}.get(
-                         name, meta['max_answer'] + 1)
-        masks = [meta['mask_id']] * max(1, min(width, room))
-        canvases.append([*prompt, meta['sep_id'], *masks])
-    return canvases
-
-
-@torch.no_grad()
-def predict_lengths(model, x, name, quantile, eos_id):
-    """How many tokens answers will have, EOS among them, (B,) float, from one pass over a canvas.
-
-    x (B, P + W): prompts of P tokens, then W masks. 'argmax': up to the mask whose chance to become
-    an EOS is the largest; 'quantile': up to where the chances, made to sum to 1 over the W masks,
-    have summed to quantile; else what the length_head of the model says.
-    """
-    if name not in ('argmax', 'quantile'):
-        return model.length_head.predict(model, x, quantile)
-    is_mask = x == model.mask_id
-    logits = model(x, is_mask.float().mean(1, keepdim=True), where=is_mask)  # (B * W, V)
-    eos = logits.float().log_softmax(-1)[:, eos_id].view(len(x), -1)  # (B, W)
-    return eos.argmax(1) + 1.0 if name == 'argmax' else \
-        first_to_hold(eos.softmax(1).cumsum(1), quantile)
-
-
-def shortened(model, canvases, run, meta, settings):
-    """canvases of row_canvases with no more masks than their answers are predicted to need.
-
-    That is a power of two, or all; of lengths that differ, few could be decoded together. Returns
-    (canvases, predicted, passes, seconds); predicted, how many tokens, is None if `length` does
-    not predict.
-    """
-    name, mask_id = length_name(settings['length'], run), model.mask_id
-    require(settings, ('length_quantile', 0 < settings['length_quantile'] <= 1, 'in (0, 1]'))
-    if run['objective'] == 'ar' or name not in PREDICTED:
-        return canvases, None, 0, 0.0
-    canvases, predicted, began = list(canvases), [None] * len(canvases), time.perf_counter()
-    groups = batches(canvases, run['objective'], mask_id, settings['batch_size'], block_length=1)
-    for batch in groups:
-        x = torch.tensor([canvases[i] for i in batch], device=model.embed.weight.device)
-        lengths = predict_lengths(model, x, name, settings['length_quantile'], meta['eos_id'])
-        for i, length in zip(batch, lengths.tolist()):
-            n_masks = canvases[i].count(mask_id)
-            bound = math.ceil(min(max(length, 1.0), n_masks))
-            extra = n_masks - min(1 << (bound - 1).bit_length(), n_masks)
-            canvases[i], predicted[i] = canvases[i][:len(canvases[i]) - extra], length
-    return canvases, predicted, len(groups), time.perf_counter() - began
-
-
-def canvases_of(asked, model, tokenizer, checkpoint, settings):
-    """Canvases, one for each (kind, text) of asked; passes and seconds that their lengths took."""
-    run, meta = checkpoint['config'], checkpoint['meta']
-    if meta['sep_id'] is None:
-        require(settings, *((name, settings[name] == usual, f'{usual} for a run without answers')
-                            for name, usual in (('length', 'auto'), ('length_candidates', 1))))
-        return [make_canvas(model, tokenizer, kind, text, settings['gen_length'])
-                for kind, text in asked], 0, 0.0
-    check_asked(asked, settings, run['objective'])
-    prompts = [tokenizer.encode(text.strip()) for _, text in asked]
-    canvases = row_canvases(prompts, run, meta, settings)
-    canvases, _, *cost = shortened(model, canvases, run, meta, settings)
-    return canvases, *cost
-
-
-def generate(model, objective, rows, settings, eos_id=None, on_step=ignore):
-    """The fillings of rows, canvases of one length: x (rows, T), nfe, and the seconds it took.
-
-    With an eos_id, a row ends there; without, it goes on to the end of the canvas.
-    """
-    check_decoding(settings)
-    if objective not in ('ar', 'block') and len(rows[0]) > model.config.block_size:
-        raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
-                        f'block_size is {model.config.block_size}')
-    device = model.embed.weight.device
-    generator = torch.Generator('cpu' if device.type == 'mps' else device)
-    generator.manual_seed(settings['seed'])
-    decode = pick_decoder(objective, settings, eos_id)
-    began = time.perf_counter()
-    x, nfe = decode(model, torch.tensor(rows, device=device), generator=generator, on_step=on_step)
-    return x.cpu(), nfe, time.perf_counter() - began
-
-
-def batches(canvases, objective, mask_id, batch_size, block_length):
-    """Lists of the indices of canvases that are decoded together, batch_size of them at most.
-
-    AR takes canvases of any lengths together. Masked canvases have one length, since masks added
-    to one would change the text; in blocks, they are wanted in the same columns too.
-    """
-    groups = {}
-    for i, canvas in enumerate(canvases):
-        key = None
-        if objective != 'ar':
-            span = canvas.index(mask_id), canvas[::-1].index(mask_id)
-            key = len(canvas), span if block_length or objective == 'block' else None
-        groups.setdefault(key, []).append(i)
-    return [group[k:k + batch_size] for group in groups.values()
-            for k in range(0, len(group), batch_size)]
-
-
-def end_of(ids, canvas, eos_id, mask_id):
-    """How many of ids stand before the first eos_id that was written in place of a mask."""
-    pairs = list(zip(ids, canvas))
-    return pairs.index((eos_id, mask_id)) if (eos_id, mask_id) in pairs else len(pairs)
-
-
-class Certainty:
-    """An on_step that keeps log p (B, T) of each token, as the pass that wrote it last had it."""
-
-    def __init__(self, rows):
-        self.x = torch.tensor(rows)
-        self.log_p = torch.zeros(self.x.shape)
-
-    def __call__(self, x, nfe, where, logits):
-        x, where = x.cpu(), where.cpu()
-        new = where & (x != self.x)
-        logits = logits[new[where].to(logits.device)].float().cpu()  # (M, V)
-        self.log_p[new] = logits.log_softmax(-1).gather(-1, x[new][:, None])[:, 0]
-        self.x = x.clone()
-
-
-def complete(model, objective, canvases, settings, eos_id=None, on_step=ignore, certainty=False):
-    """Fills canvases of any lengths, batch by batch: [(ids, figures)] in their order, and totals.
-
-    on_step sees the first batch, whose row 0 is the first canvas.
-    ids ends before an eos_id that was written. figures: nfe, seconds and tokens_per_second of the
-    batch it was in; and with certainty, instead of on_step, whether it ended, and log_p, the mean
-    over what was written.
-    totals: tokens written, each row's first eos_id among them; nfe; seconds.
-    """
-    done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), model.mask_id
-    for batch in batches(canvases, objective, mask_id, settings['batch_size'],
-                         settings['block_length']):
-        T = max(len(canvases[i]) for i in batch)
-        rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
-        how = settings | {'seed': settings['seed'] + batch[0]}
-        watcher = Certainty(rows) if certainty else on_step if batch[0] == 0 else ignore
-        x, nfe, seconds = generate(model, objective, rows, how, eos_id, watcher)
-        ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]
-        written = [canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends)]
-        figures = {'nfe': nfe, 'seconds': seconds, 'tokens_per_second': sum(written) / seconds}
-        for k, (i, ids, end) in enumerate(zip(batch, x.tolist(), ends)):
-            done[i] = ids[:end], figures | ({} if not certainty else {
-                'ended': end < len(canvases[i]),
-                'log_p': watcher.log_p[k, :end + 1].sum().item() / written[k]})
-        totals = tuple(a + b for a, b in zip(totals, (sum(written), nfe, seconds)))
-    return done, totals
-
-
-def complete_rows(model, run, canvases, settings, eos_id, on_step=ignore):
-    """As complete(), of canvases of row_canvases: each is tried with length_candidates lengths.
-
-    The answer with the highest log_p stays: it says more about the right length than that of the
-    prompt does [Mask-Predict 1904.09324, sec. 3.3]. nfe and the totals are of all that was tried.
-    """
-    n, mask_id = settings['length_candidates'], model.mask_id
-    require(settings, ('length_candidates', n >= 1, '1 or more'))
-    if n == 1:
-        return complete(model, run['objective'], canvases, settings, eos_id, on_step)
-    told = run['objective'] not in ('ar', 'uniform') and \
-        length_name(settings['length'], run) in ('fit', 'ratio', 'reference')
-    require(settings, ('length_candidates', on_step is ignore, '1 to watch or save how one came'),
-            ('length_candidates', told, '1 but for masks of a length that is not the '
-             "model's to say: fit, ratio, reference"))
-    owners, tried = [], []
-    for i, canvas in enumerate(canvases):
-        least, T = canvas.index(mask_id) + 1, len(canvas)
-        sizes = {min(max(T + k - n // 2, least), run['block_size']) for k in range(n)}
-        owners += [i] * len(sizes)
-        tried += [canvas[:size] + [mask_id] * (size - T) for size in sizes]
-    done, totals = complete(model, run['objective'], tried, settings, eos_id, certainty=True)
-    best, passes = {}, Counter()
-    for i, answer in zip(owners, done):
-        passes[i] += answer[1]['nfe']
-        if i not in best or answer[1]['log_p'] > best[i][1]['log_p']:
-            best[i] = answer
-    return [(ids, figures | {'nfe': passes[i]}) for i, (ids, figures) in best.items()], totals
-
-
-def without_repeated_words(text):
-    """text with one of each word that stands twice or more in a row, in capitals or not."""
-    word = r"[^\W\d_]+(?:['’][^\W\d_]+)*"
-    return re.sub(rf"(?i)(?<![\w'’])({word})(?:\s+\1(?!['’]?\w))+", r'\1', text)
-
-
-def main():
-    settings = config.override(globals())
-    check_decoding(settings)
-    require(settings, *((name, settings[name] >= 1, '1 or more')
-                        for name in ('num_samples', 'batch_size')),
-            ('gen_length', 0 <= gen_length < 10 ** 6, '1 to 999,999, as for a blank of a template, '
-             'or 0 to fill the context'))
-    require(settings, ('save', not save or Path(save).suffix in SAVERS,
-                       f'a file ending in one of {", ".join(SAVERS)}'),
-            ('watch', not (watch and json), 'False with json'))
-    if corrupt:
-        return show_corruption(corrupt, out_dir, seed)
-    place = pick_device(device)
-    checkpoint = load_checkpoint(out_dir, place)
-    model, meta = load_model(checkpoint, place), checkpoint['meta']
-    tokenizer, objective = load_tokenizer(meta), checkpoint['config']['objective']
-    asked = [question for question in what_is_asked(settings) for _ in range(num_samples)]
-    canvases, passes, took = canvases_of(asked, model, tokenizer, checkpoint, settings)
-    recorder = Recorder(canvases[0], tokenizer, model.mask_id,
-                        Screen(watch_delay) if watch else None)
-    done, (written, nfe, seconds) = complete_rows(model, checkpoint['config'], canvases, settings,
-                                                  meta['eos_id'],
-                                                  recorder if watch or save else ignore)
-    nfe, seconds = nfe + passes, seconds + took
-    for (kind, given), (ids, figures) in zip(asked, done):
-        ids = ids if meta['sep_id'] is None else split_row(ids, meta)[1]
-        text = tokenizer.decode(ids)
-        text = without_repeated_words(text) if cleanup else text
-        if json:
-            print(dumps({kind: given, 'text': text, 'tokens': ids, **figures, 'seed': seed,
-                         'nfe': figures['nfe'] + (passes > 0),  # with the one that predicts
-                         'decoder': decoder_name(decoder, objective)}))
-        else:
-            print(text, '-' * 80, sep='\n')
-    if not json:
-        print(f'{written} tokens in {nfe} passes and {seconds:.2f} s, '
-              f'{written / seconds:,.0f} tokens/s')
-    if save:
-        name = decoder_name(decoder, objective)
-        about = {'title': f'{Path(out_dir).name}, {name}', 'objective': objective, **settings}
-        SAVERS[Path(save).suffix](recorder, save, about | {'decoder': name})
 
 
 if __name__ == '__main__':

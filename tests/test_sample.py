@@ -27,31 +27,63 @@ import config
 import prepare
 import sample
 from config import UserError
-from model import (ModelConfig, Transformer, ar_token_nll, load_checkpoint, load_model,
-                   ordered_nll)
-from sample import (decode_ancestral, decode_ar, decode_block, decode_confidence, decode_guided,
-                    decode_remask, decode_threshold, decode_uniform, draw, filter_logits)
+from model import MaskedDiffusion, ModelConfig, Transformer, make_objective
+from sample import BlockCached, PrefixCached, filter_logits
 
 REPOSITORY = Path(__file__).parents[1]
 ORDERS = ('max_prob', 'margin', 'entropy', 'random')
-DECODERS = {'ar': lambda model, x, steps, **rest: decode_ar(model, x, **rest),
-            'ancestral-linear': partial(decode_ancestral, noise_schedule='linear'),
-            'ancestral-cosine': partial(decode_ancestral, noise_schedule='cosine'),
-            'remdm-linear': partial(decode_ancestral, eta=0.3),
-            'remdm-cosine': partial(decode_ancestral, noise_schedule='cosine', eta=1.0),
-            **{f'{name}-{order}-{counts}': partial(decode, order=order, counts=counts)
-               for name, decode in (('confidence', decode_confidence), ('remask', decode_remask))
+
+
+def decoded(decoder, model, x, *, generator, eos_id=None, on_step=None, **settings):
+    """(x, nfe) of run_decoder; on_step gets copies of x, to keep."""
+    def watch(x, *step):
+        on_step(x.clone(), *step)
+
+    return sample.run_decoder(partial(decoder, **settings), model, x, generator, eos_id,
+                              watch if on_step else None)
+
+
+def blocks(model, x, to_generate, rng, *, inner, block_length, steps=None, prefix_cache=False,
+           **settings):
+    """decode_blocks with a decoder that is given its settings here."""
+    cached = BlockCached if model.config.block_length else PrefixCached if prefix_cache else None
+    return sample.decode_blocks(model, x, to_generate, rng, inner=partial(inner, **settings),
+                                block_length=model.config.block_length or block_length,
+                                steps=steps, cached=cached)
+
+
+def guided(model, x, to_generate, rng, *, inner, guidance, **settings):
+    """decode_guided with a decoder that is given its settings here."""
+    return sample.decode_guided(model, x, to_generate, rng, inner=partial(inner, **settings),
+                                guidance=guidance)
+
+
+# The decoders, and each of them run to its end
+ar, ancestral, confidence, threshold, remask, remdm, uniform = sample.DECODERS.values()
+(decode_ar, decode_ancestral, decode_confidence, decode_threshold, decode_remask, decode_remdm,
+ decode_uniform) = (partial(decoded, decoder) for decoder in sample.DECODERS.values())
+decode_blocks, decode_guided = partial(decoded, blocks), partial(decoded, guided)
+
+DECODERS = {'ar': lambda model, x, to_generate, rng, steps, **rest: ar(
+                model, x, to_generate, rng, **rest),
+            'ancestral-linear': partial(ancestral, noise_schedule='linear'),
+            'ancestral-cosine': partial(ancestral, noise_schedule='cosine'),
+            'remdm-linear': partial(remdm, eta=0.3),
+            'remdm-cosine': partial(remdm, noise_schedule='cosine', eta=1.0),
+            **{f'{name}-{order}-{counts}': partial(decoder, order=order, counts=counts)
+               for name, decoder in (('confidence', confidence), ('remask', remask))
                for order in ORDERS for counts in ('linear', 'cosine')},
-            **{f'threshold-{order}': lambda model, x, steps, order=order, **rest: decode_threshold(
-                model, x, threshold=0.4, order=order, **rest) for order in ORDERS}}
+            **{f'threshold-{order}': lambda model, x, to_generate, rng, steps, order=order, **rest:
+               threshold(model, x, to_generate, rng, threshold=0.4, order=order, **rest)
+               for order in ORDERS}}
 for name in ('ancestral-linear', 'remdm-linear', 'confidence-max_prob-linear',
              'remask-margin-cosine', 'threshold-max_prob'):
-    DECODERS[f'block-{name}'] = partial(decode_block, inner=DECODERS[name], block_length=3)
-    DECODERS[f'cached-{name}'] = partial(decode_block, inner=DECODERS[name], block_length=3,
+    DECODERS[f'block-{name}'] = partial(blocks, inner=DECODERS[name], block_length=3)
+    DECODERS[f'cached-{name}'] = partial(blocks, inner=DECODERS[name], block_length=3,
                                          prefix_cache=True)
-    DECODERS[f'guided-{name}'] = partial(decode_guided, inner=DECODERS[name], guidance=1.5)
-DECODERS['guided-block'] = partial(decode_guided, guidance=0.5, inner=partial(
-    decode_block, inner=decode_confidence, block_length=2))
+    DECODERS[f'guided-{name}'] = partial(guided, inner=DECODERS[name], guidance=1.5)
+DECODERS['guided-block'] = partial(guided, guidance=0.5, inner=partial(
+    blocks, inner=confidence, block_length=2))
 TAKES_BACK = [name for name in DECODERS if 'remdm' in name or 'remask' in name]
 repeatable = partial(settings, deadline=None, derandomize=True)
 
@@ -102,11 +134,20 @@ def tally(x):
     return collections.Counter(map(tuple, x.tolist()))
 
 
-# draw
+# sample_token
+
+
+def draw(logits, seen=None, *, generator, **sampling):
+    """sample_token, for rows of text that hold the tokens `seen` (M, V) bool and masks."""
+    M, V = logits.shape
+    x = torch.full((M, V), V - 1) if seen is None else torch.where(seen, torch.arange(V), V - 1)
+    where = torch.arange(V).expand(M, V) == 0
+    return sample.sample_token(logits, x, where, generator, **sampling)
+
 
 
 def distribution(logits, seen, temperature, top_k, top_p, repetition_penalty):
-    """What draw should draw from, in plain numpy: penalty, temperature, top_k, top_p, in turn."""
+    """What sample_token samples from, in plain numpy: penalty, temperature, top_k, top_p."""
     z = np.array(logits, dtype=float)
     for i in np.flatnonzero(seen):
         z[i] = z[i] / repetition_penalty if z[i] > 0 else z[i] * repetition_penalty
@@ -129,7 +170,7 @@ def test_frequencies_are_those_of_the_closed_form(drawing):
     logits, seen = [1.2, -0.4, 0.9, -8.0, 0.1, -math.inf], [True, True, False, False, True, False]
     drawing = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'repetition_penalty': 1.0} | drawing
     token, _ = draw(torch.tensor([logits] * 200_000),
-                    lambda: torch.tensor([seen] * 200_000), generator=noise_source(), **drawing)
+                    torch.tensor([seen] * 200_000), generator=noise_source(), **drawing)
     expected = distribution(logits, seen, **drawing)
     assert p_value(collections.Counter(token.tolist()), expected) > 1e-4
     assert (3 in expected) == (5 not in expected and drawing['top_k'] == 0
@@ -169,7 +210,8 @@ def test_top_k_and_top_p_keep_exactly_the_right_set(logits, top_k, top_p, seed):
 def test_temperature_0_takes_the_likeliest_token_after_the_penalty(seed, penalty):
     logits = torch.randn(4, 6, generator=noise_source(seed))
     seen = torch.rand(4, 6, generator=noise_source(seed + 1)) < 0.5
-    token, _ = draw(logits, lambda: seen, generator=noise_source(), temperature=0,
+    seen[:, -1] = False  # the mask's row
+    token, _ = draw(logits, seen, generator=noise_source(), temperature=0,
                     repetition_penalty=penalty)
     for row, z in enumerate(logits.double().numpy()):
         z = np.where(seen[row], np.where(z > 0, z / penalty, z * penalty), z)
@@ -185,7 +227,7 @@ def test_the_probability_is_the_models_own():
     p = np.exp(logits.double().numpy())
     p /= p.sum(1, keepdims=True)
     for temperature in (0, 0.2, 1.0, 4.0):
-        token, probability = draw(logits, lambda: seen, generator=noise_source(), top_k=4,
+        token, probability = draw(logits, seen, generator=noise_source(), top_k=4,
                                   temperature=temperature, top_p=0.8, repetition_penalty=1.7)
         assert probability.numpy() == pytest.approx(p[np.arange(50), token.numpy()], rel=1e-5)
 
@@ -220,7 +262,7 @@ def canvases(draw_from, max_rows=3):
 def test_every_decoder_keeps_its_promises(decoder, x, steps, seed, drawing):
     model, canvas, recorded, calls = model_for(decoder), x.clone(), [], []
     hook = model.register_forward_hook(lambda *_: calls.append(1))
-    decode = partial(DECODERS[decoder], model, x, steps=steps, **drawing)
+    decode = partial(decoded, DECODERS[decoder], model, x, steps=steps, **drawing)
     y, nfe = decode(generator=noise_source(seed),
                     on_step=lambda x, nfe, where, logits: recorded.append((x.clone(), nfe, where)))
     hook.remove()
@@ -271,7 +313,7 @@ def test_on_step_is_told_what_was_predicted(decoder):
         assert torch.allclose(logits[:, :MASK], whole[where][:, :MASK], atol=1e-4)
         assert (logits[:, MASK] == -torch.inf).all()
 
-    DECODERS[decoder](model, x, steps=5, generator=noise_source(), on_step=check)
+    decoded(DECODERS[decoder], model, x, steps=5, generator=noise_source(), on_step=check)
     assert seen >= (x == MASK).sum()
 
 
@@ -283,7 +325,7 @@ def test_on_step_is_told_what_was_predicted(decoder):
 def test_a_greedy_row_does_not_depend_on_the_others(decoder, x, steps):
     if re.match('block|cached', decoder):  # rows of a batch share their blocks
         x[:, 0] = x[:, -1] = MASK
-    decode = partial(DECODERS[decoder], model_for(decoder), steps=steps, temperature=0,
+    decode = partial(decoded, DECODERS[decoder], model_for(decoder), steps=steps, temperature=0,
                      repetition_penalty=1.2, generator=noise_source())
     together, _ = decode(x)
     alone = torch.cat([decode(row[None])[0] for row in x])
@@ -360,9 +402,8 @@ def test_remdm_follows_its_chain_step_by_step(N, schedule, eta, start):
     """After every step; and the share of masks is 1 - alpha, whatever eta is."""
     model = tiny_model(V=LETTERS + 1, T=LENGTH, seed=7, time_cond=True)
     recorded = [torch.tensor([start] * ROWS)]
-    y, _ = decode_ancestral(model, recorded[0], steps=N, noise_schedule=schedule, eta=eta,
-                            generator=noise_source(N + 1),
-                            on_step=lambda x, *_: recorded.append(x.clone()))
+    y, _ = decode_remdm(model, recorded[0], steps=N, noise_schedule=schedule, eta=eta,
+                        generator=noise_source(N + 1), on_step=lambda x, *_: recorded.append(x))
     assert len(recorded) == N + 1 and torch.equal(recorded[-1], y)
     moves = [tally(torch.cat(pair, dim=1)) for pair in zip(recorded, recorded[1:])]
 
@@ -389,7 +430,7 @@ def test_remdm_follows_its_chain_step_by_step(N, schedule, eta, start):
 def test_blocks_of_the_reverse_process_follow_their_chains(eta):
     """Blocks of 2 and 1, with 3 and 2 of 5 steps; t is of the canvas, with the masks to come."""
     model = tiny_model(V=LETTERS + 1, T=LENGTH, seed=7, time_cond=True)
-    y, _ = decode_block(model, torch.tensor([BLANK_ROW] * ROWS), inner=decode_ancestral, eta=eta,
+    y, _ = decode_blocks(model, torch.tensor([BLANK_ROW] * ROWS), inner=remdm, eta=eta,
                         block_length=2, steps=5, generator=noise_source(3))
     steps = [partial(reverse_step, model, 1 - n / 3, 1 - (n - 1) / 3, 1.0, eta=eta,
                      fillable=(0, 1), t=1 - (1 - n / 3) * 2 / 3) for n in (3, 2, 1)]
@@ -442,7 +483,7 @@ def test_d3pm_may_predict_the_mask(time_cond, N, schedule):
     recorded = []
     y, _ = decode_ancestral(model, torch.tensor([BLANK_ROW] * ROWS), steps=N,
                             noise_schedule=schedule, generator=noise_source(N),
-                            on_step=lambda x, *_: recorded.append(x.clone()))
+                            on_step=lambda x, *_: recorded.append(x))
     states, alpha = {BLANK_ROW: 1.0}, ALPHA[schedule]
     for n in range(N, 0, -1):
         after = collections.Counter()
@@ -459,15 +500,15 @@ def test_d3pm_may_predict_the_mask(time_cond, N, schedule):
         model.config.subs = True
         first = []
         decode_ancestral(model, torch.tensor([BLANK_ROW] * ROWS), steps=N, noise_schedule=schedule,
-                         generator=noise_source(N), on_step=lambda x, *_: first.append(x.clone()))
+                         generator=noise_source(N), on_step=lambda x, *_: first.append(x))
         assert (first[-2] == LETTERS).sum() < (recorded[-2] == LETTERS).sum()
 
 
 @pytest.mark.parametrize('decoder', [
     partial(decode_confidence, steps=4), partial(decode_threshold, threshold=0.5),
-    partial(decode_remask, steps=4), partial(decode_ancestral, steps=6, eta=0.3),
+    partial(decode_remask, steps=4), partial(decode_remdm, steps=6, eta=0.3),
     partial(decode_ancestral, steps=6), partial(decode_guided, guidance=1.0, inner=partial(
-        decode_ancestral, steps=6)), partial(decode_block, inner=decode_ancestral, steps=6,
+        ancestral, steps=6)), partial(decode_blocks, inner=ancestral, steps=6,
                                              block_length=2, prefix_cache=True)])
 def test_no_mask_is_left_where_the_mask_may_be_predicted(decoder):
     model = may_predict_masks(tiny_model(seed=2))
@@ -520,7 +561,7 @@ class Optimal:
 
     def __init__(self, p):
         self.p, self.mask_id = p, UNIFORM_K  # p (K, K), of texts of two tokens
-        self.config = ModelConfig(UNIFORM_K + 1, 2)
+        self.config, self.embed = ModelConfig(UNIFORM_K + 1, 2), None
 
     def __call__(self, x, t, *, where):
         alpha, both = 1 - t[0, 0].item(), torch.empty(len(x), 2, UNIFORM_K + 1)
@@ -551,7 +592,8 @@ def test_the_best_uniform_model_writes_the_texts_it_knows():
                                          {'repetition_penalty': 1.5, 'top_p': 0.8}]))
 def test_uniform_keeps_its_promises(x, steps, seed, eos, drawing):
     model, canvas, recorded, calls = model_for('mdm'), x.clone(), [], []
-    hook = model.register_forward_hook(lambda _, words, out: calls.append((words, out)))
+    hook = model.register_forward_hook(
+        lambda _, words, out: calls.append(([word.clone() for word in words], out)))
     decode = partial(decode_uniform, model, x, steps=steps, eos_id=eos, **drawing)
     y, nfe = decode(generator=noise_source(seed), on_step=lambda *step: recorded.append(step))
     hook.remove()
@@ -656,7 +698,7 @@ def test_remask_keeps_the_surest_of_old_and_new():
     """Three steps, the distribution after each; what was kept before may be masked again."""
     model, recorded = tiny_model(V=LETTERS + 1, T=LENGTH, seed=14, pos='learned'), []
     decode_remask(model, torch.tensor([BLANK_ROW] * ROWS), steps=3, generator=noise_source(1),
-                  on_step=lambda x, *_: recorded.append(x.clone()))
+                  on_step=lambda x, *_: recorded.append(x))
     for n in (1, 2, 3):
         right = collections.Counter()
         states = chain([partial(remask_step, model, keep) for keep in range(1, n + 1)],
@@ -862,7 +904,7 @@ def test_blocks_agree_with_a_naive_loop(block_length, steps):
     """They begin at the first mask; each has its share of the steps, one at least."""
     model, x = tiny_model(seed=5, **WIDE), wide_canvas(2, 4, 0.6)
     x[:, :3], x[:, [3, 14]], x[:, 15] = 1, WIDE_MASK, 2
-    y, _ = decode_block(model, x, inner=decode_confidence, block_length=block_length, steps=steps,
+    y, _ = decode_blocks(model, x, inner=confidence, block_length=block_length, steps=steps,
                         temperature=0, generator=noise_source())
     shares = np.diff([steps * min(i * block_length, 12) // 12 for i in range(99)])
     for row, result in zip(x.tolist(), y.tolist()):
@@ -879,23 +921,25 @@ def test_blocks_agree_with_a_naive_loop(block_length, steps):
 def test_the_steps_of_blocks_add_up(T, block_length, steps):
     spent, wholes = [], []
 
-    def inner(model, x, *, wanted, steps, generator, on_step):
+    def inner(model, x, to_generate, rng, *, steps):
         spent.append(steps)
-        wholes.append(wanted[0].nonzero()[:, 0].tolist())
-        return torch.where(wanted, 0, x), 1
+        wholes.append(to_generate[0].nonzero()[:, 0].tolist())
+        logits = model(x, where=to_generate)
+        x[to_generate] = 0
+        yield to_generate, logits
 
-    y, nfe = decode_block(COUNTED, torch.full((2, T), WIDE_MASK), inner=inner, steps=steps,
-                          block_length=block_length, generator=None)
-    blocks = math.ceil(T / block_length)
-    assert not y.any() and nfe == len(spent) == blocks
+    y, nfe = decode_blocks(COUNTED, torch.full((2, T), WIDE_MASK), inner=inner, steps=steps,
+                           block_length=block_length, generator=None)
+    n = math.ceil(T / block_length)
+    assert not y.any() and nfe == len(spent) == n
     assert wholes == [list(range(T))[i:i + block_length] for i in range(0, T, block_length)]
-    assert min(spent) >= 1 and sum(spent) == max(steps, blocks) or steps < blocks
+    assert min(spent) >= 1 and sum(spent) == max(steps, n) or steps < n
 
 
 @pytest.mark.parametrize('shape', [{'n_layer': 1}, {'causal': True}, *SHAPES[1:]])
 @pytest.mark.parametrize('inner', [
-    partial(decode_confidence, steps=9), partial(decode_threshold, threshold=0.4),
-    partial(decode_ancestral, steps=9, eta=0.2)])
+    partial(confidence, steps=9),
+    partial(threshold, threshold=0.4), partial(remdm, steps=9, eta=0.2)])
 def test_the_prefix_cache_is_exact_where_a_prefix_does_not_see_what_follows(shape, inner):
     """With one layer, or a causal model; with two it is an approximation, but for first passes."""
     model = tiny_model(seed=6, **WIDE, **shape)
@@ -904,7 +948,7 @@ def test_the_prefix_cache_is_exact_where_a_prefix_does_not_see_what_follows(shap
     hook = model.register_forward_hook(lambda _, words, out: seen.append((words[0].size(1), out)))
     results = []
     for cached in (False, True):
-        results.append(decode_block(model, x, inner=inner, block_length=5, prefix_cache=cached,
+        results.append(decode_blocks(model, x, inner=inner, block_length=5, prefix_cache=cached,
                                     generator=noise_source()))
     hook.remove()
     (y, nfe), (same, n) = results
@@ -922,7 +966,7 @@ def test_the_prefix_cache_is_exact_where_a_prefix_does_not_see_what_follows(shap
 
 def test_the_first_pass_of_every_block_is_exact():
     model, x, passes = tiny_model(seed=6, pos='learned', **WIDE), wide_canvas(1, 1, 0.9), []
-    decode_block(model, x, inner=partial(decode_confidence, steps=12), block_length=4,
+    decode_blocks(model, x, inner=partial(confidence, steps=12), block_length=4,
                  prefix_cache=True, generator=noise_source(),
                  on_step=lambda x, nfe, where, logits: passes.append((x.clone(), where, logits)))
     before, exact = [x, *(y for y, *_ in passes)], []
@@ -966,9 +1010,8 @@ def block_window(start, L, context):
     return begin * L
 
 
-INNER = {'ancestral': partial(decode_ancestral), 'confidence': partial(decode_confidence),
-         'threshold': lambda model, x, steps, **rest: decode_threshold(model, x, threshold=0.3,
-                                                                       **rest)}
+INNER = {'ancestral': ancestral, 'confidence': confidence,
+         'threshold': lambda *canvas, steps, **rest: threshold(*canvas, threshold=0.3, **rest)}
 
 
 @pytest.mark.parametrize('shape', [{'time_cond': True}, *SHAPES[1:]])
@@ -980,7 +1023,7 @@ def test_a_block_model_reads_as_if_there_were_no_cache(shape, inner, L, T):
     x = torch.cat([wide_canvas(3, k, 0.7) for k in range(3)], dim=1)[:, :T]
     x[:, 0], x[:, 1], x[:, L + 2:L + 3], before = 1, WIDE_MASK, 3, [x]
     hook = model.register_forward_hook(lambda *_: calls.append(1))
-    y, nfe = decode_block(model, x, inner=INNER[inner], block_length=0, steps=2 * T // L + 2,
+    y, nfe = decode_blocks(model, x, inner=INNER[inner], block_length=0, steps=2 * T // L + 2,
                           generator=noise_source(), on_step=lambda *step: steps.append(
                               [a.clone() if torch.is_tensor(a) else a for a in step]))
     hook.remove()
@@ -1008,7 +1051,7 @@ def test_a_block_model_reads_the_rest_of_its_block_and_nothing_behind_it():
     x[:, 5] = WIDE_MASK
     behind, beside = x.clone(), x.clone()
     behind[:, 8] = beside[:, 7] = torch.arange(WIDE_MASK)
-    decode = partial(decode_block, model, inner=decode_confidence, block_length=4, steps=0,
+    decode = partial(decode_blocks, model, inner=confidence, block_length=4, steps=0,
                      generator=noise_source())
     logits = []
     for canvas in (behind, beside):
@@ -1019,7 +1062,7 @@ def test_a_block_model_reads_the_rest_of_its_block_and_nothing_behind_it():
 def test_blocks_of_a_block_model_follow_their_chains():
     """Blocks of 2 and 1, each a reverse process of its own, with 3 and 2 of 5 steps."""
     model = block_model(2, V=LETTERS + 1, T=LENGTH, seed=7)
-    y, _ = decode_block(model, torch.tensor([BLANK_ROW] * ROWS), inner=decode_ancestral, steps=5,
+    y, _ = decode_blocks(model, torch.tensor([BLANK_ROW] * ROWS), inner=ancestral, steps=5,
                         block_length=2, generator=noise_source(3))
 
     class Whole:  # for reverse_step: the first block alone, then all
@@ -1033,27 +1076,27 @@ def test_blocks_of_a_block_model_follow_their_chains():
              for k, fillable in ((3, (0, 1)), (2, (2,))) for n in range(k, 0, -1)]
     assert p_value(tally(y), chain(steps)) > 1e-4
     other = block_model(0, V=LETTERS + 1, T=LENGTH, seed=7)
-    y, _ = decode_block(other, torch.tensor([BLANK_ROW] * ROWS), inner=decode_ancestral, steps=5,
+    y, _ = decode_blocks(other, torch.tensor([BLANK_ROW] * ROWS), inner=ancestral, steps=5,
                         block_length=2, generator=noise_source(3))
     assert p_value(tally(y), chain(steps)) < 1e-6
 
 
 @repeatable(max_examples=25)
 @given(x=canvases(max_rows=4), L=st.sampled_from([1, 2, 3, 8]), repeats=st.integers(1, 3),
-       inner=st.sampled_from([decode_confidence, decode_remask, decode_threshold]))
+       inner=st.sampled_from([confidence, remask, threshold]))
 def test_rows_of_a_block_model_are_independent_when_greedy(x, L, repeats, inner):
     """Of any length; with an eos, a row is as without it up to its end."""
     x = x.repeat(1, repeats)
     x[:, 0] = x[:, -1] = MASK
-    rest = {'threshold': 0.4} if inner is decode_threshold else {'steps': 0}
+    rest = {'threshold': 0.4} if inner is threshold else {'steps': 0}
     inner = partial(inner, temperature=0, **rest)
-    decode = partial(decode_block, block_model(L, V=5, T=8, seed=2, pos='learned'), inner=inner,
+    decode = partial(decode_blocks, block_model(L, V=5, T=8, seed=2, pos='learned'), inner=inner,
                      block_length=L, generator=noise_source())
     together, nfe = decode(x)
     assert torch.equal(together, torch.cat([decode(row[None])[0] for row in x]))
     assert torch.equal(together[x != MASK], x[x != MASK]) and (together != MASK).all()
     shorter, fewer = decode(x, eos_id=2)
-    if inner.func is not decode_remask:
+    if inner.func is not remask:
         assert torch.equal(shorter, ended(together, x, 2, MASK))
     assert fewer <= nfe
 
@@ -1063,7 +1106,7 @@ def test_rows_of_a_block_model_are_independent_when_greedy(x, L, repeats, inner)
 def test_guidance_agrees_with_a_naive_loop(guidance, time_cond):
     model, x = tiny_model(seed=5, time_cond=time_cond, **WIDE), wide_canvas(3, 8, 0.5)
     x[2] = WIDE_MASK
-    y, nfe = decode_guided(model, x, inner=decode_confidence, guidance=guidance, steps=6,
+    y, nfe = decode_guided(model, x, inner=confidence, guidance=guidance, steps=6,
                            temperature=0, generator=noise_source())
     assert nfe == 12
     for row, result in zip(x.tolist(), y.tolist()):
@@ -1096,8 +1139,8 @@ def ended(free, x, eos, mask=WIDE_MASK):
 @pytest.mark.parametrize('decoder', [
     partial(decode_confidence, steps=7), partial(decode_confidence, steps=0),
     partial(decode_threshold, threshold=0.3),
-    partial(decode_block, inner=decode_confidence, block_length=4, steps=8),
-    partial(decode_guided, inner=partial(decode_confidence, steps=9), guidance=1.0)])
+    partial(decode_blocks, inner=confidence, block_length=4, steps=8),
+    partial(decode_guided, inner=partial(confidence, steps=9), guidance=1.0)])
 def test_masked_decoders_stop_at_eos(decoder):
     """Each row is as without an eos up to its first one; what was given behind it stays."""
     model, x = tiny_model(seed=8, pos='learned', **WIDE), torch.full((6, 16), WIDE_MASK)
@@ -1114,10 +1157,10 @@ def test_masked_decoders_stop_at_eos(decoder):
 
 
 @pytest.mark.parametrize('decoder', [
-    partial(decode_ancestral, steps=12), partial(decode_ancestral, steps=12, eta=0.3),
+    partial(decode_ancestral, steps=12), partial(decode_remdm, steps=12, eta=0.3),
     partial(decode_remask, steps=8), partial(decode_threshold, threshold=0.5),
-    partial(decode_block, inner=decode_remask, steps=9, block_length=4),
-    partial(decode_block, inner=decode_ancestral, steps=12, block_length=4, prefix_cache=True)])
+    partial(decode_blocks, inner=remask, steps=9, block_length=4),
+    partial(decode_blocks, inner=ancestral, steps=12, block_length=4, prefix_cache=True)])
 def test_nothing_is_drawn_after_the_end(decoder):
     """Once an eos stands with no mask before it, a row is finished at once and stays so."""
     model, stopped = tiny_model(seed=9, pos='learned', **WIDE), 0
@@ -1160,6 +1203,55 @@ def test_ar_writes_nothing_after_eos():
     assert decode_ar(model, greedy, eos_id=first, temperature=0, generator=noise_source())[1] == 1
 
 
+# A decoder is a generator and a line in DECODERS
+
+
+def leftmost(model, x, to_generate, rng, *, order, **sampling):
+    """Writes the leftmost mask of every row: all that a decoder needs to say."""
+    while (is_mask := to_generate & (x == model.mask_id)).any():
+        first = is_mask & (is_mask.cumsum(1) == 1)
+        logits = model(x, is_mask.float().mean(1, keepdim=True), where=first)
+        x[first], _ = sample.sample_token(logits, x, first, rng, **sampling)
+        yield first, logits
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setitem(sample.DECODERS, 'leftmost', leftmost)
+    monkeypatch.setattr(MaskedDiffusion, 'decoders', ('leftmost',))
+
+
+@pytest.mark.parametrize('settings', [{}, {'block_length': 5}, {'guidance': 0.8},
+                                      {'block_length': 3, 'prefix_cache': True},
+                                      {'block_length': 4, 'guidance': 2.0}])
+def test_a_new_decoder_works_with_all_that_stands_around_one(toy, settings):
+    """Blocks, guidance, EOS, watching and the count of passes, none of which it knows about."""
+    model, x = tiny_model(seed=8, pos='learned', **WIDE), torch.full((6, 16), WIDE_MASK)
+    x[:, 0], x[:, 9] = torch.arange(6), 1
+    run, steps = run_of(model), []
+    how = sample.defaults() | {'temperature': 0.0} | settings
+    free, passes, _ = sample.decode(run, x.tolist(), how, watch=lambda x, nfe, where, logits: (
+        steps.append((x.clone(), nfe, where, logits))))
+    each = 2 if 'guidance' in settings else 1
+    assert passes == 14 * each and torch.equal(steps[-1][0], free)
+    for k, (canvas, nfe, where, logits) in enumerate(steps, 1):
+        assert nfe == each * k and where.sum(1).tolist() == [1] * 6
+        assert torch.equal(canvas[where], logits.argmax(-1))
+    eos = next(v for v in free[:, 1:6].flatten().tolist() if v != 1)
+    y, fewer, _ = sample.decode(run, x.tolist(), how, eos)
+    assert torch.equal(y, ended(free, x, eos)) and not torch.equal(y, free) and fewer <= passes
+    for row in range(6):
+        alone, _, _ = sample.decode(run, x[row:row + 1].tolist(), how, eos)
+        assert torch.equal(alone[0], y[row]), 'a greedy row does not depend on the others'
+
+
+def test_a_new_decoder_works_from_the_command_line(toy, run_main):
+    words = ('--out_dir=mdm', '--start=ROMEO:', '--gen_length=9', '--block_length=4', '--watch')
+    status, out, err = run_main(*words)
+    shown = re.findall(r'^pass (\d+): (\d+) masks left', out, re.MULTILINE)
+    assert (status, err) == (0, '') and shown == [(str(k), str(9 - k)) for k in range(1, 10)]
+
+
 # How much is written at a step
 
 
@@ -1180,7 +1272,8 @@ class Certain:
     """A model whose prediction of token i has the given log odds, however high."""
 
     def __init__(self, log_odds):
-        self.mask_id, self.config = 2, types.SimpleNamespace(vocab_size=3, subs=True)
+        self.mask_id, self.embed = 2, None
+        self.config = types.SimpleNamespace(vocab_size=3, subs=True)
         self.logits = torch.stack([log_odds, 0 * log_odds, 0 * log_odds - torch.inf], dim=1)
 
     def __call__(self, x, level, where):
@@ -1249,6 +1342,14 @@ def test_ancestral_passes_are_as_many_as_steps_that_reveal():
 
 
 # Text in, text out
+
+
+def run_of(model, meta=None, **settings):
+    """A Run of a model that was trained with these settings."""
+    settings = {'objective': 'mdm', 'predict_pad': True, 'block_size': 20} | settings
+    tokenizer = prepare.load_tokenizer(meta) if meta else None
+    return sample.Run('run', model, make_objective(settings), meta, tokenizer, settings, 7, 'run')
+
 
 CHARS = prepare.load_tokenizer({'eos_id': None,
                                 'tokenizer': {'kind': 'char', 'chars': ' Tabenortu'}})
@@ -1459,10 +1560,12 @@ def test_a_prompt_file_is_answered_in_its_order(run_main, runs, monkeypatch, nam
 
 def test_masked_canvases_go_together_only_if_they_are_alike():
     canvases = [[0, 9, 9], [9, 9], [0, 9, 9], [9, 9, 9], [9, 9], [0, 9, 9]]
-    assert sample.batches(canvases, 'ar', 9, 4, 0) == [[0, 1, 2, 3], [4, 5]]
-    assert sample.batches(canvases, 'mdm', 9, 2, 0) == [[0, 2], [3, 5], [1, 4]]
-    assert sample.batches(canvases, 'mdm', 9, 4, 5) == [[0, 2, 5], [1, 4], [3]]
-    assert sample.batches(canvases, 'block', 9, 4, 0) == [[0, 2, 5], [1, 4], [3]]
+    model = types.SimpleNamespace(mask_id=9)
+    ar, mdm, block = (run_of(model, objective=name) for name in ('ar', 'mdm', 'block'))
+    assert sample.batches(ar, canvases, 4, False) == [[0, 1, 2, 3], [4, 5]]
+    assert sample.batches(mdm, canvases, 2, False) == [[0, 2], [3, 5], [1, 4]]
+    assert sample.batches(mdm, canvases, 4, True) == [[0, 2, 5], [1, 4], [3]]
+    assert sample.batches(block, canvases, 4, False) == [[0, 2, 5], [1, 4], [3]]
 
 
 def test_json_lines_say_what_was_done(run_main, runs):
@@ -1494,8 +1597,8 @@ def test_json_lines_say_what_was_done(run_main, runs):
 def test_what_follows_a_written_eos_is_not_shown():
     model = tiny_model(causal=True, V=12, T=8, seed=4)
     canvas = [3, 11, 11, 3, 11, 11]  # the eos is 3; those that are given end nothing
-    how = {k: v for k, v in vars(sample).items() if isinstance(v, (int, float, str))}
-    done, (written, nfe, _) = sample.complete(model, 'ar', [canvas] * 200, how, eos_id=3)
+    done, (written, nfe, _) = sample.complete(run_of(model, objective='ar'), [canvas] * 200,
+                                              sample.defaults(), eos_id=3)
     whole = [ids for ids, _ in done if len(ids) == 6]
     cut = [ids for ids, _ in done if len(ids) < 6]
     assert len(whole) > 50 and {len(ids) for ids in cut} == {1, 2, 4, 5}
@@ -1520,16 +1623,13 @@ def test_cleanup_is_of_the_text_alone(run_main, monkeypatch):
     assert clean['text'] == sample.without_repeated_words(plain['text']) != plain['text']
 
 
-def test_eval_has_the_same_settings_of_decoding():
-    """Names, order and defaults, but for its own seed and batch."""
-    def block(path, begin, end):
-        source = (REPOSITORY / path).read_text(encoding='utf-8')
-        part = source[source.index(begin):source.index(end)]
-        return [(node.targets[0].id, ast.literal_eval(node.value)) for node in ast.parse(part).body]
-
-    ours = block('sample.py', '# how it is decoded', '# how it is shown')
-    assert ours == block('eval.py', '# generation, speed: how text', 'LAMBADA = ')
-    assert len(ours) > 10
+def test_the_settings_of_decoding_stand_together():
+    """In the order of DECODING, so that eval.py can show them as a block of its own."""
+    names = [node.targets[0].id for node in ast.parse(Path(sample.__file__).read_text()).body
+             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+    first = names.index('decoder')
+    assert tuple(names[first:first + len(sample.DECODING)]) == sample.DECODING
+    assert sample.defaults().keys() >= {*sample.DECODING, 'seed', 'batch_size'}
 
 
 def test_nothing_given_fills_the_context(run_main):
@@ -1572,7 +1672,7 @@ BAD = [
     (['--steps=-1'], 'steps is -1'), (['--steps=0'], 'steps is 0'),
     (['--steps=0', '--decoder=remdm'], 'steps is 0'),
     (['--num_samples=0'], 'num_samples'), (['--batch_size=0'], 'batch_size'),
-    (['--gen_length=-5'], 'gen_length'), (['--gen_length=1_000_000'], '999,999'),
+    (['--gen_length=-5'], 'gen_length'), (['--gen_length=1_000_000'], '999999'),
     (['--gen_length=999_999'], 'do not fit'), (['--temperature=-0.5'], 'temperature'),
     (['--top_k=-1'], 'top_k'), (['--top_p=0'], 'top_p'), (['--top_p=1.1'], 'top_p'),
     (['--top_p=nan'], 'top_p'),
@@ -1580,32 +1680,28 @@ BAD = [
     (['--eta=-0.1'], 'eta is'), (['--eta=1.5'], 'eta is'), (['--guidance=-1'], 'guidance is'),
     (['--block_length=-1'], 'block_length is -1'),
     (['--prefix_cache'], 'block_length is 0'),
-    (['--prefix_cache', '--block_length=4', '--guidance=1'], 'guidance is on'),
-    (['--out_dir=ar', '--block_length=4'], 'ar models have none: they read only what'),
-    (['--out_dir=ar', '--guidance=1'], 'never learned what a mask is'),
-    (['--prompt_file=nowhere.txt'], 'no prompt_file'), (['--prompt_file=mdm'], 'no prompt_file'),
-    (['--prompt_file=blank.txt'], 'is empty'), (['--prompt_file=latin.txt'], 'UTF-8'),
+    (['--prefix_cache', '--block_length=4', '--guidance=1'], '0 with a cache'),
+    (['--out_dir=ar', '--block_length=4'], 'off for ar, which fills no masks'),
+    (['--out_dir=ar', '--guidance=1'], 'guidance is 1.0, but it must be off for ar'),
+    (['--prompt_file=nowhere.txt'], 'No such file'), (['--prompt_file=mdm'], 'can be read'),
+    (['--prompt_file=blank.txt'], 'a prompt or a template on each'),
+    (['--prompt_file=latin.txt'], 'UTF-8'),
     (['--prompt_file=verse.txt', '--start=a'], 'leave out start'),
     (['--prompt_file=verse.txt', '--template=[_]'], 'leave out start'),
     (['--repetition_penalty=0'], 'repetition_penalty'),
-    (['--counts=square'], 'linear or cosine'),
-    (['--decoder=greedy'], 'ar, ancestral, confidence, threshold, remask, remdm, uniform'),
-    (['--decoder=uniform'], 'ar and uniform read texts without any'),
-    (['--decoder=ar'], 'decode by ancestral, confidence, threshold, remask, remdm alone: '
-     'they predict'),
-    (['--out_dir=ar', '--decoder=ancestral'], 'decode by ar'),
-    (['--out_dir=ar', '--decoder=threshold'], 'never learned what a mask is'),
-    *((['--out_dir=uniform', f'--decoder={name}'], 'uniform models decode by uniform alone: they '
-       'may change every token') for name in ('ar', 'confidence', 'threshold', 'remask', 'remdm')),
-    *(([f'--out_dir={name}', '--decoder=uniform'], f'{name} models decode by ancestral, confi')
-      for name in ('d3pm', 'block')),
-    (['--out_dir=uniform', '--steps=0'], 'but uniform leaves to chance'),
-    (['--out_dir=uniform', '--block_length=4'], 'none is ever a mask'),
-    (['--out_dir=uniform', '--guidance=1'], 'none is ever a mask'),
+    (['--counts=square'], 'not one of linear, cosine'),
+    (['--decoder=greedy'], 'not one of auto, ancestral, confidence, threshold, remask, remdm'),
+    *(([f'--out_dir={name}', f'--decoder={other}'], f"decoder is '{other}', not one of auto, anc")
+      for name in ('mdm', 'd3pm', 'block') for other in ('ar', 'uniform')),
+    *(([f'--out_dir={name}', f'--decoder={other}'], f"'{other}', not one of auto, {name}\n")
+      for name in ('ar', 'uniform')
+      for other in ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')),
+    (['--out_dir=uniform', '--steps=0'], '1 or more: one token a step is for conf'),
+    (['--out_dir=uniform', '--block_length=4'], 'off for uniform'),
+    (['--out_dir=uniform', '--guidance=1'], 'off for uniform'),
     (['--out_dir=uniform', '--template=[___:25]'], f'block_size is {CONTEXT}'),
     (['--out_dir=block', '--block_length=5'], 'this model learned blocks of 4'),
-    (['--out_dir=block', '--guidance=1'], 'reads what is finished only once'),
-    (['--out_dir=block', '--decoder=ar'], 'block models decode by'),
+    (['--out_dir=block', '--guidance=1'], 'a cache reads it once'),
     (['--decoder=confidence', '--order=best'], 'max_prob, margin, entropy, random'),
     (['--noise_schedule=square'], 'noise_schedule is'), (['--order=best'], 'order is'),
     (['--temperature=1e999'], 'temperature is inf'), (['--repetition_penalty=1e999'], 'penalty is'),
@@ -1701,24 +1797,26 @@ class Phrasebook:
 
 
 def row_settings(**settings):
-    return vars(sample) | {'temperature': 0.0, 'decoder': 'confidence', 'batch_size': 2} | settings
+    return sample.defaults() | {'temperature': 0.0, 'decoder': 'confidence',
+                                'batch_size': 2} | settings
 
 
-def trained(objective='mdm', predict_pad=True, block_size=20):
-    return {'objective': objective, 'predict_pad': predict_pad, 'block_size': block_size}
+def row_run(model=None, meta=META, **settings):
+    return run_of(model or Phrasebook(BOOK), meta, **settings)
 
 
 @pytest.mark.parametrize('objective, settings', [
     ('ar', {'decoder': 'ar'}), ('mdm', {}), ('mdm', {'length': 'reference', 'steps': 3}),
     ('mdm', {'block_length': 2, 'steps': 5}), ('mdm', {'decoder': 'threshold'}),
-    ('mdm', {'length': 'ratio', 'length_ratio': 1.0, 'length_extra': 8, 'steps': 0}),
+    ('mdm', {'length': 'ratio', 'length_line': (1.0, 8.0), 'steps': 0}),
     ('mdm', {'decoder': 'ancestral', 'steps': 4})])
 def test_a_model_that_knows_the_answers_gives_them(objective, settings):
     prompts, answers = (list(map(encoded, texts)) for texts in (BOOK, BOOK.values()))
     how = row_settings(**settings)
-    canvases = sample.row_canvases(prompts, trained(objective), META, how, answers)
-    done, (written, _, _) = sample.complete(Phrasebook(BOOK), objective, canvases, how, 9)
-    assert [sample.split_row(ids, META) for ids, _ in done] == list(zip(prompts, answers))
+    run = row_run(objective=objective)
+    canvases = sample.answer_canvases(run, prompts, how, answers)
+    done, (written, _, _) = sample.complete(run, canvases, how, 9)
+    assert [prepare.split_row(ids, META) for ids, _ in done] == list(zip(prompts, answers))
     assert written == sum(len(answer) + 1 for answer in answers), 'each with its EOS'
     assert all(ids == prompt + [10] + answer for (ids, _), prompt, answer in
                zip(done, prompts, answers)), 'nothing is left behind EOS'
@@ -1733,33 +1831,32 @@ def test_how_many_masks_an_answer_gets():
     prompts, answers = [[1], [1] * 6, [2] * 12], [[3], [3] * 4, []]
 
     def widths(run, **settings):
-        canvases = sample.row_canvases(prompts, run, META, row_settings(**settings), answers)
+        canvases = sample.answer_canvases(run, prompts, row_settings(**settings), answers)
         assert [canvas[:len(ids) + 1] for canvas, ids in zip(canvases, prompts)] == \
             [[*ids, 10] for ids in prompts]
         return masks(canvases)
 
-    assert widths(trained()) == widths(trained(), length='full') == [8, 8, 7], 'the window, if fits'
-    ratio = [3, 9, 17]  # int(1.3 n) + 2
-    assert widths(trained(block_size=99), length='ratio') == ratio
+    padded, wide = row_run(), row_run(block_size=99)
+    assert widths(padded) == widths(padded, length='full') == [8, 8, 7], 'the window, if it fits'
+    assert widths(wide, length='ratio') == [3, 9, 17]  # int(1.3 n + 2)
     fit = [3, 10, 19]  # 1.5 n + 1.2
-    assert widths(trained(predict_pad=False, block_size=99)) == fit
-    assert widths(trained(block_size=99), length='fit', length_ratio=7) == fit
+    assert widths(row_run(predict_pad=False, block_size=99)) == fit
+    assert widths(wide, length='fit', length_line=(7.0, 0.0)) == fit
     older = META | {'counts': {'train': {}}}  # prepared before lines were fitted: the ratio then
-    assert masks(sample.row_canvases(prompts, trained(block_size=99), older,
-                                     row_settings(length='fit'))) == [3, 10, 18]
-    assert widths(trained(), length='ratio', length_ratio=0.5, length_extra=1) == [1, 4, 7]
-    assert widths(trained(), length='ratio', length_ratio=0.0, length_extra=-3) == [1, 1, 1]
-    assert widths(trained(), length='reference') == [2, 5, 1]
-    assert widths(trained('ar')) == [18, 13, 7], 'all of the context'
-    assert widths(trained(), length='argmax') == [8, 8, 7], 'to be cut when it is predicted'
+    assert widths(row_run(meta=older, block_size=99), length='fit') == [3, 10, 18]
+    assert widths(padded, length='ratio', length_line=(0.5, 1.0)) == [1, 4, 7]
+    assert widths(padded, length='ratio', length_line=(0.0, 0.0)) == [1, 1, 1]
+    assert widths(padded, length='reference') == [2, 5, 1]
+    assert widths(row_run(objective='ar')) == [18, 13, 7], 'all of the context'
+    assert widths(padded, length='argmax') == [8, 8, 7], 'to be cut when it is predicted'
 
 
 def test_of_the_right_answer_no_more_than_its_length_is_known():
     prompts = [[1, 2], [3]]
     for name in sample.LENGTHS:
         how = row_settings(length=name)
-        run = trained() | {'length_head': f'{name}_x'}
-        one, other, longer = (sample.row_canvases(prompts, run, META, how, answers)
+        run = row_run(length_head=f'{name}_x')
+        one, other, longer = (sample.answer_canvases(run, prompts, how, answers)
                               for answers in ([[4, 5], [6]], [[7, 0], [1]], [[4, 5, 5], [6, 6]]))
         assert one == other and (one != longer) == (name == 'reference')
 
@@ -1808,18 +1905,18 @@ def test_canvases_are_cut_to_powers_of_two(monkeypatch):
 
     monkeypatch.setattr(sample, 'predict_lengths', predict)
     how = row_settings(length='quantile', length_quantile=0.8, batch_size=3)
-    full = sample.row_canvases(prompts, trained(), META, how)
-    model = Phrasebook({})
-    canvases, predicted, passes, seconds = sample.shortened(model, full, trained(), META, how)
+    run = row_run()
+    full = sample.answer_canvases(run, prompts, how)
+    canvases, predicted, passes, seconds = sample.crop_to_predicted(run, full, how)
     assert masks(canvases) == [1, 2, 4, 4, 8, 1, 8, 4, 4, 2]
     assert masks(full) == [8] * 9 + [5], 'those are as they were'
     assert all(new == old[:len(new)] for new, old in zip(canvases, full))
     assert predicted == pytest.approx([*lengths.values(), 2.1, 2.0])
     assert passes == len(asked) == 5 and seconds > 0
     assert sorted(row for batch in asked for row in batch) == sorted(full)
-    for run, name in ((trained(), 'full'), (trained(), 'ratio'), (trained('ar'), 'auto')):
-        assert sample.shortened(model, full, run, META, row_settings(length=name)) == \
-            (full, None, 0, 0.0)
+    for objective, name in (('mdm', 'full'), ('mdm', 'ratio'), ('ar', 'auto')):
+        assert sample.crop_to_predicted(row_run(objective=objective), full,
+                                        row_settings(length=name)) == (full, None, 0, 0.0)
 
 
 @pytest.mark.parametrize('name', ['argmax', 'quantile'])
@@ -1828,16 +1925,27 @@ def test_a_canvas_that_was_cut_gives_the_same_answer(name, settings):
     """Of a model that knows where to end in any canvas."""
     prompts, answers = (list(map(encoded, texts)) for texts in (BOOK, BOOK.values()))
     how = row_settings(length=name, length_quantile=0.99, **settings)
-    canvases = sample.row_canvases(prompts, trained(), META, how)
-    canvases, predicted, _, _ = sample.shortened(Phrasebook(BOOK), canvases, trained(), META, how)
+    run = row_run()
+    canvases = sample.answer_canvases(run, prompts, how)
+    canvases, predicted, _, _ = sample.crop_to_predicted(run, canvases, how)
     assert predicted == [len(answer) + 1 for answer in answers]
     assert masks(canvases) == [4, 8, 2, 8, 4, 4]
-    done, _ = sample.complete(Phrasebook(BOOK), 'mdm', canvases, how, 9)
-    assert [sample.split_row(ids, META) for ids, _ in done] == list(zip(prompts, answers))
+    done, _ = sample.complete(run, canvases, how, 9)
+    assert [prepare.split_row(ids, META) for ids, _ in done] == list(zip(prompts, answers))
+
+
+def sequential_nll(model, x0, order):
+    """(B,) -log p of the tokens of x0 in the order 1, 2, ... of their positions; 0 is given."""
+    nll = torch.zeros(len(x0))
+    for k in range(1, order.max() + 1):
+        with torch.no_grad():
+            logits = model(torch.where(order >= k, model.mask_id, x0))
+        nll -= (logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0] * (order == k)).sum(1)
+    return nll
 
 
 @pytest.mark.parametrize('objective, decoder', [('ar', 'ar'), ('mdm', 'confidence')])
-def test_certainty_is_the_likelihood_of_what_was_written(objective, decoder):
+def test_log_p_is_the_likelihood_of_what_was_written(objective, decoder):
     """A token a pass: what the passes add up to is log p of the text in that order."""
     model = tiny_model(causal=objective == 'ar', V=12, seed=7)
     canvases = [[1, 2, 11, 11, 11, 11, 11], [3, 4, 5, 11, 11, 11, 11], [0, 6, 6, 11, 11, 11, 11]]
@@ -1847,16 +1955,17 @@ def test_certainty_is_the_likelihood_of_what_was_written(objective, decoder):
     def watch(x, nfe, where, logits):
         orders[(orders == 0) & (x != torch.tensor(canvases))] = nfe
 
-    done, _ = sample.complete(model, objective, canvases, how, on_step=watch)
-    again, _ = sample.complete(model, objective, canvases, how, certainty=True)
+    run = run_of(model, objective=objective)
+    done, _ = sample.complete(run, canvases, how, watch=watch)
+    again, _ = sample.complete(run, canvases, how, log_p=True)
     assert [ids for ids, _ in done] == [ids for ids, _ in again]
     x0, given = torch.tensor([ids for ids, _ in done]), x != 11
     if objective == 'ar':
-        wanted = ar_token_nll(model, x0, given).sum(1)
+        nll = run.objective.token_nll(model, x0, given).sum(1)
     else:
-        wanted = ordered_nll(model, x0, orders.masked_fill(given, 99).argsort(dim=1), given)
+        nll = sequential_nll(model, x0, orders.masked_fill(given, 0))
     log_p = torch.tensor([figures['log_p'] for _, figures in again])
-    torch.testing.assert_close(log_p * (~given).sum(1), -wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(log_p * (~given).sum(1), -nll, rtol=1e-4, atol=1e-5)
     assert all('log_p' not in figures for _, figures in done)
 
 
@@ -1877,11 +1986,11 @@ class Counting(Phrasebook):
 def test_the_surest_of_several_lengths():
     """Of a model that is sure of the right one: whatever is among the candidates, or next to it."""
     prompts, answers = (list(map(encoded, texts)) for texts in (BOOK, BOOK.values()))
-    model, run = Counting(BOOK, 11), trained(predict_pad=False, block_size=11)
+    run = row_run(Counting(BOOK, 11), predict_pad=False, block_size=11)
     for n, reach in ((1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (5, (2, 2)), (6, (3, 2))):
         how = row_settings(length='fit', length_candidates=n)
-        canvases = sample.row_canvases(prompts, run, META, how)
-        done, (written, nfe, _) = sample.complete_rows(model, run, canvases, how, 9)
+        canvases = sample.answer_canvases(run, prompts, how)
+        done, (written, nfe, _) = sample.complete_best(run, canvases, how, 9)
         assert len(done) == len(prompts) and done[0][1]['nfe'] <= nfe
         assert n == 1 or done[0][1]['nfe'] > n, 'the passes of all that was tried'
         for (ids, _), canvas, prompt, answer in zip(done, canvases, prompts, answers):
@@ -1889,31 +1998,30 @@ def test_the_surest_of_several_lengths():
             low, high = max(width - reach[0], 1), min(width + reach[1], 10 - len(prompt))
             best = min(max(len(answer) + 1, low), high)
             assert ids == prompt + [10] + (answer * 9)[:best - 1], (n, prompt)
-    assert canvases == sample.row_canvases(prompts, run, META, how), 'those are as they were'
+    assert canvases == sample.answer_canvases(run, prompts, how), 'those are as they were'
 
 
 @pytest.mark.parametrize('settings, run, message', [
-    ({'length_candidates': 0}, {}, '1 or more'),
     ({'length_candidates': 3, 'length': 'full'}, {}, 'but for masks'),
     ({'length_candidates': 3}, {'predict_pad': True}, 'but for masks'),
     ({'length_candidates': 3}, {'objective': 'ar'}, 'but for masks'),
     ({'length_candidates': 3}, {'objective': 'uniform'}, 'but for masks')])
 def test_where_there_are_no_candidates(settings, run, message):
-    run = trained(predict_pad=False) | run
-    how = row_settings(**settings)
+    run = row_run(**{'predict_pad': False} | run)
     with pytest.raises(UserError, match=f'length_candidates is .*{message}'):
-        sample.complete_rows(Phrasebook(BOOK), run, [[1, 10, 12]], how, 9)
+        sample.complete_best(run, [[1, 10, 12]], row_settings(**settings), 9)
 
 
 def test_auto_is_the_head_that_was_trained():
     for head, name in (('regress_concat', 'regress'), ('classify', 'classify'), ('', 'full'),
                        ('encoder_classify', 'encoder')):
-        assert sample.length_name('auto', trained() | {'length_head': head}) == name
-    assert sample.length_name('auto', trained()) == 'full', 'of an older run'
+        assert sample.length_name('auto', row_run(length_head=head)) == name
+    assert sample.length_name('auto', row_run()) == 'full', 'of an older run'
     for objective in ('uniform', 'block'):  # which never see masks alone
-        assert sample.length_name('auto', trained(objective)) == 'full'
+        run = row_run(objective=objective)
+        assert sample.length_name('auto', run) == 'full'
         with pytest.raises(UserError, match='all masks'):
-            sample.length_name('quantile', trained(objective))
+            sample.length_name('quantile', run)
 
 
 @pytest.mark.parametrize('ids, prompt, answer', [
@@ -1921,16 +2029,17 @@ def test_auto_is_the_head_that_was_trained():
     ([1, 10, 2, 11, 3, 10, 4, 9, 9], [1], [2, 3, 4]), ([1, 10, 11, 11], [1], []),
     ([9, 10, 2, 9], [9], [2])])
 def test_an_answer_is_what_stands_between_sep_and_eos(ids, prompt, answer):
-    assert sample.split_row(ids, META) == (prompt, answer)
+    assert prepare.split_row(ids, META) == (prompt, answer)
 
 
 @pytest.fixture(scope='module')
 def row_runs(runs):
     """The runs row_ar, row_mdm, row_pad and row_head, random weights, beside the others."""
     settings = torch.load(runs / 'mdm' / 'ckpt.pt', weights_only=True)['config']
-    for name, run in (('row_ar', trained('ar')), ('row_mdm', trained(predict_pad=False)),
-                      ('row_pad', trained()),
-                      ('row_head', trained() | {'length_head': 'classify'})):
+    trained = {'objective': 'mdm', 'predict_pad': True, 'block_size': 20}
+    for name, more in (('row_ar', {'objective': 'ar'}), ('row_mdm', {'predict_pad': False}),
+                       ('row_pad', {}), ('row_head', {'length_head': 'classify'})):
+        run = trained | more
         model = tiny_model(run['objective'] == 'ar', 13, 20, seed=3,
                            length_head=run.get('length_head', ''))
         (runs / name).mkdir()
@@ -1959,11 +2068,10 @@ def test_prompts_are_answered_from_the_command_line(row_runs, run_main, name, wi
 
 def test_the_surest_of_several_lengths_from_the_command_line(row_runs, run_main):
     words = ('--out_dir=row_mdm', '--start=abc h', '--decoder=confidence', '--temperature=0')
-    single = {width: objects(run_main(*words, f'--length_extra={width}', '--length=ratio',
-                                      '--length_ratio=0', '--json')[1])[0]['text']
+    words += ('--length=ratio', '--json')
+    single = {width: objects(run_main(*words, f'--length_line=(0,{width})')[1])[0]['text']
               for width in range(3, 8)}
-    row, = objects(run_main(*words, '--length_extra=5', '--length=ratio', '--length_ratio=0',
-                            '--length_candidates=5', '--json')[1])
+    row, = objects(run_main(*words, '--length_line=(0,5)', '--length_candidates=5')[1])
     assert row['text'] in single.values() and row['log_p'] < 0
 
 
@@ -1972,7 +2080,7 @@ def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main)
     words = ('--out_dir=row_head', '--start=abc h', '--decoder=confidence', '--steps=0')
     full, (_, passes) = texts(run_main(*words, '--length=full')[1])
     assert passes <= 8
-    model = load_model(load_checkpoint(row_runs / 'row_head'), 'cpu')
+    model = sample.load_run(row_runs / 'row_head', 'cpu').model
     x = torch.tensor([encoded('abc h') + [10] + [12] * 8])
     for quantile in (0.01, 0.5, 0.99):
         length = int(model.length_head.predict(model, x, quantile))
@@ -1985,12 +2093,14 @@ def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main)
 
 @pytest.mark.parametrize('words, problem', [
     (['--start='], 'ask it by start'), (['--start=  '], 'ask it by start'),
-    (['--template=a [_]'], 'is a template'), (['--start=ab', '--gen_length=3'], 'length says'),
+    (['--template=a [_]'], 'is no prompt'), (['--start=ab', '--gen_length=3'], 'length says'),
     (['--start=' + 'a' * 19], 'no room for an answer'),
     (['--start=ab', '--length=long'], 'auto, full, fit, ratio'), (['--start=x'], "know 'x'"),
-    (['--start=ab', '--length=reference'], 'no right answer'),
-    (['--start=ab', '--length=ratio', '--length_ratio=1e999'], 'length_ratio is inf'),
-    (['--start=ab', '--length=ratio', '--length_ratio=-1'], 'length_ratio is -1'),
+    (['--start=ab', '--length=reference'], 'no reference is known'),
+    (['--start=ab', '--length=ratio', '--length_line=(1e999,2)'], 'length_line is (inf, 2)'),
+    (['--start=ab', '--length=ratio', '--length_line=(1,-1)'], 'length_line is (1, -1)'),
+    (['--start=ab', '--length_line=(1,2,3)'], 'must be two numbers'),
+    (['--start=ab', '--length_ratio=1'], "no setting is called 'length_ratio'"),
     (['--start=ab', '--length=full', '--out_dir=row_ar'], 'until it is done'),
     (['--start=a', '--length=full', '--out_dir=mdm'], 'without answers'),
     (['--start=a', '--length=argmax', '--out_dir=mdm'], 'without answers'),

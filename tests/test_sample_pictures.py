@@ -11,13 +11,14 @@ import struct
 import subprocess
 import sys
 import termios
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageColor
-from test_sample import noise_source, tiny_model
+from test_sample import decoded, noise_source, tiny_model
 
 import sample
 from sample import Recorder, decode_ancestral, decode_ar, decode_confidence, decode_uniform
@@ -26,10 +27,10 @@ REPOSITORY = Path(__file__).parents[1]
 MASK = 8
 MODELS = {'ar': tiny_model(causal=True, V=9, T=12), 'mdm': tiny_model(V=9, T=12, pos='learned')}
 DECODERS = {
-    'ar': lambda x, **keywords: decode_ar(MODELS['ar'], x, **keywords),
-    'ar-eos': lambda x, **keywords: decode_ar(MODELS['ar'], x, eos_id=2, **keywords),
-    'ancestral': lambda x, **keywords: decode_ancestral(MODELS['mdm'], x, steps=6, **keywords),
-    'confidence': lambda x, **keywords: decode_confidence(MODELS['mdm'], x, steps=5, **keywords)}
+    'ar': partial(decoded, decode_ar, MODELS['ar']),
+    'ar-eos': partial(decoded, decode_ar, MODELS['ar'], eos_id=2),
+    'ancestral': partial(decoded, decode_ancestral, MODELS['mdm'], steps=6),
+    'confidence': partial(decoded, decode_confidence, MODELS['mdm'], steps=5)}
 
 
 class Words:
@@ -126,7 +127,7 @@ def test_a_recording_of_uniform_noise(tmp_path):
         canvases.append(x[0].tolist())
         recorder(x, *rest)
 
-    decode_uniform(MODELS['mdm'], x, steps=5, generator=noise_source(), on_step=on_step)
+    decoded(decode_uniform, MODELS['mdm'], x, steps=5, generator=noise_source(), on_step=on_step)
     assert [step['ids'] for step in recorder.steps[1:]] == canvases
     changes = [[a != b for a, b in zip(*pair)]
                for pair in zip([x[0].tolist(), *canvases], canvases)]
@@ -341,7 +342,7 @@ def in_terminal(words, rows=24, columns=80):
 @pytest.mark.parametrize('gen_length, start', [(60, 'aba '), (400, '')])
 def test_watch_draws_over_itself(run, gen_length, start):
     """24 x 80: no frame is larger, none lets a token move the cursor, each begins at the last."""
-    words = ('--watch', '--watch_delay=0.0', f'--gen_length={gen_length}', f'--start={start}')
+    words = ('--watch', f'--gen_length={gen_length}', f'--start={start}')
     written, status = in_terminal(command(run, *words))
     assert status == 0
     before, *frames = written.split('\x1b[?25l')
@@ -390,9 +391,10 @@ def test_watch_in_a_pipe_is_a_line_per_step(run):
 def test_watch_shows_how_uniform_noise_settles(monkeypatch, capsys, terminal):
     """How many tokens each step changed; those of a step that changed few are the lightest."""
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal)
+    monkeypatch.setattr(sample, 'WATCH_DELAY', 0)
     x = torch.tensor([[MASK] * 12])
-    recorder = Recorder(x[0].tolist(), LETTERS, MASK, sample.Screen(0.0))
-    decode_uniform(MODELS['mdm'], x, steps=12, generator=noise_source(), on_step=recorder)
+    recorder = Recorder(x[0].tolist(), LETTERS, MASK, sample.Screen())
+    decoded(decode_uniform, MODELS['mdm'], x, steps=12, generator=noise_source(), on_step=recorder)
     out = capsys.readouterr().out
     changed = [12, *(int(n) for n in re.findall(r'(\d+) tokens changed', out))]
     assert changed == [len(step['new']) for step in recorder.steps[1:]]
