@@ -1,4 +1,4 @@
-"""text8: 100 MB of Wikipedia of 2006 in 27 characters, a to z and space. Licence: GFDL.
+"""text8: 100 MB of Wikipedia of 2006 in 27 characters, a to z and space.
 
 Matt Mahoney, About the Test Data, 2011. Every paper on it splits it in 90M, 5M and 5M characters.
 """
