@@ -197,12 +197,12 @@ def fetch(recipe):
 
 
 def members(path):
-    """{name: path, also into a zip} of the files in a folder or zip, or of the one file."""
+    """The files in a folder, or in a zip as paths into it; or the one file."""
     if path.is_dir():
-        return {p.name: p for p in path.iterdir()}
+        return [*path.iterdir()]
     if zipfile.is_zipfile(path):
-        return {Path(m).name: zipfile.Path(path, m) for m in zipfile.ZipFile(path).namelist()}
-    return {path.name: path}
+        return [zipfile.Path(path, member) for member in zipfile.ZipFile(path).namelist()]
+    return [path]
 
 
 def find_texts(what, recipe, sources):
@@ -210,27 +210,27 @@ def find_texts(what, recipe, sources):
 
     The paths may lead into a zip. '' stands for all splits where the recipe has to cut them.
     sources: the user's own files; none = those of the recipe."""
-    paths, words = [Path(file) for file in sources], ', '.join(Path(file).name for file in sources)
+    paths = [Path(file) for file in sources]
+    words = ', '.join(path.name for path in paths)
     if not sources:
         path, words = fetch(recipe)
         paths = [path]
-    if lacking := [str(path) for path in paths if not path.exists()]:
-        known = ', '.join(recipe_names())
-        raise UserError(f'there is no file {lacking[0]!r} (data sets: {known})')
-    if len(paths) == 2:
-        return {'': paths}, words
-    path, texts = paths[0], {}
-    files = members(path)
+    for path in paths:
+        if not path.exists():
+            known = ', '.join(recipe_names())
+            raise UserError(f'there is no file {str(path)!r} (data sets: {known})')
+    files, texts = [file for path in paths for file in members(path)], {}
+    named = {file.name: file for file in files}
     for split, names in recipe['text'].items():
-        found = [[files[name] for name in either.split('|') if name in files] for either in names]
+        found = [[named[name] for name in either.split('|') if name in named] for either in names]
         if [] in found:
             lacking = names[found.index([])].replace('|', ' or ')
             raise UserError(f'{path} is not {what}: it has no {lacking}')
         texts[split] = [either[0] for either in found]
     if not texts:
-        if path.is_dir() or len(files) != 1:
+        if path.is_dir() or len(files) != len(paths):
             raise UserError(f'{path} is not a text')
-        texts = {'': [*files.values()]}
+        texts = {'': files}
     if sources and recipe['title'] and sha256_of(*texts['']) not in recipe['files'].values():
         words += f' (not the published {recipe["title"]})'
     return texts, words
