@@ -222,11 +222,12 @@ def find_texts(what, recipe, sources):
     files, texts = [file for path in paths for file in members(path)], {}
     named = {file.name: file for file in files}
     for split, names in recipe['text'].items():
-        found = [[named[name] for name in either.split('|') if name in named] for either in names]
-        if [] in found:
-            lacking = names[found.index([])].replace('|', ' or ')
-            raise UserError(f'{path} is not {what}: it has no {lacking}')
-        texts[split] = [either[0] for either in found]
+        texts[split] = []
+        for name in names:
+            found = [named[either] for either in name.split('|') if either in named]
+            if not found:
+                raise UserError(f'{path} is not {what}: it has no {name.replace("|", " or ")}')
+            texts[split].append(found[0])
     if not texts:
         if path.is_dir() or len(files) != len(paths):
             raise UserError(f'{path} is not a text')
@@ -442,11 +443,11 @@ def encode_stream(pieces, encoder, count):
     count |= dict.fromkeys(('tokens', 'characters', 'bytes'), 0)  # tokens: once written
     pieces = iter(pieces)
     with ThreadPoolExecutor(THREADS) as pool:
-        while some := list(itertools.islice(pieces, 4 * THREADS)):  # no more in memory than this
-            text = ''.join(some).replace(EOT, '')
+        while batch := list(itertools.islice(pieces, 4 * THREADS)):  # this much is in memory
+            text = ''.join(batch).replace(EOT, '')
             count['characters'] += len(text)
             count['bytes'] += len(text.encode('utf-8'))
-            yield from pool.map(encoder.encode, some)
+            yield from pool.map(encoder.encode, batch)
 
 
 def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer):
@@ -751,7 +752,7 @@ class Rows:
         self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (n,)
         self.epoch = lru_cache(2)(lambda epoch: row_batches(  # of indices into self.kept
             self.widths, batch_size, np.random.default_rng(mixed_seed(seed, epoch))))
-        self.batches_per_epoch = len(row_batches(self.widths, batch_size))
+        self.batches_per_epoch = len(self.epoch(0))
         self.tokens_per_epoch = int(self.widths.sum())
         self.tokens_per_batch = self.tokens_per_epoch / self.batches_per_epoch  # a mean
         self.mean_width = round(self.widths.mean())

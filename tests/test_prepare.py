@@ -1060,6 +1060,21 @@ def test_download_leaves_a_dead_host_at_once(server, monkeypatch):
     fetch(['http://127.0.0.1:9/', 'http://no-such-host.invalid/', server.url()])
 
 
+def test_download_asks_a_mirror_that_cannot_be_reached_only_once(server, monkeypatch):
+    asked, server.plan = [], ['503', '503']
+    real = prepare.append_rest
+
+    def append_rest(url, part, timeout):
+        asked.append(url)
+        if url == 'far away':
+            raise prepare.requests.ConnectTimeout
+        real(url, part, timeout)
+
+    monkeypatch.setattr(prepare, 'append_rest', append_rest)
+    fetch(['far away', server.url()])
+    assert asked == ['far away', *[server.url()] * 3]
+
+
 def test_download_gives_up_in_one_line(server):
     server.plan = ['503', 'wrong'] * 4
     with pytest.raises(UserError) as e:
