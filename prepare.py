@@ -18,13 +18,12 @@ or [document EOS PAD...], and a model of them learns where to end:
     python prepare.py path/to/any.jsonl --fields=question,answer
     python prepare.py path/to/any.txt --documents
 
-A data set is a recipe, data/<name>.py beside this file: RECIPE below says what stands in one. A
+A data set is a recipe, data/<name>.py beside this file: data/__init__.py says what stands in one. A
 download, kept in data/downloads, comes on top once. Text is read as a stream, and the bins are flat
 uint16 ids that are read as memmaps: on either side a corpus may be larger than memory.
 """
 
 import base64
-import collections
 import csv
 import gzip
 import hashlib
@@ -47,9 +46,8 @@ import requests
 import tiktoken
 import torch
 from tqdm import tqdm
-from urllib3.exceptions import MaxRetryError
 
-from config import UserError, override
+from config import UserError, one_of, override, require
 
 name = ''          # of the folder in data/; '' = that of the data set, or of the file without .txt
 source = ''        # a local copy of the data set: the text, a zip, or a folder with its files
@@ -65,39 +63,11 @@ documents = False  # a row for each text between EOTs; in a file without an EOT,
 max_prompt = 128   # tokens; a pair with a longer side is dropped: half an answer is a wrong one
 max_answer = 128   # tokens; a longer document is cut
 
-# A recipe is a file data/<name>.py: a docstring (what, size, licence, citation) and a few of the
-# names below. A name that it leaves out keeps the value that stands here, so that a recipe
-# data/mybook.py may be as short as
-#
-#     """A book of mine, 500 kB, in the public domain."""
-#     mirrors = ['https://example.org/books/']
-#     files = {'mybook.txt': None}
-RECIPE = {
-    'base': '',           # another recipe; names that are left out are taken from there
-    # where the text comes from
-    'mirrors': [],        # addresses that end in /; the first that has a file serves it
-    'files': {},          # {path below a mirror: sha256, or None where none is published}
-    'folder': '',         # of data/downloads, to keep several files together
-    'make': None,         # make(path) writes the one file, where no mirror has it
-    'stand_in': None,     # stand_in(data/downloads) -> (path, source in words) or None: another
-                          # text, where no mirror can be reached
-    'title': '',          # of a text, to say that a --source is not the published one
-    # how it is read
-    'text': '',           # the text's name in a download, zip or folder; '' = it is the only file.
-                          # 'a|b' = a or b; pairs: (prompts, answers); {split: name or names} where
-                          # the splits are published
-    'splits': {'train': 0.9, 'val': 1},  # else: the share of the characters or rows at which each
-                          # ends, or splits(read) -> {split: function that starts its part}; train
-                          # and val must be among them
-    'layout': 'stream',   # stream, pairs, documents
-    'read': None,         # stream: read(file) yields pieces of text; documents: read(file), pairs:
-                          # read(prompts, answers) yield (prompt, answer)s; None = as READERS below
-    'tokenizer': 'char',  # char, gpt2, bpe
-    'vocab_size': 4096}   # of bpe
 RECIPES = Path(__file__).parent / 'data'
 
 EOT = '<|endoftext|>'
 SPECIALS = {'eos_id': EOT, 'sep_id': '<|sep|>', 'pad_id': '<|pad|>'}  # in the order of their ids
+SPECIALS_OF = {'stream': ['eos_id'], 'documents': ['eos_id', 'pad_id'], 'pairs': [*SPECIALS]}
 # GPT-2's, in possessive form (++), which matches the same but never has to backtrack.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
@@ -126,32 +96,29 @@ META_TYPES = {
 
 def recipe_names():
     """The names of the data sets that there is a recipe for."""
-    return sorted(path.stem for path in RECIPES.glob('*.py'))
+    return sorted(path.stem for path in RECIPES.glob('[!_]*.py'))
 
 
 def load_recipe(name):
-    """The names in data/<name>.py, over those of its base, over those of RECIPE."""
+    """The names in data/<name>.py, over those of its base, which in the end is data/__init__.py."""
     own = runpy.run_path(str(RECIPES / f'{name}.py'))
-    return (load_recipe(own['base']) if 'base' in own else RECIPE) | own
+    return own if name == '__init__' else load_recipe(own.get('base', '__init__')) | own
 
 
 def choose_recipe(what, prompts, answers, fields, documents):
     """The recipe of that name, or one for the user's own files that the settings describe."""
     known = what in recipe_names()
-    ways = [bool(prompts or answers), bool(fields), documents]
-    if sum(ways) > (not known) or bool(prompts) != bool(answers):
+    if known + bool(prompts) + bool(fields) + documents > 1 or bool(prompts) != bool(answers):
         raise UserError('rows are made from --prompts=FILE --answers=FILE, or from a file with '
                         '--fields=PROMPT,ANSWER, or from a text with --documents')
-    if known:
-        return load_recipe(what)
-    if prompts:
-        return RECIPE | {'layout': 'pairs', 'text': (prompts, answers)}
+    recipe = load_recipe(what if known else '__init__')
     if fields:
         names = fields.split(',')
-        if len(names) != 2:
-            raise UserError(f"fields is {fields!r}, but must be two names, as in 'question,answer'")
-        return RECIPE | {'layout': 'pairs', 'read': partial(read_fields, names=names)}
-    return RECIPE | {'layout': 'documents' if documents else 'stream'}
+        require('fields', fields, len(names) == 2, "two names, as in 'question,answer'")
+        recipe |= {'layout': 'pairs', 'read': partial(read_fields, names=names)}
+    elif prompts or documents:
+        recipe['layout'] = 'pairs' if prompts else 'documents'
+    return recipe
 
 
 def sha256_of(*files):
@@ -172,57 +139,49 @@ def append_rest(url, part, timeout):
         if answer.status_code == 416 and have:
             return  # nothing comes after `have`: it is complete, or the checksum will say
         answer.raise_for_status()
-        if answer.status_code != 206:
-            have = 0  # this server ignores Range and starts from zero
-        total = have + int(answer.headers.get('Content-Length', 0))
-        with open(part, 'ab' if have else 'wb') as f, tqdm.wrapattr(
-                f, 'write', total=total, initial=have, desc=part.stem, delay=1) as out:
-            for piece in answer.iter_content(1 << 14):
-                out.write(piece)
+        # 206 is the rest, as asked for; another server ignores Range and starts from zero
+        with open(part, 'ab' if answer.status_code == 206 else 'wb') as f:
+            for piece in tqdm(answer.iter_content(1 << 14), part.stem, unit='B',
+                              unit_scale=1 << 14, delay=1):
+                f.write(piece)
 
 
 def download(urls, path, sha256, timeout=(3, 15), tries=4, pause=0.5):
     """Fetches `path` from the first mirror that has it with this sha256, unless that is None.
 
-    timeout: seconds to connect, and to wait for a byte. A broken download stays as path.part and
-    is resumed, now or in a later run; path itself appears once the checksum is right. Raises
-    UserError."""
+    Every mirror is asked in turn, and after a pause all are asked again. timeout: seconds to
+    connect, and to wait for a byte. What a broken download left in path.part is resumed, now or in
+    a later run; path itself appears once the checksum is right. Raises UserError."""
     if path.is_file() and sha256 in (None, sha256_of(path)):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f'{path}.part')
-    problems = []
-    for url in urls:
-        for attempt in range(tries):
-            resumed = part.exists()
+    problems = dict.fromkeys(urls, '')  # the last of each mirror
+    for attempt in range(tries):
+        time.sleep(pause * attempt)
+        for url in urls:
+            if problems[url] == 'ConnectTimeout':
+                continue  # nobody is there, and asking again takes long
             try:
                 append_rest(url, part, timeout)
                 if sha256 in (None, sha256_of(part)):
                     return os.replace(part, path)
                 part.unlink()
-                problem, again = 'wrong checksum', resumed  # of what was there before, perhaps
+                problems[url] = 'wrong checksum'
+            except requests.HTTPError as e:
+                problems[url] = f'HTTP status {e.response.status_code}'
             except requests.RequestException as e:
-                # A break, a stall or a busy server may pass. A 404 or a closed door will not.
-                status = getattr(e.response, 'status_code', 0)
-                problem = f'HTTP status {status}' if status else type(e).__name__
-                unreachable = any(isinstance(cause, MaxRetryError) for cause in e.args)
-                again = not unreachable and (status in (0, 429) or status >= 500)
-            if not again:
-                break
-            time.sleep(pause * 2 ** attempt)
-        problems.append(f'{url}: {problem}')
-    raise UserError(f'cannot download {path.name} ({"; ".join(problems)}): get it in another way '
-                    'and add --source=FILE')
+                problems[url] = type(e).__name__
+    problems = '; '.join(f'{url}: {problem}' for url, problem in problems.items())
+    raise UserError(f'cannot download {path.name} ({problems}): get it in another way and add '
+                    '--source=FILE')
 
 
 def fetch(recipe):
     """(path, source in words) of a recipe's files, which are downloaded or made if need be."""
-    place = recipe['folder'] or next(iter(recipe['files']))
-    path = DOWNLOADS / place
-    if recipe['make']:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recipe['make'](path)
-        return path, 'made by prepare.py'
+    DOWNLOADS.mkdir(parents=True, exist_ok=True)
+    if not recipe['mirrors']:
+        return recipe['make'](DOWNLOADS)
     try:
         for file, sha256 in recipe['files'].items():
             target = DOWNLOADS / recipe['folder'] / file
@@ -230,19 +189,20 @@ def fetch(recipe):
             if target.suffix == '.gz':
                 target.with_suffix('').write_bytes(gzip.decompress(target.read_bytes()))
     except UserError:
-        if recipe['stand_in'] and (found := recipe['stand_in'](DOWNLOADS)):
-            return found
+        if recipe['make'] and (made := recipe['make'](DOWNLOADS)):
+            return made
         raise
-    return path, recipe['mirrors'][0] + place
+    place = recipe['folder'] or file
+    return DOWNLOADS / place, recipe['mirrors'][0] + place
 
 
 def members(path):
-    """{name: path, also into a zip} of the files in a folder or zip, or of the one file."""
+    """The files in a folder, or in a zip as paths into it; or the one file."""
     if path.is_dir():
-        return {p.name: p for p in path.iterdir()}
+        return [*path.iterdir()]
     if zipfile.is_zipfile(path):
-        return {Path(m).name: zipfile.Path(path, m) for m in zipfile.ZipFile(path).namelist()}
-    return {path.name: path}
+        return [zipfile.Path(path, member) for member in zipfile.ZipFile(path).namelist()]
+    return [path]
 
 
 def find_texts(what, recipe, sources):
@@ -250,29 +210,30 @@ def find_texts(what, recipe, sources):
 
     The paths may lead into a zip. '' stands for all splits where the recipe has to cut them.
     sources: the user's own files; none = those of the recipe."""
-    paths, words = [Path(file) for file in sources], ', '.join(Path(file).name for file in sources)
+    paths = [Path(file) for file in sources]
+    words = ', '.join(path.name for path in paths)
     if not sources:
         path, words = fetch(recipe)
         paths = [path]
     for path in paths:
         if not path.exists():
-            raise UserError(f'there is no file {str(path)!r} (data sets: '
-                            f'{", ".join(recipe_names())})')
-    files = members(path) if len(paths) == 1 else dict(zip(sources, paths))
-    text = recipe['text']
-    if not text and (path.is_dir() or len(files) != 1):
-        raise UserError(f'{path} is not a text')
-    texts = collections.defaultdict(list)
-    for split, names in (text if isinstance(text, dict) else {'': text or [*files]}).items():
-        for either in [names] if isinstance(names, str) else names:
-            found = [files[name] for name in (either, *either.split('|')) if name in files]
+            known = ', '.join(recipe_names())
+            raise UserError(f'there is no file {str(path)!r} (data sets: {known})')
+    files, texts = [file for path in paths for file in members(path)], {}
+    named = {file.name: file for file in files}
+    for split, names in recipe['text'].items():
+        texts[split] = []
+        for name in names:
+            found = [named[either] for either in name.split('|') if either in named]
             if not found:
-                raise UserError(f'{path} is not {what}: it has no {either.replace("|", " or ")}')
+                raise UserError(f'{path} is not {what}: it has no {name.replace("|", " or ")}')
             texts[split].append(found[0])
-    published = [digest for file, digest in recipe['files'].items() if file.endswith('.txt')]
-    if sources and any(published) and sha256_of(*texts['']) not in published:
+    if not texts:
+        if path.is_dir() or len(files) != len(paths):
+            raise UserError(f'{path} is not a text')
+        texts = {'': files}
+    if sources and recipe['title'] and sha256_of(*texts['']) not in recipe['files'].values():
         words += f' (not the published {recipe["title"]})'
-        print(f'{path} is not the published {recipe["title"]} (by its sha256), but is used')
     return texts, words
 
 
@@ -292,12 +253,11 @@ def recut(chunks, where):
     rest = ''
     for chunk in chunks:
         rest += chunk
-        cut = found.end() if (found := where.match(rest)) else 0
-        if len(rest) - cut > MAX_UNCUT:
+        if piece := where.match(rest):
+            yield piece[0]
+            rest = rest[piece.end():]
+        if len(rest) > MAX_UNCUT:
             raise UserError(f'{MAX_UNCUT:,} characters without a space: use --tokenizer=char')
-        if cut:
-            yield rest[:cut]
-        rest = rest[cut:]
     yield rest
 
 
@@ -348,14 +308,6 @@ def read_documents(file):
 READERS = {'stream': read_chunks, 'pairs': read_pairs, 'documents': read_documents}
 
 
-def progress(chunks, label, total=None):
-    """The same chunks, with a bar on stderr where it takes longer than a second."""
-    with tqdm(desc=label, total=total, unit='char', unit_scale=True, delay=1) as bar:
-        for chunk in chunks:
-            yield chunk
-            bar.update(len(chunk))
-
-
 def cut_text(chunks, start, stop):
     """Yields characters start to stop of a text."""
     done = 0
@@ -364,41 +316,28 @@ def cut_text(chunks, start, stop):
         done += len(chunk)
 
 
-def open_splits(recipe, texts):
-    """{split: function that starts its text, or its (prompt, answer)s}."""
-    read, rows = recipe['read'] or READERS[recipe['layout']], recipe['layout'] != 'stream'
-    if '' not in texts:
-        return {split: partial(read, *files) for split, files in texts.items()}
-    whole, splits = partial(read, *texts['']), recipe['splits']
-    if callable(splits):
-        return splits(whole)
-    n = sum(1 for _ in whole()) if rows else sum(
-        map(len, progress(whole(), 'counting characters')))
-    stops = [int(n * end) for end in splits.values()]
-    cut = itertools.islice if rows else cut_text
-    return {split: lambda start=start, stop=stop: cut(whole(), start, stop)
-            for split, start, stop in zip(splits, [0, *stops], stops)}
+def cut_splits(read, shares, stream):
+    """{split: function that starts its part} of what read() yields: pieces of a stream, or rows."""
+    n = sum(len(item) if stream else 1 for item in tqdm(read(), 'counting', delay=1))
+    stops = [int(n * share) for share in shares.values()]
+    cut = cut_text if stream else itertools.islice
+    return {split: lambda start=start, stop=stop: cut(read(), start, stop)
+            for split, start, stop in zip(shares, [0, *stops], stops)}
 
 
-def code_points(text):
-    """The numbers of the characters of `text`, uint32."""
-    return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
+def open_splits(recipe, texts, kind):
+    """{split: function that starts its pieces of text, or its (prompt, answer)s}.
 
-
-def scan(splits):
-    """(characters and bytes by split, the characters that occur, whether EOTs do) of a corpus.
-
-    An EOT stands for the end of a document. It is not part of the text, so it is not counted."""
-    counts, occurs, has_eot = {}, np.zeros(0x110000, bool), False
-    for split, read in splits.items():
-        count = counts[split] = {'tokens': 0, 'characters': 0, 'bytes': 0}  # tokens: once encoded
-        for chunk in recut(read(), OUTSIDE_EOT):
-            text = chunk.replace(EOT, '')
-            has_eot |= len(text) < len(chunk)
-            count['characters'] += len(text)
-            count['bytes'] += len(text.encode('utf-8'))
-            occurs[code_points(text)] = True
-    return counts, ''.join(map(chr, np.flatnonzero(occurs))), has_eot
+    The pieces are as this kind of tokenizer needs them: each can be encoded on its own."""
+    read, stream = recipe['read'] or READERS[recipe['layout']], recipe['layout'] == 'stream'
+    splits = {split: partial(read, *files) for split, files in texts.items()}
+    if '' in splits:
+        shares = recipe['splits']
+        splits = shares(splits['']) if callable(shares) else cut_splits(splits[''], shares, stream)
+    if not stream:
+        return splits
+    where = OUTSIDE_EOT if kind == 'char' else BEFORE_BLANK
+    return {split: lambda read=read: recut(read(), where) for split, read in splits.items()}
 
 
 class CharTokenizer:
@@ -406,22 +345,15 @@ class CharTokenizer:
 
     def __init__(self, chars, specials):
         self.pieces = [*chars, *specials]
-        self.ids = np.full(0x110000, MAX_VOCAB_SIZE, np.uint16)  # by code point
-        self.ids[code_points(chars)] = np.arange(len(chars))
-        self.takes_eot = specials.keys() == {EOT}  # in rows no text has a special token's id
-        if self.takes_eot:
-            self.ids[ord(MARK)] = specials[EOT]
-
-    def encode_array(self, text):
-        """ids of `text`, uint16."""
-        codes = code_points(text.replace(EOT, MARK) if self.takes_eot else text)
-        ids = self.ids[codes]
-        if lacking := {repr(chr(code)) for code in codes[ids == MAX_VOCAB_SIZE]}:
-            raise UserError(f'the tokenizer does not know {" ".join(sorted(lacking)[:9])}')
-        return ids
+        self.ids = {char: i for i, char in enumerate(chars)}
+        if specials.keys() == {EOT}:  # in rows no text has a special token's id
+            self.ids[MARK] = specials[EOT]
 
     def encode(self, text):
-        return self.encode_array(text).tolist()
+        text = text.replace(EOT, MARK) if MARK in self.ids else text
+        if lacking := sorted(map(repr, set(text) - self.ids.keys())):
+            raise UserError(f'the tokenizer does not know {" ".join(lacking[:9])}')
+        return [self.ids[char] for char in text]
 
     def decode(self, ids):
         return ''.join(self.pieces[i] for i in ids)
@@ -434,13 +366,8 @@ class BytePairTokenizer:
         self.encoding = encoding
         self.in_text = {EOT} if encoding.special_tokens_set == {EOT} else set()
 
-    def encode_array(self, text):
-        """ids of `text`, uint16. Other threads run meanwhile: tiktoken is Rust."""
-        return self.encoding.encode_to_numpy(
-            text, allowed_special=self.in_text, disallowed_special=()).astype(np.uint16)
-
     def encode(self, text):
-        return self.encode_array(text).tolist()
+        return self.encoding.encode(text, allowed_special=self.in_text, disallowed_special=())
 
     def decode(self, ids):
         return self.encoding.decode([int(i) for i in ids])
@@ -453,98 +380,111 @@ def load_tokenizer(meta):
     if spec['kind'] == 'char':
         return CharTokenizer(spec['chars'], specials)
     if spec['kind'] == 'bpe':
-        pattern = spec['pattern']
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec['ranks'])}
     else:
         try:
-            gpt2 = tiktoken.get_encoding('gpt2')  # downloads it once
+            ranks = tiktoken.get_encoding('gpt2')._mergeable_ranks  # downloads them once
         except (requests.RequestException, OSError, ValueError) as e:
             raise UserError("GPT-2's files vocab.bpe and encoder.json cannot be fetched: set "
                             "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or use "
                             '--tokenizer=bpe') from e
-        pattern, ranks = gpt2._pat_str, gpt2._mergeable_ranks
     return BytePairTokenizer(tiktoken.Encoding(
-        spec['kind'], pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials))
+        spec['kind'], pat_str=spec.get('pattern', GPT2_PATTERN), mergeable_ranks=ranks,
+        special_tokens=specials))
 
 
-def make_tokenizer(kind, chars, texts, vocab_size, n_special):
-    """(description for meta.json, ordinary tokens) of a tokenizer, learned from texts if it is bpe.
+def texts_in(layout, read):
+    """The texts of a split, one by one: pieces of a stream with MARK for EOT, or sides of rows."""
+    if layout == 'stream':
+        return (piece.replace(EOT, MARK) for piece in read())
+    return itertools.chain.from_iterable(read())
 
-    The ids of n_special special tokens come next. Of byte pairs it keeps, in base64, the bytes of
-    each token in the order of their ids."""
+
+def make_tokenizer(kind, layout, splits, vocab_size):
+    """(description for meta.json, ordinary tokens, names of the special tokens after them).
+
+    Characters are those of all splits; byte pairs are learned from train, and the description
+    holds, in base64, the bytes of each token in the order of their ids."""
+    specials = SPECIALS_OF[layout]
     if kind == 'gpt2':
-        return {'kind': kind}, 50_256
+        return {'kind': kind}, 50_256, specials
     if kind == 'char':
-        if len(chars) + n_special > MAX_VOCAB_SIZE:
+        chars = set()
+        for read in splits.values():
+            for text in texts_in(layout, read):
+                chars.update(text)
+        if layout == 'stream' and MARK not in chars:
+            specials = []
+        chars = ''.join(sorted(chars - {MARK}))
+        if len(chars) + len(specials) > MAX_VOCAB_SIZE:
             raise UserError(f'{len(chars):,} different characters: too many, use --tokenizer=bpe')
-        return {'kind': kind, 'chars': chars}, len(chars)
-    if not 256 + n_special <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(f'vocab_size is {vocab_size}, but must be {256 + n_special} to '
-                        f'{MAX_VOCAB_SIZE}')
+        return {'kind': kind, 'chars': chars}, len(chars), specials
+    least = 256 + len(specials)
+    require('vocab_size', vocab_size, least <= vocab_size <= MAX_VOCAB_SIZE,
+            f'{least} to {MAX_VOCAB_SIZE}')
     try:
         import rustbpe  # only here: not everybody installs it
     except ImportError as e:
         raise UserError("--tokenizer=bpe needs rustbpe: pip install -e '.[bpe]'") from e
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(texts, vocab_size - n_special, buffer_size=16,
-                                pattern=GPT2_PATTERN)
+    texts = tqdm(texts_in(layout, splits['train']), 'learning byte pairs', delay=1)
+    trainer.train_from_iterator((part for text in texts for part in text.split(MARK)),
+                                vocab_size - len(specials), buffer_size=16, pattern=GPT2_PATTERN)
     tokens = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     ranks = [base64.b64encode(bytes(token)).decode() for token, _ in tokens]
-    return {'kind': kind, 'pattern': GPT2_PATTERN, 'ranks': ranks}, len(ranks)
+    return {'kind': kind, 'pattern': GPT2_PATTERN, 'ranks': ranks}, len(ranks), specials
 
 
-def encode_stream(chunks, encoder):
-    """Yields the ids of a text in its order; several threads share the work and the vocabulary."""
-    where = OUTSIDE_EOT if isinstance(encoder, CharTokenizer) else BEFORE_BLANK
+def encode_stream(pieces, encoder, count):
+    """Yields the ids of a text in its order, and writes into count how long it is.
+
+    An EOT is not part of the text, so its characters are not counted. Several threads share the
+    work: tiktoken is Rust and lets the others run."""
+    count |= dict.fromkeys(('tokens', 'characters', 'bytes'), 0)  # tokens: once written
+    pieces = iter(pieces)
     with ThreadPoolExecutor(THREADS) as pool:
-        at_work = collections.deque()
-        for piece in recut(chunks, where):
-            at_work.append(pool.submit(encoder.encode_array, piece))
-            if len(at_work) == 4 * THREADS:  # no more in memory than this
-                yield at_work.popleft().result()
-        yield from (work.result() for work in at_work)
+        while batch := list(itertools.islice(pieces, 4 * THREADS)):  # this much is in memory
+            text = ''.join(batch).replace(EOT, '')
+            count['characters'] += len(text)
+            count['bytes'] += len(text.encode('utf-8'))
+            yield from pool.map(encoder.encode, batch)
 
 
-def encode_rows(pairs, encoder, meta, max_prompt, max_answer, count):
-    """Yields the rows (row_length,) of a split, and writes into meta and count what they are.
+def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer):
+    """Yields the rows (row_length,) of a split, and writes into count what they are.
 
     Characters and bytes are those of the answers or documents, as are the `scored` tokens. A pair
     with an empty or too long side is dropped, and so is an empty document; a long one is cut.
     Of pairs, `answer_line` is (a, b) of the answer's tokens, EOS among them, on average: a times
     the prompt's, and b; a least-squares fit."""
-    count |= dict.fromkeys(('rows', 'scored', 'longest', 'characters', 'bytes', 'empty', 'long'), 0)
-    is_pair, lengths = meta['sep_id'] is not None, []
-    for prompt, text in pairs:
-        prompt, text = prompt.strip(), text.strip()
-        start, answer = encoder.encode(prompt), encoder.encode(text)
-        empty = not answer or (is_pair and not start)
-        long = len(start) > max_prompt or len(answer) > max_answer
-        count['empty'] += empty
-        count['long'] += long and not empty
-        if empty or (long and is_pair):
+    is_pair, empty, long, sizes = meta['sep_id'] is not None, 0, 0, []
+    for prompt, answer in pairs:
+        prompt, answer = encoder.encode(prompt.strip()), encoder.encode(answer.strip())
+        if not answer or (is_pair and not prompt):
+            empty += 1
             continue
-        if long:
-            answer = answer[:max_answer]
-            text = encoder.decode(answer)
-        ids = [*start, meta['sep_id'], *answer] if is_pair else answer
-        row = np.full(meta['row_length'], meta['pad_id'], np.uint16)
-        row[:len(ids) + 1] = [*ids, meta['eos_id']]
-        count['longest'] = max(count['longest'], len(answer))
-        meta['max_answer'] = max(meta['max_answer'], len(answer))
-        count['rows'] += 1
-        count['scored'] += len(answer) + 1
-        count['characters'] += len(text)
-        count['bytes'] += len(text.encode('utf-8'))
-        lengths.append((len(start), 1, len(answer) + 1))
-        yield row
-    if is_pair and lengths:
-        lengths = np.array(lengths, float)
-        line = np.linalg.lstsq(lengths[:, :2], lengths[:, 2], rcond=None)[0]
-        count['answer_line'] = line.tolist()
+        if len(prompt) > max_prompt or len(answer) > max_answer:
+            long += 1
+            if is_pair:
+                continue
+        answer = answer[:max_answer]
+        text = encoder.decode(answer)
+        sizes.append((len(prompt), len(answer) + 1, len(text), len(text.encode('utf-8'))))
+        row = [*prompt, meta['sep_id'], *answer] if is_pair else answer
+        row = [*row, meta['eos_id']]
+        yield row + [meta['pad_id']] * (meta['row_length'] - len(row))
+    sizes = np.array(sizes, int).reshape(-1, 4)  # (N, 4)
+    _, scored, characters, n_bytes = sizes.sum(0).tolist()
+    longest = int(sizes[:, 1].max(initial=1)) - 1  # without EOS
+    count |= {'rows': len(sizes), 'scored': scored, 'longest': longest, 'characters': characters,
+              'bytes': n_bytes, 'empty': empty, 'long': long}
+    if is_pair and len(sizes):
+        prompts = np.column_stack([sizes[:, 0], np.ones(len(sizes))])  # (N, 2)
+        count['answer_line'] = np.linalg.lstsq(prompts, sizes[:, 1], rcond=None)[0].tolist()
 
 
-def write_dataset(target, meta, pieces):
-    """Writes data/<name>: pieces {split: the ids of it in arrays}, and then meta.json.
+def write_dataset(target, meta, encoded):
+    """Writes data/<name>: encoded {split: its ids in lists, one by one}, and then meta.json.
 
     All is made in a folder aside and then renamed, so that what was there stays until the new data
     set is complete."""
@@ -552,32 +492,20 @@ def write_dataset(target, meta, pieces):
     with tempfile.TemporaryDirectory(prefix='.preparing-', dir='data') as folder:
         work = Path(folder, 'new')
         work.mkdir()
-        for split, arrays in pieces.items():
+        for split, lists in encoded.items():
             with open(work / f'{split}.bin', 'wb') as f:
-                for ids in arrays:
-                    f.write(ids.astype('<u2').tobytes())
+                for ids in tqdm(lists, f'{target.name} {split}', delay=1):
+                    f.write(np.array(ids, '<u2').tobytes())
                 meta['counts'][split]['tokens'] = tokens = f.tell() // 2
             if tokens < 2:
                 raise UserError(f'{target.name} is too short: its {split} split has {tokens} '
                                 'tokens')
+        if meta['layout'] == 'rows':
+            meta['max_answer'] = max(count['longest'] for count in meta['counts'].values())
         (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
         if target.exists():
             os.replace(target, Path(folder, 'old'))
         os.replace(work, target)
-
-
-def survey(layout, splits, kind):
-    """(counts, characters, special tokens, texts to learn byte pairs from) of a corpus."""
-    if layout == 'stream':
-        counts, chars, has_eot = scan(splits)
-        text = recut(progress(splits['train'](), 'learning byte pairs'), BEFORE_BLANK)
-        return (counts, chars, ['eos_id'] if has_eot or kind != 'char' else [],
-                (piece for chunk in text for piece in chunk.split(EOT)))
-    chars = ''.join(sorted({c for read in splits.values() for pair in read() for side in pair
-                            for c in side})) if kind == 'char' else ''
-    return ({split: {} for split in splits}, chars,
-            list(SPECIALS) if layout == 'pairs' else ['eos_id', 'pad_id'],
-            (side for pair in splits['train']() for side in pair))
 
 
 def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', answers='',
@@ -589,36 +517,28 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
     UserError."""
     recipe = choose_recipe(what, prompts, answers, fields, documents)
     layout, kind = recipe['layout'], tokenizer or recipe['tokenizer']
+    one_of('tokenizer', kind, TOKENIZER_KEYS)
     target = Path('data', name or Path(what).stem)
-    if kind not in TOKENIZER_KEYS:
-        raise UserError(f'tokenizer is {kind!r}, but must be one of {", ".join(TOKENIZER_KEYS)}')
     taken = target.exists() and not (target / 'meta.json').exists()  # by something else of yours
     if taken or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
         raise UserError(f'{target} cannot be the folder of a data set: choose another --name')
     own = [prompts, answers] if prompts else [source or what]
     texts, words = find_texts(what, recipe, own if source or not recipe['files'] else [])
-    splits = open_splits(recipe, texts)
-    counts, chars, specials, learned_from = survey(layout, splits, kind)
-    spec, n = make_tokenizer(kind, chars, learned_from, vocab_size or recipe['vocab_size'],
-                             len(specials))
+    splits = open_splits(recipe, texts, kind)
+    spec, n, specials = make_tokenizer(kind, layout, splits, vocab_size or recipe['vocab_size'])
+    row_length = (max_prompt + 1) * (layout == 'pairs') + max_answer + 1
     meta = {'name': target.name, 'layout': 'stream' if layout == 'stream' else 'rows',
-            'row_length': None, 'vocab_size': n + len(specials), 'mask_id': n + len(specials),
+            'row_length': None if layout == 'stream' else row_length,
+            'vocab_size': n + len(specials), 'mask_id': n + len(specials),
             **dict.fromkeys(SPECIALS), **{key: n + i for i, key in enumerate(specials)},
-            'tokenizer': spec, 'source': words, 'sha256': sha256_of(*itertools.chain(
-                *texts.values())), 'counts': counts}
-    encoder, pieces = load_tokenizer(meta), {}
-    if layout != 'stream':  # max_answer becomes that of the longest answer there is
-        meta |= {'row_length': (max_prompt + 1) * (layout == 'pairs') + max_answer + 1,
-                 'max_answer': 0}
-    for split, read in splits.items():
-        label = f'{target.name} {split}'
-        if layout == 'stream':
-            text = progress(read(), label, counts[split]['characters'])
-            pieces[split] = encode_stream(text, encoder)
-        else:
-            pairs = tqdm(read(), label, unit='row', delay=1)
-            pieces[split] = encode_rows(pairs, encoder, meta, max_prompt, max_answer, counts[split])
-    write_dataset(target, meta, pieces)
+            'tokenizer': spec, 'source': words,
+            'sha256': sha256_of(*itertools.chain(*texts.values())),
+            'counts': {split: {} for split in splits}}
+    encode = encode_stream if layout == 'stream' else partial(
+        encode_rows, meta=meta, max_prompt=max_prompt, max_answer=max_answer)
+    encoder = load_tokenizer(meta)
+    write_dataset(target, meta, {split: encode(read(), encoder, meta['counts'][split])
+                                 for split, read in splits.items()})
     return meta
 
 
@@ -626,9 +546,9 @@ def load_meta(dataset):
     """What data/<dataset>/meta.json says, checked. Raises UserError."""
     path = Path('data', dataset, 'meta.json')
     if not path.is_file():
-        raise UserError(f'there is no {path}: ' + (
-            f'run python prepare.py {dataset}' if Path(dataset).name == dataset else
-            'prepare.py makes a folder of data/ from a file, and dataset is its name'))
+        hint = f'run python prepare.py {dataset}' if Path(dataset).name == dataset else \
+            'prepare.py makes a folder of data/ from a file, and dataset is its name'
+        raise UserError(f'there is no {path}: {hint}')
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
         wrong = [key for key, kind in META_TYPES.items() if not isinstance(meta.get(key), kind)]
@@ -746,15 +666,10 @@ def describe_data(data, meta):
 class Stream:
     """A data set of one long text per split, read in windows of block_size tokens."""
 
-    def __init__(self, dataset, meta, block_size, batch_size, seed, *, train_tokens=0,
-                 random_length=0.0, predict_pad=False, score_prompt=False, row_share=1.0,
-                 length_curriculum=0, pad_curriculum=0):
-        if predict_pad or score_prompt or length_curriculum or row_share != 1:
-            raise UserError('predict_pad, score_prompt, row_share, length_curriculum and '
-                            f'token_weights are for rows, but data/{dataset} is a stream of text')
+    def __init__(self, dataset, meta, block_size, batch_size, seed, random_length, train_tokens):
         self.dataset, self.meta, self.seed = dataset, meta, seed
-        self.tokens = cache(partial(load_split, dataset))  # of a split: its ids, a memmap
         self.block_size, self.batch_size, self.random_length = block_size, batch_size, random_length
+        self.tokens = cache(partial(load_split, dataset))  # of a split: its ids, a memmap
         self.train = self.tokens('train')[:train_tokens or None]
         self.tokens_per_epoch = len(self.train)
         self.tokens_per_batch, self.mean_width = batch_size * block_size, block_size
@@ -785,7 +700,6 @@ class Stream:
         would have seen, and a batch is the same whether the parts of an update run one after the
         other or on many processes.
         """
-        self.check()
         number = mixed_seed(self.seed, update, part)
         places = len(self.train) - self.block_size + 1
         starts = np.random.default_rng(number).integers(0, places, self.batch_size)  # (B,)
@@ -824,35 +738,31 @@ class Stream:
 class Rows:
     """A data set of rows: prompts and answers, or documents. A batch holds rows of one width."""
 
-    def __init__(self, dataset, meta, block_size, batch_size, seed, *, predict_pad=False,
-                 random_length=0.0, score_prompt=False, row_share=1.0, length_curriculum=0,
-                 pad_curriculum=0, train_tokens=0):
-        if train_tokens:
-            raise UserError(f'train_tokens is for a stream of text, but data/{dataset} has rows')
+    def __init__(self, dataset, meta, block_size, batch_size, seed, random_length, predict_pad,
+                 score_prompt, row_share, length_curriculum, pad_curriculum):
         self.dataset, self.meta, self.seed = dataset, meta, seed
-        self.tokens = cache(partial(load_split, dataset))  # of a split: its ids, a memmap
         self.block_size, self.batch_size, self.random_length = block_size, batch_size, random_length
         self.predict_pad, self.score_prompt = predict_pad, score_prompt
         self.length_curriculum, self.pad_curriculum = length_curriculum, pad_curriculum
+        self.tokens = cache(partial(load_split, dataset))  # of a split: its ids, a memmap
         rows = self.rows('train')
-        lengths = row_lengths(rows, meta)[1]  # without PAD
+        self.lengths = row_lengths(rows, meta)[1]  # (N,) without PAD
         n = math.ceil(row_share * len(rows)) or 1
-        self.kept = np.sort(lengths.argsort(kind='stable')[:n])  # (N,) numbers of the shortest rows
-        self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (N,)
-        self.batches_per_epoch = len(row_batches(self.widths, batch_size))
-        self.tokens_per_epoch = int(self.widths.sum())
-        self.pad_share = 1 - lengths[self.kept].sum() / self.tokens_per_epoch
-        self.tokens_per_batch = self.tokens_per_epoch / self.batches_per_epoch  # a mean
-        self.mean_width = round(self.widths.mean())
-        self.widest = max(self.widths.max(), row_widths(self.rows('val'), meta, predict_pad).max())
+        self.kept = np.sort(self.lengths.argsort(kind='stable')[:n])  # numbers of the shortest rows
+        self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (n,)
         self.epoch = lru_cache(2)(lambda epoch: row_batches(  # of indices into self.kept
             self.widths, batch_size, np.random.default_rng(mixed_seed(seed, epoch))))
+        self.batches_per_epoch = len(self.epoch(0))
+        self.tokens_per_epoch = int(self.widths.sum())
+        self.tokens_per_batch = self.tokens_per_epoch / self.batches_per_epoch  # a mean
+        self.mean_width = round(self.widths.mean())
 
     def check(self):
         """Raises UserError where a row is longer than the context."""
-        if self.widest > self.block_size:
-            raise UserError(f'data/{self.dataset} has rows of {self.widest} tokens: set block_size,'
-                            f' which is {self.block_size}, to {self.widest} or more')
+        val = row_widths(self.rows('val'), self.meta, self.predict_pad)
+        if (widest := max(self.widths.max(), val.max())) > self.block_size:
+            raise UserError(f'data/{self.dataset} has rows of {widest} tokens: set block_size, '
+                            f'which is {self.block_size}, to {widest} or more')
 
     def rows(self, split):
         """The rows of a split, (N, row_length)."""
@@ -871,10 +781,11 @@ class Rows:
 
     def describe(self):
         """What train.py prints about the data."""
+        pad_share = 1 - self.lengths[self.kept].sum() / self.tokens_per_epoch
         return (f'{describe_data(self, self.meta)}\n'
                 f'{len(self.widths):,} rows of {self.widths.min()} to {self.widths.max()} tokens, '
                 f'{self.batches_per_epoch:,} batches an epoch, '
-                f'{100 * self.pad_share:.1f}% of what is computed is PAD')
+                f'{100 * pad_share:.1f}% of what is computed is PAD')
 
     def batch(self, update, part=0, parts=1):
         """Rows of one width, x0 (B, T) int64, and given (B, T) bool: True in the prompt.
@@ -883,7 +794,6 @@ class Rows:
         are shuffled; the length curriculum leaves out those whose rows are still too long. given
         is None with score_prompt, under which the prompt is predicted, too.
         """
-        self.check()
         number = mixed_seed(self.seed, update, part)
         epoch, i = divmod(update * parts + part, self.batches_per_epoch)
         progress = update / self.length_curriculum if self.length_curriculum else 1.0
@@ -929,16 +839,24 @@ def split_row(ids, meta):
     return ids[:middle], [i for i in answer if i not in special]
 
 
-def open_data(dataset, block_size, batch_size, seed=0, **choices):
+def open_data(dataset, block_size, batch_size, seed=0, *, random_length=0.0, train_tokens=0,
+              predict_pad=False, score_prompt=False, row_share=1.0, length_curriculum=0,
+              pad_curriculum=0):
     """The data set data/<dataset>, opened for reading: Stream or Rows; both answer the same calls.
 
-    choices: settings of train.py (predict_pad, train_tokens, random_length, score_prompt,
-    row_share, length_curriculum, pad_curriculum). Raises UserError where one of them is for the
-    other layout.
+    The others are settings of train.py. Raises UserError where one is for the other layout.
     """
     meta = load_meta(dataset)
-    make = Rows if meta['layout'] == 'rows' else Stream
-    return make(dataset, meta, block_size, batch_size, seed, **choices)
+    common = (dataset, meta, block_size, batch_size, seed, random_length)
+    if meta['layout'] == 'rows':
+        if train_tokens:
+            raise UserError(f'train_tokens is for a stream of text, but data/{dataset} has rows')
+        return Rows(*common, predict_pad, score_prompt, row_share, length_curriculum,
+                    pad_curriculum)
+    if predict_pad or score_prompt or length_curriculum or row_share != 1:
+        raise UserError('predict_pad, score_prompt, row_share, length_curriculum and '
+                        f'token_weights are for rows, but data/{dataset} is a stream of text')
+    return Stream(*common, train_tokens)
 
 
 def main():

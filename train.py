@@ -248,13 +248,15 @@ def join_processes(device, length_head):
             device = f'cuda:{os.environ["LOCAL_RANK"]}'
             torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    if rank > 0:
+        sys.stdout = open(os.devnull, 'w')  # one process speaks for all
     return rank, world, device
 
 
 def open_training_data(s, rank, world):
     """The Stream or Rows to train on, prepared by the first process if it is missing."""
-    if rank == 0 and s.dataset in recipe_names() and not Path('data', s.dataset,
-                                                              'meta.json').exists():
+    missing = not Path('data', s.dataset, 'meta.json').exists()
+    if rank == 0 and missing and s.dataset in recipe_names():
         print(f'data/{s.dataset} is missing: preparing it')
         prepare(s.dataset)
     if world > 1:
@@ -310,7 +312,11 @@ class Progress:
     seconds: float = 0.0      # of updates, evaluations not counted
     best: float = math.inf    # lowest loss on the validation split
     log: list = field(default_factory=list)  # rows of log.csv
-    saved: int = -1           # updates behind the weights in ckpt.pt; -1 = none
+    saved: str = 'nothing is saved yet'  # or which weights ckpt.pt has
+
+
+def saved_words(out_dir, iteration):
+    return f'{out_dir}/ckpt.pt has the weights after {iteration} updates'
 
 
 def restore(checkpoint, model, optimizers, out):
@@ -331,7 +337,7 @@ def restore(checkpoint, model, optimizers, out):
                     if None not in row.values() and int(row['iter']) <= iteration]
         return Progress(iteration, int(checkpoint.get('tokens', rows[-1]['tokens'])),
                         float(checkpoint.get('seconds', rows[-1]['seconds'])), checkpoint['best'],
-                        rows, iteration)
+                        rows, saved_words(out, iteration))
     except (OSError, ValueError, TypeError, LookupError) as e:
         raise UserError(f'{out}/log.csv is damaged or gone ({type(e).__name__})') from e
 
@@ -354,7 +360,7 @@ def compile_model(t, s):
     t.model.compile()
     try:
         x0, given = on_device(t.data.batch(0, t.rank, t.world), t.device)
-        with t.autocast:
+        with t.autocast():
             t.objective.loss(t.model, x0, torch.Generator(t.device), given)[0].backward()
         t.model.zero_grad()
     except Exception as e:  # of a dozen kinds: no compiler, no headers, no space, a bug of its own
@@ -396,14 +402,14 @@ def make_trackers(track, out_dir, settings):
 
 def evaluate_now(t, s, progress, iteration, learning_rate, speed):
     """Adds a row to the log: the loss on all of the validation split and on some training text."""
-    with t.autocast:
+    with t.autocast():
         val, _ = evaluate(t.model, t.objective, t.data.batches('val', s.batch_size))
         train, _ = evaluate(t.model, t.objective, t.data.batches('train', s.batch_size,
                                                                  limit=4 * s.batch_size))
     limit = 2 * math.log(t.data.meta['vocab_size']) if s.token_weights[0] else math.inf
     if not val <= limit:  # nan is not, either
         raise UserError(f'diverged: the validation loss is {val:.4g} after {iteration} updates and '
-                        f'at learning rate {learning_rate:.2e}; {kept(progress, s.out_dir)}')
+                        f'at learning rate {learning_rate:.2e}; {progress.saved}')
     progress.best, measured = min(progress.best, val), t.objective.measured
     progress.log.append({
         'iter': iteration, 'tokens': progress.tokens, 'measured': measured, 'train': f'{train:.6f}',
@@ -464,14 +470,7 @@ def save(t, s, progress, iteration):
                     'tokens': progress.tokens, 'seconds': progress.seconds, 'best': progress.best,
                     'rng': s.seed}, buffer)
         write_atomically(Path(s.out_dir, 'ckpt.pt'), buffer.getbuffer())
-    progress.saved = iteration
-
-
-def kept(progress, out_dir):
-    """What a run that fails now leaves behind, in words."""
-    if progress.saved < 0:
-        return 'nothing is saved yet'
-    return f'{out_dir}/ckpt.pt has the weights after {progress.saved} updates'
+    progress.saved = saved_words(s.out_dir, iteration)
 
 
 def write_answers(t, s, iteration):
@@ -511,7 +510,11 @@ class Training(NamedTuple):
     rank: int            # of this process, of `world`
     world: int
     device: str
-    autocast: Any
+    dtype: str
+
+    def autocast(self):
+        return torch.autocast(self.device.partition(':')[0], torch.bfloat16,
+                              enabled=self.dtype == 'bfloat16')
 
 
 def on_device(batch, device):
@@ -536,7 +539,7 @@ def update(t, s, iteration, caught=()):
         x0, given = on_device(t.data.batch(iteration, part, parts), t.device)
         tokens += x0.numel() * t.world  # the others' batches are about as wide
         t.network.require_backward_grad_sync = micro == s.gradient_accumulation_steps - 1
-        with t.autocast:
+        with t.autocast():
             nats, count = t.objective.loss(t.network, x0, rng, given, iteration / s.max_iters)
         nats.backward()
         sums += torch.stack([nats.detach(), count, torch.zeros_like(nats)])
@@ -560,7 +563,7 @@ def set_rates(optimizers, s, factor):
             group['lr'] = factor * (s.muon_lr if isinstance(o, Muon) else s.learning_rate)
 
 
-def train(t, s, progress, say, peak):
+def train(t, s, progress, peak):
     """The loop: evaluate, save, update, until max_iters or a signal."""
     bar = tqdm(total=s.max_iters, initial=progress.iteration, unit='it',
                disable=not sys.stderr.isatty() or t.rank > 0)
@@ -574,17 +577,15 @@ def train(t, s, progress, say, peak):
         factor = lr_factor(iteration, s.max_iters, s.warmup_iters, s.lr_schedule)
         due = iteration % s.eval_interval == 0 or iteration == s.max_iters
         if due and not (progress.log and int(progress.log[-1]['iter']) == iteration):
-            line = evaluate_now(t, s, progress, iteration, factor * s.learning_rate, speed)
-            if t.rank == 0:
-                bar.write(line)
-        if (due or stop) and iteration != progress.saved:
+            bar.write(evaluate_now(t, s, progress, iteration, factor * s.learning_rate, speed))
+        if (due or stop) and not (s.resume and iteration == first):
             save(t, s, progress, iteration)
             if due and s.decode_rows and t.rank == 0:
                 write_answers(t, s, iteration)
         if stop:
             bar.close()
-            say(f'stopped and saved after {iteration} updates; go on with\n'
-                f'python train.py --out_dir={s.out_dir} --resume')
+            print(f'stopped and saved after {iteration} updates; go on with\n'
+                  f'python train.py --out_dir={s.out_dir} --resume')
             sys.exit(128 + (caught or [signal.SIGTERM])[0])
         if iteration == s.max_iters:
             break
@@ -603,14 +604,14 @@ def train(t, s, progress, say, peak):
             if not loss < 10 * math.log(t.data.meta['vocab_size']):
                 raise UserError(f'diverged: the loss is {loss:.4g} at update {iteration} and '
                                 f'learning rate {factor * s.learning_rate:.2e}: lower it; '
-                                f'{kept(progress, s.out_dir)}')
+                                f'{progress.saved}')
             state = f'{speed:,.0f} tokens/s, {100 * speed * flops:.0f}% of torch.mm'
             bar.set_postfix_str(f'loss {loss:.3f}, {state}')
             if bar.disable and iteration % (10 * s.log_interval) == 0:
                 left = (progress.seconds - seconds) / (iteration + 1 - first) \
                     * (s.max_iters - iteration - 1) / 60
-                say(f'{iteration:6,} updates, {progress.seconds:4.0f} s: loss {loss:.4f}, {state}, '
-                    f'{left:.1f} minutes left', flush=True)
+                print(f'{iteration:6,} updates, {progress.seconds:4.0f} s: loss {loss:.4f}, '
+                      f'{state}, {left:.1f} minutes left', flush=True)
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: they may stop what follows
         signal.signal(number, signal.SIG_DFL)
@@ -658,7 +659,7 @@ def time_updates(t, s, first, tokens, peak):
 
 
 def start(s, checkpoint):
-    """(Training, Progress, say): everything that the loop needs; say prints on one process."""
+    """(Training, Progress): everything that the loop needs."""
     rank, world, device = join_processes(pick_device(s.device), s.length_head)
     dtype = pick_dtype(s.dtype, device)
     data = open_training_data(s, rank, world)
@@ -677,10 +678,8 @@ def start(s, checkpoint):
     trackers = open_out_dir(s) if rank == 0 and not s.bench else []  # the others write nothing
     t = Training(model, Parallel(model, broadcast_buffers=False) if world > 1 else model,
                  training_objective(s, data.meta, model.config.vocab_size, device), data,
-                 optimizers, trackers, rank, world, device,
-                 torch.autocast(device.partition(':')[0], torch.bfloat16,
-                                enabled=dtype == 'bfloat16'))
-    return t, progress, print if rank == 0 else lambda *words, **how: None
+                 optimizers, trackers, rank, world, device, dtype)
+    return t, progress
 
 
 def open_out_dir(s):
@@ -695,14 +694,14 @@ def open_out_dir(s):
     return trackers
 
 
-def finish(t, s, say):
+def finish(t, s):
     """The last evaluation, in float32, and a sample of what the model writes."""
     repeats = 1 if t.objective.exact else s.eval_repeats
     nats, error = evaluate(t.model, t.objective, t.data.batches('val', s.batch_size), seed=1,
                            repeats=repeats)
-    say(f'{t.objective.measured} {nats:.4f}{"" if repeats == 1 else f" +- {error:.4f}"} nats/token,'
-        f' {nats / math.log(2):.4f} bits/token on the validation split ({t.data.size("val")} of '
-        f'{t.data.meta["source"]}), in float32')
+    error = '' if repeats == 1 else f' +- {error:.4f}'
+    print(f'{t.objective.measured} {nats:.4f}{error} nats/token, {nats / math.log(2):.4f} '
+          f'bits/token on the validation split ({t.data.size("val")} of {t.data.meta["source"]}), in float32')
     if t.world > 1:
         dist.destroy_process_group()
     if t.rank > 0:
@@ -736,27 +735,26 @@ def main():
         settings = config.override(globals())
     s = SimpleNamespace(**settings)
     check_settings(s, checkpoint['config'] if resume else {})
-    t, progress, say = start(s, checkpoint)
+    t, progress = start(s, checkpoint)
     tokens = round(t.data.tokens_per_batch * gradient_accumulation_steps * t.world)  # an update's
     learned = sum(p.numel() for p in t.model.parameters() if p.requires_grad)
-    dtype_used = 'bfloat16' if t.autocast._enabled else 'float32'
-    peak = fastest_flops(t.device, dtype_used)
-    say(t.data.describe())
-    say(f'{objective}: {t.model.count_parameters():,} parameters, '
-        + (f'{learned:,} of them learned, ' if length_head else '')
-        + f'{tokens:,} tokens per update, {max_iters:,} updates = '
-        f'{max_iters * tokens / t.data.tokens_per_epoch:.1f} epochs, on {t.device} in {dtype_used}'
-        + (f', {t.world} processes' if t.world > 1 else ''))
+    peak = fastest_flops(t.device, t.dtype)
+    print(t.data.describe())
+    print(f'{objective}: {t.model.count_parameters():,} parameters, '
+          + (f'{learned:,} of them learned, ' if length_head else '')
+          + f'{tokens:,} tokens per update, {max_iters:,} updates = '
+          f'{max_iters * tokens / t.data.tokens_per_epoch:.1f} epochs, on {t.device} in {t.dtype}'
+          + (f', {t.world} processes' if t.world > 1 else ''))
     left = (bench or max_iters - progress.iteration) * tokens
     seconds_left = left * t.model.flops_per_token(t.data.mean_width) / (0.25 * peak)
     on, why = compile_or_not(settings['compile'], t.device, t.data, seconds_left)
-    say(f'compile: {"on" if on else "off"} ({why})')
+    print(f'compile: {"on" if on else "off"} ({why})')
     if on:
         compile_model(t, s)
     if bench:
         return time_updates(t, s, progress.iteration, tokens, peak)
-    train(t, s, progress, say, peak)
-    finish(t, s, say)
+    train(t, s, progress, peak)
+    finish(t, s)
 
 
 if __name__ == '__main__':

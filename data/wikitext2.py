@@ -10,8 +10,8 @@ from prepare import EOT, read_chunks, recut
 mirrors = ['https://wikitext.smerity.com/',
            'https://s3.amazonaws.com/research.metamind.io/wikitext/']
 files = {'wikitext-2-v1.zip': '92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c'}
-text = {'train': 'wiki.train.tokens|train.txt', 'val': 'wiki.valid.tokens|valid.txt',
-        'test': 'wiki.test.tokens|test.txt'}
+text = {'train': ['wiki.train.tokens|train.txt'], 'val': ['wiki.valid.tokens|valid.txt'],
+        'test': ['wiki.test.tokens|test.txt']}
 tokenizer = 'gpt2'
 # A title stands between empty lines, which in WikiText hold a space; sections have more `=`. The
 # pattern finds the 600 + 60 + 60 articles of WikiText-2 and skips lines of tables like a title.

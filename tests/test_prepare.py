@@ -235,7 +235,8 @@ def test_pieces_encode_as_the_whole_does(pairs, parts, size):
     oracle = tiktoken.Encoding('oracle', pat_str=PATTERN, special_tokens={'<|endoftext|>': 267},
                                mergeable_ranks=encoder.encoding._mergeable_ranks)
     chunks = [text[i:i + size] for i in range(0, len(text), size)]
-    streamed = [i for ids in prepare.encode_stream(chunks, encoder) for i in ids.tolist()]
+    pieces = prepare.recut(chunks, prepare.BEFORE_BLANK)
+    streamed = [i for ids in prepare.encode_stream(pieces, encoder, {}) for i in ids]
     assert streamed == encoder.encode(text) == oracle.encode(text, allowed_special='all')
     assert encoder.decode(streamed) == text
 
@@ -245,13 +246,14 @@ def test_pieces_encode_as_the_whole_does(pairs, parts, size):
 def test_char_round_trip(parts, size):
     text = ''.join(parts)
     chunks = [text[i:i + size] for i in range(0, len(text), size)]
-    counts, chars, has_eot = prepare.scan({'all': lambda: chunks})
-    assert has_eot == ('<|endoftext|>' in text)
+    pieces, count = [*prepare.recut(chunks, prepare.OUTSIDE_EOT)], {}
+    spec, n, specials = prepare.make_tokenizer('char', 'stream', {'all': lambda: pieces}, 0)
+    assert specials == ['eos_id'] * ('<|endoftext|>' in text)
     bare = text.replace('<|endoftext|>', '')
-    assert chars == ''.join(sorted(set(bare)))
-    assert counts['all'] == {'tokens': 0, 'characters': len(bare), 'bytes': len(bare.encode())}
-    encoder = prepare.CharTokenizer(chars, {'<|endoftext|>': len(chars)} if has_eot else {})
-    streamed = [i for ids in prepare.encode_stream(chunks, encoder) for i in ids.tolist()]
+    assert spec['chars'] == ''.join(sorted(set(bare))) and n == len(set(bare))
+    encoder = prepare.load_tokenizer({'tokenizer': spec, **dict.fromkeys(specials, n)})
+    streamed = [i for ids in prepare.encode_stream(pieces, encoder, count) for i in ids]
+    assert count == {'tokens': 0, 'characters': len(bare), 'bytes': len(bare.encode())}
     assert streamed == encoder.encode(text) and encoder.decode(streamed) == text
 
 
@@ -759,9 +761,8 @@ def test_data_that_do_not_fit_the_context_can_be_evaluated_but_not_trained_on(ta
     rows_too_wide = f'set block_size, which is {widest - 1}, to {widest} or more'
     for data, message in ((prepare.open_data('s', 101, 2), 'data/s has only 100 training tokens'),
                           (prepare.open_data('pairs', widest - 1, 2), rows_too_wide)):
-        for refused in (data.check, lambda: data.batch(0)):
-            with pytest.raises(UserError, match=message):
-                refused()
+        with pytest.raises(UserError, match=message):
+            data.check()
         assert all(read() for split in ('train', 'val') for read in data.batches(split, 2))
     prepare.open_data('s', 100, 2).check()
     prepare.open_data('pairs', widest, 2).check()
@@ -1055,15 +1056,30 @@ def test_download_goes_to_the_next_mirror_after_404_and_wrong_bytes(server):
 
 
 def test_download_leaves_a_dead_host_at_once(server, monkeypatch):
-    monkeypatch.setattr(prepare.time, 'sleep', lambda seconds: pytest.fail('waits for nobody'))
+    monkeypatch.setattr(prepare.time, 'sleep', lambda seconds: seconds and pytest.fail('waits'))
     fetch(['http://127.0.0.1:9/', 'http://no-such-host.invalid/', server.url()])
 
 
+def test_download_asks_a_mirror_that_cannot_be_reached_only_once(server, monkeypatch):
+    asked, server.plan = [], ['503', '503']
+    real = prepare.append_rest
+
+    def append_rest(url, part, timeout):
+        asked.append(url)
+        if url == 'far away':
+            raise prepare.requests.ConnectTimeout
+        real(url, part, timeout)
+
+    monkeypatch.setattr(prepare, 'append_rest', append_rest)
+    fetch(['far away', server.url()])
+    assert asked == ['far away', *[server.url()] * 3]
+
+
 def test_download_gives_up_in_one_line(server):
-    server.plan = ['503'] * 4 + ['wrong']
+    server.plan = ['503', 'wrong'] * 4
     with pytest.raises(UserError) as e:
         fetch([server.url('/a'), server.url('/b')])
-    assert len(server.seen) == 5
+    assert [path for path, _ in server.seen] == ['/a', '/b'] * 4
     for word in ('HTTP status 503', 'wrong checksum', '--source=FILE', '/a', '/b'):
         assert word in str(e.value)
     assert '\n' not in str(e.value) and os.listdir('got') == []
@@ -1154,7 +1170,6 @@ def test_the_real_stand_in_is_nearly_tiny_shakespeare(monkeypatch):
         assert same.total() >= 39_912 and set(text) <= set('\n'.join(lines))
 
 
-def test_another_text_than_tiny_shakespeare_is_used_but_said_so(capsys):
+def test_another_text_than_tiny_shakespeare_is_used_but_said_so():
     meta = prepare.prepare('shakespeare_char', source=write('mine.txt', VERSE))
     assert meta['source'] == 'mine.txt (not the published Tiny Shakespeare)'
-    assert 'not the published' in capsys.readouterr().out
