@@ -7,17 +7,16 @@
     python sample.py --out_dir=out/multi30k_mdm --start="A man is sleeping."
     python sample.py --corrupt="What's in a name?"
 
-The way from a checkpoint to text has four stations, and main() goes through them:
+The way from a checkpoint to text has four stations:
 
-    canvas    ids of a text with mask_id wherever tokens are to be generated; continuing a prompt,
-              infilling and writing from nothing differ only in where the masks stand
-    decoder   a generator that fills the masks of canvases (B, T) in place, step by step
-    decode    runs a decoder: counts the passes of the network, ends rows, tells who watches
-    text      what the tokenizer makes of the filled canvas
+    canvas    make_canvases: the ids of a text, with mask_id wherever tokens are to be generated.
+              Continuing a prompt, infilling and writing from nothing differ in nothing else.
+    decoder   make_decoder: a generator that fills the masks of canvases (B, T) step by step
+    decode    run_decoder: counts the passes of the network, ends rows at EOS, calls who watches
+    text      complete, answer: the ids of each canvas up to its EOS, for the tokenizer to decode
 """
 
 import math
-import os
 import re
 import shutil
 import sys
@@ -1134,9 +1133,9 @@ class Screen:
         lines = lines[:max(first_mask + 1, rows - 2)][2 - rows:]  # a long text is followed down
         lines.append(f'step {step["step"]}, pass {step["nfe"]}, {left}'[:columns - 1])
         # the cursor is hidden within this one string only, so that no error can leave it hidden
-        sys.stdout.write('\x1b[?25l' + f'\x1b[{self.height}A' * (self.height > 0)
-                         + ''.join(f'\x1b[2K{line}\n' for line in lines) + '\x1b[J\x1b[?25h')
-        sys.stdout.flush()
+        up = f'\x1b[{self.height}A' if self.height else ''
+        drawn = ''.join(f'\x1b[2K{line}\n' for line in lines)
+        print(f'\x1b[?25l{up}{drawn}\x1b[J\x1b[?25h', end='', flush=True)
         self.height = len(lines)
         time.sleep(WATCH_DELAY)
 
