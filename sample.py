@@ -1200,78 +1200,6 @@ def save_png(r, path, about):
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
-HTML = """<!doctype html><html lang="en"><meta charset="utf-8"><title>nanoMDM</title>
-<meta name="viewport" content="width=device-width">
-<style>
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { max-width: 48rem; margin: 2rem auto; padding: 0 1rem }
-nav { display: flex; gap: 1rem; align-items: center }
-input { flex: 1 }
-pre { overflow-x: auto; padding: 3px; font: 15px/1.5 "DejaVu Sans Mono", Menlo, monospace }
-span { display: inline-block; height: 1.4em; line-height: 1.4; vertical-align: top }
-pre span { box-shadow: inset -1px 0 Canvas }
-span:focus, span:hover { outline: 2px solid #d55e00 }
-#ramp { width: 8rem }
-#card { position: sticky; bottom: 0; min-height: 9em; background: Canvas; white-space: pre-wrap }
-</style>
-<h2 id="head"></h2>
-<nav><button id="button">Play</button><input id="slider" type="range" min="0" aria-label="step">
-<output id="label"></output></nav>
-<pre id="page"></pre>
-<p>Colour: the step at which a token came, first <span id="ramp"></span> last. Grey: masks. Plain:
-given. Point at a token, or go there by Tab and arrow keys, to see what it was drawn from.</p>
-<pre id="card"></pre>
-<script type="application/json" id="data">DATA</script>
-<script>
-const d = JSON.parse(data.textContent), last = d.steps.length - 1
-let chosen = d.chosen, before = 0, playing = false
-document.title = head.textContent = d.title
-ramp.style.background = `linear-gradient(90deg, ${d.colors}, ${d.colors.at(-1)})`
-const spans = d.places.map(([line, column, width], i) => {
-  const span = document.createElement('span')
-  span.style.width = width + 'ch'
-  span.tabIndex = -1
-  span.onpointerenter = span.onfocus = () => tell(i)
-  page.append('\\n'.repeat(line - before), span)
-  before = line
-  return span
-})
-function tell(i) {  // what the token at i was drawn from
-  card.textContent = spans[i].ariaLabel
-  spans[chosen].tabIndex = -1
-  spans[chosen = i].tabIndex = 0
-}
-function draw() {  // the canvas after as many steps as the slider says
-  const steps = d.steps.slice(0, +slider.value + 1)
-  for (const [i, text, color, said] of steps.flatMap(step => step.new)) {
-    spans[i].textContent = text
-    spans[i].style.background = color
-    spans[i].style.color = color && 'black'
-    spans[i].ariaLabel = said
-  }
-  label.textContent = steps.at(-1).label
-  tell(chosen)
-}
-page.onkeydown = ({key}) => spans[chosen + {ArrowLeft: -1, ArrowRight: 1}[key]]?.focus()
-button.onclick = () => {
-  playing = !playing
-  if (+slider.value === last) slider.value = 0
-}
-setInterval(() => {
-  if (playing) {
-    slider.stepUp()
-    draw()
-  }
-  playing = playing && +slider.value < last
-  button.textContent = playing ? 'Pause' : 'Play'
-}, Math.min(300, Math.max(40, 8000 / last)))
-slider.max = slider.value = last
-slider.oninput = draw
-draw()
-</script>
-"""
-
-
 def save_html(r, path, about):
     """One page that needs no other: a slider over the steps, and what each token was drawn from."""
     n = len(r.steps) - 1
@@ -1296,8 +1224,9 @@ def save_html(r, path, about):
                                      MASK_COLOR if is_mask else color, '\n'.join(said)])
     data = {'title': about['title'], 'places': layout(r.stood, COLUMNS), 'colors': colors,
             'chosen': r.steps[0]['ids'].index(r.mask_id), 'steps': steps}
+    page = Path(__file__).parent / 'data/steps.html'
     # all ASCII; and with no < in it, no text can end the script
-    Path(path).write_text(HTML.replace('DATA', dumps(data).replace('<', '\\u003c')))
+    Path(path).write_text(page.read_text().replace('DATA', dumps(data).replace('<', '\\u003c')))
 
 
 def save_jsonl(r, path, about):

@@ -792,7 +792,7 @@ def naive_confidence(model, x, order, remaining=None, threshold=None, penalty=1.
 WIDE = {'V': 12, 'T': 16}
 WIDE_MASK = 11
 SHAPES = [{}, {'pos': 'learned', 'norm': 'layernorm', 'mlp': 'gelu', 'bias': True, 'tied': True},
-          {'n_kv_head': 1, 'mlp': 'swiglu', 'qk_norm': False}]
+          {'n_kv_head': 1, 'mlp': 'swiglu', 'qk_norm': False, 'n_conv': 5}]
 
 
 def wide_canvas(rows, seed, share):
