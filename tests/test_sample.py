@@ -27,7 +27,7 @@ import config
 import prepare
 import sample
 from config import UserError
-from model import MaskedDiffusion, ModelConfig, Transformer, make_objective
+from model import LocalMixing, MaskedDiffusion, ModelConfig, Transformer, make_objective
 from sample import BlockCached, PrefixCached, filter_logits
 
 REPOSITORY = Path(__file__).parents[1]
@@ -996,8 +996,17 @@ def block_logits(model, x, L, window=(0, None)):
     def blockwise(q, k, v, **_):
         return attention(q, k, v, attn_mask=block[:, None] >= block, enable_gqa=True)
 
+    def mixed(self, x, *_):
+        y = x.clone()
+        for i, (k, w) in itertools.product(range(x.size(1)), enumerate(self.weight)):
+            j = i + k - self.past
+            if 0 <= j < x.size(1) and block[j] <= block[i]:
+                y[:, i] += w * x[:, j]
+        return y
+
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch.nn.functional, 'scaled_dot_product_attention', blockwise)
+        patch.setattr(LocalMixing, 'forward', mixed)
         return model(x, t)
 
 
