@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from config import UserError
@@ -247,6 +249,19 @@ def test_adaln_scales_shifts_and_gates_each_sublayer_by_its_own():
     y = x + (1 + gate1) * block.attn((1 + scale1) * block.norm1(x) + shift1, None, None, None)
     y = y + (1 + gate2) * block.mlp((1 + scale2) * block.norm2(y) + shift2)
     torch.testing.assert_close(block(x, None, None, None, 0, time), y)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_flops_are_those_that_torch_counts(tied):
+    """Bidirectional: every product of an update, attention among them, in torch's own count."""
+    B, T = 3, 24
+    m = Transformer(ModelConfig(50, T, n_embd=32, n_layer=2, n_head=2, tied=tied, norm='layernorm'))
+    x = torch.randint(0, 50, (B, T))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        m(x).clamp(min=-9).sum().backward()
+    vectors = sum(p.numel() for p in m.parameters() if p.dim() < 2)  # norms: no matrix products
+    ours = B * T * (m.flops_per_token(T) - 6 * vectors)
+    assert counter.get_total_flops() == ours
 
 
 @pytest.mark.parametrize('wrong, said', [
