@@ -847,7 +847,8 @@ def test_block_bound_enumerated():
         assert abs(mean - exact) < 4 * error < 0.15
 
 
-@pytest.mark.parametrize('wrong', [(0.5, 0.2), (0.0, 0.0), (-0.1, 1.0), (0.0, 2.0), (0.0, 0.5, 1.0)])
+@pytest.mark.parametrize('wrong', [(0.5, 0.2), (0.0, 0.0), (-0.1, 1.0), (0.0, 2.0),
+                                   (0.0, 0.5, 1.0)])
 def test_levels_outside_of_0_to_1_are_refused(wrong):
     with pytest.raises(UserError, match='mask_range is'):
         Objective(mask_range=wrong)
