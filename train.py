@@ -27,7 +27,6 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -39,6 +38,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import config
@@ -156,32 +156,30 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group['params']:
-                state = self.state[p]
-                if not state:
-                    state['momentum'] = torch.zeros_like(p)
-                average = state['momentum'].lerp_(p.grad, 1 - group['momentum'])
+                average = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group['momentum'])
                 nesterov = p.grad.lerp(average, group['momentum'])
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 size = max(1, p.size(0) / p.size(1)) ** 0.5  # as far in spectral norm for any shape
                 p.add_(orthogonalize(nesterov, self.dtype), alpha=-group['lr'] * size)
 
 
-def make_optimizers(model, optimizer, betas, weight_decay, dtype):
+def make_optimizers(model, s, dtype):
     """[Muon, AdamW] or [AdamW]: Muon takes the matrices inside the blocks.
 
     Weight decay falls on those matrices under either. The weights of local mixing are no matrix,
-    but a vector of channels for each neighbour. Frozen parameters are left out. Every update sets
-    the learning rates anew.
+    but a vector of channels for each neighbour. Of a model with a length head, the head alone is
+    trained. Every update sets the learning rates anew.
     """
-    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in learned.items()
-                if 'blocks.' in name and p.dim() == 2 and 'mixing' not in name}
-    rest = [p for name, p in learned.items() if name not in matrices]
-    adam, matrices = partial(torch.optim.AdamW, betas=betas, fused=True), list(matrices.values())
+    matrices, rest = [], []
+    for name, p in (model.length_head or model).named_parameters():
+        is_matrix = 'blocks.' in name and p.dim() == 2 and 'mixing' not in name
+        (matrices if is_matrix else rest).append(p)
+    adam = partial(torch.optim.AdamW, betas=(s.beta1, s.beta2), fused=True)
     plain = {'params': rest, 'weight_decay': 0.0}
-    if optimizer == 'muon' and matrices:
-        return [Muon(matrices, weight_decay, dtype), adam([plain])]
-    return [adam([{'params': matrices, 'weight_decay': weight_decay}, plain])]
+    if s.optimizer == 'muon' and matrices:
+        return [Muon(matrices, s.weight_decay, dtype), adam([plain])]
+    return [adam([{'params': matrices, 'weight_decay': s.weight_decay}, plain])]
 
 
 def lr_factor(iteration, max_iters, warmup_iters, lr_schedule):
@@ -189,11 +187,9 @@ def lr_factor(iteration, max_iters, warmup_iters, lr_schedule):
     if iteration < warmup_iters:
         return (iteration + 1) / (warmup_iters + 1)
     progress = (iteration - warmup_iters) / max(1, max_iters - warmup_iters)  # in [0, 1)
-    if lr_schedule == 'cosine':
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    if lr_schedule == 'wsd':
-        return min(1.0, 5 * (1 - progress))
-    return 1.0  # constant
+    return {'constant': 1.0,
+            'wsd': min(1.0, 5 * (1 - progress)),
+            'cosine': 0.5 * (1 + math.cos(math.pi * progress))}[lr_schedule]
 
 
 # ------------------------------------------------------------------------------------------ set-up
@@ -205,32 +201,23 @@ def check_settings(s):
     one_of('lr_schedule', s.lr_schedule, ('cosine', 'wsd', 'constant'))
     one_of('compile', s.compile, ('auto', 'on', 'off'))
     objective = make_objective(vars(s))
-    for name, usual, owner in (('score_prompt', False, 'ar'), ('subs', True, 'd3pm'),
-                               ('soft_inputs', False, 'uniform')):
-        require(name, vars(s)[name], vars(s)[name] == usual or s.objective == owner,
-                f'{usual}: the other value is for objective={owner} alone')
-    require('token_weights', s.token_weights, len(s.token_weights) == 3 and (
-        set(s.token_weights) == {1.0} or (s.objective == 'mdm' and not s.length_head)),
-        'three numbers of 0 or more (1, 1, 1 but for mdm without a length_head)')
-    require('block_length', s.block_length, s.objective != 'block'
-            or 1 <= s.block_length <= s.block_size, 'in [1, block_size]')
-    require('pad_curriculum', s.pad_curriculum, s.predict_pad or not s.pad_curriculum,
-            '0 without predict_pad')
-    if s.length_head:
-        require('length_head', s.length_head, s.predict_pad and objective.masks
-                and not objective.block_length,
-                "'', unless predict_pad is on and objective is mdm or d3pm")
-        require('length_head', s.length_head, 'RANK' not in os.environ, "'' under torchrun")
-        require('init_from', s.init_from, s.init_from, 'the run that a length_head is for')
-        require('length_quantile', s.length_quantile, s.length_quantile < 1, 'in (0, 1)')
-
-
-def settings_of_run(before, settings):
-    """Today's settings with the values of a run: older runs have other trackers, and True for on."""
-    track = ','.join(name for name in ('tensorboard', 'wandb') if before.get(name))
-    before = {'track': track} | before
-    return {name: config.convert(name, before[name], value, from_text=False)
-            for name, value in settings.items() if name in before}
+    from_masks = objective.masks and not objective.block_length  # sees an answer that is all masks
+    for name, fine, wanted in (
+            ('score_prompt', not s.score_prompt or objective.causal,
+             'False: it is for objective=ar alone'),
+            ('subs', s.subs or s.objective == 'd3pm', 'True (d3pm alone may use the mask)'),
+            ('soft_inputs', not s.soft_inputs or s.objective == 'uniform', 'False but for uniform'),
+            ('token_weights', len(s.token_weights) == 3 and (set(s.token_weights) == {1.0} or (
+                hasattr(objective, 'token_weight') and not s.length_head)),
+             'three numbers of 0 or more (1, 1, 1 but for mdm without a length_head)'),
+            ('block_length', s.objective != 'block' or 1 <= s.block_length <= s.block_size,
+             'in [1, block_size]'),
+            ('pad_curriculum', s.predict_pad or not s.pad_curriculum, '0 without predict_pad'),
+            ('length_head', not s.length_head or (s.predict_pad and from_masks),
+             "'', unless predict_pad is on and objective is mdm or d3pm"),
+            ('init_from', s.init_from or not s.length_head, 'the run that a length_head is for'),
+            ('length_quantile', s.length_quantile < 1, 'in (0, 1)')):
+        require(name, vars(s)[name], fine, wanted)
 
 
 class Training:
@@ -239,16 +226,19 @@ class Training:
     def __init__(self, s, checkpoint=None):
         self.rank, self.world, self.device = join_processes(pick_device(s.device))
         self.dtype = pick_dtype(s.dtype, self.device)
+        self.autocast = partial(torch.autocast, self.device.partition(':')[0], torch.bfloat16,
+                                enabled=self.dtype == 'bfloat16')
         self.data = open_training_data(s, self.rank, self.world)  # a Stream or Rows
-        self.model = make_model(s, self.data.meta, self.device, bool(checkpoint))
+        torch.manual_seed(s.seed)
+        self.model = Transformer(model_config(vars(s), self.data.meta)).to(self.device)
+        if s.init_from and not checkpoint:
+            load_first_weights(self.model, s, self.data.meta)
         self.objective = training_objective(s, self.data.meta, self.device)
-        self.optimizers = make_optimizers(self.model, s.optimizer, (s.beta1, s.beta2),
-                                          s.weight_decay, getattr(torch, self.dtype))
+        self.optimizers = make_optimizers(self.model, s, getattr(torch, self.dtype))
         self.iteration = 0      # updates done
         self.tokens = 0         # read by all of them
         self.seconds = 0.0      # spent on them; evaluations are not counted
         self.speed = 0.0        # tokens/s of the updates of this process
-        self.best = math.inf    # lowest loss on the validation split
         self.log = []           # rows of log.csv
         self.saved_at = None    # the iteration of ckpt.pt
         self.caught = []        # signals that ask this process to stop
@@ -258,14 +248,10 @@ class Training:
             for p in self.model.parameters():
                 dist.broadcast(p.detach(), 0)
         self.trackers = open_out_dir(s) if self.rank == 0 and not s.bench else []
-        self.tokens_per_update = round(self.data.tokens_per_batch * s.gradient_accumulation_steps
-                                       * self.world)
+        self.parts = s.gradient_accumulation_steps * self.world  # batches of an update
+        self.tokens_per_update = round(self.parts * self.data.tokens_per_batch)
         self.flops_per_token = self.model.flops_per_token(self.data.mean_width)
         self.peak = self.world * fastest_flops(self.device, self.dtype)  # FLOP/s of all devices
-
-    def autocast(self):
-        return torch.autocast(self.device.partition(':')[0], torch.bfloat16,
-                              enabled=self.dtype == 'bfloat16')
 
 
 def join_processes(device):
@@ -290,24 +276,10 @@ def open_training_data(s, rank, world):
     if world > 1:
         dist.barrier()  # from here on there is data, and every process has seen a free out_dir
     data = open_data(**{name: vars(s)[name] for name in signature(open_data).parameters})
-    if set(s.token_weights) != {1.0} and data.meta['layout'] != 'rows':
-        raise UserError(f'token_weights are for rows, but data/{s.dataset} is a stream of text')
     if s.decode_rows and data.meta['sep_id'] is None:
         raise UserError(f'decode_rows is for prompts and answers, but data/{s.dataset} has none')
     data.check()
     return data
-
-
-def make_model(s, meta, device, resumed):
-    """The Transformer with its first weights: random ones, or those of the run init_from."""
-    torch.manual_seed(s.seed)
-    model = Transformer(model_config(vars(s), meta)).to(device)
-    if s.init_from and not resumed:
-        load_first_weights(model, s, meta)
-    if s.length_head:
-        model.requires_grad_(False)
-        model.length_head.requires_grad_(True)
-    return model
 
 
 def load_first_weights(model, s, meta):
@@ -317,12 +289,10 @@ def load_first_weights(model, s, meta):
     other = [name for name in theirs if theirs[name] != own[name]
              and name not in ('causal', 'dropout', 'subs', 'block_length', 'length_head')]
     other += [name for name in ('tokenizer', 'sep_id') if source['meta'][name] != meta[name]]
-    if s.length_head:  # it learns to read the hidden states that this very objective made
-        other += [name for name in ('objective', 'predict_pad')
-                  if source['config'][name] != vars(s)[name]]
+    other += [name for name in ('objective', 'predict_pad')
+              if s.length_head and source['config'][name] != vars(s)[name]]
     if other:
-        raise UserError(f'{s.init_from} cannot be what this run begins with, for it has another '
-                        f'{", ".join(other)}')
+        raise UserError(f'{s.init_from} cannot begin this run: it has another {", ".join(other)}')
     weights = {name: p for name, p in source['model'].items() if 'length_head.' not in name}
     model.load_state_dict(model.state_dict() | weights)
 
@@ -333,10 +303,9 @@ def training_objective(s, meta, device):
         return LengthLoss(meta['pad_id'], s.length_quantile)
     objective = make_objective(vars(s))
     if set(s.token_weights) != {1.0}:
-        text, eos, pad = s.token_weights
-        objective.token_weight = torch.full((meta['vocab_size'] + 1,), float(text), device=device)
-        objective.token_weight[meta['eos_id']] = eos
-        objective.token_weight[meta['pad_id']] = pad
+        weight = torch.full((meta['vocab_size'] + 1,), float(s.token_weights[0]), device=device)
+        weight[meta['eos_id']], weight[meta['pad_id']] = s.token_weights[1:]
+        objective.token_weight = weight
     return objective
 
 
@@ -347,14 +316,12 @@ def restore(run, s, checkpoint):
     try:
         run.model.load_state_dict(checkpoint['model'])
         for o, state in zip(run.optimizers, checkpoint['optimizer'], strict=True):
-            groups = [own | {'params': group['params']} for own, group in
-                      zip(o.param_groups, state['param_groups'], strict=True)]
-            o.load_state_dict(state | {'param_groups': groups})  # with today's decay and betas
+            # the state alone: weight decay and betas are those of the settings
+            o.load_state_dict(o.state_dict() | {'state': state['state']})
     except (RuntimeError, ValueError) as e:
         raise UserError(f'the weights in {s.out_dir} have another shape than these settings ask '
                         'for: resume without changing the model or the optimizer') from e
     run.iteration = run.saved_at = checkpoint['iter']
-    run.best = checkpoint['best']
     try:
         with open(Path(s.out_dir, 'log.csv'), newline='') as f:
             run.log = [row for row in csv.DictReader(f)  # a line that was cut has a None
@@ -394,66 +361,57 @@ def make_tracker(name, s):
 
 # ------------------------------------------------------------------------------------------- speed
 
-COMPILING, GAIN = 60, 0.25  # seconds that torch.compile takes, and the share of an update it saves
-USUAL = 0.25                # the share of torch.mm's speed that an update reaches
-WARM_UP, PROFILED = 3, 3    # updates before and after those that bench times
-
-
 def fastest_flops(device, dtype):
     """FLOP/s of torch.mm on square matrices, the most that can be hoped for on this device."""
     n = 4096 if device.startswith('cuda') else 1024
-    a, seconds = torch.randn(n, n, device=device, dtype=getattr(torch, dtype)), []
-    while len(seconds) < 10 and sum(seconds) < 1:
-        began = time.perf_counter()
-        torch.mm(a, a)[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - began)
-    return 2 * n ** 3 / sorted(seconds)[len(seconds) // 2]
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    timer = Timer('a @ a', globals={'a': a}, num_threads=torch.get_num_threads())
+    return 2 * n ** 3 / timer.blocked_autorange(min_run_time=0.3).median
 
 
 def compile_or_not(asked, device, data, seconds_left):
-    """(whether to compile, why): for 'auto' where it pays within the updates that are left."""
+    """(whether to compile, why): for 'auto' where it pays within the updates that are left.
+
+    Compiling takes about a minute, and a compiled update a quarter less time than another.
+    """
     if asked != 'auto':
         return asked == 'on', 'as set'
     if data.meta['layout'] == 'rows' or data.random_length:
         return False, 'batches have many widths, and each would be compiled anew'
-    if device == 'mps' or (device == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++'))):
+    if device == 'mps':
         return False, 'there is no compiler for this device'
-    if GAIN * seconds_left < COMPILING:
-        return False, f'about {seconds_left:.0f} s of updates are too few to make up for it'
-    return True, f'it saves a quarter of about {seconds_left:.0f} s of updates'
+    return 0.25 * seconds_left >= 60, f'it costs a minute, saves a quarter of {seconds_left:.0f} s'
 
 
 def compile_model(run, s):
-    """Compiles the model by a first batch where that pays; where it fails, goes on without it."""
+    """Compiles the model where that pays, by a first batch; goes on without it if that fails."""
     tokens = run.tokens_per_update * (s.bench or s.max_iters - run.iteration)
-    on, why = compile_or_not(s.compile, run.device, run.data,
-                             tokens * run.flops_per_token / (USUAL * run.peak))
+    seconds = tokens * run.flops_per_token / (0.25 * run.peak)  # updates reach about a quarter
+    on, why = compile_or_not(s.compile, run.device, run.data, seconds)
     print(f'compile: {"on" if on else "off"} ({why})')
-    if not on:
-        return
-    run.model.compile()
-    try:
-        x0, given = on_device(run.data.batch(0, run.rank, run.world), run.device)
-        with run.autocast():
-            nats, _ = run.objective.loss(run.model, x0, torch.Generator(run.device), given)
-        nats.backward()
-    except Exception as e:  # of a dozen kinds: no compiler, no headers, no space, a bug of its own
-        run.model._compiled_call_impl = None
-        print(f'torch.compile failed ({type(e).__name__}): going on without it')
-    run.model.zero_grad()
+    if on:
+        run.model.compile()
+        try:
+            x0, given = on_device(run.data.batch(0, run.rank, run.world), run.device)
+            with run.autocast():
+                run.objective.loss(run.model, x0, torch.Generator(run.device), given)[0].backward()
+        except Exception as e:  # of a dozen kinds: no headers, no space, a bug of the compiler
+            run.model._compiled_call_impl = None
+            print(f'torch.compile failed ({type(e).__name__}): going on without it')
+        run.model.zero_grad()
 
 
-def time_updates(run, s):
+def time_updates(run, s, warm_up=3, profiled=3):
     """Prints the speed of s.bench updates, and what a few more, profiled, were busy with."""
-    def timed_update():
+    def timed_update():  # in seconds
         began = time.perf_counter()
-        update(run, s, 0.0)[0].tolist()  # waits for the device
+        update(run, s, 0.0).tolist()  # waits for the device
         run.iteration += 1
         return time.perf_counter() - began
 
-    seconds = sorted([timed_update() for _ in range(WARM_UP + s.bench)][WARM_UP:])[s.bench // 2]
+    seconds = sorted([timed_update() for _ in range(warm_up + s.bench)][warm_up:])[s.bench // 2]
     with torch.profiler.profile() as profiler:
-        for _ in range(PROFILED):
+        for _ in range(profiled):
             timed_update()
     speed = run.tokens_per_update / seconds
     flops = speed * run.flops_per_token
@@ -461,10 +419,9 @@ def time_updates(run, s):
           f'{flops / 1e9:.1f} GFLOP/s = {100 * flops / run.peak:.1f}% of the '
           f'{run.peak / 1e9:.1f} of torch.mm{peak_memory(run.device)}\n')
     own_time = f'self_{"device" if run.device.startswith("cuda") else "cpu"}_time_total'
-    events = {e: getattr(e, own_time) for e in profiler.key_averages()}
-    for e in sorted(events, key=events.get, reverse=True)[:15]:
-        share = events[e] / sum(events.values())
-        print(f'{100 * share:5.1f}%  {e.count // PROFILED:4} x  {e.key[:70]}')
+    for e in sorted(profiler.key_averages(), key=lambda e: -getattr(e, own_time))[:15]:
+        milliseconds = getattr(e, own_time) / 1000 / profiled
+        print(f'{milliseconds:8.2f} ms  {e.count // profiled:4} x  {e.key[:70]}')
 
 
 # ----------------------------------------------------------------------------- evaluation, records
@@ -478,61 +435,57 @@ def evaluate_now(run, s, learning_rate):
                       for split, limit in (('val', 0), ('train', 4 * s.batch_size)))
     # without a weight on text its loss may rise far above that of a uniform guess
     check_loss(run, s, 'validation', val, 2 if s.token_weights[0] else math.inf, learning_rate)
-    run.best, measured = min(run.best, val), run.objective.measured
+    name = run.objective.measured
     run.log.append({
-        'iter': run.iteration, 'tokens': run.tokens, 'measured': measured, 'train': f'{train:.6f}',
+        'iter': run.iteration, 'tokens': run.tokens, 'measured': name, 'train': f'{train:.6f}',
         'val': f'{val:.6f}', 'lr': f'{learning_rate:.3e}', 'data': run.data.meta['source'],
         'seconds': f'{run.seconds:.1f}', 'tokens_per_second': f'{run.speed:.0f}'})
     if run.rank == 0:
-        write_log(run.log, Path(s.out_dir))
-        title = f'{s.length_head or s.objective} on {s.dataset}'
-        log_v = None if s.length_head else math.log(run.data.meta['vocab_size'])
-        write_atomically(Path(s.out_dir, 'loss.png'), draw_losses(run.log, title, log_v))
+        write_log(run, s)
+        draw_losses(run, s)
     for track in run.trackers:
-        track({f'train {measured}': train, f'val {measured}': val, 'tokens/s': run.speed},
-              step=run.iteration)
-    return (f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {measured} {val:.4f} nats/token '
+        track({f'train {name}': train, f'val {name}': val, 'tokens/s': run.speed}, run.iteration)
+    return (f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {name} {val:.4f} nats/token '
             f'on the validation split, {train:.4f} on training text')
 
 
 def check_loss(run, s, kind, loss, highest, learning_rate):
-    """Raises UserError where a loss is nan, or above `highest` times that of a uniform guess."""
-    if loss <= highest * math.log(run.data.meta['vocab_size']):  # nan is not
+    """Raises UserError where a loss is nan, or above `highest` times that of a uniform guess.
+
+    Before the first checkpoint nothing was learned that could have diverged.
+    """
+    if run.saved_at is None or loss <= highest * math.log(run.data.meta['vocab_size']):
         return
-    saved = 'nothing is saved yet' if run.saved_at is None else \
-        f'{s.out_dir}/ckpt.pt has the weights after {run.saved_at} updates'
     raise UserError(f'diverged: the {kind} loss is {loss:.4g} after {run.iteration} updates and at '
-                    f'learning rate {learning_rate:.2e}: lower it; {saved}')
+                    f'learning rate {learning_rate:.2e}: lower it; {s.out_dir}/ckpt.pt has the '
+                    f'weights after {run.saved_at} updates')
 
 
-def write_log(rows, out):
+def write_log(run, s):
     """log.csv: a row for every evaluation."""
     text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, rows[0])
+    writer = csv.DictWriter(text, run.log[0])
     writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / 'log.csv', text.getvalue().encode())
+    writer.writerows(run.log)
+    write_atomically(Path(s.out_dir, 'log.csv'), text.getvalue().encode())
 
 
-def draw_losses(rows, title, log_v):
-    """The bytes of loss.png: the losses of a run over its updates, and log V' if not None."""
+def draw_losses(run, s):
+    """loss.png: the losses in the log over updates, and log V', the loss of a uniform guess."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 4.2), layout='constrained')
-    ax, x = fig.subplots(), [int(row['iter']) for row in rows]
-    for key, label, style, color in (('train', 'training text', 'o--', '#E69F00'),
-                                     ('val', 'validation text', 'o-', '#0072B2')):
-        ax.plot(x, [float(row[key]) for row in rows], style, ms=4, label=label, color=color)
-    if log_v is not None:
-        ax.axhline(log_v, color='0.5', lw=1, ls=':', label="log V', a uniform guess")
-    name = rows[0]['measured'].replace('<=', '(an upper bound on the nll)')
-    per_update = int(rows[-1]['tokens']) / max(1, x[-1])
-    ax.set(xlabel=f'updates of {per_update:,.0f} tokens' if per_update else 'updates', title=title,
-           ylabel=f'{name}, nats per token')
-    ax.grid(color='0.92')
+    ax, x = fig.subplots(), [int(row['iter']) for row in run.log]
+    for key, label in (('val', 'validation text'), ('train', 'training text')):
+        ax.plot(x, [float(row[key]) for row in run.log], 'o-', ms=4, label=label)
+    if not s.length_head:
+        ax.axhline(math.log(run.data.meta['vocab_size']), color='0.5', label="log V' (uniform)")
+    name = run.objective.measured.replace('<=', '(an upper bound on the nll)')
+    ax.set(xlabel=f'updates of {run.tokens_per_update:,} tokens', ylabel=f'{name}, nats per token',
+           title=f'{s.length_head or s.objective} on {s.dataset}')
     ax.legend(frameon=False)
     buffer = io.BytesIO()
     fig.savefig(buffer, dpi=150, format='png')
-    return buffer.getvalue()
+    write_atomically(Path(s.out_dir, 'loss.png'), buffer.getvalue())
 
 
 def save(run, s):
@@ -542,7 +495,7 @@ def save(run, s):
         torch.save({'model': run.model.state_dict(), 'config': vars(s), 'meta': run.data.meta,
                     'optimizer': [o.state_dict() for o in run.optimizers], 'rng': s.seed,
                     'iter': run.iteration, 'tokens': run.tokens, 'seconds': run.seconds,
-                    'best': run.best}, buffer)
+                    'best': min(float(row['val']) for row in run.log)}, buffer)
         write_atomically(Path(s.out_dir, 'ckpt.pt'), buffer.getbuffer())
     run.saved_at = run.iteration
 
@@ -550,17 +503,16 @@ def save(run, s):
 def write_answers(run, s):
     """Adds what ckpt.pt answers to the first prompts to samples.csv, with BLEU if that is there."""
     path, bleu = Path(s.out_dir, 'samples.csv'), ''
+    rows = [] if path.exists() else [('iter', 'BLEU of all', 'prompt', 'reference', 'answer')]
     answers = sample.first_answers(sample.load_run(s.out_dir, run.device), run.data, s.decode_rows,
                                    sample.defaults())
     with suppress(ImportError):
         from sacrebleu import corpus_bleu
         _, references, texts = zip(*answers)
         bleu = f'{corpus_bleu(texts, [references]).score:.2f}'
-    new = not path.exists()
+    rows += [(run.iteration, bleu, *texts) for texts in answers]
     with open(path, 'a', newline='', encoding='utf-8') as f:
-        writer = csv.writer(f)
-        writer.writerows([('iter', 'BLEU of all', 'prompt', 'reference', 'answer')] * new)
-        writer.writerows((run.iteration, bleu, *texts) for texts in answers)
+        csv.writer(f).writerows(rows)
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -568,30 +520,27 @@ def write_answers(run, s):
 
 def on_device(batch, device):
     """The tensors of a batch on the device; a None stays."""
-    pin = device.startswith('cuda')
-    return [None if x is None else (x.pin_memory() if pin else x).to(device, non_blocking=True)
-            for x in batch]
+    return [x if x is None else x.to(device, non_blocking=True) for x in batch]
 
 
 def update(run, s, factor):
     """One update: data, corruption and loss, backward, clip, step.
 
-    factor: share of the peak learning rates. Returns sums (3,) over all processes, which are nats,
-    tokens that count, and signals caught; and how many tokens were read.
+    factor: share of the peak learning rates. Returns sums (3,) over all parts and processes: nats,
+    tokens that count, and signals caught.
     """
-    parts, tokens = s.gradient_accumulation_steps * run.world, 0
     sums = torch.zeros(3, device=run.device)
-    for part in range(run.rank, parts, run.world):  # this process's share of the update
+    for part in range(run.rank, run.parts, run.world):  # this process's share of the update
         seed = mixed_seed(s.seed, run.iteration, part)
         torch.manual_seed(seed)  # of dropout
         rng = torch.Generator(run.device).manual_seed(seed)  # of noise
-        x0, given = on_device(run.data.batch(run.iteration, part, parts), run.device)
-        tokens += x0.numel() * run.world  # the others' batches are about as wide
+        x0, given = on_device(run.data.batch(run.iteration, part, run.parts), run.device)
+        run.tokens += x0.numel() * run.world  # the others' batches are about as wide
         with run.autocast():
             nats, count = run.objective.loss(run.model, x0, rng, given, run.iteration / s.max_iters)
         nats.backward()
         sums[:2] += torch.stack([nats.detach(), count])
-    learned = [p for p in run.model.parameters() if p.requires_grad]
+    learned = [p for p in run.model.parameters() if p.grad is not None]
     if run.world > 1:
         sums[2] = len(run.caught)
         for tensor in (sums, *(p.grad for p in learned)):
@@ -606,13 +555,13 @@ def update(run, s, factor):
             group['lr'] = factor * (s.muon_lr if isinstance(o, Muon) else s.learning_rate)
         o.step()
         o.zero_grad()
-    return sums, tokens
+    return sums
 
 
 def train(run, s):
     """The loop: evaluate, save, update, until max_iters or a signal."""
-    bar = tqdm(total=s.max_iters, initial=run.iteration, unit='it',
-               disable=not sys.stderr.isatty() or run.rank > 0)
+    # with None, tqdm is silent unless stderr is a terminal
+    bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
     tokens, seconds, stop = run.tokens, run.seconds, False  # before this process began
     # SIGINT and SIGTERM only leave a note: an update that stops halfway would leave some weights
     # stepped and others not. So it is finished, and saved, first.
@@ -631,10 +580,9 @@ def train(run, s):
             break
 
         began = time.perf_counter()
-        sums, read = update(run, s, factor)
+        sums = update(run, s, factor)
         # the sum is the same on all processes, so they stop after the same update
         stop = sums[2].item() > 0 if run.world > 1 else bool(run.caught)
-        run.tokens += read
         run.seconds += time.perf_counter() - began
         run.speed = (run.tokens - tokens) / (run.seconds - seconds)
         bar.update()
@@ -642,13 +590,13 @@ def train(run, s):
         if run.iteration % s.log_interval == 0 or stop:
             loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: not every time
             check_loss(run, s, 'training', loss, 10, factor * s.learning_rate)
-            share = run.speed * run.flops_per_token / run.peak
-            state = f'{run.speed:,.0f} tokens/s, {100 * share:.0f}% of torch.mm'
-            bar.set_postfix_str(f'loss {loss:.3f}, {state}')
+            state = (f'loss {loss:.4f}, {run.speed:,.0f} tokens/s, '
+                     f'{100 * run.speed * run.flops_per_token / run.peak:.0f}% of torch.mm')
+            bar.set_postfix_str(state)
             if bar.disable and run.iteration % (10 * s.log_interval) == 0:
                 left = (s.max_iters - run.iteration - 1) * run.tokens_per_update / run.speed / 60
-                print(f'{run.iteration:6,} updates, {run.seconds:4.0f} s: loss {loss:.4f}, '
-                      f'{state}, {left:.1f} minutes left', flush=True)
+                print(f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {state}, '
+                      f'{left:.1f} minutes left', flush=True)
         run.iteration += 1
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: they may stop what follows
@@ -662,26 +610,12 @@ def train(run, s):
 # ------------------------------------------------------------------------------ from start to end
 
 
-def describe(run, s):
-    """Prints what is trained on what."""
-    print(run.data.describe())
-    learned = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    tokens = run.tokens_per_update
-    print(f'{s.objective}: {run.model.count_parameters():,} parameters, '
-          + (f'{learned:,} of them learned, ' if s.length_head else '')
-          + f'{tokens:,} tokens per update, {s.max_iters:,} updates = '
-          f'{s.max_iters * tokens / run.data.tokens_per_epoch:.1f} epochs, '
-          f'on {run.device} in {run.dtype}'
-          + (f', {run.world} processes' if run.world > 1 else ''))
-
-
 def measure(run, s):
     """Prints the loss on the validation split, in float32; a bound from several draws."""
-    repeats = 1 if run.objective.exact else s.eval_repeats
     nats, error = evaluate(run.model, run.objective, run.data.batches('val', s.batch_size), seed=1,
-                           repeats=repeats)
-    error = '' if repeats == 1 else f' +- {error:.4f}'
-    print(f'{run.objective.measured} {nats:.4f}{error} nats/token, {nats / math.log(2):.4f} '
+                           repeats=1 if run.objective.exact else s.eval_repeats)
+    spread = '' if math.isnan(error) else f' +- {error:.4f}'
+    print(f'{run.objective.measured} {nats:.4f}{spread} nats/token, {nats / math.log(2):.4f} '
           f'bits/token on the validation split ({run.data.size("val")} of '
           f'{run.data.meta["source"]}), in float32')
 
@@ -690,19 +624,17 @@ def show_sample(run, s):
     """Prints what the model in ckpt.pt writes, and the commands to try next."""
     print(f'\nThe run is in {s.out_dir}: ckpt.pt, log.csv, loss.png. A sample of it:\n')
     trained, how = sample.load_run(s.out_dir, run.device), sample.defaults() | {'seed': s.seed}
-    if trained.meta['sep_id'] is not None:
-        task = 'translation'
-        for prompt, reference, answer in sample.first_answers(trained, run.data, 2, how):
-            print(f'prompt:    {prompt}\nreference: {reference}\nanswer:    {answer}\n')
-        start = f'--start={prompt!r}'
-    else:
+    if trained.meta['sep_id'] is None:
         task, start = 'likelihood', '--num_samples=3'
         canvas = [trained.model.mask_id] * s.block_size
         ((ids, _),), _ = sample.complete(trained, [canvas], how, trained.meta['eos_id'])
         print(trained.tokenizer.decode(ids), end='\n\n')
-    print('To try next:')
-    print(f'python sample.py --out_dir={s.out_dir} {start}')
-    print(f'python eval.py --out_dir={s.out_dir} --task={task}')
+    else:
+        for prompt, reference, answer in sample.first_answers(trained, run.data, 2, how):
+            print(f'prompt:    {prompt}\nreference: {reference}\nanswer:    {answer}\n')
+        task, start = 'translation', f'--start={prompt!r}'
+    print(f'To try next:\npython sample.py --out_dir={s.out_dir} {start}\n'
+          f'python eval.py --out_dir={s.out_dir} --task={task}')
 
 
 def main():
@@ -712,14 +644,19 @@ def main():
                         'starts anew, --out_dir=... puts the new one elsewhere')
     checkpoint = load_checkpoint(out_dir) if resume else None
     if resume:  # the settings that the run has, then what this command line says
-        globals().update(settings_of_run(checkpoint['config'], settings))
+        before = checkpoint['config']
+        globals().update({name: config.convert(name, before[name], value, from_text=False)
+                          for name, value in settings.items() if name in before})
         settings = config.override(globals())
-        require('objective', objective, objective == checkpoint['config']['objective'],
-                'that of the run')
+        require('objective', objective, objective == before['objective'], 'that of the run')
     s = SimpleNamespace(**settings)
     check_settings(s)
     run = Training(s, checkpoint)
-    describe(run, s)
+    print(run.data.describe())
+    print(f'{objective}: {run.model.count_parameters():,} parameters, {run.tokens_per_update:,} '
+          f'tokens per update, {max_iters:,} updates = '
+          f'{max_iters * run.tokens_per_update / run.data.tokens_per_epoch:.1f} epochs, '
+          f'on {run.world} x {run.device} in {run.dtype}')
     compile_model(run, s)
     if bench:
         return time_updates(run, s)
