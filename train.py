@@ -49,13 +49,13 @@ from model import LengthLoss, Transformer, evaluate, load_checkpoint, make_objec
 from prepare import mixed_seed, open_data, prepare, recipe_names
 
 # the run
-out_dir = 'out/shakespeare_mdm'  # where it is written; a config file sets out/<its name>
-resume = False              # go on with the run in out_dir, under the settings that it has
-overwrite = False           # throw away the run in out_dir
-init_from = ''              # a run of this shape and vocabulary, whose weights are the first:
+out_dir = 'out/shakespeare_mdm'  # the run's folder; a config file sets out/<its name>
+resume = False              # continue the run in out_dir, with the settings that it has
+overwrite = False           # delete the run in out_dir and begin anew
+init_from = ''              # begin with the weights of this run, of the same shape and vocabulary:
                             # a short ar run saves masked diffusion a slow start, see README
 seed = 1337
-device = 'auto'             # cuda, mps, cpu; auto takes the first that is there
+device = 'auto'             # cuda, mps, cpu; auto takes the first available
 dtype = 'auto'              # float32, bfloat16 (autocast); auto is bfloat16 where that is fast
 compile = 'auto'            # torch.compile: on, off; auto is on where it pays within this run
 # data
@@ -64,16 +64,16 @@ batch_size = 16             # B, windows per forward and backward pass
 gradient_accumulation_steps = 1  # passes per update
 block_size = 256            # T, tokens per window
 train_tokens = 0            # train on the first so many tokens of the training split; 0 = all
-random_length = 0.0         # share of the batches that are cut to a random length: a stream's to
-                            # any; rows, if predict_pad, to what the longest answer needs, or more
+random_length = 0.0         # share of batches cropped to a random length: a stream's to any length,
+                            # rows, if predict_pad, to no less than their longest answer needs
 # data of rows: prompts and answers, or documents; a batch holds rows of one width
-predict_pad = False         # PAD is predicted too, so that the model finds where an answer ends;
-                            # False: the number of tokens says so, and the model never sees a PAD
+predict_pad = False         # PAD is predicted too, so that the model learns where an answer ends;
+                            # False: the width of a row tells where, and no PAD is ever seen
 score_prompt = False        # ar: train on the prompt too
 row_share = 1.0             # train on this share of the rows, the shortest ones
 length_curriculum = 0       # updates over which longer and longer rows join the shortest
-pad_curriculum = 0          # predict_pad: updates over which the room behind the answers grows
-token_weights = (1.0, 1.0, 1.0)  # mdm: what an error at text, at EOS, at PAD counts in the loss
+pad_curriculum = 0          # predict_pad: updates over which PAD is added behind the answers
+token_weights = (1.0, 1.0, 1.0)  # mdm: weights of text, EOS and PAD in the loss
 # model
 n_layer = 4
 n_head = 4
@@ -91,7 +91,7 @@ time_cond = False           # show the network the noise level
 dropout = 0.0
 # objective
 objective = 'mdm'           # ar, mdm, d3pm, uniform, block; what follows is for all but ar
-schedule = 'linear'         # linear, cosine, polynomial; how much is noise at level t
+schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
 loss_weight = 'clipped'     # elbo = w(t), clipped = min(w(t), w_max), flat = 1, masked_mean
 w_max = 5.0                 # for loss_weight = clipped
 mask_range = (0.15, 0.99)   # levels t that are trained; below, a row has few masks to learn from
@@ -99,11 +99,11 @@ diffusion_steps = 1000      # d3pm: N, from all masks to none
 subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
 block_length = 16           # block: tokens per block
 soft_inputs = False         # uniform: train on mixtures of tokens, ever closer to a single one
-divergence = 'elbo'         # uniform: elbo, symmetric_kl, scaled_kl; to train, never reported
-# length before decoding: train a head that predicts it on the run init_from, which stays fixed
+divergence = 'elbo'         # uniform: elbo, symmetric_kl, scaled_kl; for training alone
+# length prediction: train a head that predicts the length of an answer on the frozen run init_from
 length_head = ''            # regress_mean, regress_concat, classify, encoder_regress,
                             # encoder_classify; see LengthHead in model.py
-length_quantile = 0.95      # of regress: the share of answers that are no longer than predicted
+length_quantile = 0.95      # regress: the share of answers that are no longer than predicted
 # optimiser
 optimizer = 'muon'          # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: all
 max_iters = 1200            # updates
@@ -117,7 +117,7 @@ beta2 = 0.99                # and of its square
 grad_clip = 1.0             # largest norm of the gradient; 0 = no limit
 # evaluation
 eval_interval = 200         # updates between evaluations on the full validation split, checkpoints
-log_interval = 10           # updates between two losses that are shown
+log_interval = 10           # updates between two training losses that are printed
 decode_rows = 0             # prompts to answer at each evaluation, greedily, into samples.csv
 eval_repeats = 4            # independent draws of a bound at the end, for its standard error
 track = ''                  # tensorboard (curves in out_dir), wandb (project nanomdm), or both
@@ -201,7 +201,7 @@ def check_settings(s):
     one_of('lr_schedule', s.lr_schedule, ('cosine', 'wsd', 'constant'))
     one_of('compile', s.compile, ('auto', 'on', 'off'))
     objective = make_objective(vars(s))
-    from_masks = objective.masks and not objective.block_length  # sees an answer that is all masks
+    all_masks = objective.masks and not objective.block_length  # a whole answer may be masked
     for name, fine, wanted in (
             ('score_prompt', not s.score_prompt or objective.causal,
              'False: it is for objective=ar alone'),
@@ -213,7 +213,7 @@ def check_settings(s):
             ('block_length', s.objective != 'block' or 1 <= s.block_length <= s.block_size,
              'in [1, block_size]'),
             ('pad_curriculum', s.predict_pad or not s.pad_curriculum, '0 without predict_pad'),
-            ('length_head', not s.length_head or (s.predict_pad and from_masks),
+            ('length_head', not s.length_head or (s.predict_pad and all_masks),
              "'', unless predict_pad is on and objective is mdm or d3pm"),
             ('init_from', s.init_from or not s.length_head, 'the run that a length_head is for'),
             ('length_quantile', s.length_quantile < 1, 'in (0, 1)')):
@@ -221,7 +221,11 @@ def check_settings(s):
 
 
 class Training:
-    """What the loop works with, and how far training is; a checkpoint brings it back to there."""
+    """What the loop works with and how far it is. Built from the settings, and from a checkpoint.
+
+    Nothing is written before the second but last step of the set-up, open_out_dir: a mistake that
+    is found until then costs no run.
+    """
 
     def __init__(self, s, checkpoint=None):
         self.rank, self.world, self.device = join_processes(pick_device(s.device))
@@ -244,7 +248,7 @@ class Training:
         self.caught = []        # signals that ask this process to stop
         if checkpoint:
             restore(self, s, checkpoint)
-        if self.world > 1:  # the same bits to begin with, on whatever machines
+        if self.world > 1:  # all processes begin with the same weights, on whatever machines
             for p in self.model.parameters():
                 dist.broadcast(p.detach(), 0)
         self.trackers = open_out_dir(s) if self.rank == 0 and not s.bench else []
@@ -274,7 +278,7 @@ def open_training_data(s, rank, world):
         print(f'data/{s.dataset} is missing: preparing it')
         prepare(s.dataset)
     if world > 1:
-        dist.barrier()  # from here on there is data, and every process has seen a free out_dir
+        dist.barrier()  # the data is complete, and every process has seen that out_dir is free
     data = open_data(**{name: vars(s)[name] for name in signature(open_data).parameters})
     if s.decode_rows and data.meta['sep_id'] is None:
         raise UserError(f'decode_rows is for prompts and answers, but data/{s.dataset} has none')
@@ -361,18 +365,20 @@ def make_tracker(name, s):
 
 # ------------------------------------------------------------------------------------------- speed
 
+
 def fastest_flops(device, dtype):
-    """FLOP/s of torch.mm on square matrices, the most that can be hoped for on this device."""
+    """FLOP/s of torch.mm on square matrices, the most that can be hoped for on a device."""
     n = 4096 if device.startswith('cuda') else 1024
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    timer = Timer('a @ a', globals={'a': a}, num_threads=torch.get_num_threads())
+    # item() waits for the device
+    timer = Timer('(a @ a)[0, 0].item()', globals={'a': a}, num_threads=torch.get_num_threads())
     return 2 * n ** 3 / timer.blocked_autorange(min_run_time=0.3).median
 
 
 def compile_or_not(asked, device, data, seconds_left):
-    """(whether to compile, why): for 'auto' where it pays within the updates that are left.
+    """(whether to compile, why). 'auto' compiles where that pays within the updates left.
 
-    Compiling takes about a minute, and a compiled update a quarter less time than another.
+    Compiling takes about a minute, and makes an update a quarter shorter.
     """
     if asked != 'auto':
         return asked == 'on', 'as set'
@@ -433,7 +439,7 @@ def evaluate_now(run, s, learning_rate):
         val, train = (evaluate(run.model, run.objective,
                                run.data.batches(split, s.batch_size, limit))[0]
                       for split, limit in (('val', 0), ('train', 4 * s.batch_size)))
-    # without a weight on text its loss may rise far above that of a uniform guess
+    # where text has no weight in the loss, its own loss may rise far above a uniform guess
     check_loss(run, s, 'validation', val, 2 if s.token_weights[0] else math.inf, learning_rate)
     name = run.objective.measured
     run.log.append({
@@ -450,9 +456,9 @@ def evaluate_now(run, s, learning_rate):
 
 
 def check_loss(run, s, kind, loss, highest, learning_rate):
-    """Raises UserError where a loss is nan, or above `highest` times that of a uniform guess.
+    """Raises UserError if a loss is nan, or above `highest` times the loss of a uniform guess.
 
-    Before the first checkpoint nothing was learned that could have diverged.
+    Before the first checkpoint nothing has been trained that could have diverged.
     """
     if run.saved_at is None or loss <= highest * math.log(run.data.meta['vocab_size']):
         return
@@ -489,7 +495,7 @@ def draw_losses(run, s):
 
 
 def save(run, s):
-    """Writes ckpt.pt. All draws follow from the seed and the iteration, so these are the rng."""
+    """Writes ckpt.pt. Its rng is the seed: all draws follow from that and the iteration."""
     if run.rank == 0:
         buffer = io.BytesIO()
         torch.save({'model': run.model.state_dict(), 'config': vars(s), 'meta': run.data.meta,
@@ -501,7 +507,7 @@ def save(run, s):
 
 
 def write_answers(run, s):
-    """Adds what ckpt.pt answers to the first prompts to samples.csv, with BLEU if that is there."""
+    """Adds the answers of ckpt.pt to the first prompts to samples.csv, and BLEU if installed."""
     path, bleu = Path(s.out_dir, 'samples.csv'), ''
     rows = [] if path.exists() else [('iter', 'BLEU of all', 'prompt', 'reference', 'answer')]
     answers = sample.first_answers(sample.load_run(s.out_dir, run.device), run.data, s.decode_rows,
@@ -530,10 +536,10 @@ def update(run, s, factor):
     tokens that count, and signals caught.
     """
     sums = torch.zeros(3, device=run.device)
-    for part in range(run.rank, run.parts, run.world):  # this process's share of the update
+    for part in range(run.rank, run.parts, run.world):  # this process's batches of the update
         seed = mixed_seed(s.seed, run.iteration, part)
-        torch.manual_seed(seed)  # of dropout
-        rng = torch.Generator(run.device).manual_seed(seed)  # of noise
+        torch.manual_seed(seed)  # for dropout
+        rng = torch.Generator(run.device).manual_seed(seed)  # for levels and noise
         x0, given = on_device(run.data.batch(run.iteration, part, run.parts), run.device)
         run.tokens += x0.numel() * run.world  # the others' batches are about as wide
         with run.autocast():
@@ -545,8 +551,9 @@ def update(run, s, factor):
         sums[2] = len(run.caught)
         for tensor in (sums, *(p.grad for p in learned)):
             dist.all_reduce(tensor)
-    # How many tokens count is known only now. A mean over each part and then over the parts would
-    # give a token more weight in a part where few count, and differ with the number of processes.
+    # Gradients are divided only here, where the number of tokens that count is known. A mean within
+    # each batch, and then over batches, would give a token more weight in a batch in which few
+    # count, and would depend on how an update is cut into batches and processes.
     for p in learned:
         p.grad *= 1 / sums[1].clamp(min=1)
     torch.nn.utils.clip_grad_norm_(learned, s.grad_clip or math.inf)
@@ -562,9 +569,9 @@ def train(run, s):
     """The loop: evaluate, save, update, until max_iters or a signal."""
     # with None, tqdm is silent unless stderr is a terminal
     bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
-    tokens, seconds, stop = run.tokens, run.seconds, False  # before this process began
-    # SIGINT and SIGTERM only leave a note: an update that stops halfway would leave some weights
-    # stepped and others not. So it is finished, and saved, first.
+    tokens, seconds, stop = run.tokens, run.seconds, False  # as they were before this process
+    # SIGINT and SIGTERM only leave a note. Stopped halfway, an update would leave some weights
+    # changed and others not; so it is finished first, and saved.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: run.caught.append(number))
     while run.iteration <= s.max_iters:
@@ -581,7 +588,7 @@ def train(run, s):
 
         began = time.perf_counter()
         sums = update(run, s, factor)
-        # the sum is the same on all processes, so they stop after the same update
+        # the sum is the same on all processes, so that all stop after the same update
         stop = sums[2].item() > 0 if run.world > 1 else bool(run.caught)
         run.seconds += time.perf_counter() - began
         run.speed = (run.tokens - tokens) / (run.seconds - seconds)
@@ -599,7 +606,7 @@ def train(run, s):
                       f'{left:.1f} minutes left', flush=True)
         run.iteration += 1
     bar.close()
-    for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: they may stop what follows
+    for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
         signal.signal(number, signal.SIG_DFL)
     if stop:
         print(f'stopped and saved after {run.iteration} updates; go on with\n'
@@ -643,7 +650,7 @@ def main():
         raise UserError(f'{out_dir} holds a run already: --resume goes on with it, --overwrite '
                         'starts anew, --out_dir=... puts the new one elsewhere')
     checkpoint = load_checkpoint(out_dir) if resume else None
-    if resume:  # the settings that the run has, then what this command line says
+    if resume:  # the settings of the run, then those on this command line
         before = checkpoint['config']
         globals().update({name: config.convert(name, before[name], value, from_text=False)
                           for name, value in settings.items() if name in before})
