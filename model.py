@@ -2,30 +2,36 @@
 
     Transformer     tokens in, logits out; one flag turns it from causal to bidirectional
     Objective       what training minimises and evaluation reports. Autoregression has the negative
-                    log-likelihood itself (nll); diffusion has an upper bound on it (nelbo).
-                    MaskedDiffusion is the one to read first; D3PM, Uniform and BlockDiffusion
-                    differ from it in how they corrupt text and in what a prediction costs
+                    log-likelihood itself (nll); diffusion has an upper bound on it, the negative
+                    evidence lower bound (nelbo). MaskedDiffusion is the one to read first; D3PM,
+                    Uniform and BlockDiffusion differ from it in how they corrupt text and in the
+                    loss of a token
     evaluate        the mean of an objective over a split
     LengthHead      predicts how long an answer will be, before it is written
 
-Letters, here and in the papers:
+At a first reading, skip LocalMixing, D3PM, Uniform and LengthHead: nothing depends on them.
+
+Letters here, and in the papers:
 
     B, T, C   batch, sequence length, channels (n_embd)
-    H, D      attention heads, channels of one head (C = H * D)
-    K         neighbours of local mixing (n_conv)
-    N, M      diffusion steps of D3PM; tokens of a batch whose prediction is scored
+    H, D      attention heads, channels of one head (C = H * D); Hkv, heads of keys and values
+    K         neighbours that local mixing reads (n_conv)
+    N, M      diffusion steps of D3PM; tokens of a batch that are scored, i.e. have a loss
     V         rows of the embedding: V' real tokens, then one row for the mask, mask_id = V - 1
-    x0        clean tokens (B, T) int64                           x, z_0 in MDLM, x_0 in LLaDA
-    t         noise level (B, 1) in (0, 1]; at t = 1 all tokens are masks
-    alpha     P(a token is kept at level t)                       alpha_t
-    w(t)      weight of level t in the bound                      -alpha'_t / (1 - alpha_t)
-    xt        x0 with each token kept or replaced by mask_id      z_t, x_t
+    x0        clean tokens (B, T) int64                              x, z_0 in MDLM, x_0 in LLaDA
+    xt        corrupted tokens: each of x0 kept, or replaced         z_t, x_t
+    t         noise level (B, 1) in (0, 1]; at t = 1 all is noise    t
+    alpha     P(a token is kept at level t)                          alpha_t
+    w(t)      weight of level t in the bound                         -alpha'_t / (1 - alpha_t)
+    level     what the network is told of t: noise_fraction, (B, 1)
     is_mask   (B, T) bool, True where xt is mask_id
-    given     (B, T) bool, True where a token is known (a prompt): never masked, never scored
-    nats, nll, nelbo   natural logarithms throughout; per token where a line says so
+    given     (B, T) bool, True in a prompt: never corrupted, never scored
 
-Papers: MDLM arXiv 2406.07524, LLaDA 2502.09992, MaskGIT 2202.04200, GPT-2, RoFormer 2104.09864,
-DiT 2212.09748 (adaLN), D3PM 2107.03006, UDLM 2412.10193, Duo 2506.10892, BD3-LM 2503.09573.
+Losses are in nats (natural logarithms), summed over tokens unless a line says per token.
+
+Papers: MDLM arXiv 2406.07524, LLaDA 2502.09992, RoFormer 2104.09864, DiT 2212.09748 (adaLN),
+D3PM 2107.03006, UDLM 2412.10193, Duo 2506.10892, BD3-LM 2503.09573, autoregressive diffusion
+2110.02037, VDM 2107.00630, PaLM 2204.02311, DDPM 2006.11239, BERT 1810.04805.
 """
 
 import math
@@ -33,16 +39,16 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean, stdev
+from typing import Callable, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from config import UserError, one_of
+from config import UserError, one_of, require
 from prepare import mixed_seed
 
 # ---------------------------------------------------------------------------- the transformer
@@ -53,27 +59,27 @@ LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress',
 
 @dataclass
 class ModelConfig:
-    """The shape of a Transformer; every field but the first is an ablation to run."""
+    """The shape of a Transformer: every field but vocab_size is an architecture option."""
     vocab_size: int           # V = V' + 1: the real tokens and, last, the mask
     block_size: int = 256     # context length, the largest T
-    causal: bool = False      # True: position i sees 0..i (ar); False: it sees all (mdm)
+    causal: bool = False      # position i sees 0..i (ar); False: every position sees all (mdm)
     n_layer: int = 4
     n_head: int = 4
-    n_kv_head: int = 0        # heads of keys and values; 0 = n_head, fewer = grouped queries
+    n_kv_head: int = 0        # heads of keys and values; 0 = n_head, fewer: grouped-query attention
     n_embd: int = 256
     pos: str = 'rope'         # rope, learned
     norm: str = 'rmsnorm'     # rmsnorm, layernorm
     mlp: str = 'relu2'        # relu2, swiglu, gelu
-    n_conv: int = 0           # local mixing over so many neighbours in every block; 0 = none
+    n_conv: int = 0           # kernel width K of local mixing in every layer; 0 = none
     n_hidden: int = 0         # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
     qk_norm: bool = True      # normalise queries and keys, so that attention logits stay small
     bias: bool = False        # biases in linear layers and in layernorm
     tied: bool = False        # the head shares the embedding's matrix
-    time_cond: bool = False   # show the network the noise level (adaLN); masks show it already
+    time_cond: bool = False   # adaLN on the noise level, which the number of masks shows already
     dropout: float = 0.0
-    subs: bool = True         # the mask is never predicted; False: d3pm may predict it
+    subs: bool = True         # the mask is never predicted; False: it may be (D3PM)
     block_length: int = 0     # tokens per block of block diffusion; 0 = none
-    length_head: str = ''     # how the length of an answer is predicted, see LengthHead; '' = not
+    length_head: str = ''     # how the length of an answer is predicted, see LengthHead; '' = none
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -92,28 +98,30 @@ class ModelConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, so that the next ones need not read them again.
+    """Keys and values of the tokens read so far, so that later tokens need not recompute them.
 
-    With local mixing also the inputs of every block, behind n_conv rows of zeros.
+    length: tokens held. Transformer.forward advances it; setting it back drops the newest tokens.
+    With local mixing the inputs of every layer are held too, after n_conv rows of zeros.
     """
 
     def __init__(self, config, B, device, dtype=torch.float32):
         c, how = config, {'device': device, 'dtype': dtype}
         self.kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, c.block_size, c.n_embd // c.n_head,
                               **how)
-        self.inputs = torch.zeros(c.n_layer, B, c.n_conv + c.block_size, c.n_embd, **how)
-        self.length = 0  # tokens held
+        self.n_conv, self.length = c.n_conv, 0
+        if c.n_conv:
+            self.inputs = torch.zeros(c.n_layer, B, c.n_conv + c.block_size, c.n_embd, **how)
 
     def extend(self, layer, k, v):
-        """Stores k, v (B, Hkv, T, D) behind what `layer` holds; returns all of it, old and new."""
+        """Appends k, v (B, Hkv, T, D) to what `layer` holds; returns all keys and all values."""
         end = self.length + k.size(2)
         self.kv[layer, 0, :, :, self.length:end] = k
         self.kv[layer, 1, :, :, self.length:end] = v
         return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
 
     def neighbours(self, layer, x, n):
-        """Stores x (B, T, C), the inputs of block `layer`; returns the n before them (B, n, C)."""
-        begin = self.inputs.size(2) - self.kv.size(4) + self.length
+        """Appends x (B, T, C), the inputs of `layer`; returns the n inputs before, (B, n, C)."""
+        begin = self.n_conv + self.length
         self.inputs[layer, :, begin:begin + x.size(1)] = x
         return self.inputs[layer, :, begin - n:begin]
 
@@ -121,7 +129,8 @@ class KVCache:
 def rope_angles(T, D, base=10000.0):
     """cos and sin (T, D) of position * frequency, frequencies base^(-2i/D) [RoFormer eq. 15].
 
-    Both halves of the D channels have the same angles; sin is negative in the first half.
+    Channel i is paired with i + D/2, as in GPT-NeoX, so both halves have the same angles; sin is
+    negative in the first half.
     """
     frequency = base ** (-torch.arange(0, D, 2) / D)
     angle = torch.outer(torch.arange(T).float(), frequency)  # (T, D/2)
@@ -132,9 +141,9 @@ def rope_angles(T, D, base=10000.0):
 def rotate(x, cos, sin):
     """x (B, H, T, D) with its channel pairs (i, i + D/2) turned by the angles of their position.
 
-    A query at m and a key at n then meet in a product that depends on m - n alone.
+    The product of a query at m and a key at n then depends on m - n only.
     """
-    cos, sin = cos.type_as(x), sin.type_as(x)  # not float32 where autocast is at work
+    cos, sin = cos.type_as(x), sin.type_as(x)  # x is bfloat16 under autocast
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
@@ -144,7 +153,7 @@ class Attention(nn.Module):
         super().__init__()
         self.c, self.layer = c, layer
         D = c.n_embd // c.n_head
-        # three matrices, not one of 3C rows: Muon makes each orthogonal on its own
+        # three matrices, not one of 3C rows: Muon orthogonalises the update of each by itself
         self.q = nn.Linear(c.n_embd, c.n_head * D, bias=c.bias)
         self.k = nn.Linear(c.n_embd, c.n_kv_head * D, bias=c.bias)
         self.v = nn.Linear(c.n_embd, c.n_kv_head * D, bias=c.bias)
@@ -163,8 +172,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, Hkv, S, D), S >= T
         S = k.size(2)
-        causal = c.causal and T > 1  # the whole difference between AR and MDM; a lone query is last
-        if causal and S > T:  # is_causal would align the first query with the first key, not last
+        causal = c.causal and T > 1  # ar only; a single query is the last token and sees all keys
+        if causal and S > T:  # is_causal aligns query 0 with key 0, but query 0 stands at S - T
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal and mask is None,
@@ -177,7 +186,7 @@ class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.kind = c.mlp
-        # swiglu has a third matrix, so 8/3 C wide it costs what the others do at 4 C
+        # swiglu has a third matrix: with a width of 8/3 C it has as many parameters as 4 C
         hidden = c.n_hidden or (4 * c.n_embd if c.mlp != 'swiglu' else 8 * c.n_embd // 3)
         self.fc = nn.Linear(c.n_embd, hidden, bias=c.bias)
         self.gate = nn.Linear(c.n_embd, hidden, bias=c.bias) if c.mlp == 'swiglu' else None
@@ -200,8 +209,9 @@ class LocalMixing(nn.Module):
 
         y[i] = x[i] + sum over k of  w[k] * x[i + k - past],   past = K - 1 if causal else K // 2
 
-    Attention has to learn where the neighbours of a token are, and from masks it learns that last:
-    most of them are hidden. Here they are given [Primer 2109.08668; Canon layers, Allen-Zhu 2025].
+    Attention has to learn which positions are neighbours, and in masked diffusion it learns that
+    late, because most neighbours are masked. The convolution knows them from the start
+    [Primer 2109.08668; Canon layers, Allen-Zhu 2025].
     """
 
     def __init__(self, c, layer):
@@ -210,29 +220,26 @@ class LocalMixing(nn.Module):
         self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
 
     def forward(self, x, cache, block_length):
-        (B, T, C), n = x.shape, self.past
-        if not block_length:
-            before = x.new_zeros(B, n, C) if cache is None else cache.neighbours(self.layer, x, n)
-            return x + self.mix(x, before)
-        # [xt ; x0]: a token sees of its neighbours its own block, and the clean tokens before that
-        T, N = T // 2, math.ceil(T / 2 / block_length)
-        before = F.pad(x[:, T:], (0, 0, n, 0)).unfold(1, n, block_length)[:, :N]  # (B, N, C, n)
-        before = before.mT[:, None].expand(B, 2, N, n, C).reshape(-1, n, C)
-        blocks = F.pad(x.view(B, 2, T, C), (0, 0, 0, N * block_length - T))
-        mixed = self.mix(blocks.view(-1, block_length, C), before).view(B, 2, -1, C)[:, :, :T]
-        return x + mixed.reshape(x.shape)
-
-    def mix(self, x, before):
-        """The sum above (B, T, C) for x (B, T, C), before (B, past, C): zeros are behind it."""
-        behind = x.new_zeros(len(x), len(self.weight) - 1 - self.past, x.size(2))
-        h = torch.cat([before, x, behind], dim=1)  # (B, T + K - 1, C)
-        return sum(w * h[:, k:k + x.size(1)] for k, w in enumerate(self.weight))
+        (B, T, C), K = x.shape, len(self.weight)
+        if block_length:  # [xt ; x0]: a token's own block, and of the blocks before the clean text
+            T = T // 2
+            i = torch.arange(T, device=x.device)[:, None]
+            j = i + torch.arange(K, device=x.device) - self.past  # (T, K), neighbours of token i
+            block = j.div(block_length, rounding_mode='floor') - i // block_length  # 0 = its own
+            clean = torch.where((block <= 0) & (j >= 0) & (j < T), T + j, 2 * T)  # 2T: of zeros
+            source = torch.cat([torch.where((block == 0) & (j < T), j, clean), clean])  # (2T, K)
+            h = F.pad(x, (0, 0, 0, 1))
+            return x + sum(w * h[:, source[:, k]] for k, w in enumerate(self.weight))
+        before = x.new_zeros(B, self.past, C) if cache is None else \
+            cache.neighbours(self.layer, x, self.past)
+        h = torch.cat([before, x, x.new_zeros(B, K - 1 - self.past, C)], dim=1)  # (B, T + K - 1, C)
+        return x + sum(w * h[:, k:k + T] for k, w in enumerate(self.weight))
 
 
 def block_mask(T, block_length, device):
-    """(2T, 2T) bool, True where a token of [xt ; x0] sees another [BD3-LM].
+    """(2T, 2T) bool, True where a token of [xt ; x0] may attend to another [BD3-LM].
 
-    xt sees its own block, and the clean blocks before it; x0 its own block and those before it.
+    xt sees its own block and the clean blocks before it; x0 its own block and those before it.
     """
     block = torch.arange(T, device=device) // block_length
     own, before = block[:, None] == block, block[:, None] > block  # 2 x (T, T)
@@ -245,7 +252,10 @@ def make_norm(c):
 
 
 class Block(nn.Module):
-    """Local mixing, x + attention, x + mlp, these behind a norm; time modulates both [DiT]."""
+    """A layer: local mixing if there is any, then x + attention(norm(x)) and x + mlp(norm(x)).
+
+    With time_cond the noise level scales, shifts and gates both branches (adaLN) [DiT].
+    """
 
     def __init__(self, c, layer):
         super().__init__()
@@ -261,7 +271,7 @@ class Block(nn.Module):
         if self.modulate is None:
             x = x + self.drop(self.attn(self.norm1(x), rope, cache, mask))
             return x + self.drop(self.mlp(self.norm2(x)))
-        # zero at init, and 1 + where DiT has the bare gate: a time-blind block until it learns
+        # zero at init as in DiT, but the gate is 1 + gate: an unconditional layer until it learns
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(time).chunk(6, dim=-1)
         h = self.attn(self.norm1(x) * (1 + scale1) + shift1, rope, cache, mask)
         x = x + self.drop(h) * (1 + gate1)
@@ -298,13 +308,13 @@ class Transformer(nn.Module):
         """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
         x (B, T) int64: tokens, mask_id among them.
-        level (B, 1): the fraction of x that is noise, for time_cond alone; see noise_fraction.
-        cache: a KVCache that holds the tokens before x; x is added to it.
-        hidden: stop before the head, (B, T, C) or (M, C), of which logits() makes the rest.
+        level (B, 1): the fraction of all tokens that is noise, see noise_fraction; for time_cond.
+        cache: a KVCache with the tokens before x; keys and values of x are appended to it.
+        hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
         clean (B, T), block_length: read [x ; clean], where a block of x sees the clean blocks
         before its own; level may then be (B, T), one for each block [BD3-LM].
-        mixture: (ids, weights), each (B, T, K): sum over k of weights[k] * embed(ids[k]) is read in
-        the place of embed(x).
+        mixture: (ids, weights), each (B, T, J): the input is the sum over j of weights[j] *
+        embed(ids[j]) instead of embed(x).
         """
         B, T = x.shape
         start = cache.length if cache is not None else 0
@@ -332,23 +342,27 @@ class Transformer(nn.Module):
             h = block(h, rope, cache, mask, block_length, time)
         if cache is not None:
             cache.length += T
-        h = h[:, :T]
+        h = h[:, :T]  # without the clean half, if there is one
         if where is not None:
             h = h[where]  # (M, C): with a large V the head is most of the work
         h = self.norm(h)
         return h if hidden else self.logits(h)
 
     def logits(self, h):
-        """(..., V) of hidden states (..., C); with subs the mask's is -inf."""
+        """Logits (..., V) of hidden states (..., C); with subs the mask's is -inf.
+
+        That is MDLM's zero masking probability. Its other half, carry-over unmasking, needs no
+        code: only masked positions are scored.
+        """
         logits = self.head(h)
-        if self.config.subs:  # a prediction is a real token [MDLM sec. 3.2]
+        if self.config.subs:  # [MDLM sec. 3.2]
             logits[..., self.mask_id] = -torch.inf
         return logits
 
     def init_weights(self):
-        """Normal matrices; zero where a block joins the residual stream and in an untied head.
+        """Normal matrices; zero where a branch joins the residual stream and in an untied head.
 
-        So every block is the identity at first and, with an untied head, the first loss is log V'.
+        So every layer is the identity at first and, with an untied head, the first loss is log V'.
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -369,21 +383,21 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
-        """Multiplications and additions of an update for a token [PaLM 2204.02311, app. B].
+        """Multiplications and additions of one update, per token [PaLM app. B].
 
-        6 for every weight of a matrix, and 12 C in each layer for every position attended to, half
-        of them on average if causal. Reading an embedding is none; the head is counted at all
-        positions.
+        6 for every weight, and 12 C per layer and position attended to: all T; half of them if
+        causal; in block diffusion a token's own block and half of the text. Looking up an embedding
+        costs none; the head is counted at every position.
         """
         c = self.config
         weights = self.count_parameters() - (0 if c.tied else self.embed.weight.numel())
-        attended = T / 2 if self.config.causal else T
+        attended = (T + c.block_length) / 2 if self.config.causal or c.block_length else T
         halves = 2 if c.block_length else 1  # [xt ; x0]
         return halves * (6 * weights + 12 * c.n_layer * c.n_embd * attended)
 
 
 def time_features(t, size=256):
-    """Sinusoids (B, 1, size) of t (B, 1) in [0, 1], wavelengths from 2 pi / 1000 up [DDPM, DiT]."""
+    """Sinusoids (..., size) of t (...) in [0, 1], wavelengths from 2 pi / 1000 up [DDPM, DiT]."""
     frequency = 1e4 ** (-torch.arange(size // 2, device=t.device) / (size // 2))
     angle = 1000 * t[..., None] * frequency  # (B, 1, size / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
@@ -395,15 +409,16 @@ SCHEDULES = ('linear', 'cosine', 'polynomial')
 POWER = 2  # of the polynomial schedule
 LOSS_WEIGHTS = ('elbo', 'clipped', 'flat', 'masked_mean')
 DIVERGENCES = ('elbo', 'symmetric_kl', 'scaled_kl')
-SOFT_RANGE = (0.25, 0.5)  # the fraction lam of Gaussian noise in soft tokens
-SMOOTHING = 1e-3  # of targets, so that a divergence from them is finite
+SOFT_RANGE = (0.25, 0.5)  # of lam, the weight of the Gaussian noise in soft_tokens
+SMOOTHING = 1e-3  # label smoothing, so that a divergence from a one-hot target is finite
 MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')  # see sample.py
 
 
 def noise(t, schedule):
     """alpha_t, the fraction of tokens kept at level t, and w(t) = -alpha'_t / (1 - alpha_t).
 
-    The bound is the same under every schedule (substitute alpha for t); its variance is not.
+    The bound does not depend on the schedule (change the variable from t to alpha); its variance
+    does.
     """
     one_of('schedule', schedule, SCHEDULES)
     if schedule == 'linear':
@@ -414,10 +429,10 @@ def noise(t, schedule):
 
 
 def low_discrepancy(n, rng, device, shuffled=False):
-    """n numbers in [0, 1), one in each 1/n of it, all shifted by one draw [VDM 2107.00630].
+    """n stratified numbers: one in each interval of length 1/n of [0, 1), with one common shift.
 
-    Each is uniform, but together they are spread more evenly than independent draws. In their
-    order, or shuffled where each row counts by itself.
+    Each is uniform, but together they cover the levels more evenly than independent ones [VDM].
+    shuffled: in random order, for bounds of single rows.
     """
     u = torch.rand(1, generator=rng, device=device)
     k = torch.randperm(n, generator=rng, device=device) if shuffled else \
@@ -425,18 +440,21 @@ def low_discrepancy(n, rng, device, shuffled=False):
     return (u + k / n) % 1
 
 
-def noise_fraction(t, given, block_length=0):
-    """Time conditioning: the fraction of ALL tokens that is noise, t * mean(~given).
+def noise_fraction(p_noise, given, block_length=0):
+    """Time conditioning: the fraction of ALL tokens that is noise, p_noise * mean(~given).
 
-    A decoder can count it on any canvas; it never sees t itself. (B, 1), or (B, T) by block.
+    p_noise: P(a token that is not given is noise). On a canvas of masks a decoder can count this
+    fraction; it never sees t itself. (B, 1), or (B, T) with a fraction for each block.
     """
     parts = (~given).float().split(block_length or given.size(1), dim=1)
-    noisy = torch.cat([part.mean(1, keepdim=True).expand_as(part) for part in parts], dim=1)
-    return t * (noisy if block_length else noisy[:, :1])
+    fractions = [part.mean(1, keepdim=True) for part in parts]  # (B, 1) each
+    if not block_length:
+        return p_noise * fractions[0]
+    return p_noise * torch.cat([f.expand_as(part) for f, part in zip(fractions, parts)], dim=1)
 
 
 def masks_by_count(given, block_length, rng):
-    """is_mask (B, T): l of the L tokens of each block that are not given; and l/L of it, (B, T).
+    """Masks l of the L tokens of each block that are not given: is_mask (B, T) and l/L (B, T).
 
     l is uniform in 1..L, stratified over all blocks of the batch.
     """
@@ -446,25 +464,29 @@ def masks_by_count(given, block_length, rng):
     L = (~given).sum(2, keepdim=True)  # (B, n, 1)
     u = low_discrepancy(B * n, rng, given.device, shuffled=True).view(B, n, 1)
     n_mask = 1 + (u * L).long().clamp(max=L - 1)
-    order = torch.rand(given.shape, generator=rng, device=given.device)
-    is_mask = order.masked_fill(given, 2.0).argsort(2).argsort(2) < n_mask  # at random places
+    order = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
+    is_mask = order.argsort(2).argsort(2) < n_mask  # those with the n_mask lowest random numbers
     fraction = (n_mask / L).nan_to_num(1.0).expand_as(order)  # 0 / 0 where all is given
     return is_mask.flatten(1)[:, :T], fraction.flatten(1)[:, :T]
 
 
 def with_one(chosen, given, rng):
-    """chosen (B, T) bool, and one token more in each row, drawn from all that are not given.
+    """chosen (B, T) bool, and one more token in each row, uniform over those that are not given.
 
-    A set of l tokens, E[l] of them expected, is then l / E[l] times as probable as before. Callers
-    divide by that, which takes out the weights that are large where E[l] is small.
+    Importance sampling. Where every one of L tokens is chosen with probability p, a set S of l of
+    them becomes l / (L p) times as probable, since the added token may be any of the l:
+
+        P'(S) = sum over i in S of  1/L * (P(S) + P(S without i)) = l / (L p) * P(S)
+
+    Multiplying by L p / l gives the same expectation, without the large weights of small p.
     """
     u = torch.rand(chosen.shape, generator=rng, device=chosen.device).masked_fill(given, -1.0)
     return chosen.scatter(1, u.argmax(1, keepdim=True), True) & ~given
 
 
-def by_row(costs, where):
-    """Sums (B,) of costs (M,), those of the tokens at which where (B, T) bool is True."""
-    return torch.zeros(where.shape, device=costs.device).masked_scatter(where, costs).sum(1)
+def by_row(losses, where):
+    """Row sums (B,) of the losses (M,) at the positions where `where` (B, T) bool is True."""
+    return torch.zeros(where.shape, device=losses.device).masked_scatter(where, losses).sum(1)
 
 
 def cross_entropy(logits, target):
@@ -472,98 +494,101 @@ def cross_entropy(logits, target):
     return F.cross_entropy(logits, target, reduction='none')
 
 
-def in_slices(cost, model, h, *rows, at_once=2 ** 28):
-    """cost(logits (M, V), *rows) (M,) of hidden states h (M, C) and rows, each of length M.
+def in_slices(token_loss, model, h, *rows, at_once=2 ** 28):
+    """token_loss(logits (M, V), *rows) (M,) of hidden states h (M, C) and rows, each of length M.
 
-    In slices if M * V is more than `at_once`. A slice keeps none of its logits for the backward
-    pass, which computes them anew: with GPT-2's 50,257 tokens the logits of one batch are
-    gigabytes, and the rest of the network is not.
+    In slices if M * V is more than `at_once`. The backward pass recomputes the logits of a slice:
+    with GPT-2's 50,257 tokens those of one batch take gigabytes, and the rest of the network does
+    not.
     """
-    def costs(h, *rows):
-        return cost(model.logits(h).float(), *rows)
+    def of_slice(h, *rows):
+        return token_loss(model.logits(h).float(), *rows)
 
     n = max(1, at_once // model.config.vocab_size)
     if len(h) <= n:
-        return costs(h, *rows)
-    return torch.cat([torch.utils.checkpoint.checkpoint(costs, *part, use_reentrant=False)
+        return of_slice(h, *rows)
+    return torch.cat([torch.utils.checkpoint.checkpoint(of_slice, *part, use_reentrant=False)
                       for part in zip(h.split(n), *(row.split(n) for row in rows))])
 
 
 class Noised(NamedTuple):
-    """One draw of the forward process q(xt | x0), and what its prediction is to cost."""
+    """One sample of q(xt | x0), and how the prediction of x0 from it is scored."""
     xt: torch.Tensor      # (B, T) int64, what the network reads
-    scored: torch.Tensor  # (B, T) bool, the M positions whose prediction is scored
-    weight: torch.Tensor  # (B, T) or (B, 1), of each cost
-    level: torch.Tensor   # (B, 1), or (B, T) if of each block: noise_fraction, for time_cond
+    scored: torch.Tensor  # (B, T) bool, the M positions that have a loss
+    weight: torch.Tensor  # (B, T) or (B, 1), of the losses
+    level: torch.Tensor   # (B, 1), or (B, T) where blocks differ: noise_fraction, for time_cond
     inputs: dict = {}     # what else the network reads: keywords of Transformer.forward
-    extra: tuple = ()     # what else the cost reads: tensors (B, T) or (B, 1)
+    token_loss: Callable = cross_entropy  # (logits (M, V), x0 (M,), *extra (M,)) -> (M,)
+    extra: tuple = ()     # what else token_loss reads: tensors (B, T) or (B, 1)
 
 
 @dataclass
 class Objective:
-    """How text is corrupted, and what predicting it back costs. Its fields are settings.
+    """How text is corrupted, and how the prediction of it is scored.
 
-        loss    what training minimises          loss_weight and mask_range choose its levels
-        bound   what evaluation reports          all levels; the nll itself if exact
+        loss    what training minimises; loss_weight and mask_range shape it
+        bound   what evaluation reports: over all levels, and with less variance
 
-    A member says how it corrupts text (corrupt; corrupt_evenly: the same bound with less variance)
-    and, if it is not cross-entropy, what a prediction costs. Everyone else asks the attributes.
+    A subclass defines corrupt(model, x0, given, rng, progress) -> Noised, what training samples,
+    and corrupt_evenly(model, x0, given, rng) -> Noised, what evaluation samples. train.py,
+    sample.py and eval.py read the attributes below and never compare names.
     """
+    # annotated: settings
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
     loss_weight: str = 'elbo'        # elbo w(t), clipped min(w(t), w_max), flat 1, masked_mean
     w_max: float = 5.0
-    mask_range: tuple = (0.0, 1.0)   # levels t that are trained; (0.15, 0.15) is BERT
+    mask_range: tuple = (0.0, 1.0)   # levels t that are trained; (0.15, 0.15) is BERT's rate
 
-    exact = False                # the bound is the nll
+    # not annotated: the same for all of a class
+    exact = False                # the bound is the nll itself
     causal = False               # the network sees no later token
-    masks = True                 # noise is the mask: decoding begins at a canvas of masks
-    any_order = False            # one token at a time, in any order, has an exact nll [2110.02037]
+    masks = True                 # noise is the mask: decoding begins with a sequence of masks
+    any_order = False            # revealing one token at a time, in any order, has an exact nll
     block_length = 0             # tokens per block, if there are blocks
     decoders = MASK_DECODERS     # names in sample.py, the default first
-    measured = 'nelbo <='        # a bound is called a bound wherever it is printed
+    measured = 'nelbo <='        # label of the bound: it is called a bound wherever it is printed
 
     def __post_init__(self):
         one_of('schedule', self.schedule, SCHEDULES)
         one_of('loss_weight', self.loss_weight, LOSS_WEIGHTS)
-        if len(self.mask_range) != 2 or not 0 <= self.mask_range[0] <= self.mask_range[1] > 0:
-            raise UserError(f'mask_range is {self.mask_range!r}, but it must be (lo, hi) with '
-                            '0 <= lo <= hi <= 1 and hi > 0')
-
-    cost = staticmethod(cross_entropy)
+        require('mask_range', self.mask_range, len(self.mask_range) == 2 and self.mask_range[1] > 0
+                and 0 <= self.mask_range[0] <= self.mask_range[1] <= 1,
+                '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0')
 
     def loss(self, model, x0, rng, given=None, progress=0.0):
-        """(nats, count): train.py divides the sum of the one by that of the other.
+        """(sum of weighted losses in nats, number of tokens); train.py divides the sum over
+        all micro-batches of the one by that of the other, so that every token counts the same.
 
-        So splitting a batch changes nothing. x0 (B, T) int64, clean tokens. rng: a Generator.
-        progress: of training, in [0, 1]. With loss_weight='elbo' and the whole mask_range, nats per
-        token are in expectation an upper bound on the nll; the other weights have the same optimum
-        (every level's conditionals) but spend the network's effort elsewhere.
+        x0 (B, T) int64, clean tokens; rng: a torch.Generator; progress: the fraction of training
+        that is done. With loss_weight='elbo' and the whole mask_range the quotient is, in
+        expectation, an upper bound on the nll per token. The other weights have the same optimum
+        (every level's conditionals), but weight the levels differently.
         """
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt(model, x0, given, rng, progress)
-        nats = self.costs(model, x0, noised).sum()
+        nats = self.weighted_losses(model, x0, noised).sum()
         return nats, noised.scored.sum() if self.loss_weight == 'masked_mean' else (~given).sum()
 
     def bound(self, model, x0, rng, given=None):
-        """An unbiased draw of the bound on -log p(x0) of every row, (B,), in nats."""
+        """An unbiased one-sample estimate of the nelbo of every row, (B,), in nats."""
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt_evenly(model, x0, given, rng)
-        return by_row(self.costs(model, x0, noised), noised.scored)
+        return by_row(self.weighted_losses(model, x0, noised), noised.scored)
 
-    def costs(self, model, x0, noised):
-        """Weighted costs (M,) of predicting x0 from one draw of its corruption, in nats."""
-        xt, scored, weight, level, inputs, extra = noised
+    def weighted_losses(self, model, x0, noised):
+        """Weighted losses (M,) of predicting x0 from one sample of its corruption."""
+        xt, scored, weight, level, inputs, token_loss, extra = noised
         h = model(xt, level, where=scored, hidden=True, **inputs)  # (M, C)
         rows = [row.expand_as(x0)[scored] for row in (x0, *extra)]  # (M,) each
-        return weight.expand_as(x0)[scored] * in_slices(self.cost, model, h, *rows)
+        return weight.expand_as(x0)[scored] * in_slices(token_loss, model, h, *rows)
 
     def draw_levels(self, n, rng, device):
-        """n noise levels in (lo, hi] = mask_range, evenly spread."""
+        """n stratified noise levels in (lo, hi] = mask_range."""
         lo, hi = self.mask_range
         return lo + (hi - lo) * (1 - low_discrepancy(n, rng, device))
 
     def training_weight(self, w):
-        """What a loss puts in the place of w(t), the weight of a level in the bound."""
+        """What a loss has instead of w(t), the weight of a level in the bound."""
         if self.loss_weight == 'clipped':
             return w.clamp(max=self.w_max)
         return w if self.loss_weight == 'elbo' else torch.ones_like(w)
@@ -571,17 +596,18 @@ class Objective:
 
 @dataclass
 class MaskedDiffusion(Objective):
-    """Masked diffusion, one t per row [MDLM eq. 11; LLaDA eq. 3].
+    """Masked diffusion [MDLM eq. 11; LLaDA eq. 3, 14; autoregressive diffusion].
 
-        nelbo = mean over (b, i) of  is_mask[b, i] * w(t[b]) * -log p(x0[b, i] | xt[b])
+        nelbo per token
+            = E over t, xt of  1/L * sum over i of  is_mask[i] * w(t) * -log p(x0[i] | xt)
+            = E over l, xt of  1/l * sum over i of  is_mask[i] * -log p(x0[i] | xt)
 
-    Evaluation draws how many tokens are masked in place of t [LLaDA eq. 14], which is the same
-    bound, integrated over the levels that leave l masks, and exact for uniform logits:
-
-        nelbo = E over l in 1..L, l of L tokens masked, of  L / l * sum of -log p(x0_i | xt)
+    Training samples t, uniform in (0, 1], one for each row, and masks each token with probability
+    1 - alpha_t. Evaluation samples l, uniform in 1..L, and masks l of the L tokens that are not
+    given: the same bound with less variance, and with none for uniform logits.
     """
     any_order = True
-    token_weight = None  # (V,): what a wrong guess at each kind of token counts in the loss
+    token_weight = None  # (V,) weight of each kind of token in the loss; train.py sets it for rows
 
     def corrupt(self, model, x0, given, rng, progress=0.0):
         t = self.draw_levels(len(x0), rng, x0.device)[:, None]  # (B, 1)
@@ -603,10 +629,10 @@ class MaskedDiffusion(Objective):
 class Autoregression(Objective):
     """Next-token prediction: nothing is corrupted, and loss and bound are the nll itself.
 
-        nll = mean over (b, i) of  -log p(x0[b, i] | x0[b, :i])
+        nll per token = mean over (b, i) of  -log p(x0[b, i] | x0[b, :i])
 
-    The network reads x0 shifted by one behind a start token, mask_id, so that all T tokens of a
-    window are scored, with the same information as masked diffusion has at t = 1.
+    The network reads x0 shifted by one after a start token, mask_id, so that the first token is
+    scored too, from nothing: AR and diffusion are measured on the same T tokens of a window.
     """
     exact, causal, masks = True, True, False
     decoders, measured = ('ar',), 'nll'
@@ -631,12 +657,14 @@ class Autoregression(Objective):
 class D3PM(Objective):
     """Masked diffusion in N discrete steps [D3PM, absorbing state].
 
-        nelbo = mean over (b, i) of  is_mask[b, i] * N * c(t[b]) * cost[b, i]
+        nelbo per token
+            = E over t, xt of  1/L * sum over i of  is_mask[i] * N * c(t) * d3pm_token_loss[i]
 
-    As MaskedDiffusion, but t stands on the grid 1/N, ..., 1, and N c(t) in the place of w(t), where
+    As MaskedDiffusion, but t lies on the grid 1/N, ..., 1, and N c(t) replaces w(t), where
     c(t) = (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/N, is the probability that a step reveals
-    a mask. Evaluation draws a step with probability alpha_s - alpha_t = c * (1 - alpha_t), and its
-    masks as in with_one: exact for uniform logits if subs.
+    a mask. Evaluation samples step t with probability alpha_s - alpha_t = c * (1 - alpha_t) and the
+    masks by with_one. The weights then cancel to L / l, so that there is no variance where logits
+    are uniform (with subs).
     """
     diffusion_steps: int = 1000
 
@@ -654,8 +682,8 @@ class D3PM(Objective):
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]) & ~given
         xt = torch.where(is_mask, model.mask_id, x0)
         weight = self.training_weight(self.diffusion_steps * c[step])
-        return Noised(xt, is_mask, weight, noise_fraction(m[step], given),
-                      extra=(m[step], m[step - 1], c[step]))
+        return Noised(xt, is_mask, weight, noise_fraction(m[step], given), {}, d3pm_token_loss,
+                      (m[step], m[step - 1], c[step]))
 
     def corrupt_evenly(self, model, x0, given, rng):
         m, c = self.grid(x0.device)
@@ -665,39 +693,42 @@ class D3PM(Objective):
         is_mask = with_one(is_mask, given, rng)
         xt = torch.where(is_mask, model.mask_id, x0)
         weight = (~given).sum(1, keepdim=True) / is_mask.sum(1, keepdim=True).clamp(min=1)  # L / l
-        return Noised(xt, is_mask, weight, noise_fraction(m[step], given),
-                      extra=(m[step], m[step - 1], c[step]))
+        return Noised(xt, is_mask, weight, noise_fraction(m[step], given), {}, d3pm_token_loss,
+                      (m[step], m[step - 1], c[step]))
 
-    @staticmethod
-    def cost(logits, target, m_t, m_s, c):
-        """1/c of the KL divergence of a masked token's step, (M,).
 
-            -log p(x0) + g(alpha_t) + (1 - c) / c * (g(alpha_t) - g(alpha_s))
-            g(alpha) = log(1 + alpha * p(mask) / (1 - alpha)),  m = 1 - alpha
+def d3pm_token_loss(logits, target, m_t, m_s, c):
+    """KL divergence of one reverse step at a masked token, divided by c, (M,).
 
-        With subs p(mask) is 0, and so is g.
-        """
-        logp = logits.log_softmax(-1)
-        p_mask = logp[:, -1].exp()
-        g_t, g_s = (torch.log1p((1 - m) / m.clamp(min=1e-12) * p_mask) for m in (m_t, m_s))
-        # at s = 0, where g_s is not finite, 1 - c is 0
-        return -logp.gather(1, target[:, None])[:, 0] + g_t + (1 - c) / c * (g_t - g_s)
+        -log p(x0) + g(alpha_t) + (1 - c) / c * (g(alpha_t) - g(alpha_s))
+        g(alpha) = log(1 + alpha * p(mask) / (1 - alpha)),  m = 1 - alpha
+
+    With subs p(mask) is 0, and so is g.
+    """
+    logp = logits.log_softmax(-1)
+    p_mask = logp[:, -1].exp()
+    # at s = 0 g_s would be infinite (hence the clamp), and its factor 1 - c is 0
+    g_t, g_s = (torch.log1p((1 - m) / m.clamp(min=1e-12) * p_mask) for m in (m_t, m_s))
+    return -logp.gather(1, target[:, None])[:, 0] + g_t + (1 - c) / c * (g_t - g_s)
 
 
 @dataclass
 class Uniform(Objective):
-    """Diffusion whose noise is random tokens, one t per row [UDLM, Duo].
+    """Diffusion whose noise is random tokens [UDLM, Duo].
 
-        nelbo = mean over (b, i) of  w(t[b]) * (1 - alpha[b]) * uniform_cost[b, i]
+        nelbo per token
+            = E over t, xt of  1/L * sum over i of  w(t) * (1 - alpha_t) * uniform_token_loss[i]
 
-    A token that is not kept becomes any of the V' real ones, perhaps itself: the network cannot
-    know which are noise, so all are scored, and none is ever beyond correction. The best prediction
-    is p(x0[b, i] | xt[b] without its i-th token).
+    A token that is not kept becomes any of the V' real ones, perhaps itself. The network cannot
+    know which tokens are noise, so all are scored, and any of them may still change in decoding.
+    The best prediction is p(x0[i] | xt without its i-th token).
 
-    For training only: soft_inputs, where the network reads soft_tokens, of which xt is the argmax,
-    with lam in SOFT_RANGE in the place of t and of the schedule, and tau annealed from 1e-3 to 1e-8
-    [Duo]; and a divergence in the place of the weighted cost, 'symmetric_kl' or 'scaled_kl', which
-    is that times lam / (V' (1 - lam) + lam). Without soft inputs lam is 1 - alpha.
+    Two options are for training only, and replace the schedule and the loss weights:
+    soft_inputs: the network reads soft_tokens, and xt is their argmax. Their Gaussian weight lam is
+    uniform in SOFT_RANGE, and their temperature tau falls from 1e-3 to 1e-8 [after Duo; the linear
+    mixture, its range and the annealing are those of a small recipe, not Duo's].
+    divergence: symmetric_kl, or 'scaled_kl', which is that times lam / (V' (1 - lam) + lam), is the
+    loss of a token; without soft inputs lam is 1 - alpha.
     """
     divergence: str = 'elbo'
     soft_inputs: bool = False
@@ -715,7 +746,7 @@ class Uniform(Objective):
             low, high = SOFT_RANGE
             lam = low + (high - low) * t
             alpha, slope = soft_noise(lam, model.mask_id)
-            w = -slope * (high - low) / (1 - alpha)
+            w = slope * (high - low) / (1 - alpha)
             tau = 1e-3 * 1e-5 ** progress
             ids, weights = soft_tokens(x0, lam, tau, model.mask_id, rng)
             weights[given] = torch.tensor([1.0, 0.0, 0.0], device=x0.device)
@@ -729,15 +760,17 @@ class Uniform(Objective):
         level = noise_fraction(1 - alpha, given)
         if self.divergence == 'elbo':
             weight = self.training_weight(w) * (1 - alpha)  # (B, 1)
-            return Noised(xt, ~given, weight, level, inputs, extra=(xt, alpha))
+            return Noised(xt, ~given, weight, level, inputs, uniform_token_loss, (xt, alpha))
         weight = lam / (model.mask_id * (1 - lam) + lam) if self.divergence == 'scaled_kl' \
             else torch.ones_like(lam)
-        return Noised(xt, ~given, weight, level, inputs)
+        return Noised(xt, ~given, weight, level, inputs, symmetric_kl)
 
     def corrupt_evenly(self, model, x0, given, rng):
-        """The cost of a wrong token is about 1/t. So half of the draws, at random, have noise as in
-        with_one, and all are weighted by the fraction of their own distribution in the mixture,
-        at most 2."""
+        """Half of the rows sample their noise plainly (p), half by with_one (q = p * l / (L t)).
+
+        Every row is weighted by p / ((p + q) / 2) <= 2: the estimate stays unbiased, and a wrong
+        token at a small t, which costs about 1/t, no longer dominates it.
+        """
         L = (~given).sum(1, keepdim=True).clamp(min=1)  # (B, 1)
         u = 2 * low_discrepancy(len(x0), rng, x0.device, shuffled=True)[:, None]  # half and level
         t = 1 - u % 1  # (B, 1) in (0, 1]
@@ -745,12 +778,8 @@ class Uniform(Objective):
         is_noise = torch.where(u < 1, is_noise, with_one(is_noise, given, rng))
         weight = 2 / (1 + is_noise.sum(1, keepdim=True) / (L * t))  # (B, 1)
         xt = torch.where(is_noise, random_tokens(model, x0, rng), x0)
-        return Noised(xt, ~given, weight, noise_fraction(t, given), extra=(xt, 1 - t))
-
-    @staticmethod
-    def cost(logits, x0, xt=None, alpha=None):
-        """uniform_cost, or symmetric_kl where the cost is not to know xt and its level."""
-        return symmetric_kl(logits, x0) if xt is None else uniform_cost(logits, x0, xt, alpha)
+        level = noise_fraction(t, given)
+        return Noised(xt, ~given, weight, level, {}, uniform_token_loss, (xt, 1 - t))
 
 
 def random_tokens(model, x0, rng):
@@ -758,60 +787,63 @@ def random_tokens(model, x0, rng):
     return torch.randint(model.mask_id, x0.shape, generator=rng, device=x0.device)
 
 
-def uniform_cost(logits, x0, xt, alpha):
-    """How far the reverse rates at xt are from the true ones, (M,) [UDLM, Duo].
+def uniform_token_loss(logits, x0, xt, alpha):
+    """Divergence of the model's reverse rates at xt from the true ones, (M,) [UDLM, Duo].
 
         1 / (V' alpha) * sum over j of  r_j * (y_j - 1 - log y_j),  y = s / r
         r_j = xbar_j / xbar_xt,  xbar   = V' alpha * onehot(x0) + 1 - alpha
-        s_j = xbar_j / xbar_xt,  of the prediction, softmax(logits) in the place of onehot(x0)
+        s_j = xbar_j / xbar_xt,  of the prediction: softmax(logits) instead of onehot(x0)
 
-    The papers' sum, with no two large terms that cancel: each term is 0 or more.
+    The papers' sum, rearranged so that no two large terms cancel: each term is 0 or more.
     """
     logits, alpha = logits[:, :-1], alpha.clamp(1e-6, 1 - 1e-6)[:, None]  # V' real tokens
     a = logits.size(1) * alpha
     xbar = a * F.one_hot(x0, logits.size(1)) + (1 - alpha)  # (M, V')
-    xbar_p = a * logits.softmax(-1) + (1 - alpha)  # (M, V'); without () it would lose 1 - alpha
+    xbar_p = a * logits.softmax(-1) + (1 - alpha)  # (M, V'); + 1 - alpha, unbracketed, would round
     r, s = (x / x.gather(1, xt[:, None]) for x in (xbar, xbar_p))
     y = s / r
     return (r * (y - 1 - y.log())).sum(1) / a[:, 0]
 
 
 def symmetric_kl(logits, x0):
-    """KL(p || q) + KL(q || p), (M,), of the prediction p and of q, onehot(x0) smoothed a little."""
+    """KL(p || q) + KL(q || p), (M,): p is the prediction, q onehot(x0) with label smoothing."""
     logp = logits[:, :-1].log_softmax(-1)  # (M, V')
     q = (1 - SMOOTHING) * F.one_hot(x0, logp.size(1)) + SMOOTHING / logp.size(1)
     return ((q - logp.exp()) * (q.log() - logp)).sum(1)
 
 
 def soft_noise(lam, n_real):
-    """P(x0 is the argmax of soft_tokens) as alpha, and its slope over lam, 2 x (B, 1).
+    """alpha, the level of noise of the argmax of soft_tokens, and -d alpha / d lam; 2 x (B, 1).
 
-        P = E over g ~ N(0, 1) of  Phi(g + (1 - lam) / lam)^(V' - 1),  alpha = (V' P - 1) / (V' - 1)
+        P(x0 is the argmax) = E over g ~ N(0, 1) of  Phi(g + (1 - lam) / lam)^(V' - 1)
+        alpha = (V' P - 1) / (V' - 1)
 
-    [Duo, for this mixture]. The other tokens are as likely as each other, so that the argmax
-    is uniform noise at the level of this alpha.
+    [Duo's formula, for this mixture.] All other tokens are equally likely, so the argmax is
+    distributed as uniform noise with this alpha.
     """
-    lam64, g = lam.cpu().double(), torch.linspace(-9, 9, 1001, dtype=torch.float64)  # mps has none
+    lam64 = lam.cpu().double()  # MPS has no float64
+    g, dg = torch.linspace(-9, 9, 1001, dtype=torch.float64), 18 / 1000  # grid of the integral
     normal = torch.distributions.Normal(0.0, 1.0)
-    p, at = normal.log_prob(g).exp() * 18 / 1000, g + (1 - lam64) / lam64  # (1001,), (B, 1001)
-    kept = (p * normal.cdf(at) ** (n_real - 1)).sum(1, keepdim=True)
-    slope = (p * normal.cdf(at) ** (n_real - 2) * normal.log_prob(at).exp()).sum(1, keepdim=True)
-    return (((n_real * kept - 1) / (n_real - 1)).to(lam), (-n_real * slope / lam64 ** 2).to(lam))
+    p, shifted = normal.log_prob(g).exp() * dg, g + (1 - lam64) / lam64  # (1001,), (B, 1001)
+    kept = (p * normal.cdf(shifted) ** (n_real - 1)).sum(1, keepdim=True)
+    density = p * normal.cdf(shifted) ** (n_real - 2) * normal.log_prob(shifted).exp()
+    alpha, slope = (n_real * kept - 1) / (n_real - 1), n_real * density.sum(1, keepdim=True)
+    return alpha.to(lam), (slope / lam64 ** 2).to(lam)
 
 
 def soft_tokens(x0, lam, tau, n_real, rng):
-    """softmax(((1 - lam) * onehot(x0) + lam * gauss) / tau) by ids and weights, 2 x (B, T, 3).
+    """softmax(((1 - lam) * onehot(x0) + lam * gauss) / tau) as its 3 largest: ids and weights,
+    2 x (B, T, 3). tau is so small that others have no weight.
 
-    Only x0 and the two others with the largest noise: tau is so small that a third has no weight.
-    The two largest of n Gaussians are drawn as such: Phi of them are u^(1/n) and that of the first
-    times v^(1/(n - 1)), u and v uniform. So it costs the same for any V'. Of two tokens, n = 1, the
-    second is -inf: it has no weight.
+    Beside x0 these are the two of the n = V' - 1 other tokens with the largest noise: the largest
+    of n Gaussians is Phi^-1(u^(1/n)), the second Phi^-1(u^(1/n) * v^(1/(n - 1))), u and v uniform.
+    So the work does not depend on V'. For V' = 2 there is no second: it is -inf and has no weight.
     """
     how, n = {'generator': rng, 'device': x0.device}, n_real - 1
     log_u, log_v = torch.rand(2, *x0.shape, **how).log()
     first = -torch.special.ndtri(-torch.expm1(log_u / n))  # (B, T)
     second = -torch.special.ndtri(-torch.expm1(log_u / n + log_v / (n - 1)))
-    one = 1 + torch.randint(n, x0.shape, **how)  # how far from x0 the first stands
+    one = 1 + torch.randint(n, x0.shape, **how)  # distance of the first id from x0, modulo V'
     two = 1 + (one + torch.randint(max(1, n - 1), x0.shape, **how)) % n  # any other distance
     ids = (x0[..., None] + torch.stack([torch.zeros_like(x0), one, two], dim=2)) % n_real
     own = (1 - lam) / lam + torch.randn(x0.shape, **how)
@@ -820,12 +852,13 @@ def soft_tokens(x0, lam, tau, n_real, rng):
 
 @dataclass
 class BlockDiffusion(Objective):
-    """Blocks from left to right, masked diffusion in each [BD3-LM].
+    """Blocks from left to right, masked diffusion inside each [BD3-LM].
 
-        nelbo = mean over (b, i) of  is_mask[b, i] * w(t[b, i]) * -log p(x0[b, i] | xt, x0 before)
+        nelbo per token = E of  1/T * sum over i of  is_mask[i] * w(t of its block)
+                                      * -log p(x0[i] | xt of its block, x0 of the blocks before)
 
-    As MaskedDiffusion, but t is drawn for every block, and a block sees the clean ones before it:
-    all in one pass over [xt ; x0]. With block_length = T it is MaskedDiffusion.
+    As MaskedDiffusion, but t is sampled for every block, and a block sees the clean blocks before
+    it: all in one pass over [xt ; x0]. With block_length = T it is MaskedDiffusion.
     """
     block_length: int = 16
 
@@ -844,7 +877,7 @@ class BlockDiffusion(Objective):
         return Noised(xt, is_mask, 1 / fraction, *self.read(x0, fraction, given))
 
     def read(self, x0, t, given):
-        """(level, inputs) of Noised: the noise of each block, and the clean text before it."""
+        """(level, inputs) of Noised: the noise fraction of each block, and the clean text."""
         return noise_fraction(t, given, self.block_length), \
             {'clean': x0, 'block_length': self.block_length}
 
@@ -854,12 +887,12 @@ OBJECTIVES = {'ar': Autoregression, 'mdm': MaskedDiffusion, 'd3pm': D3PM, 'unifo
 
 
 def fields_in(cls, settings):
-    """{name: value} of the settings that are fields of a dataclass; it has defaults for others."""
+    """The settings, as a dict, that are fields of a dataclass; the others have defaults there."""
     return {name: settings[name] for name in cls.__dataclass_fields__ if name in settings}
 
 
 def make_objective(settings):
-    """The Objective that a run's settings name, with what it needs of them."""
+    """The Objective that a run's settings name, built from those settings."""
     one_of('objective', settings['objective'], OBJECTIVES)
     cls = OBJECTIVES[settings['objective']]
     return cls(**fields_in(cls, settings))
@@ -870,9 +903,9 @@ def evaluate(model, objective, batches, seed=0, repeats=1):
     """Mean of objective.bound over a split, nats per token, and the standard error of that mean.
 
     batches: functions that read (x0, given), of prepare.py's Stream or Rows; every token that is
-    not given counts once. The error is that of the Monte Carlo draws, from `repeats` independent
-    ones; nan with one repeat. The processes of a torchrun share the batches and all return the
-    same.
+    not given counts once. The error is that of the Monte Carlo estimate over `repeats` independent
+    runs, nan for one; it does not include that of a finite split. The processes of a torchrun share
+    the batches and all return the same.
     """
     was_training, device = model.training, model.device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -891,20 +924,21 @@ def evaluate(model, objective, batches, seed=0, repeats=1):
         nats, count = sums.sum(0).tolist()
         means.append(nats / count)
     model.train(was_training)
-    error = np.std(means, ddof=1) / repeats ** 0.5 if repeats > 1 else math.nan
-    return float(np.mean(means)), float(error)
+    return fmean(means), stdev(means) / repeats ** 0.5 if repeats > 1 else math.nan
 
 
 # ------------------------------------------------------------------------- the length of an answer
 
 
 class LengthHead(nn.Module):
-    """Predicts from a prompt how many tokens its answer has, EOS among them; the model is frozen.
+    """Predicts from a prompt how many tokens its answer has, EOS among them.
+
+    The model itself is not trained. All prompts of a batch have the same length.
 
         regress_mean      a number, from the mean of the model's hidden states
-        regress_concat    the same, from their mean in the prompt beside that in the answer's masks
+        regress_concat    the same, from the mean over the prompt and the mean over the masks
         classify          for every mask, whether the answer has ended there
-        encoder_regress   a number, from the mean in the prompt of a small encoder of its own
+        encoder_regress   a number, from the mean over the prompt of a small separate encoder
         encoder_classify  a distribution over lengths, from the same
     """
 
@@ -920,8 +954,9 @@ class LengthHead(nn.Module):
                                                       'encoder_classify' else 1))
 
     def forward(self, model, x):
-        """x (B, P + W): prompts of P tokens, then W masks. classify: logits (B, W), that the answer
-        ends there or before; encoder_classify: (B, W), of the lengths 1..W; else lengths (B,)."""
+        """x (B, P + W): prompts of P tokens, then W masks. classify: logits (B, W) that the answer
+        has ended at or before each position; encoder_classify: (B, W) of the lengths 1..W; else
+        lengths (B,)."""
         P = int((x[0] != model.mask_id).sum())
         if self.encoder is not None:
             h = self.encoder(x[:, :P], hidden=True).mean(1)  # (B, C)
@@ -939,9 +974,9 @@ class LengthHead(nn.Module):
         return out[:, :x.size(1) - P] if self.kind == 'encoder_classify' else out
 
     def predict(self, model, x, quantile):
-        """Lengths (B,) that answers exceed with probability 1 - quantile at most.
+        """Lengths (B,) that an answer exceeds with probability at most 1 - quantile.
 
-        A number was trained to be such a bound, at the length_quantile of training.
+        For classifiers; a regressor predicts the length_quantile that it was trained for.
         """
         out = self(model, x)
         if not self.kind.endswith('classify'):
@@ -951,32 +986,33 @@ class LengthHead(nn.Module):
 
 
 def first_to_hold(cumulative, p):
-    """The first position, from 1, at which cumulative (B, W) is not below p, else W: (B,)."""
+    """First position (from 1) where cumulative (B, W) >= p, or W if there is none: (B,)."""
     below = (cumulative < p).long().cumprod(1).sum(1)
     return below.clamp(max=cumulative.size(1) - 1) + 1.0
 
 
 @dataclass
 class LengthLoss:
-    """What trains a LengthHead, in an Objective's place: it corrupts nothing and decodes nothing.
+    """What trains a LengthHead, used like an Objective: it corrupts nothing and decodes nothing.
 
-    Nats: of a distribution over lengths; of W yes or no, if classify; and of a number those of an
-    asymmetric Laplace distribution, a constant aside: the pinball loss [Koenker & Bassett 1978]
+    In nats: cross-entropy over lengths (encoder_classify); the sum of W binary cross-entropies
+    (classify); for the regressors the pinball loss [Koenker & Bassett 1978], which is the nll of an
+    asymmetric Laplace distribution up to a constant:
 
         max(q * (n - prediction), (q - 1) * (n - prediction)),  q = length_quantile
 
-    whose minimum is the length n that is exceeded with probability 1 - q. The mean square has its
-    minimum at the mean, for which about half of all answers are too long.
+    Its minimiser is the q-quantile of the length n. The squared error would predict the mean, and
+    about half of the answers would be longer.
     """
     pad_id: int
     length_quantile: float = 0.95
 
     exact, measured = True, 'loss of the length'
 
-    def loss(self, model, x0, rng=None, given=None, progress=0.0):
+    def loss(self, model, x0, rng, given, progress=0.0):
         return self.bound(model, x0, rng, given).sum(), (~given).sum()
 
-    def bound(self, model, x0, rng=None, given=None):
+    def bound(self, model, x0, rng, given):
         """The loss of every row, (B,)."""
         n = (~given & (x0 != self.pad_id)).sum(1)  # (B,), EOS among them
         kind = model.length_head.kind
@@ -994,13 +1030,13 @@ class LengthLoss:
 
 
 def pick_device(device, cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available):
-    """'cuda', 'mps' or 'cpu': `device` itself, or for 'auto' the first of them that is there."""
+    """'cuda', 'mps' or 'cpu': `device` itself, or for 'auto' the first that is available."""
     if device == 'auto':
         return 'cuda' if cuda() else 'mps' if mps() else 'cpu'
     there = {'cpu': True, 'cuda': cuda(), 'mps': mps()}
     kind = device.partition(':')[0]  # cuda:1 is a cuda
     if not there.get(kind, False):
-        raise UserError(f'device is {device!r}, but here there is only '
+        raise UserError(f'device is {device!r}, but there is only '
                         f'{", ".join(name for name in there if there[name])} (or auto)')
     return device
 
@@ -1021,9 +1057,9 @@ def pick_dtype(dtype, device, features=getattr(torch.cpu, 'get_capabilities', di
 
 
 def peak_memory(device):
-    """', 1.23 GB at most': what this process has held so far, on the GPU if it computes there.
+    """', 1.23 GB at most': peak memory of this process, of the GPU if one is used.
 
-    Nothing on a platform that does not tell (Windows has no `resource`).
+    '' on a platform that does not say (Windows has no `resource`).
     """
     if device.startswith('cuda'):
         return f', {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most'
@@ -1044,7 +1080,7 @@ def load_checkpoint(out_dir, device='cpu'):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         missing = {'model', 'optimizer', 'config', 'meta', 'iter', 'rng', 'best'} - set(checkpoint)
     except Exception as e:  # torch raises half a dozen kinds for damaged zip archives
-        raise UserError(f'{path} is damaged or no checkpoint ({type(e).__name__}); '
+        raise UserError(f'{path} is damaged, or not a checkpoint ({type(e).__name__}); '
                         f'train again with --overwrite') from e
     if missing:
         raise UserError(f'{path} lacks {", ".join(sorted(missing))}: not written by train.py')

@@ -7,17 +7,16 @@
     python sample.py --out_dir=out/multi30k_mdm --start="A man is sleeping."
     python sample.py --corrupt="What's in a name?"
 
-The way from a checkpoint to text has four stations, and main() goes through them:
+The way from a checkpoint to text has four stations:
 
-    canvas    ids of a text with mask_id wherever tokens are to be generated; continuing a prompt,
-              infilling and writing from nothing differ only in where the masks stand
-    decoder   a generator that fills the masks of canvases (B, T) in place, step by step
-    decode    runs a decoder: counts the passes of the network, ends rows, tells who watches
-    text      what the tokenizer makes of the filled canvas
+    canvas    make_canvases: the ids of a text, with mask_id wherever tokens are to be generated.
+              Continuing a prompt, infilling and writing from nothing differ in nothing else.
+    decoder   make_decoder: a generator that fills the masks of canvases (B, T) step by step
+    decode    run_decoder: counts the passes of the network, ends rows at EOS, calls who watches
+    text      complete, answer: the ids of each canvas up to its EOS, for the tokenizer to decode
 """
 
 import math
-import os
 import re
 import shutil
 import sys
@@ -160,6 +159,85 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
     return token.to(logits.device), probability
 
 
+# --------------------------------------------------------------------------- what decoders share
+
+
+def window(i, size):
+    """Where the window of `size` tokens begins in which token i is written.
+
+    It drops its older half whenever it is full: a function of i, not of what was read before.
+    """
+    half = (size + 1) // 2
+    return 0 if i < size else ((i - size) // half + 1) * half
+
+
+def empty_cache(model, B):
+    weight = model.embed.weight
+    return KVCache(model.config, B, weight.device, weight.dtype)
+
+
+def reverse_steps(steps, schedule):
+    """[(alpha_t, alpha_s)] of `steps` steps from t = 1 to t = 0, s = t - 1/steps."""
+    require('steps', steps, steps > 0, '1 or more: one token a step is for confidence and remask')
+    alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), schedule)[0].tolist()
+    return list(zip(alpha, alpha[1:]))
+
+
+def propose(model, x, is_mask, order, rng, sampling):
+    """Samples a token for every mask: tokens (B, T), the scores of their confidence, the logits.
+
+    is_mask (B, T) bool. The scores (B, T) are the logit of the confidence, log(p / (1 - p)), since
+    in float32 p itself is 1 from 1 - p < 1e-7 on, and confident tokens would have no order; -inf
+    where no mask is.
+    """
+    level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), 1 - alpha_t of this canvas
+    logits = model(x, level, where=is_mask)  # (M, V)
+    logits[:, -1] = -torch.inf  # as it is, unless d3pm has learned to predict the mask
+    token, probability = sample_token(logits, x, is_mask, rng, **sampling)
+    score = confidence(order, logits, probability, rng).logit().float().to(x.device)  # (M,)
+    scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
+    return x.masked_scatter(is_mask, token), scores, logits
+
+
+def confidence(order, logits, probability, rng):
+    """The confidence in each of M predictions, (M,) in [0, 1], float64; logits (M, V).
+
+    It is the probability of the token that was sampled, the margin of the best over the second, the
+    entropy of the distribution (as 1 / perplexity, a probability again), or random.
+    """
+    if order == 'max_prob':
+        return probability
+    if order == 'random':
+        return torch.rand(probability.shape, generator=rng, device=rng.device).double()
+    p = logits.to(rng.device).double().softmax(-1)
+    if order == 'margin':
+        best, second = p.topk(2, dim=-1).values.unbind(-1)
+        return best - second
+    return torch.special.xlogy(p, p).sum(-1).exp()
+
+
+def confidence_rank(scores):
+    """(B, T): 0 for the highest score of a row, 1 for the next; equals go from the left.
+
+    Scores are rounded to 1e-4, more than the noise of logits in float32, so that noise does not
+    order equals, and a greedy row does not depend on the rest of its batch.
+    """
+    return scores.round(decimals=4).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
+def masks_left(n, i, steps, counts):
+    """How many of n (B,) masks are left after i of `steps` steps; steps = 0 is one token a step.
+
+    'linear' gives what n / steps leaves over to the first steps, one each, as LLaDA's code does;
+    'cosine' is MaskGIT's, a few tokens at first, when little is known, and ever more later.
+    """
+    if steps == 0:
+        return (n - i).clamp(min=0)
+    if counts == 'linear':
+        return n - n // steps * i - (n % steps).clamp(max=i)
+    return (n.cpu().double() * math.cos(math.pi / 2 * i / steps)).long().to(n.device)
+
+
 # -------------------------------------------------------------------------------------- decoders
 #
 # decode_name(model, x, to_generate, rng, *, its own settings, **sampling) is a generator.
@@ -185,8 +263,8 @@ def decode_ar(model, x, to_generate, rng, **sampling):
     for i in to_generate.any(0).nonzero()[:, 0].tolist():
         if not to_generate[:, i].any():  # rows have ended since
             continue
-        if window(i, model.config.block_size) > begin:
-            begin, cache.length = window(i, model.config.block_size), 0
+        if (new := window(i, model.config.block_size)) > begin:
+            begin, cache.length = new, 0  # what the cache holds stands at other positions now
         unread = x[:, begin + max(cache.length - 1, 0):i]  # behind the start token, up to i
         if cache.length == 0:
             unread = torch.cat([torch.full_like(x[:, :1], model.mask_id), unread], dim=1)
@@ -195,30 +273,9 @@ def decode_ar(model, x, to_generate, rng, **sampling):
         logits = model(unread, cache=cache, where=last)  # (B, V)
         token, _ = sample_token(logits, x[:, :i], last[:, -1:], rng, **sampling)  # (B,)
         where = torch.zeros_like(to_generate)
-        where[:, i] = rows = to_generate[:, i].clone()
-        x[rows, i] = token[rows]
-        yield where, logits[rows]
-
-
-def window(i, size):
-    """Where the window of `size` tokens begins in which token i is written.
-
-    It drops its older half whenever it is full: a function of i, not of what was read before.
-    """
-    half = (size + 1) // 2
-    return 0 if i < size else ((i - size) // half + 1) * half
-
-
-def empty_cache(model, B):
-    weight = model.embed.weight
-    return KVCache(model.config, B, weight.device, weight.dtype)
-
-
-def reverse_steps(steps, schedule):
-    """[(alpha_t, alpha_s)] of `steps` steps from t = 1 to t = 0, s = t - 1/steps."""
-    require('steps', steps, steps > 0, '1 or more: one token a step is for confidence and remask')
-    alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), schedule)[0].tolist()
-    return list(zip(alpha, alpha[1:]))
+        where[:, i] = to_generate[:, i]
+        x[where] = token[where[:, i]]
+        yield where, logits[where[:, i]]
 
 
 def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linear', **sampling):
@@ -266,58 +323,6 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
             x[reveal], _ = sample_token(logits, x, reveal, rng, **sampling)
         x[remask] = model.mask_id
         yield reveal, logits if reveal.any() else logits[:0]
-
-
-def propose(model, x, is_mask, order, rng, sampling):
-    """Samples a token for every mask: tokens (B, T), the scores of their confidence, the logits.
-
-    is_mask (B, T) bool. The scores (B, T) are the logit of the confidence, log(p / (1 - p)), since
-    in float32 p itself is 1 from 1 - p < 1e-7 on, and confident tokens would have no order; -inf
-    where no mask is. They are rounded to 1e-4, more than the noise of logits in float32, so that
-    noise does not order equals, and a greedy row does not depend on the rest of its batch.
-    """
-    level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), 1 - alpha_t of this canvas
-    logits = model(x, level, where=is_mask)  # (M, V)
-    logits[:, -1] = -torch.inf  # as it is, unless d3pm has learned to predict the mask
-    token, probability = sample_token(logits, x, is_mask, rng, **sampling)
-    score = confidence(order, logits, probability, rng).logit().float().to(x.device)  # (M,)
-    scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
-    return x.masked_scatter(is_mask, token), scores, logits
-
-
-def confidence(order, logits, probability, rng):
-    """The confidence in each of M predictions, (M,) in [0, 1], float64; logits (M, V).
-
-    It is the probability of the token that was sampled, the margin of the best over the second, the
-    entropy of the distribution (as 1 / perplexity, a probability again), or random.
-    """
-    if order == 'max_prob':
-        return probability
-    if order == 'random':
-        return torch.rand(probability.shape, generator=rng, device=rng.device).double()
-    p = logits.to(rng.device).double().softmax(-1)
-    if order == 'margin':
-        best, second = p.topk(2, dim=-1).values.unbind(-1)
-        return best - second
-    return torch.special.xlogy(p, p).sum(-1).exp()
-
-
-def confidence_rank(scores):
-    """(B, T): 0 for the highest score of a row, 1 for the next; equals go from the left."""
-    return scores.round(decimals=4).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-
-
-def masks_left(n, i, steps, counts):
-    """How many of n (B,) masks are left after i of `steps` steps; steps = 0 is one token a step.
-
-    'linear' gives what n / steps leaves over to the first steps, one each, as LLaDA's code does;
-    'cosine' is MaskGIT's, a few tokens at first, when little is known, and ever more later.
-    """
-    if steps == 0:
-        return (n - i).clamp(min=0)
-    if counts == 'linear':
-        return n - n // steps * i - (n % steps).clamp(max=i)
-    return (n.cpu().double() * math.cos(math.pi / 2 * i / steps)).long().to(n.device)
 
 
 def decode_confidence(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
@@ -407,7 +412,7 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
         yield generated, logits
 
 
-# ------------------------------------------------- around the decoders for masks: inner is one
+# -------------------------------------------- around a decoder for masks: blocks and guidance
 
 
 class PrefixCached:
@@ -516,7 +521,7 @@ class Guided:
 
 
 def decode_guided(model, x, to_generate, rng, *, inner, guidance):
-    """By the decoder `inner` and a Guided model."""
+    """Decodes by the decoder `inner`, which gets a Guided model."""
     yield from inner(Guided(model, x != model.mask_id, guidance), x, to_generate, rng)
 
 
@@ -585,8 +590,7 @@ class Counted:
 def end_rows(x, to_generate, eos_id, mask_id):
     """Ends the rows that have generated an eos_id with no mask before it, in place.
 
-    All that is to be generated behind it becomes eos_id, and the row has nothing to generate any
-    more.
+    All that was to be generated behind it becomes eos_id, and to_generate is cleared there.
     """
     before = (x == mask_id).cumsum(1)  # masks up to here
     ended = to_generate & (x == eos_id) & (before == 0)
@@ -707,13 +711,14 @@ def answer_canvases(run, prompts, settings, references=None):
 
     Autoregression has the rest of the context and writes its own end. Other models fill all masks
     that they get, and only those trained to predict PAD can use more than the answer needs: the
-    setting `length` says how many these are. references: lists of ids; 'reference' reads their
-    lengths, and nothing else is read. If `length` predicts, all that training had are there, and
-    crop_to_predicted() leaves as many as needed.
+    setting `length` says how many masks there are. references: lists of ids, of which length =
+    'reference' reads how long they are. Where `length` predicts, there are as many masks as in
+    training, and crop_to_predicted() leaves those that the answer needs.
     """
     name, meta, context = length_name(settings['length'], run), run.meta, run.settings['block_size']
-    slope, more = settings['length_line']
-    fit = meta['counts']['train'].get('answer_line', (slope, more))  # older data sets have none
+    line = settings['length_line']
+    require('length_line', line, len(line) == 2, 'two numbers')
+    fit = meta['counts']['train'].get('answer_line', line)  # older data sets have none
     require('length', name, name != 'reference' or references is not None,
             'another where no reference is known')
     canvases = []
@@ -722,7 +727,7 @@ def answer_canvases(run, prompts, settings, references=None):
         if room < 1:
             raise UserError(f'a prompt of {len(prompt)} tokens leaves no room for an answer: '
                             f'block_size is {context}')
-        widths = {'ratio': int(slope * len(prompt) + more),
+        widths = {'ratio': int(line[0] * len(prompt) + line[1]),
                   'fit': round(fit[0] * len(prompt) + fit[1]),
                   'reference': len(references[i]) + 1 if references else 0}
         width = max(1, min(widths.get(name, meta['max_answer'] + 1), room))
@@ -773,7 +778,7 @@ def crop_to_predicted(run, canvases, settings):
 
 
 def make_canvases(run, prompts, settings):
-    """A canvas for each (kind, text) of prompts; passes and seconds that predicting lengths took."""
+    """A canvas for each (kind, text) of prompts; passes and seconds that their lengths took."""
     if run.meta['sep_id'] is None:
         for name, usual in (('length', 'auto'), ('length_candidates', 1)):
             require(name, settings[name], settings[name] == usual,
@@ -849,11 +854,11 @@ class LogProbability:
 def complete(run, canvases, settings, eos_id=None, watch=None, log_p=False):
     """Fills canvases of any lengths, batch by batch: [(ids, figures)] in their order, and totals.
 
-    watch sees the first batch, whose row 0 is the first canvas.
-    ids ends before an eos_id that was generated. figures: nfe, seconds and tokens_per_second of the
-    batch it was in; and with log_p, instead of watch, whether it ended, and log_p, the mean over
-    what was generated.
-    totals: tokens generated, each row's first eos_id among them; nfe; seconds.
+    ids: end before an eos_id that was generated.
+    figures: nfe, seconds and tokens_per_second of the batch; with log_p also whether an eos_id was
+    generated, `ended`, and `log_p`, the mean log probability of the generated tokens.
+    totals: generated tokens, each row's first eos_id among them; nfe; seconds.
+    watch sees the first batch, whose row 0 is the first canvas, unless log_p is asked for.
     """
     done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), run.model.mask_id
     for batch in batches(run, canvases, settings['batch_size'], settings['block_length'] > 0):
@@ -881,10 +886,11 @@ def end_of(ids, canvas, eos_id, mask_id):
 
 
 def complete_best(run, canvases, settings, eos_id, watch=None):
-    """As complete(), of answer_canvases: each is tried with length_candidates lengths around it.
+    """As complete(), but tries length_candidates numbers of masks, around that of each canvas.
 
-    The answer with the highest log_p stays: it says more about the right length than that of the
-    prompt does [Mask-Predict 1904.09324, sec. 3.3]. nfe and the totals are of all that was tried.
+    The answer with the highest log_p stays: its probability says more about the right length than
+    the length of the prompt does [Mask-Predict 1904.09324, sec. 3.3]. nfe and the totals count all
+    candidates.
     """
     n, mask_id = settings['length_candidates'], run.model.mask_id
     if n == 1:
@@ -912,9 +918,9 @@ def answer(run, prompts, settings, references=None):
     """The answers of a run to prompts, lists of ids: (answers, figures, sizes).
 
     answers: lists of ids without SEP, EOS and PAD. figures: {column: mean over the answers}.
-    sizes (2, N): the masks that answers got, and how many they were predicted to need; (3, N) with
-    references: and what these need with their EOS. Prompts of like lengths are answered together,
-    so that few wait for others.
+    sizes (2, N): the masks that answers got, and the number predicted; (3, N) with references: and
+    the number that they need with their EOS. Prompts of similar length are answered together, since
+    a batch decodes until its last row has ended.
     """
     canvases = answer_canvases(run, prompts, settings, references)
     canvases, predicted, _, took = crop_to_predicted(run, canvases, settings)
@@ -925,9 +931,9 @@ def answer(run, prompts, settings, references=None):
     answers = [split_row(ids, run.meta)[1] for ids, _ in done]
     masks = [canvas.count(run.model.mask_id) for canvas in canvases]
     sizes = [masks, predicted or masks]
-    ended = [figures.get('ended', len(ids) < len(canvas))
-             for (ids, figures), canvas in zip(done, canvases)]
-    figures = {'no EOS': 1 - np.mean(ended), 'empty': np.mean([not ids for ids in answers]),
+    no_eos = [not figures.get('ended', len(ids) < len(canvas))
+              for (ids, figures), canvas in zip(done, canvases)]
+    figures = {'no EOS': np.mean(no_eos), 'empty': np.mean([not ids for ids in answers]),
                'nfe': np.mean([figures['nfe'] for _, figures in done]) + (predicted is not None),
                'sentences/s': len(prompts) / (seconds + took)}
     if references is not None:
@@ -976,7 +982,6 @@ def without_repeated_words(text):
 
 def main():
     settings = config.override(globals())
-    require('length_line', length_line, len(length_line) == 2, 'two numbers')
     require('save', save, not save or Path(save).suffix in SAVERS,
             f'a file ending in one of {", ".join(SAVERS)}')
     require('watch', watch, not (watch and json), 'False with json')
@@ -987,11 +992,9 @@ def main():
     prompts = [prompt for prompt in read_prompts(start, template, prompt_file, gen_length)
                for _ in range(num_samples)]
     canvases, passes, took = make_canvases(run, prompts, settings)
-    recorder = None
-    if watch or save:
-        recorder = Recorder(canvases[0], run.tokenizer, run.model.mask_id, Screen() if watch else None)
+    recorder = Recorder(canvases[0], run.tokenizer, run.model.mask_id, Screen() if watch else None)
     done, (written, nfe, seconds) = complete_best(run, canvases, settings, run.meta['eos_id'],
-                                                  recorder)  # decodes batch by batch
+                                                  recorder if watch or save else None)
     for (kind, given), (ids, figures) in zip(prompts, done):
         ids = ids if run.meta['sep_id'] is None else split_row(ids, run.meta)[1]
         text = run.tokenizer.decode(ids)
@@ -1130,9 +1133,9 @@ class Screen:
         lines = lines[:max(first_mask + 1, rows - 2)][2 - rows:]  # a long text is followed down
         lines.append(f'step {step["step"]}, pass {step["nfe"]}, {left}'[:columns - 1])
         # the cursor is hidden within this one string only, so that no error can leave it hidden
-        sys.stdout.write('\x1b[?25l' + f'\x1b[{self.height}A' * (self.height > 0)
-                         + ''.join(f'\x1b[2K{line}\n' for line in lines) + '\x1b[J\x1b[?25h')
-        sys.stdout.flush()
+        up = f'\x1b[{self.height}A' if self.height else ''
+        drawn = ''.join(f'\x1b[2K{line}\n' for line in lines)
+        print(f'\x1b[?25l{up}{drawn}\x1b[J\x1b[?25h', end='', flush=True)
         self.height = len(lines)
         time.sleep(WATCH_DELAY)
 
@@ -1197,78 +1200,6 @@ def save_png(r, path, about):
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
-HTML = """<!doctype html><html lang="en"><meta charset="utf-8"><title>nanoMDM</title>
-<meta name="viewport" content="width=device-width">
-<style>
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { max-width: 48rem; margin: 2rem auto; padding: 0 1rem }
-nav { display: flex; gap: 1rem; align-items: center }
-input { flex: 1 }
-pre { overflow-x: auto; padding: 3px; font: 15px/1.5 "DejaVu Sans Mono", Menlo, monospace }
-span { display: inline-block; height: 1.4em; line-height: 1.4; vertical-align: top }
-pre span { box-shadow: inset -1px 0 Canvas }
-span:focus, span:hover { outline: 2px solid #d55e00 }
-#ramp { width: 8rem }
-#card { position: sticky; bottom: 0; min-height: 9em; background: Canvas; white-space: pre-wrap }
-</style>
-<h2 id="head"></h2>
-<nav><button id="button">Play</button><input id="slider" type="range" min="0" aria-label="step">
-<output id="label"></output></nav>
-<pre id="page"></pre>
-<p>Colour: the step at which a token came, first <span id="ramp"></span> last. Grey: masks. Plain:
-given. Point at a token, or go there by Tab and arrow keys, to see what it was drawn from.</p>
-<pre id="card"></pre>
-<script type="application/json" id="data">DATA</script>
-<script>
-const d = JSON.parse(data.textContent), last = d.steps.length - 1
-let chosen = d.chosen, before = 0, playing = false
-document.title = head.textContent = d.title
-ramp.style.background = `linear-gradient(90deg, ${d.colors}, ${d.colors.at(-1)})`
-const spans = d.places.map(([line, column, width], i) => {
-  const span = document.createElement('span')
-  span.style.width = width + 'ch'
-  span.tabIndex = -1
-  span.onpointerenter = span.onfocus = () => tell(i)
-  page.append('\\n'.repeat(line - before), span)
-  before = line
-  return span
-})
-function tell(i) {  // what the token at i was drawn from
-  card.textContent = spans[i].ariaLabel
-  spans[chosen].tabIndex = -1
-  spans[chosen = i].tabIndex = 0
-}
-function draw() {  // the canvas after as many steps as the slider says
-  const steps = d.steps.slice(0, +slider.value + 1)
-  for (const [i, text, color, said] of steps.flatMap(step => step.new)) {
-    spans[i].textContent = text
-    spans[i].style.background = color
-    spans[i].style.color = color && 'black'
-    spans[i].ariaLabel = said
-  }
-  label.textContent = steps.at(-1).label
-  tell(chosen)
-}
-page.onkeydown = ({key}) => spans[chosen + {ArrowLeft: -1, ArrowRight: 1}[key]]?.focus()
-button.onclick = () => {
-  playing = !playing
-  if (+slider.value === last) slider.value = 0
-}
-setInterval(() => {
-  if (playing) {
-    slider.stepUp()
-    draw()
-  }
-  playing = playing && +slider.value < last
-  button.textContent = playing ? 'Pause' : 'Play'
-}, Math.min(300, Math.max(40, 8000 / last)))
-slider.max = slider.value = last
-slider.oninput = draw
-draw()
-</script>
-"""
-
-
 def save_html(r, path, about):
     """One page that needs no other: a slider over the steps, and what each token was drawn from."""
     n = len(r.steps) - 1
@@ -1293,8 +1224,9 @@ def save_html(r, path, about):
                                      MASK_COLOR if is_mask else color, '\n'.join(said)])
     data = {'title': about['title'], 'places': layout(r.stood, COLUMNS), 'colors': colors,
             'chosen': r.steps[0]['ids'].index(r.mask_id), 'steps': steps}
+    page = Path(__file__).parent / 'data/steps.html'
     # all ASCII; and with no < in it, no text can end the script
-    Path(path).write_text(HTML.replace('DATA', dumps(data).replace('<', '\\u003c')))
+    Path(path).write_text(page.read_text().replace('DATA', dumps(data).replace('<', '\\u003c')))
 
 
 def save_jsonl(r, path, about):

@@ -1,7 +1,7 @@
 # The autoregressive twin of shakespeare_mdm_10m.py (6 layers, 384 wide, context 256), for a GPU.
 # parameters: 10,672,512
 #     python train.py config/shakespeare_ar_10m.py     15.8 s per update on 2 CPU cores
-# On a GPU and in full: not measured. 250 updates at a constant rate, with --compile=False
+# On a GPU and in full: not measured. 250 updates at a constant rate, with --compile=off
 # --dropout=0.0 --batch_size=16: nll 1.693 nats/character (data/RESULTS.md, What each decoder buys).
 dataset = 'shakespeare_char'
 objective = 'ar'

@@ -1,7 +1,7 @@
 # Masked diffusion on Tiny Shakespeare at the size of nanoGPT's (6 layers, 384 wide), for a GPU.
 # parameters: 10,672,512
 #     python train.py config/shakespeare_mdm_10m.py    14.0 s per update on 2 CPU cores
-# On a GPU and in full: not measured. 300 updates from 250 of AR, with --compile=False --dropout=0.0
+# On a GPU and in full: not measured. 300 updates from 250 of AR, with --compile=off --dropout=0.0
 # --batch_size=16: nelbo <= 2.066 nats/character (data/RESULTS.md, What each decoder buys).
 dataset = 'shakespeare_char'
 objective = 'mdm'

@@ -369,7 +369,7 @@ def test_help_of_the_real_scripts_holds_every_setting_and_no_code(script):
     assert [node.targets[0].id for node in block.body] == names and len(names) > 4
 
 
-@pytest.mark.parametrize('script', ['sample', 'eval'])
+@pytest.mark.parametrize('script', ['train', 'sample', 'eval'])
 def test_scripts_start_without_what_only_unix_has(script, tmp_path):
     """Windows has no module resource; a console of cp1252 prints no mask and no arrow."""
     code = (f"import sys; sys.modules['resource'] = None; import {script}, config; "

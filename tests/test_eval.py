@@ -1,6 +1,5 @@
 """eval.py: its numbers recomputed by hand, its tables parsed, its refusals."""
 
-import csv
 import itertools
 import json
 import math
@@ -17,17 +16,18 @@ import torch
 import torch.nn.functional as F
 from conftest import run, run_alone
 from sacrebleu import corpus_bleu, corpus_chrf
-from test_sample import BOOK, META, Counting, Phrasebook, encoded, trained
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from test_model import enumerated_nelbo, tiny
+from test_sample import BOOK, META, Counting, Phrasebook, encoded, row_run, row_settings
 
 import eval as evaluation
+import prepare as data
 import sample
 from config import UserError
-from model import ModelConfig, Transformer, load_checkpoint, load_model
-from prepare import load_split, load_tokenizer, prepare
+from model import ModelConfig, load_checkpoint, load_model, make_objective
+from prepare import load_meta, load_split, load_tokenizer, prepare
 
 ROOT = Path(__file__).parents[1]
+IN_REPORT = ['curves', 'likelihood', 'order', 'generation', 'infill', 'recover', 'speed']
 TEXT = '\n'.join(f'The {a} {b} the {c}.' for a in ('cat', 'old king', 'rose') for b in
                  ('sees', 'forgets') for c in ('moon', 'wind', 'song', 'crown', 'owl')) + '\n'
 TRAIN = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=8',
@@ -149,11 +149,16 @@ def test_tables_are_markdown():
     (['--out_dir=out/ar,out/other', '--task=generation'], 'cannot be compared'),
     (['--split=test'], "no split 'test'"),
     (['--repeats=1'], 'repeats is 1'),
-    (['--judge=out/mdm', '--task=generation'], 'only an ar model'), (['--x_axis=z'], 'x_axis is'),
-    (['--task=lambada', '--source=verse.txt'], 'is not lambada'),
-    (['--decoder=ar', '--task=generation'], 'mdm models decode'),
+    (['--judge=out/mdm', '--task=generation'], 'must be an ar run'),
+    (['--task=lambada', '--lambada_file=verse.txt'], 'is not lambada'),
+    (['--decoder=ar', '--task=generation'], "decoder is 'ar', not one of auto, ancestral"),
     (['--taks=x'], 'did you mean task'),
-    (['--steps=0', '--task=generation'], 'steps is 0')])
+    (['--steps=0', '--task=generation'], 'steps is 0'),
+    (['--max_rows=-1'], 'max_rows is -1'), (['--length_quantile=1.5'], 'length_quantile is 1.5'),
+    (['--grid_steps=()', '--task=speed'], 'grid_steps is ()'),
+    (['--grid_steps=(4.5,)', '--task=speed'], 'grid_steps is (4.5,)'),
+    (['--discrete_steps=(4.5,)'], 'discrete_steps is (4.5,)'),
+    (['--gen_length=0', '--task=order'], 'gen_length is 0')])
 def test_bad_input_is_one_line(runs, words, said):
     done = run('eval.py', '--out_dir=out/ar,out/mdm', *words, cwd=runs)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -171,19 +176,6 @@ def test_a_run_on_data_that_have_changed_is_refused(runs):
         assert done.returncode == 2 and re.search('is not what ar was trained on', done.stderr)
     finally:
         path.write_text(whole)
-
-
-@pytest.mark.parametrize('tied', [True, False])
-def test_flops_are_those_that_torch_counts(tied):
-    """Bidirectional: every product of an update, attention among them, in torch's own count."""
-    B, T = 3, 24
-    m = Transformer(ModelConfig(50, T, n_embd=32, n_layer=2, n_head=2, tied=tied, norm='layernorm'))
-    x = torch.randint(0, 50, (B, T))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        m(x).clamp(min=-9).sum().backward()
-    vectors = sum(p.numel() for p in m.parameters() if p.dim() < 2)  # norms: no matrix products
-    ours = B * T * (evaluation.flops_per_token(m, T) - 6 * vectors)
-    assert counter.get_total_flops() == ours
 
 
 def test_speed_has_a_row_for_every_decoder_and_a_picture(runs):
@@ -212,7 +204,7 @@ def test_reversal_asks_for_what_was_told_and_what_was_not(tmp_path, monkeypatch)
     tokenizer = load_tokenizer(meta)
     told = set(Path('data/downloads/reversal.txt').read_text().split('\n'))
 
-    def complete(model, objective, canvases, how):
+    def complete(run, canvases, how):
         assert how['temperature'] == 0 and how['decoder'] == 'confidence' and how['steps'] == 0
         done = []
         for canvas in canvases:
@@ -224,13 +216,10 @@ def test_reversal_asks_for_what_was_told_and_what_was_not(tmp_path, monkeypatch)
             done.append((tokenizer.encode(f'\n{text}\n'), {}))
         return done, None
 
-    class Model:
-        mask_id = meta['mask_id']
-
     monkeypatch.setattr(sample, 'complete', complete)
-    checkpoint = {'config': {'objective': 'mdm', 'dataset': 'reversal'}, 'meta': meta}
-    (row,), note = evaluation.reversal([('oracle', checkpoint, Model())], {})
-    assert list(row.values()) == ['oracle', 100, 100, 100, 0]
+    model = SimpleNamespace(mask_id=meta['mask_id'])
+    (row,), note = evaluation.reversal([row_run(model, meta, dataset='reversal')], {})
+    assert list(row.values()) == ['run', 100, 100, 100, 0]
     assert note.startswith('200 facts, 100 of them')
 
 
@@ -254,10 +243,15 @@ def book(tmp_path, monkeypatch):
     return tmp_path
 
 
+def defaults(**settings):
+    """The settings of eval.py, those of decoding among them."""
+    names = evaluation.config.names_of(vars(evaluation))
+    return sample.defaults() | {name: vars(evaluation)[name] for name in names} | settings
+
+
 def translated(answers, objective='mdm', **settings):
-    checkpoint = {'config': trained(objective), 'meta': META}
-    return evaluation.translation([('run', checkpoint, Phrasebook(answers))],
-                                  vars(evaluation) | HOW | settings)
+    return evaluation.translation([row_run(Phrasebook(answers), objective=objective)],
+                                  defaults(**HOW | settings))
 
 
 @pytest.mark.parametrize('objective, settings, ways', [
@@ -272,26 +266,26 @@ def test_who_knows_the_answers_has_full_marks(book, objective, settings, ways):
     for row in rows:
         assert [row[key] for key in ('chrF', 'ROUGE-1', 'ROUGE-L')] == pytest.approx([100] * 3)
         assert (row['length ratio'], row['no EOS'], row['empty']) == (1, 0, 0)
-        right = [*BOOK.values()]
-        assert float(row['BLEU']) == pytest.approx(corpus_bleu(right, [right]).score, abs=5e-3)
-    assert '6 prompts' in note and 'nrefs:1|case:mixed' in note and 'seed 1' in note
+        references = [*BOOK.values()]
+        assert row['BLEU'] == pytest.approx(corpus_bleu(references, [references]).score, abs=5e-3)
+    assert '6 prompts' in note and 'nrefs:1|case:mixed' in note
 
 
 def test_scores_are_those_of_their_definitions(book, capsys):
     """BLEU and chrF by sacrebleu's own functions; ROUGE-1 by counting; and all texts are shown."""
     (row,), _ = translated(WRONG, 'ar')
-    written, right = list(WRONG.values()), list(BOOK.values())
-    assert float(row['BLEU']) == pytest.approx(corpus_bleu(written, [right]).score, abs=5e-3)
-    assert float(row['chrF']) == pytest.approx(corpus_chrf(written, [right]).score, abs=5e-3)
+    written, references = list(WRONG.values()), list(BOOK.values())
+    assert float(row['BLEU']) == pytest.approx(corpus_bleu(written, [references]).score, abs=5e-3)
+    assert float(row['chrF']) == pytest.approx(corpus_chrf(written, [references]).score, abs=5e-3)
     for level, part in (('level 1', slice(0, 3)), ('level 2', slice(3, 6))):
-        bleu = corpus_bleu(written[part], [right[part]]).score
+        bleu = corpus_bleu(written[part], [references[part]]).score
         assert float(row[f'BLEU {level}']) == pytest.approx(bleu, abs=5e-3)
     f1 = []
-    for a, b in zip(map(str.split, written), map(str.split, right)):
+    for a, b in zip(map(str.split, written), map(str.split, references)):
         common = sum((Counter(a) & Counter(b)).values())
         f1.append(2 * common / (len(a) + len(b)))
     assert float(row['ROUGE-1']) == pytest.approx(100 * np.mean(f1), abs=5e-3)
-    ratios = [len(a) / len(b) for a, b in zip(written, right)]
+    ratios = [len(a) / len(b) for a, b in zip(written, references)]
     assert float(row['length ratio']) == pytest.approx(np.mean(ratios), abs=5e-4)
     assert row['empty'] == pytest.approx(1 / 6)
     shown = capsys.readouterr().out.split('\n\n')
@@ -306,10 +300,10 @@ def test_answers_of_several_lengths_are_one_row(book):
 
 def test_an_answer_ended_if_there_was_room_behind_it_in_its_own_canvas():
     """The best of several may be wider than the one that fit asked for, by as much as it wrote."""
-    meta = META | {'counts': {'train': {'answer_line': [0, 1]}}}  # one mask, where h EOS is right
-    how = vars(evaluation) | {'temperature': 0.0, 'decoder': 'confidence', 'length_candidates': 3}
-    texts, figures, _ = evaluation.answer(Counting({'a': 'h'}), trained(predict_pad=False), meta,
-                                       [('', 'a', 'h')], how)
+    meta = META | {'counts': {'train': {'answer_line': [0, 1]}}}  # one mask, whose answer is h EOS
+    how = defaults(temperature=0.0, decoder='confidence', length_candidates=3)
+    run_ = row_run(Counting({'a': 'h'}), meta, predict_pad=False)
+    texts, figures, _ = evaluation.answers_of(run_, [('', 'a', 'h')], how)
     assert texts == ['h'] and figures['no EOS'] == 0
 
 
@@ -322,17 +316,16 @@ def test_french_words_stay_whole():
 def test_answers_that_do_not_end_are_counted(book):
     """12 masks and no EOS in them; and a prompt is not answered better for its reference."""
     endless = dict.fromkeys(BOOK, 'a' * 30)
-    (row, _), _ = translated(endless, length='ratio', length_ratio=0.0, length_extra=4)
+    (row, _), _ = translated(endless, length='ratio', length_line=(0.0, 4.0))
     assert (row['no EOS'], row['nfe']) == (1, 2)
     assert float(row['length ratio']) == pytest.approx(np.mean([4 / len(b) for b in BOOK.values()]),
                                                        abs=5e-4)
     texts = []
     for answers in (BOOK, dict.fromkeys(BOOK, 'h'), dict.fromkeys(BOOK, 'hhh')):
         pairs = [('', *pair) for pair in answers.items()]
-        texts.append([evaluation.answer(Phrasebook(WRONG), trained(), META, pairs,
-                                        vars(evaluation) | {'temperature': 0.0, 'length': name,
-                                                            'decoder': 'confidence'})[0]
-                      for name in ('full', 'ratio', 'reference')])
+        texts.append([evaluation.answers_of(row_run(Phrasebook(WRONG)), pairs, defaults(
+            temperature=0.0, length=name, decoder='confidence'))[0]
+            for name in ('full', 'ratio', 'reference')])
     assert texts[0][:2] == texts[1][:2] == texts[2][:2] and texts[1][2] != texts[2][2]
 
 
@@ -345,9 +338,10 @@ def test_files_have_two_columns_or_three(tmp_path):
 
 
 @pytest.mark.parametrize('settings, said', [
-    ({'file': 'nowhere.tsv'}, 'cannot be read'), ({'file': 'one.tsv'}, 'write prompt TAB answer'),
-    ({'file': 'blank.tsv'}, 'is empty'), ({'file': 'gap.tsv'}, 'write prompt TAB answer'),
-    ({'max_rows': -1}, 'max_rows'), ({'answer_steps': ()}, 'answer_steps'),
+    ({'file': 'nowhere.tsv'}, 'cannot be read'),
+    ({'file': 'one.tsv'}, "has the line 'a': write (level TAB) prompt TAB answer"),
+    ({'file': 'blank.tsv'}, 'is empty'), ({'file': 'gap.tsv'}, 'prompt TAB answer'),
+    ({'answer_steps': ()}, 'answer_steps'),
     ({'answer_steps': (1, 'x')}, 'answer_steps'), ({'length': 'full,long'}, "length is 'long'"),
     ({'length_candidates': 3}, 'length_candidates is 3')])
 def test_what_cannot_be_translated(book, settings, said):
@@ -368,8 +362,8 @@ def test_bertscore_is_a_column_where_it_is_installed(monkeypatch):
         def __init__(self, name):
             assert name == 'bert-base-multilingual-cased'
 
-        def score(self, texts, right):
-            return None, None, torch.tensor([a == b for a, b in zip(texts, right)]).float()
+        def score(self, texts, references):
+            return None, None, torch.tensor([a == b for a, b in zip(texts, references)]).float()
 
     assert 'BERTScore' not in evaluation.make_score()[0](['a', 'b'], ['a', 'c'])
     monkeypatch.setitem(sys.modules, 'bert_score', SimpleNamespace(BERTScorer=Scorer))
@@ -378,8 +372,8 @@ def test_bertscore_is_a_column_where_it_is_installed(monkeypatch):
     assert 'F1, bert-base' in note
 
 
-def test_a_run_on_rows_is_trained_and_translated(tmp_path, monkeypatch):
-    """From files to scores; samples.csv and the picture on the way."""
+def test_a_run_on_rows_is_translated(tmp_path, monkeypatch):
+    """From files to scores and their picture."""
     monkeypatch.chdir(tmp_path)
     pairs = [(f'{a} {b}', f'{b} {a}') for a in 'abcdefgh' for b in 'abcdefgh']
     for i, name in enumerate(('questions', 'answers')):
@@ -387,26 +381,16 @@ def test_a_run_on_rows_is_trained_and_translated(tmp_path, monkeypatch):
     prepare('turn', prompts='questions.txt', answers='answers.txt', tokenizer='char',
             max_prompt=9, max_answer=9)
     done = run('train.py', *TRAIN, '--dataset=turn', '--out_dir=out/turn', '--predict_pad',
-               '--eval_interval=15', '--decode_rows=3', cwd=tmp_path)
+               cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert 'prompt:       h b\nright answer: b h\nanswer:       ' in done.stdout
-    assert "--out_dir=out/turn --start='h c'" in done.stdout
-    with open('out/turn/samples.csv', newline='', encoding='utf-8') as f:
-        rows = list(csv.DictReader(f))
-    assert [(row['iter'], row['prompt'], row['right answer']) for row in rows] == \
-        [(i, f'h {b}', f'{b} h') for i in ('0', '15', '30') for b in 'bcd']
-    for begin in (0, 3, 6):
-        texts, right = zip(*((row['answer'], row['right answer']) for row in rows[begin:begin + 3]))
-        assert float(rows[begin]['BLEU of all']) == \
-            pytest.approx(corpus_bleu(texts, [right]).score, abs=5e-3)
-
     done = run('eval.py', '--task=translation', '--out_dir=out/turn', '--max_rows=3',
                '--length=full,reference', '--answer_steps=(1, 2)', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     table_rows = table(done.stdout)
     assert [(row['length'], row['steps'], row['nfe']) for row in table_rows] == \
         [(name, n, f'{n}.0') for name in ('full', 'reference (oracle)') for n in '12']
-    assert 'val of turn (questions.txt, answers.txt): 3 prompts' in done.stdout
+    assert 'turn (questions.txt, answers.txt; tokens: char); 3 prompts of the split' in done.stdout
+    assert 'seed 1' in done.stdout and 'greedy True' in done.stdout
     assert Path('out/report/translation.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
 
 
@@ -419,10 +403,10 @@ class Knowing(torch.nn.Module):
     def __init__(self, text, V, sure=30.0):
         super().__init__()
         self.config, self.mask_id = ModelConfig(V + 1, len(text)), V
-        self.embed = torch.nn.Embedding(1, 1)
+        self.embed, self.device = torch.nn.Embedding(1, 1), torch.device('cpu')
         self.text, self.sure = torch.tensor(text), sure
 
-    def forward(self, x, t=None, *, cache=None, where=None, hidden=False):
+    def forward(self, x, level=None, *, cache=None, where=None, hidden=False):
         h = F.one_hot(self.text, self.config.vocab_size).float() * self.sure
         h = h[:x.size(1)].expand(*x.shape, -1)  # the cache stays empty: all is read each time
         return h if hidden and where is None else self.logits(h[where])
@@ -437,25 +421,24 @@ class Knowing(torch.nn.Module):
 
 
 def a_run(model, objective, name='verse', **more):
-    """(name, checkpoint, model) as load_runs has them, in the folder of the fixture `runs`."""
-    meta = evaluation.load_meta(name)
-    return objective, {'config': {'objective': objective, 'dataset': name, 'seed': 1} | more,
-                       'meta': meta, 'iter': 0}, model
+    """A Run as load_runs has it, in the folder of the fixture `runs`."""
+    settings = {'dataset': name, 'block_size': model.config.block_size, 'batch_size': 8,
+                'predict_pad': False, 'seed': 1} | more
+    return row_run(model, load_meta(name), objective=objective, **settings)._replace(name=objective)
 
 
 @pytest.fixture
 def settings(runs, monkeypatch):
     monkeypatch.chdir(runs)
-    return {k: v for k, v in vars(evaluation).items()
-            if not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple))}
+    return defaults()
 
 
 def test_a_blind_model_costs_log_v_in_every_unit(settings):
-    V = evaluation.load_meta('verse')['vocab_size']
+    V = load_meta('verse')['vocab_size']
     blind = Knowing([0] * 16, V, sure=0.0)
     rows, _ = evaluation.likelihood([a_run(blind, 'ar'), a_run(blind, 'mdm')],
                                     settings | {'split': 'train, val', 'discrete_steps': (1, 9)})
-    counts = evaluation.load_meta('verse')['counts']
+    counts = load_meta('verse')['counts']
     for row in rows:
         ratio = counts[row['split']]['tokens'] / counts[row['split']]['bytes']
         assert row['nats/token'] == pytest.approx(math.log(V))
@@ -481,24 +464,24 @@ def test_characters_and_bytes_are_counted_apart(runs, settings):
     assert row['bits/char'] == pytest.approx(math.log2(5))
     assert 1.5 * row['bits/byte'] < row['bits/char'] < 1.7 * row['bits/byte'], '5 in 8 bytes'
     both, note = evaluation.likelihood([a_run(blind, 'ar', 'accents'), a_run(
-        Knowing([0] * 16, evaluation.load_meta('verse')['vocab_size'], 0.0), 'mdm')], settings)
+        Knowing([0] * 16, load_meta('verse')['vocab_size'], 0.0), 'mdm')], settings)
     assert 'only bits per byte' in note and 'the texts differ' in note
     assert not {'nats/token', 'perplexity', 'bits/char'} & set(both[0])
 
 
 def test_the_mean_of_the_curves_is_the_bound(settings):
-    run_ = evaluation.load_runs('out/mdm', 'cpu')[0]
+    (run_,) = evaluation.load_runs('out/mdm', 'cpu')
     (row,), _ = evaluation.likelihood([run_], settings | {'repeats': 40, 'target_se': 0})
-    table = np.nanmean([evaluation.nll_by_place(run_[2], 'mdm', evaluation.held_out(run_[1], 16, 0),
-                                             16, seed) for seed in range(20)], axis=0)
+    x0 = evaluation.data_of(run_).windows('val', 16, 0)
+    table = np.nanmean([evaluation.nll_by_place(run_, x0, 16, seed) for seed in range(20)], axis=0)
     assert np.nanmean(table) == pytest.approx(row['nats/token'], abs=0.06)
 
 
 def test_the_bound_in_one_step_is_the_cost_of_writing_all_at_once(settings):
     """From masks alone, each token by itself: nothing is drawn."""
-    name, checkpoint, model = evaluation.load_runs('out/mdm', 'cpu')[0]
-    rows, _ = evaluation.likelihood([(name, checkpoint, model)],
-                                    settings | {'discrete_steps': (1,)})
+    (run_,) = evaluation.load_runs('out/mdm', 'cpu')
+    rows, _ = evaluation.likelihood([run_], settings | {'discrete_steps': (1,)})
+    model = run_.model
     val, T, nats = load_split('verse', 'val'), model.config.block_size, 0.0
     for i in range(0, len(val), T):
         x0 = torch.tensor(val[i:i + T].astype(np.int64))[None]
@@ -511,7 +494,7 @@ def test_the_bound_in_one_step_is_the_cost_of_writing_all_at_once(settings):
 
 def test_noises_stand_beside_ar(runs, settings):
     both = evaluation.load_runs('out/ar,out/mdm', 'cpu')
-    both[1][1]['config']['time_cond'] = True
+    both[1].settings['time_cond'] = True
     s = settings | {'out_dir': 'out/ar,out/mdm', 'target_se': 0, 'repeats': 2}
     (ar, mdm), _ = evaluation.noises(both, s)
     found, _ = evaluation.likelihood(both, s)
@@ -519,7 +502,7 @@ def test_noises_stand_beside_ar(runs, settings):
     assert ar['over ar (%)'] == 0
     assert mdm['over ar (%)'] == pytest.approx(
         100 * (found[1]['bits/char'] / found[0]['bits/char'] - 1))
-    evaluation.draw_noises([ar, mdm], runs / 'noises.png')
+    evaluation.plot_noises([ar, mdm], runs / 'noises.png')
     assert (runs / 'noises.png').stat().st_size > 10_000
 
 
@@ -547,7 +530,7 @@ def test_rows_cost_a_blind_model_log_v_for_all_that_it_scores(runs, settings):
     (runs / 'a.txt').write_text('b\nca\nabcab\n' * 20)
     assert run('prepare.py', 'rows', '--prompts=q.txt', '--answers=a.txt', '--tokenizer=char',
                cwd=runs).returncode == 0
-    meta = evaluation.load_meta('rows')
+    meta = load_meta('rows')
     blind, count = Knowing([0] * meta['row_length'], meta['vocab_size'], 0.0), meta['counts']['val']
     for padded, scored in ((False, count['scored']), (True, count['rows'] * 6)):
         checkpoint = a_run(blind, 'mdm', 'rows', predict_pad=padded)
@@ -558,8 +541,9 @@ def test_rows_cost_a_blind_model_log_v_for_all_that_it_scores(runs, settings):
 
 
 def test_seeds_of_one_configuration_become_one_row():
-    runs = [(name, {'iter': 9, 'config': {'seed': seed, 'out_dir': name, 'n_embd': width,
-                                          'eval_interval': 10 * seed, 'init_from': start}}, None)
+    runs = [sample.Run(name, None, None, None, None, {
+        'seed': seed, 'out_dir': name, 'n_embd': width, 'eval_interval': 10 * seed,
+        'init_from': start}, 9, name)
             for name, seed, width, start in (('a', 1, 8, 'x'), ('b', 2, 8, 'y'), ('c', 1, 16, 'x'),
                                              ('d', 3, 8, 'z'), ('e', 4, 8, ''), ('f', 1, 8, 'y'))]
     rows = [{'run': name, 'split': split, 'nll': evaluation.Number(value, True), 'n': len(split),
@@ -583,7 +567,7 @@ def test_the_mean_over_orders_is_the_nelbo(settings):
     s = settings | {'gen_length': 3, 'max_windows': 5, 'repeats': 60, 'target_se': 0.01}
     rows, _ = evaluation.orders(runs_, s)
     found = {(row['run'], row['order']): row['nats/token'] for row in rows}
-    model, x0 = runs_[1][2], evaluation.held_out(runs_[1][1], 3, 5)
+    model, x0 = runs_[1].model, evaluation.data_of(runs_[1]).windows('val', 3, 5)
     with torch.no_grad():
         by_hand = []
         for places in itertools.permutations(range(3)):
@@ -598,7 +582,26 @@ def test_the_mean_over_orders_is_the_nelbo(settings):
     assert found['mdm', '60 random orders'] == pytest.approx(np.mean(by_hand), abs=0.02)
     assert found['mdm', 'all orders'] == pytest.approx(np.mean(by_hand), abs=0.04)
     assert found['ar', 'left to right'] == pytest.approx(
-        evaluation.ar_nll(runs_[0][2], x0).sum().item() / x0.numel(), abs=1e-4)
+        runs_[0].objective.bound(runs_[0].model, x0).sum().item() / x0.numel(), abs=1e-4)
+
+
+def test_the_mean_over_all_orders_is_the_bound():
+    model = tiny(vocab_size=4, block_size=3, std=0.7)
+    x0, orders = torch.tensor([0, 1, 2]), torch.tensor(list(itertools.permutations(range(3))))
+    with torch.no_grad():
+        nats = evaluation.ordered_nll(model, x0.expand(6, 3), orders)
+        assert nats.mean().item() == pytest.approx(enumerated_nelbo(model, x0), abs=1e-5)
+        xt, by_hand = torch.full((1, 3), 3), 0.0
+        for i in (2, 0, 1):  # two cyclic steps: its inverse is another order
+            by_hand -= model(xt)[0, i].log_softmax(-1)[x0[i]].item()
+            xt[0, i] = x0[i]
+        assert nats[orders.tolist().index([2, 0, 1])].item() == pytest.approx(by_hand, abs=1e-5)
+        known = torch.tensor([[False, True, False]])
+        conditional = evaluation.ordered_nll(model, x0[None], orders[:1], known)
+        xt = torch.tensor([[3, 1, 3]])
+        by_hand = -model(xt)[0, 0].log_softmax(-1)[0] - \
+            model(torch.tensor([[0, 1, 3]]))[0, 2].log_softmax(-1)[2]
+    assert conditional.item() == pytest.approx(by_hand.item(), abs=1e-5)
 
 
 def test_longest_copy_is_that_of_brute_force():
@@ -615,32 +618,32 @@ def test_longest_copy_is_that_of_brute_force():
 
 def test_who_knows_the_text_fills_it_in(settings):
     data = load_split('verse', 'val')
-    text, V = data[:16].tolist(), evaluation.load_meta('verse')['vocab_size']
+    text, V = data[:16].tolist(), load_meta('verse')['vocab_size']
     both = [a_run(Knowing(text, V), 'ar'), a_run(Knowing(text, V), 'mdm')]
     wide = settings | {'max_windows': 1, 'steps': 4}
     rows, _ = evaluation.infill(both, wide)
     common = Counter(load_split('verse', 'train').tolist()).most_common(1)[0][0]
     for row in rows:
         if row['run'] == 'most frequent token':
-            assert row['right (%)'] <= 100 * text.count(common) / 4
+            assert row['accuracy (%)'] <= 100 * text.count(common) / 4
         else:
-            assert row['right (%)'] == 100 and row['ROUGE-1'] == row['ROUGE-L'] == 100
+            assert row['accuracy (%)'] == 100 and row['ROUGE-1'] == row['ROUGE-L'] == 100
     rows, _ = evaluation.recover([*both, a_run(Knowing(text, V), 'uniform')], wide)
     assert {row['run'] for row in rows} == {'ar', 'mdm', 'uniform'}
-    assert all(row['right (%)'] == row['found (%)'] == 100 for row in rows)
+    assert all(row['accuracy (%)'] == row['found (%)'] == 100 for row in rows)
     other = wide | {'split': 'train'}  # of which they know nothing
-    assert any(row['right (%)'] < 100 for row in evaluation.recover(both, other)[0])
+    assert any(row['accuracy (%)'] < 100 for row in evaluation.recover(both, other)[0])
     hidden = evaluation.hide((5, 64), 0.25, 8, torch.Generator().manual_seed(0))
     assert hidden.sum(1).tolist() == [16] * 5
     assert (hidden.view(5, 8, 8).float().mean(2) % 1 == 0).all(), 'whole spans'
 
 
-def test_a_fraction_of_right_tokens_is_counted():
+def test_a_fraction_of_correct_tokens_is_counted():
     x0 = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])
     x = torch.tensor([[1, 2, 0, 0], [1, 0, 3, 0]])
     where = torch.tensor([[True, True, True, False], [False, False, True, True]])
-    found = evaluation.right(x, x0, where)
-    assert found['right (%)'] == pytest.approx((200 / 3 + 50) / 2)
+    found = evaluation.accuracy(x, x0, where)
+    assert found['accuracy (%)'] == pytest.approx((200 / 3 + 50) / 2)
     assert found['s.e. (%)'] == pytest.approx((200 / 3 - 50) / 2)
 
 
@@ -649,9 +652,9 @@ def test_lambada_scores_the_last_word(settings, runs):
     path = runs / 'lambada.jsonl'
     path.write_text('\n'.join(json.dumps({'text': text}) for text in [*words, 'It\u2019s %%']))
     both = evaluation.load_runs('out/ar,out/mdm', 'cpu')
-    rows, _ = evaluation.lambada(both, settings | {'source': str(path), 'repeats': 200})
+    rows, _ = evaluation.lambada(both, settings | {'lambada_file': str(path), 'repeats': 200})
     assert [(row['texts'], row['skipped']) for row in rows] == [(2, 1)] * 2
-    tokenizer, model = evaluation.load_tokenizer(both[0][1]['meta']), both[0][2]
+    tokenizer, model = both[0].tokenizer, both[0].model
     nats = []
     with torch.no_grad():
         for text, word in zip(words, (' moon.', ' owl.')):
@@ -660,7 +663,7 @@ def test_lambada_scores_the_last_word(settings, runs):
             nats.append(-logp[torch.arange(16), x[1:]][-len(word):].sum().item())
     assert rows[0]['nats/word'] == pytest.approx(np.mean(nats), rel=1e-4)
     assert rows[0]['perplexity'] == pytest.approx(math.exp(np.mean(nats)), rel=1e-3)
-    model, by_draws = both[1][2], []  # and the bound, by masking each token with probability t
+    model, by_draws = both[1].model, []  # and the bound, by masking each token with probability t
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for text, n in zip(words, (6, 5)):
@@ -672,13 +675,14 @@ def test_lambada_scores_the_last_word(settings, runs):
             by_draws.append((torch.where(is_mask, nll, 0.0) / t).sum(1).mean().item() * 0.98)
     assert rows[1]['nats/word'] == pytest.approx(np.mean(by_draws), rel=0.06)
     for objective in ('d3pm', 'uniform', 'block'):
-        (row,), _ = evaluation.lambada([taken_for(objective)], settings | {'source': str(path)})
+        (row,), _ = evaluation.lambada([taken_for(objective)],
+                                       settings | {'lambada_file': str(path)})
         assert row['texts'] == 2 and row['nats/word'].bound
     text = tokenizer.encode(words[0])[-16:]
     sure = a_run(Knowing(text, model.mask_id), 'mdm')
     path.write_text(json.dumps({'text': words[0]}))
-    (row,), _ = evaluation.lambada([sure], settings | {'source': str(path)})
-    assert row['right (%)'] == 100 and row['perplexity'] == pytest.approx(1, abs=1e-4)
+    (row,), _ = evaluation.lambada([sure], settings | {'lambada_file': str(path)})
+    assert row['accuracy (%)'] == 100 and row['perplexity'] == pytest.approx(1, abs=1e-4)
 
 
 def taken_for(objective):
@@ -700,7 +704,7 @@ def test_a_report_leaves_out_what_a_task_cannot_say(settings, runs):
     assert done.returncode == 0, done.stderr
     assert 'Left out: task order has nothing to say' in done.stdout
     assert list(json.loads((runs / 'd3pm/report.json').read_text())) == \
-        [task for task in evaluation.REPORT if task != 'order']
+        [task for task in IN_REPORT if task != 'order']
 
 
 def test_a_judge_of_hugging_face(settings, runs):
@@ -718,6 +722,7 @@ def test_a_judge_of_hugging_face(settings, runs):
         bos_token_id=0, eos_token_id=0)).eval()
     gpt.save_pretrained(runs / 'gpt')
     judge = evaluation.load_judge([], settings | {'judge': str(runs / 'gpt'), 'device': 'cpu'})
+    (run_,) = evaluation.load_runs('out/mdm', 'cpu')
     texts, nats = [TEXT[:32], TEXT[40:50]], 0.0
     for text in texts:
         ids = torch.tensor([[0, *(vocabulary[c] for c in text)]])[:, :32]  # its 32 positions
@@ -725,7 +730,7 @@ def test_a_judge_of_hugging_face(settings, runs):
             logits = gpt(ids).logits[0].log_softmax(-1)
         target = torch.tensor([vocabulary[c] for c in text])
         nats -= logits[torch.arange(len(text)), target].sum().item()
-    assert evaluation.judged(judge, texts, [[1]]) == {
+    assert evaluation.judged(judge, run_, texts, [[1]]) == {
         'nats/char under gpt': pytest.approx(nats / 42, rel=1e-5)}
     with pytest.raises(UserError, match='neither a run nor a model'):
         evaluation.load_judge([], settings | {'judge': str(runs / 'no_gpt'), 'device': 'cpu'})
@@ -738,7 +743,7 @@ def test_report_is_one_page(runs):
     assert done.returncode == 0, done.stderr
     page = (runs / 'page/report.md').read_text()
     numbers = json.loads((runs / 'page/report.json').read_text())
-    assert list(numbers) == list(evaluation.REPORT)
+    assert list(numbers) == IN_REPORT
     for name, section in numbers.items():
         assert section['markdown'] in page and f'## {name}\n' in page
         assert section['settings']['steps'] == 4, 'what the user says comes before what suits'
@@ -747,35 +752,44 @@ def test_report_is_one_page(runs):
     assert f'<= {mdm["nats/token"]:.4f}' in page and ar['s.e.'] == 'exact'
     for picture in re.findall(r'\((\w+\.png)\)', page):
         assert (runs / 'page' / picture).read_bytes()[:4] == b'\x89PNG'
-    assert page.count('.png)') == 3
+    assert page.count('.png)') == 3 and 'is told how many tokens are wrong' in page
 
 
 def test_epochs_are_those_of_the_tokens_that_were_trained_on(runs, settings):
-    (row,), _ = evaluation.curves([], settings | {'out_dir': 'out/ar', 'x_axis': 'epochs'})
-    n = evaluation.load_meta('verse')['counts']['train']['tokens']
+    run_, _ = evaluation.load_log('out/ar')
+    (row,), _ = evaluation.curves([run_], settings)
+    n = load_meta('verse')['counts']['train']['tokens']
     assert row['epochs'] == pytest.approx(30 * 8 * 16 / n) and row['at epoch'] == row['epochs']
+    assert row['x: tokens'] == [30 * 8 * 16 / 1e6] and 'x: epochs' not in row
+    scarce = run_._replace(settings=run_.settings | {'train_tokens': 100})
+    rows, _ = evaluation.curves([run_, scarce], settings)
+    assert [row['x: epochs'] for row in rows] == [
+        [pytest.approx(30 * 8 * 16 / text)] for text in (n, 100)]
+    assert 'epochs.png' in evaluation.plot_curves(rows, runs / 'epochs.png')
+    assert (runs / 'epochs.png').stat().st_size > 10_000
 # Length before decoding
 
 
-def lengths_of_book(book, monkeypatch, objective='mdm', run=None, **settings):
-    """The rows, note and eos_chances of the task for a model that knows the answers of `book`."""
+def lengths_of_book(book, monkeypatch, objective='mdm', trained={}, **settings):
+    """The rows, facts and probabilities of EOS of a model that knows the answers of `book`."""
     rows = []
-    for prompt, right in BOOK.items():
-        ids = [*encoded(prompt), META['sep_id'], *encoded(right), META['eos_id']]
+    for prompt, reference in BOOK.items():
+        ids = [*encoded(prompt), META['sep_id'], *encoded(reference), META['eos_id']]
         rows.append(ids + [META['pad_id']] * (META['row_length'] - len(ids)))
-    monkeypatch.setattr(evaluation, 'load_split', lambda name, split: np.array(rows, np.uint16))
-    checkpoint = {'config': trained(objective) | (run or {}), 'meta': META}
-    chances, eos_chances = {}, evaluation.eos_chances
+    model, found, eos_probabilities = Phrasebook(book), {}, evaluation.eos_probabilities
+    model.device = torch.device('cpu')
 
-    def watched(model, meta, rows, share, *how):
-        chances[share] = eos_chances(model, meta, rows, share, *how)
-        return chances[share]
+    def watched(run, n, share, settings):
+        found[share] = eos_probabilities(run, n, share, settings)
+        return found[share]
 
-    monkeypatch.setattr(evaluation, 'eos_chances', watched)
-    rows, note = evaluation.lengths([('run', checkpoint, Phrasebook(book))],
-                                    vars(evaluation) | HOW | {'file': '', **settings})
-    monkeypatch.setattr(evaluation, 'eos_chances', eos_chances)
-    return rows, note, chances
+    with monkeypatch.context() as patch:
+        patch.setattr(data, 'load_split', lambda name, split: np.array(rows, np.uint16).ravel())
+        patch.setattr(data, 'load_meta', lambda name: META)
+        patch.setattr(evaluation, 'eos_probabilities', watched)
+        run_ = row_run(model, objective=objective, dataset='rows', batch_size=4, **trained)
+        rows, facts = evaluation.lengths([run_], defaults(**HOW | {'file': ''} | settings))
+    return rows, facts, found
 
 
 def test_bounds_are_measured_as_by_hand(book, monkeypatch):
@@ -783,7 +797,7 @@ def test_bounds_are_measured_as_by_hand(book, monkeypatch):
     assert [row['length'] for row in rows] == ['full', 'fit', 'argmax', 'quantile',
                                                'full, in blocks']
     by_name = {row['length']: row for row in rows}
-    n = np.array([len(right) + 1 for right in BOOK.values()])
+    n = np.array([len(reference) + 1 for reference in BOOK.values()])
     widths = {'full': [8] * 6, 'argmax': [4, 8, 2, 8, 4, 4],
               'fit': [min(round(1.5 * len(p) + 1.2), 19 - len(p)) for p in BOOK]}
     for name, masks in widths.items():
@@ -795,18 +809,19 @@ def test_bounds_are_measured_as_by_hand(book, monkeypatch):
         assert (row['masks'], row['saved']) == pytest.approx((masks.mean(), (8 - masks).mean()))
         rmse = 0 if name == 'argmax' else np.sqrt(np.mean((masks - n) ** 2))
         assert row['RMSE'] == pytest.approx(rmse, abs=1e-6)
-        right = [*BOOK.values()]
+        references = [*BOOK.values()]
         if name != 'fit':
-            assert float(row['BLEU']) == pytest.approx(corpus_bleu(right, [right]).score, abs=5e-3)
+            best = corpus_bleu(references, [references]).score
+            assert row['BLEU'] == pytest.approx(best, abs=5e-3)
         assert float(row['ms/sentence']) > 0 and row['steps'] == 20
     (ratio,), _, _ = lengths_of_book(BOOK, monkeypatch, length='ratio')
     share = np.mean([int(1.3 * len(a)) + 2 > len(b) for a, b in BOOK.items()])
     assert ratio['fits (%)'] == pytest.approx(100 * share) and 0 < share < 1
     lone, _, _ = lengths_of_book(BOOK, monkeypatch, batch_size=1)
-    how = vars(sample) | {'temperature': 0.0, 'decoder': 'confidence', 'steps': 20}
+    how = row_settings(steps=20)
     for name in ('full', 'argmax'):
-        passes = [sample.generate(Phrasebook(BOOK), 'mdm', [[*encoded(prompt), 10] + [12] * n], how,
-                                  9)[1] for prompt, n in zip(BOOK, widths[name])]
+        passes = [sample.decode(row_run(), [[*encoded(prompt), 10] + [12] * n], how, 9)[1]
+                  for prompt, n in zip(BOOK, widths[name])]
         nfe = next(row['nfe'] for row in lone if row['length'] == name)
         assert nfe == pytest.approx(np.mean(passes) + (name == 'argmax')), 'one for the length'
     assert '6 prompts' in note
@@ -816,51 +831,51 @@ def test_who_is_told_lengths_that_are_too_short_does_not_fit(book, monkeypatch):
     """A model that believes all answers to be of one letter."""
     rows, _, _ = lengths_of_book(dict.fromkeys(BOOK, 'h'), monkeypatch, length='argmax')
     assert [row['length'] for row in rows] == ['argmax']
-    n = np.array([len(right) + 1 for right in BOOK.values()])
+    n = np.array([len(reference) + 1 for reference in BOOK.values()])
     assert rows[0]['fits (%)'] == pytest.approx(100 * np.mean(n <= 2)) and rows[0]['masks'] == 2
     assert rows[0]['RMSE'] == pytest.approx(np.sqrt(np.mean((n - 2) ** 2)))
 
 
 def test_ar_and_runs_without_a_window_have_their_rows(book, monkeypatch):
-    (row,), _, chances = lengths_of_book(BOOK, monkeypatch, 'ar')
-    assert (row['length'], row['fits (%)'], row['RMSE'], chances) == ('', '', '', {})
+    (row,), _, found = lengths_of_book(BOOK, monkeypatch, 'ar')
+    assert (row['length'], row['fits (%)'], row['RMSE'], found) == ('', '', '', {})
     assert float(row['ms/sentence']) > 0 and float(row['nfe']) > 0
-    (row,), _, chances = lengths_of_book(BOOK, monkeypatch, run={'predict_pad': False})
-    assert (row['length'], chances) == ('fit', {})
+    (row,), _, found = lengths_of_book(BOOK, monkeypatch, trained={'predict_pad': False})
+    assert (row['length'], found) == ('fit', {})
 
 
-def test_chances_of_an_eos_stand_at_their_distance_from_the_end(book, monkeypatch, tmp_path):
+def test_probabilities_of_an_eos_stand_at_their_distance_from_the_end(book, monkeypatch, tmp_path):
     """Of one who knows, and of one who believes that all answers have one letter."""
-    _, note, chances = lengths_of_book(BOOK, monkeypatch)
+    _, facts, found = lengths_of_book(BOOK, monkeypatch)
     shares = ['25', '50', '75', '100']
-    assert all(f'{share}% of the window masked in 100.0%' in note for share in shares)
-    for right, mean in chances.values():
-        assert right == 1 and mean[0] > 0.99
+    assert all(f'{share}% of the window masked: EOS found 100.0%' in facts
+               for share in shares)
+    for correct, mean in found.values():
+        assert correct == 1 and mean[0] > 0.99
         assert all(p < 1e-3 for away, p in mean.items() if away != 0)
-    n = [len(right) + 1 for right in BOOK.values()]
-    rows, _, chances = lengths_of_book(dict.fromkeys(BOOK, 'h'), monkeypatch)
-    right, mean = chances[1.0]
-    assert right == np.mean([k == 2 for k in n])
+    n = [len(reference) + 1 for reference in BOOK.values()]
+    rows, _, found = lengths_of_book(dict.fromkeys(BOOK, 'h'), monkeypatch)
+    correct, mean = found[1.0]
+    assert correct == np.mean([k == 2 for k in n])
     assert list(mean) == list(range(1 - max(n), 8 - min(n) + 1)), 'the whole window'
     for away, p in mean.items():
         at = [k + away == 2 for k in n if 1 <= k + away <= 8]
         assert p == pytest.approx(np.mean(at), abs=1e-2)
-    evaluation.draw_length(rows, tmp_path / 'new' / 'length.png')
+    evaluation.plot_length(rows, tmp_path / 'new' / 'length.png')
     picture = (tmp_path / 'new/length.png').read_bytes()
     assert picture[:8] == b'\x89PNG\r\n\x1a\n' and len(picture) > 10_000
 
 
-@pytest.mark.parametrize('settings, run, said', [
-    ({'file': 'book.tsv'}, {}, "'' for task=length"), ({'length_block': 0}, {}, 'length_block'),
-    ({'answer_steps': ()}, {}, 'answer_steps'), ({'max_rows': -1}, {}, 'max_rows'),
-    ({'length_quantile': 1.5}, {}, 'length_quantile'), ({'length': 'regress'}, {}, 'no such head'),
+@pytest.mark.parametrize('settings, trained, said', [
+    ({'file': 'book.tsv'}, {}, "'' for task=length"), ({'answer_steps': ()}, {}, 'answer_steps'),
+    ({'length': 'regress'}, {}, 'no such head'),
     ({'length': 'argmax'}, {'predict_pad': False}, 'train with predict_pad')])
-def test_lengths_that_cannot_be_measured(book, monkeypatch, settings, run, said):
+def test_lengths_that_cannot_be_measured(book, monkeypatch, settings, trained, said):
     with pytest.raises(UserError, match=re.escape(said)):
-        lengths_of_book(BOOK, monkeypatch, run=run, **settings)
+        lengths_of_book(BOOK, monkeypatch, trained=trained, **settings)
 
 
 def test_a_stream_has_no_lengths(runs):
     done = run('eval.py', '--out_dir=out/mdm', '--task=length', cwd=runs)
-    assert done.returncode == 2 and 'no prompts and answers' in done.stderr
+    assert done.returncode == 2 and 'length is for prompts and answers' in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -27,20 +27,20 @@ import config
 import prepare
 import sample
 from config import UserError
-from model import MaskedDiffusion, ModelConfig, Transformer, make_objective
+from model import LocalMixing, MaskedDiffusion, ModelConfig, Transformer, make_objective
 from sample import BlockCached, PrefixCached, filter_logits
 
 REPOSITORY = Path(__file__).parents[1]
 ORDERS = ('max_prob', 'margin', 'entropy', 'random')
 
 
-def decoded(decoder, model, x, *, generator, eos_id=None, on_step=None, **settings):
-    """(x, nfe) of run_decoder; on_step gets copies of x, to keep."""
-    def watch(x, *step):
-        on_step(x.clone(), *step)
+def decoded(decoder, model, x, *, generator, eos_id=None, watch=None, **settings):
+    """(x, nfe) of run_decoder; watch gets copies of x, to keep."""
+    def watch_copies(x, *step):
+        watch(x.clone(), *step)
 
     return sample.run_decoder(partial(decoder, **settings), model, x, generator, eos_id,
-                              watch if on_step else None)
+                              watch_copies if watch else None)
 
 
 def blocks(model, x, to_generate, rng, *, inner, block_length, steps=None, prefix_cache=False,
@@ -161,23 +161,23 @@ def distribution(logits, seen, temperature, top_k, top_p, repetition_penalty):
     return dict(zip(ranked[:n], p[:n] / p[:n].sum()))
 
 
-@pytest.mark.parametrize('drawing', [
+@pytest.mark.parametrize('sampling', [
     {}, {'temperature': 0.5}, {'temperature': 3.0}, {'top_k': 2}, {'top_k': 3, 'temperature': 2.0},
     {'top_p': 0.7}, {'top_p': 0.95, 'temperature': 0.3}, {'top_k': 4, 'top_p': 0.9},
     {'repetition_penalty': 1.8}, {'repetition_penalty': 0.6, 'temperature': 0.8},
     {'repetition_penalty': 2.5, 'top_k': 2, 'top_p': 0.99, 'temperature': 1.3}])
-def test_frequencies_are_those_of_the_closed_form(drawing):
+def test_frequencies_are_those_of_the_closed_form(sampling):
     logits, seen = [1.2, -0.4, 0.9, -8.0, 0.1, -math.inf], [True, True, False, False, True, False]
-    drawing = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'repetition_penalty': 1.0} | drawing
+    sampling = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'repetition_penalty': 1.0} | sampling
     token, _ = draw(torch.tensor([logits] * 200_000),
-                    torch.tensor([seen] * 200_000), generator=noise_source(), **drawing)
-    expected = distribution(logits, seen, **drawing)
+                    torch.tensor([seen] * 200_000), generator=noise_source(), **sampling)
+    expected = distribution(logits, seen, **sampling)
     assert p_value(collections.Counter(token.tolist()), expected) > 1e-4
-    assert (3 in expected) == (5 not in expected and drawing['top_k'] == 0
-                               and drawing['top_p'] == 1)  # the token of p = 5e-5 is there
+    assert (3 in expected) == (5 not in expected and sampling['top_k'] == 0
+                               and sampling['top_p'] == 1)  # the token of p = 5e-5 is there
 
 
-def test_the_race_is_run_in_float64(monkeypatch):
+def test_tokens_are_sampled_in_float64(monkeypatch):
     """A token of probability 1e-60 can win. float32 has no such number, and no noise below 6e-8."""
     def noise(self, generator):
         assert self.dtype == torch.float64
@@ -235,7 +235,7 @@ def test_the_probability_is_the_models_own():
 # What holds for every decoder
 
 # Learned positions: with rope every mask of an all-mask canvas gets the same prediction, so that
-# which is the surest would be a matter of rounding.
+# which is the most confident would be a matter of rounding.
 TOKEN_MODELS = {'ar': tiny_model(causal=True, seed=1), 'mdm': tiny_model(seed=2, pos='learned')}
 MASK = 4
 
@@ -256,15 +256,15 @@ def canvases(draw_from, max_rows=3):
 
 @pytest.mark.parametrize('decoder', DECODERS)
 @repeatable(max_examples=20)
-@given(x=canvases(), steps=st.integers(1, 12), seed=st.integers(0, 999), drawing=st.sampled_from(
+@given(x=canvases(), steps=st.integers(1, 12), seed=st.integers(0, 999), sampling=st.sampled_from(
     [{}, {'temperature': 0}, {'repetition_penalty': 1.5, 'temperature': 0.7},
      {'top_k': 1}, {'top_k': 3, 'top_p': 0.8}]))
-def test_every_decoder_keeps_its_promises(decoder, x, steps, seed, drawing):
+def test_every_decoder_keeps_its_promises(decoder, x, steps, seed, sampling):
     model, canvas, recorded, calls = model_for(decoder), x.clone(), [], []
     hook = model.register_forward_hook(lambda *_: calls.append(1))
-    decode = partial(decoded, DECODERS[decoder], model, x, steps=steps, **drawing)
+    decode = partial(decoded, DECODERS[decoder], model, x, steps=steps, **sampling)
     y, nfe = decode(generator=noise_source(seed),
-                    on_step=lambda x, nfe, where, logits: recorded.append((x.clone(), nfe, where)))
+                    watch=lambda x, nfe, where, logits: recorded.append((x.clone(), nfe, where)))
     hook.remove()
     assert torch.equal(x, canvas), 'the canvas that came in is the caller\'s'
     assert torch.equal(y[x != MASK], x[x != MASK]), 'a given token was changed'
@@ -290,7 +290,7 @@ def test_every_decoder_keeps_its_promises(decoder, x, steps, seed, drawing):
 
 
 @pytest.mark.parametrize('decoder', [name for name in DECODERS if 'cached' not in name])
-def test_on_step_is_told_what_was_predicted(decoder):
+def test_watch_gets_what_was_predicted(decoder):
     """where and logits (N, V), in row-major order: those of a full pass over the canvas before."""
     model, seen = model_for(decoder), 0
     x = torch.tensor([[4, 0, 4, 4, 2, 4, 4], [1, 4, 4, 0, 4, 4, 3], [1, 0, 2, 0, 3, 3, 3]])
@@ -313,7 +313,7 @@ def test_on_step_is_told_what_was_predicted(decoder):
         assert torch.allclose(logits[:, :MASK], whole[where][:, :MASK], atol=1e-4)
         assert (logits[:, MASK] == -torch.inf).all()
 
-    decoded(DECODERS[decoder], model, x, steps=5, generator=noise_source(), on_step=check)
+    decoded(DECODERS[decoder], model, x, steps=5, generator=noise_source(), watch=check)
     assert seen >= (x == MASK).sum()
 
 
@@ -403,7 +403,7 @@ def test_remdm_follows_its_chain_step_by_step(N, schedule, eta, start):
     model = tiny_model(V=LETTERS + 1, T=LENGTH, seed=7, time_cond=True)
     recorded = [torch.tensor([start] * ROWS)]
     y, _ = decode_remdm(model, recorded[0], steps=N, noise_schedule=schedule, eta=eta,
-                        generator=noise_source(N + 1), on_step=lambda x, *_: recorded.append(x))
+                        generator=noise_source(N + 1), watch=lambda x, *_: recorded.append(x))
     assert len(recorded) == N + 1 and torch.equal(recorded[-1], y)
     moves = [tally(torch.cat(pair, dim=1)) for pair in zip(recorded, recorded[1:])]
 
@@ -483,7 +483,7 @@ def test_d3pm_may_predict_the_mask(time_cond, N, schedule):
     recorded = []
     y, _ = decode_ancestral(model, torch.tensor([BLANK_ROW] * ROWS), steps=N,
                             noise_schedule=schedule, generator=noise_source(N),
-                            on_step=lambda x, *_: recorded.append(x))
+                            watch=lambda x, *_: recorded.append(x))
     states, alpha = {BLANK_ROW: 1.0}, ALPHA[schedule]
     for n in range(N, 0, -1):
         after = collections.Counter()
@@ -500,7 +500,7 @@ def test_d3pm_may_predict_the_mask(time_cond, N, schedule):
         model.config.subs = True
         first = []
         decode_ancestral(model, torch.tensor([BLANK_ROW] * ROWS), steps=N, noise_schedule=schedule,
-                         generator=noise_source(N), on_step=lambda x, *_: first.append(x))
+                         generator=noise_source(N), watch=lambda x, *_: first.append(x))
         assert (first[-2] == LETTERS).sum() < (recorded[-2] == LETTERS).sum()
 
 
@@ -517,7 +517,7 @@ def test_no_mask_is_left_where_the_mask_may_be_predicted(decoder):
     x[:, 3] = 1
     for temperature in (0, 1.0):
         y, _ = decoder(model, x, temperature=temperature, generator=noise_source(),
-                       on_step=lambda *step: step[3][:, MASK].max() == -torch.inf or 1 / 0)
+                       watch=lambda *step: step[3][:, MASK].max() == -torch.inf or 1 / 0)
         assert (y != MASK).all() and (y[:, 3] == 1).all()
 
 
@@ -530,13 +530,13 @@ UNIFORM_K = 3
     (1, 'linear', 1.0, None), (2, 'linear', 1.0, None), (3, 'cosine', 0.6, None),
     (4, 'linear', 1.0, None), (3, 'linear', 1.0, 2)])
 def test_uniform_follows_the_reverse_chain(N, schedule, temperature, given):
-    """T = 2, V' = 3, after every step: from uniform noise on, all that is wanted moves."""
+    """T = 2, V' = 3, after every step: from uniform noise on, all that is generated moves."""
     model, recorded = tiny_model(V=UNIFORM_K + 1, T=2, seed=7, time_cond=True), []
     x = torch.full((ROWS, 2), UNIFORM_K)
-    wanted = [0, 1] if given is None else [0]
+    generated = [0, 1] if given is None else [0]
     x[:, 1] = UNIFORM_K if given is None else given
     y, nfe = decode_uniform(model, x, steps=N, noise_schedule=schedule, temperature=temperature,
-                            generator=noise_source(N), on_step=lambda x, *_: recorded.append(x))
+                            generator=noise_source(N), watch=lambda x, *_: recorded.append(x))
     assert nfe == N == len(recorded) and torch.equal(recorded[-1], y)
     letters = range(UNIFORM_K)
     texts = list(itertools.product(letters, letters if given is None else [given]))
@@ -545,8 +545,8 @@ def test_uniform_follows_the_reverse_chain(N, schedule, temperature, given):
         after = collections.Counter()
         for z, q in states.items():
             for z2, r in posterior_step(model, alpha(n / N), alpha((n - 1) / N), temperature,
-                                        np.full(UNIFORM_K, 1 / UNIFORM_K), z, wanted,
-                                        len(wanted) / 2).items():
+                                        np.full(UNIFORM_K, 1 / UNIFORM_K), z, generated,
+                                        len(generated) / 2).items():
                 after[z2] += q * r
         states = after
         assert p_value(tally(recorded[N - n]), states) > 1e-4
@@ -577,7 +577,7 @@ def test_the_best_uniform_model_writes_the_texts_it_knows():
     p = torch.tensor([[0.3, 0.01, 0.02], [0.02, 0.25, 0.05], [0.01, 0.04, 0.3]])
     x, recorded = torch.full((8000, 2), UNIFORM_K), []
     y, _ = decode_uniform(Optimal(p), x, steps=150, generator=noise_source(),
-                          on_step=lambda x, *_: recorded.append(x))
+                          watch=lambda x, *_: recorded.append(x))
     data = {(i, j): p[i, j].item() for i in range(UNIFORM_K) for j in range(UNIFORM_K)}
     assert p_value(tally(y), data) > 1e-4
     at_once, _ = decode_uniform(Optimal(p), x, steps=1, generator=noise_source())
@@ -588,14 +588,14 @@ def test_the_best_uniform_model_writes_the_texts_it_knows():
 
 @repeatable(max_examples=30)
 @given(x=canvases(), steps=st.integers(1, 8), seed=st.integers(0, 999), eos=st.sampled_from(
-    [None, 2]), drawing=st.sampled_from([{}, {'temperature': 0}, {'top_k': 1},
+    [None, 2]), sampling=st.sampled_from([{}, {'temperature': 0}, {'top_k': 1},
                                          {'repetition_penalty': 1.5, 'top_p': 0.8}]))
-def test_uniform_keeps_its_promises(x, steps, seed, eos, drawing):
+def test_uniform_keeps_its_promises(x, steps, seed, eos, sampling):
     model, canvas, recorded, calls = model_for('mdm'), x.clone(), [], []
     hook = model.register_forward_hook(
         lambda _, words, out: calls.append(([word.clone() for word in words], out)))
-    decode = partial(decode_uniform, model, x, steps=steps, eos_id=eos, **drawing)
-    y, nfe = decode(generator=noise_source(seed), on_step=lambda *step: recorded.append(step))
+    decode = partial(decode_uniform, model, x, steps=steps, eos_id=eos, **sampling)
+    y, nfe = decode(generator=noise_source(seed), watch=lambda *step: recorded.append(step))
     hook.remove()
     assert torch.equal(x, canvas) and torch.equal(y[x != MASK], x[x != MASK])
     assert y.shape == x.shape and y.min() >= 0 and y.max() < MASK, 'a mask is left'
@@ -611,7 +611,7 @@ def test_uniform_keeps_its_promises(x, steps, seed, eos, drawing):
         assert torch.equal(recorded[-1][0], y)
     if eos is not None:
         assert torch.equal(y, ended(y, x, eos, MASK))
-    if drawing == {'temperature': 0} and recorded and eos is None:
+    if sampling == {'temperature': 0} and recorded and eos is None:
         best = recorded[-1][3].argmax(-1)
         assert torch.equal(y[x == MASK], best), 'the last step is greedy'
 
@@ -656,8 +656,8 @@ def test_one_token_at_a_time_is_the_average_over_all_orders():
     assert p_value(tally(at_once), average) < 1e-6
 
 
-def surest_step(model, order, x):
-    """{canvas: probability}: a token is drawn for every mask, and the surest of them stays."""
+def confident_step(model, order, x):
+    """{canvas: probability}: a token for every mask, of which the most confident stays."""
     p, masked = predictions(model, x), [i for i, token in enumerate(x) if token == LETTERS]
     after = collections.defaultdict(float)
     for tokens in itertools.product(range(LETTERS), repeat=len(masked)):
@@ -671,12 +671,12 @@ def surest_step(model, order, x):
 
 
 @pytest.mark.parametrize('order', ORDERS[:3])
-def test_confidence_draws_for_all_and_keeps_the_surest(order):
+def test_confidence_draws_for_all_and_keeps_the_most_confident(order):
     """At temperature 1 max_prob scores the token that was drawn, not the likeliest one."""
     model = tiny_model(V=LETTERS + 1, T=LENGTH, seed=7, pos='learned')
     y, _ = decode_confidence(model, torch.tensor([BLANK_ROW] * ROWS), steps=LENGTH, order=order,
                              generator=noise_source())
-    assert p_value(tally(y), chain([partial(surest_step, model, order)] * LENGTH)) > 1e-4
+    assert p_value(tally(y), chain([partial(confident_step, model, order)] * LENGTH)) > 1e-4
     assert p_value(tally(y), any_order_average(model)) < 1e-6
 
 
@@ -694,11 +694,11 @@ def remask_step(model, keep, state):
     return after
 
 
-def test_remask_keeps_the_surest_of_old_and_new():
+def test_remask_keeps_the_most_confident_of_old_and_new():
     """Three steps, the distribution after each; what was kept before may be masked again."""
     model, recorded = tiny_model(V=LETTERS + 1, T=LENGTH, seed=14, pos='learned'), []
     decode_remask(model, torch.tensor([BLANK_ROW] * ROWS), steps=3, generator=noise_source(1),
-                  on_step=lambda x, *_: recorded.append(x))
+                  watch=lambda x, *_: recorded.append(x))
     for n in (1, 2, 3):
         right = collections.Counter()
         states = chain([partial(remask_step, model, keep) for keep in range(1, n + 1)],
@@ -707,7 +707,7 @@ def test_remask_keeps_the_surest_of_old_and_new():
             right[tuple(token for token, _ in state)] += q
         assert p_value(tally(recorded[n - 1]), right) > 1e-4
     assert ((recorded[0] != LETTERS) & (recorded[1] == LETTERS)).any()
-    for_good = chain([partial(surest_step, model, 'max_prob')] * LENGTH)
+    for_good = chain([partial(confident_step, model, 'max_prob')] * LENGTH)
     assert p_value(tally(recorded[2]), for_good) < 1e-6, 'decode_confidence does something else'
 
 
@@ -792,7 +792,7 @@ def naive_confidence(model, x, order, remaining=None, threshold=None, penalty=1.
 WIDE = {'V': 12, 'T': 16}
 WIDE_MASK = 11
 SHAPES = [{}, {'pos': 'learned', 'norm': 'layernorm', 'mlp': 'gelu', 'bias': True, 'tied': True},
-          {'n_kv_head': 1, 'mlp': 'swiglu', 'qk_norm': False}]
+          {'n_kv_head': 1, 'mlp': 'swiglu', 'qk_norm': False, 'n_conv': 5}]
 
 
 def wide_canvas(rows, seed, share):
@@ -968,7 +968,7 @@ def test_the_first_pass_of_every_block_is_exact():
     model, x, passes = tiny_model(seed=6, pos='learned', **WIDE), wide_canvas(1, 1, 0.9), []
     decode_blocks(model, x, inner=partial(confidence, steps=12), block_length=4,
                  prefix_cache=True, generator=noise_source(),
-                 on_step=lambda x, nfe, where, logits: passes.append((x.clone(), where, logits)))
+                 watch=lambda x, nfe, where, logits: passes.append((x.clone(), where, logits)))
     before, exact = [x, *(y for y, *_ in passes)], []
     for y, (_, where, logits) in zip(before, passes):
         exact.append(torch.allclose(model(y, where=where), logits, atol=1e-4))
@@ -996,8 +996,17 @@ def block_logits(model, x, L, window=(0, None)):
     def blockwise(q, k, v, **_):
         return attention(q, k, v, attn_mask=block[:, None] >= block, enable_gqa=True)
 
+    def mixed(self, x, *_):
+        y = x.clone()
+        for i, (k, w) in itertools.product(range(x.size(1)), enumerate(self.weight)):
+            j = i + k - self.past
+            if 0 <= j < x.size(1) and block[j] <= block[i]:
+                y[:, i] += w * x[:, j]
+        return y
+
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch.nn.functional, 'scaled_dot_product_attention', blockwise)
+        patch.setattr(LocalMixing, 'forward', mixed)
         return model(x, t)
 
 
@@ -1024,7 +1033,7 @@ def test_a_block_model_reads_as_if_there_were_no_cache(shape, inner, L, T):
     x[:, 0], x[:, 1], x[:, L + 2:L + 3], before = 1, WIDE_MASK, 3, [x]
     hook = model.register_forward_hook(lambda *_: calls.append(1))
     y, nfe = decode_blocks(model, x, inner=INNER[inner], block_length=0, steps=2 * T // L + 2,
-                          generator=noise_source(), on_step=lambda *step: steps.append(
+                          generator=noise_source(), watch=lambda *step: steps.append(
                               [a.clone() if torch.is_tensor(a) else a for a in step]))
     hook.remove()
     assert nfe == len(calls) and (y != WIDE_MASK).all()
@@ -1055,7 +1064,7 @@ def test_a_block_model_reads_the_rest_of_its_block_and_nothing_behind_it():
                      generator=noise_source())
     logits = []
     for canvas in (behind, beside):
-        decode(canvas, on_step=lambda *step: logits.append(step[3]))
+        decode(canvas, watch=lambda *step: logits.append(step[3]))
     assert (logits[0] == logits[0][0]).all() and not torch.allclose(logits[1], logits[1][:1])
 
 
@@ -1168,7 +1177,7 @@ def test_nothing_is_drawn_after_the_end(decoder):
         x, steps = torch.full((2, 16), WIDE_MASK), []
         x[:, 0], x[:, 11] = 3, 3  # 3 is the eos: those that are given do not end a text
         y, _ = decoder(model, x, eos_id=3, generator=noise_source(seed),
-                       on_step=lambda x, nfe, where, _: steps.append((x.clone(), where)))
+                       watch=lambda x, nfe, where, _: steps.append((x.clone(), where)))
         assert torch.equal(y, ended(y, x, 3)) and (y != WIDE_MASK).all()
         finished = torch.zeros(2, dtype=torch.bool)
         for canvas, where in steps:
@@ -1285,7 +1294,7 @@ def test_confident_models_keep_their_order():
     log_odds = torch.tensor([14.0, 25.0, 18.0, 30.0, 16.0])
     seen, x = [], torch.full((1, 5), 2)
     decode_confidence(Certain(log_odds), x, steps=0, temperature=0, generator=noise_source(),
-                      on_step=lambda x, *_: seen.append((x[0] != 2).tolist()))
+                      watch=lambda x, *_: seen.append((x[0] != 2).tolist()))
     written = [sum(step) for step in zip(*seen)]  # in how many of the 5 steps each stood there
     assert np.argsort(written)[::-1].tolist() == log_odds.argsort(descending=True).tolist()
 
@@ -1315,7 +1324,7 @@ def test_confidence_leaves_as_many_masks_as_stated(masks, steps, counts):
     recorded = []
     decode_confidence(COUNTED, x, steps=steps, order='random', counts=counts,
                       generator=noise_source(),
-                      on_step=lambda x, *_: recorded.append((x == WIDE_MASK).sum(1).tolist()))
+                      watch=lambda x, *_: recorded.append((x == WIDE_MASK).sum(1).tolist()))
     stated = [list(left) for left in zip(*(remaining(n, steps, counts) for n in masks))]
     changed = [b for a, b in zip([masks, *stated], stated) if a != b]
     assert recorded == changed
@@ -1514,7 +1523,7 @@ def test_start_is_continued_to_the_end_of_the_context(run_main, words, passes):
 
 
 def test_a_block_model_writes_on_beyond_its_context(run_main):
-    """Longer than the context by a prompt, by what is wanted, and by the two together."""
+    """Longer than the context by a prompt, by what is generated, and by the two together."""
     for start, length in (('R' * 60, 3), ('', 70), ('To be, or not to be', 50)):
         words = ('--out_dir=block', f'--start={start}', f'--gen_length={length}', '--steps=40')
         (text,), (written, nfe) = texts(run_main(*words)[1])
@@ -1746,9 +1755,9 @@ def test_help_in_the_shell_shows_every_setting(runs):
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout.startswith(sample.__doc__.splitlines()[0])
     shown = re.findall(r'^(\w+) = .*#|^(num_samples|gen_length|seed) = ', done.stdout, re.MULTILINE)
-    wanted = ('out_dir', 'device', 'start', 'template', 'corrupt', 'num_samples', 'gen_length',
+    expected = ('out_dir', 'device', 'start', 'template', 'corrupt', 'num_samples', 'gen_length',
               'seed', 'decoder', 'steps', 'threshold', 'temperature', 'top_k', 'top_p')
-    assert {a or b for a, b in shown} >= set(wanted)
+    assert {a or b for a, b in shown} >= set(expected)
     assert 'def ' not in done.stdout
 
 
@@ -1791,7 +1800,7 @@ class Phrasebook:
                 continue
             middle = ids.index(META['sep_id'])
             answer = self.book[tuple(ids[:middle])] + [META['pad_id']] * 99
-            logits[n, answer[column - middle - 1]] = 20 + 7 * column % 5  # not the surest first
+            logits[n, answer[column - middle - 1]] = 20 + 7 * column % 5  # not from the left
         logits[:, self.mask_id] = -math.inf
         return logits
 
@@ -1862,28 +1871,28 @@ def test_of_the_right_answer_no_more_than_its_length_is_known():
 
 
 class Ends:
-    """Stands in for a model with known chances of an EOS, (rows, W), after prompts of 2 tokens."""
+    """Stands in for a model with known P(EOS), (rows, W), after prompts of 2 tokens."""
     mask_id = META['mask_id']
 
-    def __init__(self, chances):
-        self.chances, self.embed = chances, torch.nn.Embedding(1, 1)
+    def __init__(self, p):
+        self.p, self.embed = p, torch.nn.Embedding(1, 1)
 
     def __call__(self, x, t=None, *, where):
-        B, W = self.chances.shape
+        B, W = self.p.shape
         assert where.tolist() == [[False] * 3 + [True] * W] * B
         assert t.flatten().tolist() == pytest.approx([W / (3 + W)] * B)
         p = torch.full((B, W, 13), 0.0)
-        p[..., 9], p[..., 2] = self.chances, 1 - self.chances
+        p[..., 9], p[..., 2] = self.p, 1 - self.p
         return (p.log() + torch.randn(B, W, 1, generator=noise_source())).flatten(0, 1)
 
 
 @pytest.mark.parametrize('quantile', [0.1, 0.5, 0.9, 1.0])
-def test_lengths_are_read_off_the_chances_of_an_eos(quantile):
-    """By a loop, and with all chances as small as they are where a PAD is likelier."""
-    chances = torch.rand(40, 6, generator=noise_source(1)) ** 3 / 50
+def test_lengths_are_read_off_the_probabilities_of_an_eos(quantile):
+    """By a loop, and with all of them as small as they are where a PAD is likelier."""
+    p_eos = torch.rand(40, 6, generator=noise_source(1)) ** 3 / 50
     x = torch.tensor([[1, 2, 10] + [12] * 6] * 40)
-    predict = partial(sample.predict_lengths, Ends(chances), x, quantile=quantile, eos_id=9)
-    for row, likeliest, held in zip(chances.tolist(), predict(name='argmax').tolist(),
+    predict = partial(sample.predict_lengths, Ends(p_eos), x, quantile=quantile, eos_id=9)
+    for row, likeliest, held in zip(p_eos.tolist(), predict(name='argmax').tolist(),
                                     predict(name='quantile').tolist()):
         assert likeliest == 1 + row.index(max(row))
         sums = [math.fsum(row[:i + 1]) / math.fsum(row) for i in range(6)]
@@ -1983,7 +1992,7 @@ class Counting(Phrasebook):
         return logits
 
 
-def test_the_surest_of_several_lengths():
+def test_the_most_confident_of_several_lengths():
     """Of a model that is sure of the right one: whatever is among the candidates, or next to it."""
     prompts, answers = (list(map(encoded, texts)) for texts in (BOOK, BOOK.values()))
     run = row_run(Counting(BOOK, 11), predict_pad=False, block_size=11)
@@ -2066,7 +2075,7 @@ def test_prompts_are_answered_from_the_command_line(row_runs, run_main, name, wi
     assert found[:8] == [row['text'] for row in rows], 'spaces around a prompt mean nothing'
 
 
-def test_the_surest_of_several_lengths_from_the_command_line(row_runs, run_main):
+def test_the_most_confident_of_several_lengths_from_the_command_line(row_runs, run_main):
     words = ('--out_dir=row_mdm', '--start=abc h', '--decoder=confidence', '--temperature=0')
     words += ('--length=ratio', '--json')
     single = {width: objects(run_main(*words, f'--length_line=(0,{width})')[1])[0]['text']
