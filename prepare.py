@@ -841,7 +841,7 @@ def split_row(ids, meta):
 
 def open_data(dataset, block_size, batch_size, seed=0, *, random_length=0.0, train_tokens=0,
               predict_pad=False, score_prompt=False, row_share=1.0, length_curriculum=0,
-              pad_curriculum=0):
+              pad_curriculum=0, token_weights=(1.0, 1.0, 1.0)):
     """The data set data/<dataset>, opened for reading: Stream or Rows; both answer the same calls.
 
     The others are settings of train.py. Raises UserError where one is for the other layout.
@@ -853,7 +853,7 @@ def open_data(dataset, block_size, batch_size, seed=0, *, random_length=0.0, tra
             raise UserError(f'train_tokens is for a stream of text, but data/{dataset} has rows')
         return Rows(*common, predict_pad, score_prompt, row_share, length_curriculum,
                     pad_curriculum)
-    if predict_pad or score_prompt or length_curriculum or row_share != 1:
+    if predict_pad or score_prompt or length_curriculum or {row_share, *token_weights} != {1.0}:
         raise UserError('predict_pad, score_prompt, row_share, length_curriculum and '
                         f'token_weights are for rows, but data/{dataset} is a stream of text')
     return Stream(*common, train_tokens)

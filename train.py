@@ -18,7 +18,8 @@ in an update: 2 processes do in one pass what 1 process does in 2. With several 
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=<0 or 1> --master_addr=<of machine 0>
         --master_port=1234 train.py config/shakespeare_mdm_10m.py
 
-Read main(), then train(): evaluate, save, update. Above them stand the parts in the same order.
+Read main() at the end of the file first, then train() and update(): evaluate, save, update. The
+other functions stand in the order in which those call them.
 """
 
 import csv
@@ -26,19 +27,18 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import config
@@ -46,16 +46,16 @@ import sample
 from config import UserError, one_of, require, write_atomically
 from model import LengthLoss, Transformer, evaluate, load_checkpoint, make_objective, \
     model_config, peak_memory, pick_device, pick_dtype
-from prepare import load_tokenizer, mixed_seed, open_data, prepare, recipe_names
+from prepare import mixed_seed, open_data, prepare, recipe_names
 
 # the run
-out_dir = 'out/shakespeare_mdm'  # where it is written; a config file sets out/<its name>
-resume = False              # go on with the run in out_dir, under the settings that it has
-overwrite = False           # throw away the run in out_dir
-init_from = ''              # a run of this shape and vocabulary, whose weights are the first:
+out_dir = 'out/shakespeare_mdm'  # the run's folder; a config file sets out/<its name>
+resume = False              # continue the run in out_dir, with the settings that it has
+overwrite = False           # delete the run in out_dir and begin anew
+init_from = ''              # begin with the weights of this run, of the same shape and vocabulary:
                             # a short ar run saves masked diffusion a slow start, see README
 seed = 1337
-device = 'auto'             # cuda, mps, cpu; auto takes the first that is there
+device = 'auto'             # cuda, mps, cpu; auto takes the first available
 dtype = 'auto'              # float32, bfloat16 (autocast); auto is bfloat16 where that is fast
 compile = 'auto'            # torch.compile: on, off; auto is on where it pays within this run
 # data
@@ -64,16 +64,16 @@ batch_size = 16             # B, windows per forward and backward pass
 gradient_accumulation_steps = 1  # passes per update
 block_size = 256            # T, tokens per window
 train_tokens = 0            # train on the first so many tokens of the training split; 0 = all
-random_length = 0.0         # share of the batches that are cut to a random length: a stream's to
-                            # any; rows, if predict_pad, to what the longest answer needs, or more
+random_length = 0.0         # share of batches cropped to a random length: a stream's to any length,
+                            # rows, if predict_pad, to no less than their longest answer needs
 # data of rows: prompts and answers, or documents; a batch holds rows of one width
-predict_pad = False         # PAD is predicted too, so that the model finds where an answer ends;
-                            # False: the number of tokens says so, and the model never sees a PAD
+predict_pad = False         # PAD is predicted too, so that the model learns where an answer ends;
+                            # False: the width of a row tells where, and no PAD is ever seen
 score_prompt = False        # ar: train on the prompt too
 row_share = 1.0             # train on this share of the rows, the shortest ones
 length_curriculum = 0       # updates over which longer and longer rows join the shortest
-pad_curriculum = 0          # predict_pad: updates over which the room behind the answers grows
-token_weights = (1.0, 1.0, 1.0)  # mdm: what an error at text, at EOS, at PAD counts in the loss
+pad_curriculum = 0          # predict_pad: updates over which PAD is added behind the answers
+token_weights = (1.0, 1.0, 1.0)  # mdm: weights of text, EOS and PAD in the loss
 # model
 n_layer = 4
 n_head = 4
@@ -91,7 +91,7 @@ time_cond = False           # show the network the noise level
 dropout = 0.0
 # objective
 objective = 'mdm'           # ar, mdm, d3pm, uniform, block; what follows is for all but ar
-schedule = 'linear'         # linear, cosine, polynomial; how much is noise at level t
+schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
 loss_weight = 'clipped'     # elbo = w(t), clipped = min(w(t), w_max), flat = 1, masked_mean
 w_max = 5.0                 # for loss_weight = clipped
 mask_range = (0.15, 0.99)   # levels t that are trained; below, a row has few masks to learn from
@@ -99,11 +99,11 @@ diffusion_steps = 1000      # d3pm: N, from all masks to none
 subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
 block_length = 16           # block: tokens per block
 soft_inputs = False         # uniform: train on mixtures of tokens, ever closer to a single one
-divergence = 'elbo'         # uniform: elbo, symmetric_kl, scaled_kl; to train, never reported
-# length before decoding: train a head that predicts it on the run init_from, which stays fixed
+divergence = 'elbo'         # uniform: elbo, symmetric_kl, scaled_kl; for training alone
+# length prediction: train a head that predicts the length of an answer on the frozen run init_from
 length_head = ''            # regress_mean, regress_concat, classify, encoder_regress,
                             # encoder_classify; see LengthHead in model.py
-length_quantile = 0.95      # of regress: the share of answers that are no longer than predicted
+length_quantile = 0.95      # regress: the share of answers that are no longer than predicted
 # optimiser
 optimizer = 'muon'          # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: all
 max_iters = 1200            # updates
@@ -117,13 +117,11 @@ beta2 = 0.99                # and of its square
 grad_clip = 1.0             # largest norm of the gradient; 0 = no limit
 # evaluation
 eval_interval = 200         # updates between evaluations on the full validation split, checkpoints
-log_interval = 10           # updates between two losses that are shown
+log_interval = 10           # updates between two training losses that are printed
 decode_rows = 0             # prompts to answer at each evaluation, greedily, into samples.csv
 eval_repeats = 4            # independent draws of a bound at the end, for its standard error
 track = ''                  # tensorboard (curves in out_dir), wandb (project nanomdm), or both
 bench = 0                   # only time this many updates and profile a few: nothing is written
-WARM_UP, PROFILED = 3, 3    # updates before and after those that bench times
-COMPILING, GAIN = 60, 0.25  # seconds that torch.compile takes, and the share of an update it saves
 
 
 # ----------------------------------------------------------------------------------- the optimisers
@@ -158,34 +156,30 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group['params']:
-                state = self.state[p]
-                if not state:
-                    state['momentum'] = torch.zeros_like(p)
-                average = state['momentum'].lerp_(p.grad, 1 - group['momentum'])
+                average = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group['momentum'])
                 nesterov = p.grad.lerp(average, group['momentum'])
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 size = max(1, p.size(0) / p.size(1)) ** 0.5  # as far in spectral norm for any shape
                 p.add_(orthogonalize(nesterov, self.dtype), alpha=-group['lr'] * size)
 
 
-def make_optimizers(model, optimizer, betas, weight_decay, dtype):
+def make_optimizers(model, s, dtype):
     """[Muon, AdamW] or [AdamW]: Muon takes the matrices inside the blocks.
 
-    Weight decay falls on those matrices under either. Local mixing is no matrix, but a vector of
-    channels for each neighbour. The loop sets the learning rates. What is
-    frozen is left out.
+    Weight decay falls on those matrices under either. The weights of local mixing are no matrix,
+    but a vector of channels for each neighbour. Of a model with a length head, the head alone is
+    trained. Every update sets the learning rates anew.
     """
-    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    inside = {name for name, p in learned.items()
-              if 'blocks.' in name and p.dim() == 2 and 'mixing' not in name}
-    matrices = [p for name, p in learned.items() if name in inside]
-    rest = [p for name, p in learned.items() if name not in inside]
-    adam = partial(torch.optim.AdamW, betas=betas, fused=True)
-    if optimizer == 'muon' and matrices:
-        return [Muon(matrices, weight_decay, dtype),
-                adam([{'params': rest, 'weight_decay': 0.0}])]
-    return [adam([{'params': matrices, 'weight_decay': weight_decay},
-                  {'params': rest, 'weight_decay': 0.0}])]
+    matrices, rest = [], []
+    for name, p in (model.length_head or model).named_parameters():
+        is_matrix = 'blocks.' in name and p.dim() == 2 and 'mixing' not in name
+        (matrices if is_matrix else rest).append(p)
+    adam = partial(torch.optim.AdamW, betas=(s.beta1, s.beta2), fused=True)
+    plain = {'params': rest, 'weight_decay': 0.0}
+    if s.optimizer == 'muon' and matrices:
+        return [Muon(matrices, s.weight_decay, dtype), adam([plain])]
+    return [adam([{'params': matrices, 'weight_decay': s.weight_decay}, plain])]
 
 
 def lr_factor(iteration, max_iters, warmup_iters, lr_schedule):
@@ -193,57 +187,81 @@ def lr_factor(iteration, max_iters, warmup_iters, lr_schedule):
     if iteration < warmup_iters:
         return (iteration + 1) / (warmup_iters + 1)
     progress = (iteration - warmup_iters) / max(1, max_iters - warmup_iters)  # in [0, 1)
-    if lr_schedule == 'cosine':
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    if lr_schedule == 'wsd':
-        return min(1.0, 5 * (1 - progress))
-    return 1.0  # constant
+    return {'constant': 1.0,
+            'wsd': min(1.0, 5 * (1 - progress)),
+            'cosine': 0.5 * (1 + math.cos(math.pi * progress))}[lr_schedule]
 
 
 # ------------------------------------------------------------------------------------------ set-up
 
 
-def check_settings(s, run_settings):
-    """Raises UserError for settings that do not go together; run_settings: of a run to resume."""
+def check_settings(s):
+    """Raises UserError for settings that do not go together, before anything is written."""
     one_of('optimizer', s.optimizer, ('muon', 'adamw'))
     one_of('lr_schedule', s.lr_schedule, ('cosine', 'wsd', 'constant'))
     one_of('compile', s.compile, ('auto', 'on', 'off'))
-    require('objective', s.objective, s.objective == run_settings.get('objective', s.objective),
-            'that of the run')
-    require('pad_curriculum', s.pad_curriculum, s.predict_pad or not s.pad_curriculum,
-            '0 without predict_pad')
-    require('token_weights', s.token_weights, len(s.token_weights) == 3 and (
-        set(s.token_weights) == {1.0} or (s.objective == 'mdm' and not s.length_head)),
-        'three numbers of 0 or more (1, 1, 1 but for mdm without a length_head)')
-    require('soft_inputs', s.soft_inputs, s.objective == 'uniform' or not s.soft_inputs,
-            'False (but for uniform)')
-    require('subs', s.subs, s.subs or s.objective == 'd3pm', 'True (d3pm alone may use the mask)')
-    require('block_length', s.block_length, s.objective != 'block'
-            or 1 <= s.block_length <= s.block_size, 'in [1, block_size]')
-    require('length_head', s.length_head, not s.length_head or (
-        s.predict_pad and s.objective in ('mdm', 'd3pm')),
-        "'', unless predict_pad is on and objective is mdm or d3pm")
-    require('init_from', s.init_from, s.init_from or not s.length_head,
-            'the run that a length_head is for')
-    require('length_quantile', s.length_quantile, s.length_quantile < 1, 'in (0, 1)')
+    objective = make_objective(vars(s))
+    all_masks = objective.masks and not objective.block_length  # a whole answer may be masked
+    for name, fine, wanted in (
+            ('score_prompt', not s.score_prompt or objective.causal,
+             'False: it is for objective=ar alone'),
+            ('subs', s.subs or s.objective == 'd3pm', 'True (d3pm alone may use the mask)'),
+            ('soft_inputs', not s.soft_inputs or s.objective == 'uniform', 'False but for uniform'),
+            ('token_weights', len(s.token_weights) == 3 and (set(s.token_weights) == {1.0} or (
+                hasattr(objective, 'token_weight') and not s.length_head)),
+             'three numbers of 0 or more (1, 1, 1 but for mdm without a length_head)'),
+            ('block_length', s.objective != 'block' or 1 <= s.block_length <= s.block_size,
+             'in [1, block_size]'),
+            ('pad_curriculum', s.predict_pad or not s.pad_curriculum, '0 without predict_pad'),
+            ('length_head', not s.length_head or (s.predict_pad and all_masks),
+             "'', unless predict_pad is on and objective is mdm or d3pm"),
+            ('init_from', s.init_from or not s.length_head, 'the run that a length_head is for'),
+            ('length_quantile', s.length_quantile < 1, 'in (0, 1)')):
+        require(name, vars(s)[name], fine, wanted)
 
 
-def in_todays_words(settings):
-    """The settings of an older checkpoint, in which some had other names and values."""
-    settings = dict(settings)
-    track = [name for name in ('tensorboard', 'wandb') if settings.pop(name, False)]
-    settings.setdefault('track', ','.join(track))
-    if isinstance(settings.get('compile'), bool):
-        settings['compile'] = 'on' if settings['compile'] else 'off'
-    return settings
+class Training:
+    """What the loop works with and how far it is. Built from the settings, and from a checkpoint.
+
+    Nothing is written before the second but last step of the set-up, open_out_dir: a mistake that
+    is found until then costs no run.
+    """
+
+    def __init__(self, s, checkpoint=None):
+        self.rank, self.world, self.device = join_processes(pick_device(s.device))
+        self.dtype = pick_dtype(s.dtype, self.device)
+        self.autocast = partial(torch.autocast, self.device.partition(':')[0], torch.bfloat16,
+                                enabled=self.dtype == 'bfloat16')
+        self.data = open_training_data(s, self.rank, self.world)  # a Stream or Rows
+        torch.manual_seed(s.seed)
+        self.model = Transformer(model_config(vars(s), self.data.meta)).to(self.device)
+        if s.init_from and not checkpoint:
+            load_first_weights(self.model, s, self.data.meta)
+        self.objective = training_objective(s, self.data.meta, self.device)
+        self.optimizers = make_optimizers(self.model, s, getattr(torch, self.dtype))
+        self.iteration = 0      # updates done
+        self.tokens = 0         # read by all of them
+        self.seconds = 0.0      # spent on them; evaluations are not counted
+        self.speed = 0.0        # tokens/s of the updates of this process
+        self.log = []           # rows of log.csv
+        self.saved_at = None    # the iteration of ckpt.pt
+        self.caught = []        # signals that ask this process to stop
+        if checkpoint:
+            restore(self, s, checkpoint)
+        if self.world > 1:  # all processes begin with the same weights, on whatever machines
+            for p in self.model.parameters():
+                dist.broadcast(p.detach(), 0)
+        self.trackers = open_out_dir(s) if self.rank == 0 and not s.bench else []
+        self.parts = s.gradient_accumulation_steps * self.world  # batches of an update
+        self.tokens_per_update = round(self.parts * self.data.tokens_per_batch)
+        self.flops_per_token = self.model.flops_per_token(self.data.mean_width)
+        self.peak = self.world * fastest_flops(self.device, self.dtype)  # FLOP/s of all devices
 
 
-def join_processes(device, length_head):
+def join_processes(device):
     """(rank, world, device) of this process among those of a torchrun; (0, 1, device) if alone."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world > 1:
-        if length_head:
-            raise UserError('a length_head is trained by one process: leave out torchrun')
         if device == 'cuda':
             device = f'cuda:{os.environ["LOCAL_RANK"]}'
             torch.cuda.set_device(device)
@@ -255,37 +273,17 @@ def join_processes(device, length_head):
 
 def open_training_data(s, rank, world):
     """The Stream or Rows to train on, prepared by the first process if it is missing."""
-    missing = not Path('data', s.dataset, 'meta.json').exists()
-    if rank == 0 and missing and s.dataset in recipe_names():
+    if rank == 0 and s.dataset in recipe_names() \
+            and not Path('data', s.dataset, 'meta.json').exists():
         print(f'data/{s.dataset} is missing: preparing it')
         prepare(s.dataset)
     if world > 1:
-        dist.barrier()  # from here on there is data, and every process has seen a free out_dir
-    choices = ('predict_pad', 'train_tokens', 'random_length', 'score_prompt', 'row_share',
-               'length_curriculum', 'pad_curriculum')
-    data = open_data(s.dataset, s.block_size, s.batch_size, s.seed,
-                     **{name: getattr(s, name) for name in choices})
-    if s.score_prompt and s.objective != 'ar':
-        raise UserError(f'score_prompt is for objective=ar alone: {s.objective} sees the prompt')
-    if set(s.token_weights) != {1.0} and data.meta['layout'] != 'rows':
-        raise UserError(f'token_weights are for rows, but data/{s.dataset} is a stream of text')
+        dist.barrier()  # the data is complete, and every process has seen that out_dir is free
+    data = open_data(**{name: vars(s)[name] for name in signature(open_data).parameters})
     if s.decode_rows and data.meta['sep_id'] is None:
         raise UserError(f'decode_rows is for prompts and answers, but data/{s.dataset} has none')
     data.check()
     return data
-
-
-def training_objective(s, meta, vocab_size, device):
-    """The Objective that the settings name, or a length head's loss."""
-    if s.length_head:
-        return LengthLoss(meta['pad_id'], s.length_quantile)
-    objective = make_objective(vars(s))
-    if set(s.token_weights) != {1.0}:  # of rows, which have an EOS and a PAD
-        text, eos, pad = s.token_weights
-        objective.token_weight = torch.full((vocab_size,), float(text), device=device)
-        objective.token_weight[meta['eos_id']] = eos
-        objective.token_weight[meta['pad_id']] = pad
-    return objective
 
 
 def load_first_weights(model, s, meta):
@@ -296,397 +294,54 @@ def load_first_weights(model, s, meta):
              and name not in ('causal', 'dropout', 'subs', 'block_length', 'length_head')]
     other += [name for name in ('tokenizer', 'sep_id') if source['meta'][name] != meta[name]]
     other += [name for name in ('objective', 'predict_pad')
-              if s.length_head and source['config'][name] != getattr(s, name)]
+              if s.length_head and source['config'][name] != vars(s)[name]]
     if other:
-        raise UserError(f'{s.init_from} cannot be what this run begins with, for it has another '
-                        f'{", ".join(other)}')
-    model.load_state_dict(model.state_dict() | {name: p for name, p in source['model'].items()
-                                                if not name.startswith('length_head.')})
+        raise UserError(f'{s.init_from} cannot begin this run: it has another {", ".join(other)}')
+    weights = {name: p for name, p in source['model'].items() if 'length_head.' not in name}
+    model.load_state_dict(model.state_dict() | weights)
 
 
-@dataclass
-class Progress:
-    """How far a run is: what a resumed run needs beside weights and settings."""
-    iteration: int = 0        # updates done when this process began
-    tokens: int = 0           # read in training
-    seconds: float = 0.0      # of updates, evaluations not counted
-    best: float = math.inf    # lowest loss on the validation split
-    log: list = field(default_factory=list)  # rows of log.csv
-    saved: str = 'nothing is saved yet'  # or which weights ckpt.pt has
-
-
-def saved_words(out_dir, iteration):
-    return f'{out_dir}/ckpt.pt has the weights after {iteration} updates'
-
-
-def restore(checkpoint, model, optimizers, out):
-    """Weights and optimizers of a checkpoint go where they belong; returns the run's Progress."""
-    try:
-        model.load_state_dict(checkpoint['model'])
-        for o, state in zip(optimizers, checkpoint['optimizer'], strict=True):
-            groups = [own | {'params': saved['params']} for own, saved in
-                      zip(o.param_groups, state['param_groups'], strict=True)]
-            o.load_state_dict(state | {'param_groups': groups})  # these settings' decay and betas
-    except (RuntimeError, ValueError) as e:
-        raise UserError(f'the weights in {out} have another shape than these settings ask for: '
-                        'resume without changing the model or the optimizer') from e
-    iteration = checkpoint['iter']
-    try:
-        with open(out / 'log.csv', newline='') as f:
-            rows = [row for row in csv.DictReader(f)  # None: a line that was cut
-                    if None not in row.values() and int(row['iter']) <= iteration]
-        return Progress(iteration, int(checkpoint.get('tokens', rows[-1]['tokens'])),
-                        float(checkpoint.get('seconds', rows[-1]['seconds'])), checkpoint['best'],
-                        rows, saved_words(out, iteration))
-    except (OSError, ValueError, TypeError, LookupError) as e:
-        raise UserError(f'{out}/log.csv is damaged or gone ({type(e).__name__})') from e
-
-
-def compile_or_not(asked, device, data, seconds_left):
-    """(whether to compile, why): for 'auto' where it pays within the updates that are left."""
-    if asked != 'auto':
-        return asked == 'on', 'as set'
-    if data.meta['layout'] == 'rows' or data.random_length:
-        return False, 'batches have many widths, and each would be compiled anew'
-    if device == 'mps' or (device == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++'))):
-        return False, 'there is no compiler for this device'
-    if GAIN * seconds_left < COMPILING:
-        return False, f'about {seconds_left:.0f} s of updates are too few to make up for it'
-    return True, f'it saves a quarter of about {seconds_left:.0f} s of updates'
-
-
-def compile_model(t, s):
-    """Compiles the model by a first batch; where the compiler fails, goes on without it."""
-    t.model.compile()
-    try:
-        x0, given = on_device(t.data.batch(0, t.rank, t.world), t.device)
-        with t.autocast():
-            t.objective.loss(t.model, x0, torch.Generator(t.device), given)[0].backward()
-        t.model.zero_grad()
-    except Exception as e:  # of a dozen kinds: no compiler, no headers, no space, a bug of its own
-        t.model._compiled_call_impl = None
-        print(f'torch.compile failed ({type(e).__name__}): going on without it')
-
-
-class Parallel(torch.nn.parallel.DistributedDataParallel):
-    """The model on one of several processes: backward() adds up the gradients of all of them."""
-
-    def __getattr__(self, name):  # the losses ask it for mask_id, config and logits
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.module, name)
-
-
-# ----------------------------------------------------------------------------- evaluation, records
-
-
-def make_trackers(track, out_dir, settings):
-    """Functions (iteration, {name: number}), one for each tracker that is asked for."""
-    trackers = []
-    try:
-        for name in filter(None, track.split(',')):
-            one_of('track', name, ('tensorboard', 'wandb'))
-            if name == 'tensorboard':
-                from torch.utils.tensorboard import SummaryWriter
-                writer = SummaryWriter(out_dir)
-                trackers.append(lambda i, row: [writer.add_scalar(k, v, i) for k, v in row.items()])
-            else:
-                from wandb import init
-                run = init(project='nanomdm', name=Path(out_dir).name, config=settings)
-                trackers.append(lambda i, row: run.log(row, step=i))
-    except ImportError as e:
-        raise UserError(f"{e}: python -m pip install -e '.[track]'") from e
-    return trackers
-
-
-def evaluate_now(t, s, progress, iteration, learning_rate, speed):
-    """Adds a row to the log: the loss on all of the validation split and on some training text."""
-    with t.autocast():
-        val, _ = evaluate(t.model, t.objective, t.data.batches('val', s.batch_size))
-        train, _ = evaluate(t.model, t.objective, t.data.batches('train', s.batch_size,
-                                                                 limit=4 * s.batch_size))
-    limit = 2 * math.log(t.data.meta['vocab_size']) if s.token_weights[0] else math.inf
-    if not val <= limit:  # nan is not, either
-        raise UserError(f'diverged: the validation loss is {val:.4g} after {iteration} updates and '
-                        f'at learning rate {learning_rate:.2e}; {progress.saved}')
-    progress.best, measured = min(progress.best, val), t.objective.measured
-    progress.log.append({
-        'iter': iteration, 'tokens': progress.tokens, 'measured': measured, 'train': f'{train:.6f}',
-        'val': f'{val:.6f}', 'lr': f'{learning_rate:.3e}', 'data': t.data.meta['source'],
-        'seconds': f'{progress.seconds:.1f}', 'tokens_per_second': f'{speed:.0f}'})
-    if t.rank == 0:
-        write_log(progress.log, Path(s.out_dir))
-        title = f'{s.length_head or s.objective} on {s.dataset}'
-        log_v = None if s.length_head else math.log(t.data.meta['vocab_size'])
-        write_atomically(Path(s.out_dir, 'loss.png'), draw_losses(progress.log, title, log_v))
-    for track in t.trackers:
-        track(iteration, {f'train {measured}': train, f'val {measured}': val, 'tokens/s': speed})
-    return (f'{iteration:6,} updates, {progress.seconds:4.0f} s: {measured} {val:.4f} nats/token '
-            f'on the validation split, {train:.4f} on training text')
-
-
-def write_log(rows, out):
-    """log.csv: a row for every evaluation."""
-    text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / 'log.csv', text.getvalue().encode())
-
-
-def draw_losses(rows, title, log_v):
-    """The bytes of loss.png: a run's losses over updates and tokens, and log V', if not None."""
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(7, 4.2), layout='constrained')
-    ax, x = fig.subplots(), [int(row['iter']) for row in rows]
-    for key, label, style, color in (('train', 'training text', 'o--', '#E69F00'),
-                                     ('val', 'validation text', 'o-', '#0072B2')):
-        ax.plot(x, [float(row[key]) for row in rows], style, ms=4, label=label, color=color)
-    if log_v is not None:
-        ax.axhline(log_v, color='0.5', lw=1, ls=':')
-        ax.annotate("log V', a uniform guess", (1, log_v), xycoords=('axes fraction', 'data'),
-                    xytext=(-4, -4), textcoords='offset points', color='0.4', ha='right', va='top')
-    name = rows[0]['measured'].replace('<=', '(an upper bound on the nll)')
-    ax.set(xlabel='updates', title=title, ylabel=f'{name}, nats per token')
-    per_update = int(rows[-1]['tokens']) / max(1, x[-1]) / 1e6
-    if per_update:
-        tokens = ax.secondary_xaxis('top', functions=(lambda n: n * per_update,
-                                                      lambda n: n / per_update))
-        tokens.set_xlabel('training tokens (millions)')
-    ax.grid(color='0.92')
-    ax.legend(frameon=False)
-    buffer = io.BytesIO()
-    fig.savefig(buffer, dpi=150, format='png')
-    return buffer.getvalue()
-
-
-def save(t, s, progress, iteration):
-    """Writes ckpt.pt. All draws follow from the seed and the iteration: those are the rng."""
-    if t.rank == 0:
-        buffer = io.BytesIO()
-        torch.save({'model': t.model.state_dict(), 'config': vars(s), 'meta': t.data.meta,
-                    'optimizer': [o.state_dict() for o in t.optimizers], 'iter': iteration,
-                    'tokens': progress.tokens, 'seconds': progress.seconds, 'best': progress.best,
-                    'rng': s.seed}, buffer)
-        write_atomically(Path(s.out_dir, 'ckpt.pt'), buffer.getbuffer())
-    progress.saved = saved_words(s.out_dir, iteration)
-
-
-def write_answers(t, s, iteration):
-    """Adds answers to the first prompts to samples.csv, with BLEU if sacrebleu is installed."""
-    path, bleu = Path(s.out_dir, 'samples.csv'), ''
-    answers = sample.first_answers(as_run(t, s), t.data, s.decode_rows, sample.defaults() | {
-        'seed': s.seed})
-    with suppress(ImportError):
-        from sacrebleu import corpus_bleu
-        _, references, texts = zip(*answers)
-        bleu = f'{corpus_bleu(texts, [references]).score:.2f}'
-    new = not path.exists()
-    with open(path, 'a', newline='', encoding='utf-8') as f:
-        writer = csv.writer(f)
-        writer.writerows([('iter', 'BLEU of all', 'prompt', 'reference', 'answer')] * new)
-        writer.writerows((iteration, bleu, *texts) for texts in answers)
-    t.model.train()
-
-
-def as_run(t, s):
-    """The model at work as what sample.py decodes with."""
-    return sample.Run(Path(s.out_dir).name, t.model.eval(), make_objective(vars(s)), t.data.meta,
-                      load_tokenizer(t.data.meta), vars(s), s.max_iters, s.out_dir)
-
-
-# ---------------------------------------------------------------------------------------- the loop
-
-
-class Training(NamedTuple):
-    """What the loop works with."""
-    model: Transformer
-    network: Any         # the model, or its Parallel
-    objective: Any       # an Objective, or a LengthLoss
-    data: Any            # a Stream or Rows
-    optimizers: list
-    trackers: list
-    rank: int            # of this process, of `world`
-    world: int
-    device: str
-    dtype: str
-
-    def autocast(self):
-        return torch.autocast(self.device.partition(':')[0], torch.bfloat16,
-                              enabled=self.dtype == 'bfloat16')
-
-
-def on_device(batch, device):
-    """The tensors of a batch on the device; a None stays."""
-    pin = device.startswith('cuda')
-    return [None if x is None else (x.pin_memory() if pin else x).to(device, non_blocking=True)
-            for x in batch]
-
-
-def update(t, s, iteration, caught=()):
-    """One update: data, corruption and loss, backward, clip, step.
-
-    Returns sums (3,): nats, tokens that count, processes that caught a signal; and tokens read.
-    """
-    parts, tokens = s.gradient_accumulation_steps * t.world, 0
-    sums = torch.zeros(3, device=t.device)
-    for micro in range(s.gradient_accumulation_steps):
-        part = micro * t.world + t.rank
-        seed = mixed_seed(s.seed, iteration, part)
-        torch.manual_seed(seed)  # of dropout
-        rng = torch.Generator(t.device).manual_seed(seed)  # of noise
-        x0, given = on_device(t.data.batch(iteration, part, parts), t.device)
-        tokens += x0.numel() * t.world  # the others' batches are about as wide
-        t.network.require_backward_grad_sync = micro == s.gradient_accumulation_steps - 1
-        with t.autocast():
-            nats, count = t.objective.loss(t.network, x0, rng, given, iteration / s.max_iters)
-        nats.backward()
-        sums += torch.stack([nats.detach(), count, torch.zeros_like(nats)])
-    if t.world > 1:
-        sums[2] = len(caught)
-        dist.all_reduce(sums)
-    learned = [p for p in t.model.parameters() if p.requires_grad]
-    for p in learned:  # of the sum (the mean, if by processes) of nats, now per token
-        p.grad *= t.world / sums[1].clamp(min=1)
-    torch.nn.utils.clip_grad_norm_(learned, s.grad_clip or math.inf)
-    for o in t.optimizers:
-        o.step()
-        o.zero_grad()
-    return sums, tokens
-
-
-def set_rates(optimizers, s, factor):
-    """Muon's and AdamW's learning rates: the peaks times factor."""
-    for o in optimizers:
-        for group in o.param_groups:
-            group['lr'] = factor * (s.muon_lr if isinstance(o, Muon) else s.learning_rate)
-
-
-def train(t, s, progress, peak):
-    """The loop: evaluate, save, update, until max_iters or a signal."""
-    bar = tqdm(total=s.max_iters, initial=progress.iteration, unit='it',
-               disable=not sys.stderr.isatty() or t.rank > 0)
-    first, tokens, seconds = progress.iteration, progress.tokens, progress.seconds
-    flops, speed, stop = t.model.flops_per_token(t.data.mean_width) / t.world / peak, 0.0, False
-    # SIGINT and SIGTERM only leave a note: the update at work is finished, and saved, first
-    caught = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: caught.append(number))
-    for iteration in range(first, s.max_iters + 1):
-        factor = lr_factor(iteration, s.max_iters, s.warmup_iters, s.lr_schedule)
-        due = iteration % s.eval_interval == 0 or iteration == s.max_iters
-        if due and not (progress.log and int(progress.log[-1]['iter']) == iteration):
-            bar.write(evaluate_now(t, s, progress, iteration, factor * s.learning_rate, speed))
-        if (due or stop) and not (s.resume and iteration == first):
-            save(t, s, progress, iteration)
-            if due and s.decode_rows and t.rank == 0:
-                write_answers(t, s, iteration)
-        if stop:
-            bar.close()
-            print(f'stopped and saved after {iteration} updates; go on with\n'
-                  f'python train.py --out_dir={s.out_dir} --resume')
-            sys.exit(128 + (caught or [signal.SIGTERM])[0])
-        if iteration == s.max_iters:
-            break
-
-        began = time.perf_counter()
-        set_rates(t.optimizers, s, factor)
-        sums, read = update(t, s, iteration, caught)
-        stop = sums[2].item() > 0 if t.world > 1 else bool(caught)  # all stop after the same update
-        progress.tokens += read
-        progress.seconds += time.perf_counter() - began
-        speed = (progress.tokens - tokens) / (progress.seconds - seconds)
-        bar.update()
-
-        if iteration % s.log_interval == 0 or stop:
-            loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: not every time
-            if not loss < 10 * math.log(t.data.meta['vocab_size']):
-                raise UserError(f'diverged: the loss is {loss:.4g} at update {iteration} and '
-                                f'learning rate {factor * s.learning_rate:.2e}: lower it; '
-                                f'{progress.saved}')
-            state = f'{speed:,.0f} tokens/s, {100 * speed * flops:.0f}% of torch.mm'
-            bar.set_postfix_str(f'loss {loss:.3f}, {state}')
-            if bar.disable and iteration % (10 * s.log_interval) == 0:
-                left = (progress.seconds - seconds) / (iteration + 1 - first) \
-                    * (s.max_iters - iteration - 1) / 60
-                print(f'{iteration:6,} updates, {progress.seconds:4.0f} s: loss {loss:.4f}, '
-                      f'{state}, {left:.1f} minutes left', flush=True)
-    bar.close()
-    for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: they may stop what follows
-        signal.signal(number, signal.SIG_DFL)
-
-
-# ------------------------------------------------------------------------------------------- speed
-
-
-def fastest_flops(device, dtype):
-    """FLOP/s of torch.mm on square matrices, the most that can be hoped for on this device."""
-    n = 4096 if device.startswith('cuda') else 1024
-    a, seconds = torch.randn(n, n, device=device, dtype=getattr(torch, dtype)), []
-    while len(seconds) < 10 and sum(seconds) < 1:
-        began = time.perf_counter()
-        torch.mm(a, a)[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - began)
-    return 2 * n ** 3 / sorted(seconds)[len(seconds) // 2]
-
-
-def time_updates(t, s, first, tokens, peak):
-    """Prints the speed of s.bench updates, and what a few more, profiled, were busy with."""
-    milliseconds, profiler = [], torch.profiler.profile()
-    for i in range(WARM_UP + s.bench + PROFILED):
-        if i == WARM_UP + s.bench:
-            profiler.start()
-        began = time.perf_counter()
-        update(t, s, first + i)[0].tolist()  # waits for the device
-        milliseconds.append(1000 * (time.perf_counter() - began))
-    profiler.stop()
-    if t.rank > 0:
-        return
-    ms = sorted(milliseconds[WARM_UP:-PROFILED])[s.bench // 2]
-    flops = tokens * t.model.flops_per_token(t.data.mean_width)
-    print(f'{ms:.1f} ms per update (median of {s.bench}), {tokens / ms * 1e3:,.0f} tokens/s, '
-          f'{flops / ms / 1e6:.1f} GFLOP/s = {100 * flops / ms * 1e3 / peak:.1f}% of the '
-          f'{peak / 1e9:.1f} of torch.mm{peak_memory(t.device)}\n')
-    share = f'self_{"device" if t.device.startswith("cuda") else "cpu"}_time_total'
-    events = sorted(profiler.key_averages(), key=lambda e: -getattr(e, share))
-    whole = sum(getattr(e, share) for e in events)
-    for e in events[:15]:
-        print(f'{100 * getattr(e, share) / whole:5.1f}%  {e.count // PROFILED:4} x  {e.key[:70]}')
-
-
-# ------------------------------------------------------------------------------ from start to end
-
-
-def start(s, checkpoint):
-    """(Training, Progress): everything that the loop needs."""
-    rank, world, device = join_processes(pick_device(s.device), s.length_head)
-    dtype = pick_dtype(s.dtype, device)
-    data = open_training_data(s, rank, world)
-    if checkpoint and checkpoint['meta'] != data.meta:
-        raise UserError(f'data/{s.dataset} is not what {s.out_dir} was trained on')
-    torch.manual_seed(s.seed)
-    model = Transformer(model_config(vars(s), data.meta)).to(device)
-    if s.init_from and not checkpoint:
-        load_first_weights(model, s, data.meta)
+def training_objective(s, meta, device):
+    """The Objective that the settings name, or the loss of a length head."""
     if s.length_head:
-        model.requires_grad_(False)
-        model.length_head.requires_grad_(True)
-    optimizers = make_optimizers(model, s.optimizer, (s.beta1, s.beta2), s.weight_decay,
-                                 getattr(torch, dtype))
-    progress = restore(checkpoint, model, optimizers, Path(s.out_dir)) if checkpoint else Progress()
-    trackers = open_out_dir(s) if rank == 0 and not s.bench else []  # the others write nothing
-    t = Training(model, Parallel(model, broadcast_buffers=False) if world > 1 else model,
-                 training_objective(s, data.meta, model.config.vocab_size, device), data,
-                 optimizers, trackers, rank, world, device, dtype)
-    return t, progress
+        return LengthLoss(meta['pad_id'], s.length_quantile)
+    objective = make_objective(vars(s))
+    if set(s.token_weights) != {1.0}:
+        weight = torch.full((meta['vocab_size'] + 1,), float(s.token_weights[0]), device=device)
+        weight[meta['eos_id']], weight[meta['pad_id']] = s.token_weights[1:]
+        objective.token_weight = weight
+    return objective
+
+
+def restore(run, s, checkpoint):
+    """Brings weights, optimizers, counters and the log back to where they were at a checkpoint."""
+    if checkpoint['meta'] != run.data.meta:
+        raise UserError(f'data/{s.dataset} is not what {s.out_dir} was trained on')
+    try:
+        run.model.load_state_dict(checkpoint['model'])
+        for o, state in zip(run.optimizers, checkpoint['optimizer'], strict=True):
+            # the state alone: weight decay and betas are those of the settings
+            o.load_state_dict(o.state_dict() | {'state': state['state']})
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f'the weights in {s.out_dir} have another shape than these settings ask '
+                        'for: resume without changing the model or the optimizer') from e
+    run.iteration = run.saved_at = checkpoint['iter']
+    try:
+        with open(Path(s.out_dir, 'log.csv'), newline='') as f:
+            run.log = [row for row in csv.DictReader(f)  # a line that was cut has a None
+                       if None not in row.values() and int(row['iter']) <= run.iteration]
+        run.tokens = int(checkpoint.get('tokens', run.log[-1]['tokens']))
+        run.seconds = float(checkpoint.get('seconds', run.log[-1]['seconds']))
+    except (OSError, ValueError, TypeError, LookupError) as e:
+        raise UserError(f'{s.out_dir}/log.csv is damaged or gone ({type(e).__name__})') from e
 
 
 def open_out_dir(s):
-    """Makes out_dir, writes config.json, and returns the trackers."""
+    """Makes out_dir, writes config.json, and returns the trackers, functions (losses, step)."""
     out = Path(s.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    trackers = make_trackers(s.track, s.out_dir, vars(s))  # may fail: before anything is deleted
+    # a tracker may be missing: that is found out before anything is deleted
+    trackers = [make_tracker(name, s) for name in filter(None, s.track.split(','))]
     if not s.resume:
         for name in ('ckpt.pt', 'samples.csv'):  # of a run that --overwrite throws away
             (out / name).unlink(missing_ok=True)
@@ -694,33 +349,299 @@ def open_out_dir(s):
     return trackers
 
 
-def finish(t, s):
-    """The last evaluation, in float32, and a sample of what the model writes."""
-    repeats = 1 if t.objective.exact else s.eval_repeats
-    nats, error = evaluate(t.model, t.objective, t.data.batches('val', s.batch_size), seed=1,
-                           repeats=repeats)
-    error = '' if repeats == 1 else f' +- {error:.4f}'
-    print(f'{t.objective.measured} {nats:.4f}{error} nats/token, {nats / math.log(2):.4f} '
-          f'bits/token on the validation split ({t.data.size("val")} of {t.data.meta["source"]}), in float32')
-    if t.world > 1:
-        dist.destroy_process_group()
-    if t.rank > 0:
-        sys.exit()
+def make_tracker(name, s):
+    """A function ({name: number}, step) that reports to TensorBoard or to Weights & Biases."""
+    one_of('track', name, ('tensorboard', 'wandb'))
+    try:
+        if name == 'tensorboard':
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(s.out_dir)
+            return lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]
+        from wandb import init
+        return init(project='nanomdm', name=Path(s.out_dir).name, config=vars(s)).log
+    except ImportError as e:
+        raise UserError(f"{e}: python -m pip install -e '.[track]'") from e
+
+
+# ------------------------------------------------------------------------------------------- speed
+
+
+def fastest_flops(device, dtype):
+    """FLOP/s of torch.mm on square matrices, the most that can be hoped for on a device."""
+    n = 4096 if device.startswith('cuda') else 1024
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    # item() waits for the device
+    timer = Timer('(a @ a)[0, 0].item()', globals={'a': a}, num_threads=torch.get_num_threads())
+    return 2 * n ** 3 / timer.blocked_autorange(min_run_time=0.3).median
+
+
+def compile_or_not(asked, device, data, seconds_left):
+    """(whether to compile, why). 'auto' compiles where that pays within the updates left.
+
+    Compiling takes about a minute, and makes an update a quarter shorter.
+    """
+    if asked != 'auto':
+        return asked == 'on', 'as set'
+    if data.meta['layout'] == 'rows' or data.random_length:
+        return False, 'batches have many widths, and each would be compiled anew'
+    if device == 'mps':
+        return False, 'there is no compiler for this device'
+    return 0.25 * seconds_left >= 60, f'it costs a minute, saves a quarter of {seconds_left:.0f} s'
+
+
+def compile_model(run, s):
+    """Compiles the model where that pays, by a first batch; goes on without it if that fails."""
+    tokens = run.tokens_per_update * (s.bench or s.max_iters - run.iteration)
+    seconds = tokens * run.flops_per_token / (0.25 * run.peak)  # updates reach about a quarter
+    on, why = compile_or_not(s.compile, run.device, run.data, seconds)
+    print(f'compile: {"on" if on else "off"} ({why})')
+    if on:
+        run.model.compile()
+        try:
+            x0, given = on_device(run.data.batch(0, run.rank, run.world), run.device)
+            with run.autocast():
+                run.objective.loss(run.model, x0, torch.Generator(run.device), given)[0].backward()
+        except Exception as e:  # of a dozen kinds: no headers, no space, a bug of the compiler
+            run.model._compiled_call_impl = None
+            print(f'torch.compile failed ({type(e).__name__}): going on without it')
+        run.model.zero_grad()
+
+
+def time_updates(run, s, warm_up=3, profiled=3):
+    """Prints the speed of s.bench updates, and what a few more, profiled, were busy with."""
+    def timed_update():  # in seconds
+        began = time.perf_counter()
+        update(run, s, 0.0).tolist()  # waits for the device
+        run.iteration += 1
+        return time.perf_counter() - began
+
+    seconds = sorted([timed_update() for _ in range(warm_up + s.bench)][warm_up:])[s.bench // 2]
+    with torch.profiler.profile() as profiler:
+        for _ in range(profiled):
+            timed_update()
+    speed = run.tokens_per_update / seconds
+    flops = speed * run.flops_per_token
+    print(f'{1000 * seconds:.1f} ms per update (median of {s.bench}), {speed:,.0f} tokens/s, '
+          f'{flops / 1e9:.1f} GFLOP/s = {100 * flops / run.peak:.1f}% of the '
+          f'{run.peak / 1e9:.1f} of torch.mm{peak_memory(run.device)}\n')
+    own_time = f'self_{"device" if run.device.startswith("cuda") else "cpu"}_time_total'
+    for e in sorted(profiler.key_averages(), key=lambda e: -getattr(e, own_time))[:15]:
+        milliseconds = getattr(e, own_time) / 1000 / profiled
+        print(f'{milliseconds:8.2f} ms  {e.count // profiled:4} x  {e.key[:70]}')
+
+
+# ----------------------------------------------------------------------------- evaluation, records
+
+
+def evaluate_now(run, s, learning_rate):
+    """Adds a row to the log: the loss on the whole validation split and on some training text."""
+    with run.autocast():
+        val, train = (evaluate(run.model, run.objective,
+                               run.data.batches(split, s.batch_size, limit))[0]
+                      for split, limit in (('val', 0), ('train', 4 * s.batch_size)))
+    # where text has no weight in the loss, its own loss may rise far above a uniform guess
+    check_loss(run, s, 'validation', val, 2 if s.token_weights[0] else math.inf, learning_rate)
+    name = run.objective.measured
+    run.log.append({
+        'iter': run.iteration, 'tokens': run.tokens, 'measured': name, 'train': f'{train:.6f}',
+        'val': f'{val:.6f}', 'lr': f'{learning_rate:.3e}', 'data': run.data.meta['source'],
+        'seconds': f'{run.seconds:.1f}', 'tokens_per_second': f'{run.speed:.0f}'})
+    if run.rank == 0:
+        write_log(run, s)
+        draw_losses(run, s)
+    for track in run.trackers:
+        track({f'train {name}': train, f'val {name}': val, 'tokens/s': run.speed}, run.iteration)
+    return (f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {name} {val:.4f} nats/token '
+            f'on the validation split, {train:.4f} on training text')
+
+
+def check_loss(run, s, kind, loss, highest, learning_rate):
+    """Raises UserError if a loss is nan, or above `highest` times the loss of a uniform guess.
+
+    Before the first checkpoint nothing has been trained that could have diverged.
+    """
+    if run.saved_at is None or loss <= highest * math.log(run.data.meta['vocab_size']):
+        return
+    raise UserError(f'diverged: the {kind} loss is {loss:.4g} after {run.iteration} updates and at '
+                    f'learning rate {learning_rate:.2e}: lower it; {s.out_dir}/ckpt.pt has the '
+                    f'weights after {run.saved_at} updates')
+
+
+def write_log(run, s):
+    """log.csv: a row for every evaluation."""
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, run.log[0])
+    writer.writeheader()
+    writer.writerows(run.log)
+    write_atomically(Path(s.out_dir, 'log.csv'), text.getvalue().encode())
+
+
+def draw_losses(run, s):
+    """loss.png: the losses in the log over updates, and log V', the loss of a uniform guess."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(7, 4.2), layout='constrained')
+    ax, x = fig.subplots(), [int(row['iter']) for row in run.log]
+    for key, label in (('val', 'validation text'), ('train', 'training text')):
+        ax.plot(x, [float(row[key]) for row in run.log], 'o-', ms=4, label=label)
+    if not s.length_head:
+        ax.axhline(math.log(run.data.meta['vocab_size']), color='0.5', label="log V' (uniform)")
+    name = run.objective.measured.replace('<=', '(an upper bound on the nll)')
+    ax.set(xlabel=f'updates of {run.tokens_per_update:,} tokens', ylabel=f'{name}, nats per token',
+           title=f'{s.length_head or s.objective} on {s.dataset}')
+    ax.legend(frameon=False)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, dpi=150, format='png')
+    write_atomically(Path(s.out_dir, 'loss.png'), buffer.getvalue())
+
+
+def save(run, s):
+    """Writes ckpt.pt. Its rng is the seed: all draws follow from that and the iteration."""
+    if run.rank == 0:
+        buffer = io.BytesIO()
+        torch.save({'model': run.model.state_dict(), 'config': vars(s), 'meta': run.data.meta,
+                    'optimizer': [o.state_dict() for o in run.optimizers], 'rng': s.seed,
+                    'iter': run.iteration, 'tokens': run.tokens, 'seconds': run.seconds,
+                    'best': min(float(row['val']) for row in run.log)}, buffer)
+        write_atomically(Path(s.out_dir, 'ckpt.pt'), buffer.getbuffer())
+    run.saved_at = run.iteration
+
+
+def write_answers(run, s):
+    """Adds the answers of ckpt.pt to the first prompts to samples.csv, and BLEU if installed."""
+    path, bleu = Path(s.out_dir, 'samples.csv'), ''
+    rows = [] if path.exists() else [('iter', 'BLEU of all', 'prompt', 'reference', 'answer')]
+    answers = sample.first_answers(sample.load_run(s.out_dir, run.device), run.data, s.decode_rows,
+                                   sample.defaults())
+    with suppress(ImportError):
+        from sacrebleu import corpus_bleu
+        _, references, texts = zip(*answers)
+        bleu = f'{corpus_bleu(texts, [references]).score:.2f}'
+    rows += [(run.iteration, bleu, *texts) for texts in answers]
+    with open(path, 'a', newline='', encoding='utf-8') as f:
+        csv.writer(f).writerows(rows)
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+
+def on_device(batch, device):
+    """The tensors of a batch on the device; a None stays."""
+    return [x if x is None else x.to(device, non_blocking=True) for x in batch]
+
+
+def update(run, s, factor):
+    """One update: data, corruption and loss, backward, clip, step.
+
+    factor: share of the peak learning rates. Returns sums (3,) over all parts and processes: nats,
+    tokens that count, and signals caught.
+    """
+    sums = torch.zeros(3, device=run.device)
+    for part in range(run.rank, run.parts, run.world):  # this process's batches of the update
+        seed = mixed_seed(s.seed, run.iteration, part)
+        torch.manual_seed(seed)  # for dropout
+        rng = torch.Generator(run.device).manual_seed(seed)  # for levels and noise
+        x0, given = on_device(run.data.batch(run.iteration, part, run.parts), run.device)
+        run.tokens += x0.numel() * run.world  # the others' batches are about as wide
+        with run.autocast():
+            nats, count = run.objective.loss(run.model, x0, rng, given, run.iteration / s.max_iters)
+        nats.backward()
+        sums[:2] += torch.stack([nats.detach(), count])
+    learned = [p for p in run.model.parameters() if p.grad is not None]
+    if run.world > 1:
+        sums[2] = len(run.caught)
+        for tensor in (sums, *(p.grad for p in learned)):
+            dist.all_reduce(tensor)
+    # Gradients are divided only here, where the number of tokens that count is known. A mean within
+    # each batch, and then over batches, would give a token more weight in a batch in which few
+    # count, and would depend on how an update is cut into batches and processes.
+    for p in learned:
+        p.grad *= 1 / sums[1].clamp(min=1)
+    torch.nn.utils.clip_grad_norm_(learned, s.grad_clip or math.inf)
+    for o in run.optimizers:
+        for group in o.param_groups:
+            group['lr'] = factor * (s.muon_lr if isinstance(o, Muon) else s.learning_rate)
+        o.step()
+        o.zero_grad()
+    return sums
+
+
+def train(run, s):
+    """The loop: evaluate, save, update, until max_iters or a signal."""
+    # with None, tqdm is silent unless stderr is a terminal
+    bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
+    tokens, seconds, stop = run.tokens, run.seconds, False  # as they were before this process
+    # SIGINT and SIGTERM only leave a note. Stopped halfway, an update would leave some weights
+    # changed and others not; so it is finished first, and saved.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: run.caught.append(number))
+    while run.iteration <= s.max_iters:
+        factor = lr_factor(run.iteration, s.max_iters, s.warmup_iters, s.lr_schedule)
+        due = run.iteration % s.eval_interval == 0 or run.iteration == s.max_iters
+        if due and not (run.log and int(run.log[-1]['iter']) == run.iteration):
+            bar.write(evaluate_now(run, s, factor * s.learning_rate))
+        if (due or stop) and run.saved_at != run.iteration:
+            save(run, s)
+            if due and s.decode_rows and run.rank == 0:
+                write_answers(run, s)
+        if stop or run.iteration == s.max_iters:
+            break
+
+        began = time.perf_counter()
+        sums = update(run, s, factor)
+        # the sum is the same on all processes, so that all stop after the same update
+        stop = sums[2].item() > 0 if run.world > 1 else bool(run.caught)
+        run.seconds += time.perf_counter() - began
+        run.speed = (run.tokens - tokens) / (run.seconds - seconds)
+        bar.update()
+
+        if run.iteration % s.log_interval == 0 or stop:
+            loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: not every time
+            check_loss(run, s, 'training', loss, 10, factor * s.learning_rate)
+            state = (f'loss {loss:.4f}, {run.speed:,.0f} tokens/s, '
+                     f'{100 * run.speed * run.flops_per_token / run.peak:.0f}% of torch.mm')
+            bar.set_postfix_str(state)
+            if bar.disable and run.iteration % (10 * s.log_interval) == 0:
+                left = (s.max_iters - run.iteration - 1) * run.tokens_per_update / run.speed / 60
+                print(f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {state}, '
+                      f'{left:.1f} minutes left', flush=True)
+        run.iteration += 1
+    bar.close()
+    for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
+        signal.signal(number, signal.SIG_DFL)
+    if stop:
+        print(f'stopped and saved after {run.iteration} updates; go on with\n'
+              f'python train.py --out_dir={s.out_dir} --resume')
+        sys.exit(128 + (run.caught or [signal.SIGTERM])[0])
+
+
+# ------------------------------------------------------------------------------ from start to end
+
+
+def measure(run, s):
+    """Prints the loss on the validation split, in float32; a bound from several draws."""
+    nats, error = evaluate(run.model, run.objective, run.data.batches('val', s.batch_size), seed=1,
+                           repeats=1 if run.objective.exact else s.eval_repeats)
+    spread = '' if math.isnan(error) else f' +- {error:.4f}'
+    print(f'{run.objective.measured} {nats:.4f}{spread} nats/token, {nats / math.log(2):.4f} '
+          f'bits/token on the validation split ({run.data.size("val")} of '
+          f'{run.data.meta["source"]}), in float32')
+
+
+def show_sample(run, s):
+    """Prints what the model in ckpt.pt writes, and the commands to try next."""
     print(f'\nThe run is in {s.out_dir}: ckpt.pt, log.csv, loss.png. A sample of it:\n')
-    run, how, task, start = as_run(t, s), sample.defaults() | {'seed': s.seed}, 'likelihood', \
-        '--num_samples=3'
-    if t.data.meta['sep_id'] is not None:
-        for prompt, reference, answer in sample.first_answers(run, t.data, 2, how):
+    trained, how = sample.load_run(s.out_dir, run.device), sample.defaults() | {'seed': s.seed}
+    if trained.meta['sep_id'] is None:
+        task, start = 'likelihood', '--num_samples=3'
+        canvas = [trained.model.mask_id] * s.block_size
+        ((ids, _),), _ = sample.complete(trained, [canvas], how, trained.meta['eos_id'])
+        print(trained.tokenizer.decode(ids), end='\n\n')
+    else:
+        for prompt, reference, answer in sample.first_answers(trained, run.data, 2, how):
             print(f'prompt:    {prompt}\nreference: {reference}\nanswer:    {answer}\n')
         task, start = 'translation', f'--start={prompt!r}'
-    else:
-        canvas, eos_id = [t.model.mask_id] * s.block_size, t.data.meta['eos_id']
-        rows = t.data.meta['layout'] == 'rows'
-        ((ids, _),), _ = sample.complete(run, [canvas], how, eos_id if rows else None)
-        print(run.tokenizer.decode(ids), end='\n\n')
-    print('To try next:')
-    print(f'python sample.py --out_dir={s.out_dir} {start}')
-    print(f'python eval.py --out_dir={s.out_dir} --task={task}')
+    print(f'To try next:\npython sample.py --out_dir={s.out_dir} {start}\n'
+          f'python eval.py --out_dir={s.out_dir} --task={task}')
 
 
 def main():
@@ -729,32 +650,29 @@ def main():
         raise UserError(f'{out_dir} holds a run already: --resume goes on with it, --overwrite '
                         'starts anew, --out_dir=... puts the new one elsewhere')
     checkpoint = load_checkpoint(out_dir) if resume else None
-    if resume:  # the settings that the run has, then what this command line says
-        before = in_todays_words(checkpoint['config'])
-        globals().update({name: before[name] for name in settings if name in before})
+    if resume:  # the settings of the run, then those on this command line
+        before = checkpoint['config']
+        globals().update({name: config.convert(name, before[name], value, from_text=False)
+                          for name, value in settings.items() if name in before})
         settings = config.override(globals())
+        require('objective', objective, objective == before['objective'], 'that of the run')
     s = SimpleNamespace(**settings)
-    check_settings(s, checkpoint['config'] if resume else {})
-    t, progress = start(s, checkpoint)
-    tokens = round(t.data.tokens_per_batch * gradient_accumulation_steps * t.world)  # an update's
-    learned = sum(p.numel() for p in t.model.parameters() if p.requires_grad)
-    peak = fastest_flops(t.device, t.dtype)
-    print(t.data.describe())
-    print(f'{objective}: {t.model.count_parameters():,} parameters, '
-          + (f'{learned:,} of them learned, ' if length_head else '')
-          + f'{tokens:,} tokens per update, {max_iters:,} updates = '
-          f'{max_iters * tokens / t.data.tokens_per_epoch:.1f} epochs, on {t.device} in {t.dtype}'
-          + (f', {t.world} processes' if t.world > 1 else ''))
-    left = (bench or max_iters - progress.iteration) * tokens
-    seconds_left = left * t.model.flops_per_token(t.data.mean_width) / (0.25 * peak)
-    on, why = compile_or_not(settings['compile'], t.device, t.data, seconds_left)
-    print(f'compile: {"on" if on else "off"} ({why})')
-    if on:
-        compile_model(t, s)
+    check_settings(s)
+    run = Training(s, checkpoint)
+    print(run.data.describe())
+    print(f'{objective}: {run.model.count_parameters():,} parameters, {run.tokens_per_update:,} '
+          f'tokens per update, {max_iters:,} updates = '
+          f'{max_iters * run.tokens_per_update / run.data.tokens_per_epoch:.1f} epochs, '
+          f'on {run.world} x {run.device} in {run.dtype}')
+    compile_model(run, s)
     if bench:
-        return time_updates(t, s, progress.iteration, tokens, peak)
-    train(t, s, progress, peak)
-    finish(t, s)
+        return time_updates(run, s)
+    train(run, s)
+    measure(run, s)
+    if run.world > 1:
+        dist.destroy_process_group()
+    if run.rank == 0:
+        show_sample(run, s)
 
 
 if __name__ == '__main__':

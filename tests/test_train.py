@@ -263,7 +263,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_update(verse):
 def test_muon_is_that_of_torch(shape):
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(w) for w in torch.randn(shape).repeat(2, 1, 1))
-    optimizers = (script.Muon([ours], 0.1, torch.bfloat16), torch.optim.Muon([theirs], weight_decay=0.1))
+    optimizers = (script.Muon([ours], 0.1, torch.bfloat16),
+                  torch.optim.Muon([theirs], weight_decay=0.1))
     for lr in (0.02, 0.05, 0.01):
         ours.grad = torch.randn(shape)
         theirs.grad = ours.grad.clone()
@@ -287,7 +288,8 @@ def test_every_parameter_is_learned_once_and_matrices_of_blocks_alone_decay(shap
     model = Transformer(ModelConfig(12, 16, n_embd=32, n_layer=2, **shape))
     inside = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
     for name in ('muon', 'adamw'):
-        groups = [group for o in script.make_optimizers(model, name, (0.9, 0.99), 0.1, torch.float32)
+        s = types.SimpleNamespace(optimizer=name, beta1=0.9, beta2=0.99, weight_decay=0.1)
+        groups = [group for o in script.make_optimizers(model, s, torch.float32)
                   for group in o.param_groups]
         learned = [id(p) for group in groups for p in group['params']]
         assert sorted(learned) == sorted(id(p) for p in model.parameters())
@@ -339,6 +341,72 @@ def test_trackers_get_the_losses_or_one_line_says_what_to_install(verse, monkeyp
     assert load_checkpoint(verse / 'out/tracked')['iter'] == 6, 'thrown away for nothing'
     done = run('train.py', '--out_dir=out/tracked', '--resume', '--objective=ar', cwd=verse)
     assert_one_line(done, 'that of the run')
+
+
+@pytest.mark.parametrize('asked, device, layout, random_length, seconds, on, why', [
+    ('on', 'cpu', 'rows', 0.5, 0, True, 'as set'),
+    ('off', 'cuda', 'stream', 0.0, 1e6, False, 'as set'),
+    ('auto', 'cuda', 'rows', 0.0, 1e6, False, 'many widths'),
+    ('auto', 'cuda', 'stream', 0.5, 1e6, False, 'many widths'),
+    ('auto', 'mps', 'stream', 0.0, 1e6, False, 'no compiler'),
+    ('auto', 'cuda', 'stream', 0.0, 239, False, 'a quarter of 239 s'),
+    ('auto', 'cpu', 'stream', 0.0, 241, True, 'a quarter of 241 s')])
+def test_compiling_is_decided_by_what_it_saves(asked, device, layout, random_length, seconds, on,
+                                               why):
+    data = types.SimpleNamespace(meta={'layout': layout}, random_length=random_length)
+    decided, reason = script.compile_or_not(asked, device, data, seconds)
+    assert decided == on and why in reason
+
+
+def test_training_goes_on_without_a_compiler_that_fails(verse, monkeypatch):
+    """It fails in the backward pass, when gradients are there already: they are forgotten."""
+    words = [*TINY, '--objective=ar', '--max_iters=2', '--overwrite']
+    train(verse, *words, '--out_dir=out/plain')
+
+    class Breaks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError('no space left')
+
+    def compiled(model):
+        hook = model.blocks[0].register_forward_hook(lambda block, x, y: Breaks.apply(y))
+
+        def call(*inputs, **options):
+            try:
+                return model._call_impl(*inputs, **options)
+            finally:
+                hook.remove()
+
+        model._compiled_call_impl = call
+
+    monkeypatch.setattr(Transformer, 'compile', compiled)
+    said = train(verse, *words, '--out_dir=out/fails', '--compile=on')
+    failed = 'torch.compile failed (RuntimeError): going on without it'
+    assert f'compile: on (as set)\n{failed}\n' in said
+    a, b = (weights(verse / 'out' / name) for name in ('plain', 'fails'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_checkpoint_with_settings_of_another_kind_resumes(verse):
+    """Trackers were settings of their own, and compile was a bool."""
+    train(verse, *TINY, '--out_dir=out/bools', '--max_iters=1', '--overwrite')
+    path = verse / 'out/bools/ckpt.pt'
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint['config']['track']
+    checkpoint['config'] |= {'compile': True, 'tensorboard': False, 'wandb': False}
+    torch.save(checkpoint, path)
+    said = train(verse, '--out_dir=out/bools', '--resume', '--max_iters=2', '--compile=off')
+    assert 'compile: off (as set)' in said
+    after = load_checkpoint(verse / 'out/bools')
+    assert after['iter'] == 2 and after['config']['compile'] == 'off'
+    checkpoint['config']['compile'] = False
+    torch.save(checkpoint, path)
+    train(verse, '--out_dir=out/bools', '--resume', '--max_iters=2')
+    assert load_checkpoint(verse / 'out/bools')['config'] | {'compile': 'off'} == after['config']
 
 
 def test_a_broken_write_keeps_the_old_checkpoint(verse, monkeypatch):
@@ -430,7 +498,8 @@ def test_an_unknown_data_set_ends_in_one_line(tmp_path):
     (['--seed', '5'], 'write --seed=VALUE'), (['--seed=-1'], 'seed'), (['--beta2=1'], 'beta2'),
     (["--mask_range=('a', 1)"], 'tuple of numbers'), (['--dataset=x/verse.txt'], 'is its name'),
     (['config/none.py'], 'there is no config file'), (['--objective=gan'], 'one of ar, mdm'),
-    (['--optimizer=sgd'], 'muon, adamw'), (['--compile=maybe'], 'on, off'), (['--lr_schedule=x'], 'cosine, wsd'),
+    (['--optimizer=sgd'], 'muon, adamw'), (['--compile=maybe'], 'on, off'),
+    (['--lr_schedule=x'], 'cosine, wsd'),
     (['--n_head=3'], 'multiple of n_head'), (['--block_size=100000'], 'training tokens'),
     (['--resume', '--out_dir=out/nowhere'], 'is not a run'), (['--device=tpu'], 'tpu'),
     (['--train_tokens=20'], 'only 20 training tokens'),
@@ -612,7 +681,9 @@ def test_settings_of_streams_and_rows_do_not_mix(pairs, words, said):
     done = run('train.py', *words, '--out_dir=out/bad', cwd=pairs)
     assert_one_line(done, said)
     assert not (pairs / 'out/bad').exists()
-# Runs that begin with the weights of another
+
+
+# ------------------------------------------------------------ runs that begin with those of another
 
 
 def test_a_run_begins_with_the_weights_of_another(verse, monkeypatch):
