@@ -651,7 +651,8 @@ def main():
                         'starts anew, --out_dir=... puts the new one elsewhere')
     checkpoint = load_checkpoint(out_dir) if resume else None
     if resume:  # the settings of the run, then those on this command line
-        before = checkpoint['config']
+        before = checkpoint['config']  # of older runs: each tracker was a setting of its own
+        before.setdefault('track', ','.join(filter(before.get, ('tensorboard', 'wandb'))))
         globals().update({name: config.convert(name, before[name], value, from_text=False)
                           for name, value in settings.items() if name in before})
         settings = config.override(globals())
