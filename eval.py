@@ -44,8 +44,8 @@ import sample
 from config import UserError, one_of, require, write_atomically
 from model import Autoregression, cross_entropy, evaluate, in_slices, make_objective, peak_memory, \
     pick_device
-from prepare import MARK, download, load_meta, load_split, mixed_seed, open_data, row_batches, \
-    row_widths
+from prepare import SURROGATE, download, load_meta, load_split, mixed_seed, open_data, \
+    row_batches, row_widths
 from sample import PLAIN, Run, load_run
 
 # what is measured
@@ -586,7 +586,7 @@ def longest_copy(texts, source):
     Pieces of n characters are looked up by their hashes, and those found by themselves. If none of
     n is there, none of more is: n is doubled until none is there, then bisected.
     """
-    text = MARK.join(texts)
+    text = SURROGATE.join(texts)
     codes, known = (np.frombuffer(each.encode('utf-32-le', 'surrogatepass'), np.uint32)
                     for each in (text, source))
 
