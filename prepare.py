@@ -767,7 +767,7 @@ class Stream:
 class Rows:
     """A data set of rows: prompts and answers, or documents. A batch holds rows of one width.
 
-    N rows of train, of which the n shortest are kept, the share row_share."""
+    Of the N rows of train it keeps the n shortest, which are the share row_share."""
 
     def __init__(self, dataset, meta, block_size, batch_size, seed, random_length, predict_pad,
                  score_prompt, row_share, length_curriculum, pad_curriculum):
@@ -781,7 +781,7 @@ class Rows:
         n = math.ceil(row_share * len(rows)) or 1
         self.kept = np.sort(lengths.argsort(kind='stable')[:n])  # (n,) numbers of rows
         self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (n,)
-        self.epoch = lru_cache(2)(self.shuffled_batches)
+        self.epoch = lru_cache(2)(self.shuffled_batches)  # 2: an update may reach into the next
         self.batches_per_epoch = len(self.epoch(0))
         self.tokens_per_epoch = int(self.widths.sum())
         self.pad_share = 1 - lengths[self.kept].sum() / self.tokens_per_epoch
