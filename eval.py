@@ -109,8 +109,6 @@ DIGITS = {             # digits after the point in a column; 3 in all others
 def load_runs(out_dirs, device, one_data_set=True):
     """[Run] of the folders, with commas between them; all on one data set if that is asked."""
     runs = [load_run(path.strip(), device) for path in out_dirs.split(',')]
-    if len({run.name for run in runs}) < len(runs):
-        raise UserError(f'{out_dirs} has runs of the same name, which no table could tell apart')
     for run in runs:
         if run.meta != load_meta(run.settings['dataset']):
             raise UserError(f'data/{run.settings["dataset"]} is not what {run.name} was trained on')
@@ -756,6 +754,7 @@ def decoders_of(objective, T, steps):
     if objective.masks and not objective.block_length:  # it has no blocks of its own
         ways['in blocks'] = {'decoder': 'confidence', 'block_length': max(1, T // 8)}
         ways['in blocks, cached'] = ways['in blocks'] | {'prefix_cache': True}
+    # T masks take T steps at most, and 8 blocks take 8 at least
     points = [(name, f'steps={n}', how | {'steps': n}) for name, how in ways.items() for n in steps
               if not objective.masks or n <= T and (n >= 8 or 'block_length' not in how)]
     if 'threshold' in objective.decoders:
@@ -1314,6 +1313,8 @@ def main():
         runs = [load_log(path.strip())[0] for path in out_dir.split(',')]
     else:
         runs = load_runs(out_dir, pick_device(device), one_data_set=task != 'likelihood')
+    if len({run.name for run in runs}) < len(runs):
+        raise UserError(f'{out_dir} has runs of the same name, which no table could tell apart')
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]
     given = {word[2:].partition('=')[0] for word in words}
     work = REPORT if task == 'report' else {task: ALONE.get(task, {})}

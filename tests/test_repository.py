@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {'config/__init__.py': 123, 'prepare.py': 590, 'model.py': 643, 'train.py': 580,
-           'sample.py': 766, 'eval.py': 880, 'data/*.py': 111}
+           'sample.py': 766, 'eval.py': 879, 'data/*.py': 111}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 
