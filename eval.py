@@ -564,7 +564,7 @@ def curves(runs, settings):
 def plot_curves(rows, path):
     """curves.png: validation loss against training tokens or epochs, and against time.
 
-    Over epochs the loss of AR rises again, so the lowest point of each run is marked.
+    Over many epochs of a short text the loss rises again, so a ring is around its lowest point.
     """
     fig, axes = panels(2)
     scarce = 'x: epochs' in rows[0]
@@ -574,14 +574,14 @@ def plot_curves(rows, path):
         for ax, x in zip(axes, (row['x: epochs' if scarce else 'x: tokens'], row['x: minutes'])):
             ax.plot(x, row['y'], label=label, **style(i))
             if scarce:
-                ax.plot(x[best], row['y'][best], **style(i) | {'ms': 14, 'mfc': 'none', 'mew': 1.5})
+                ax.plot(x[best], row['y'][best], 'o', ms=16, mfc='none', color=style(i)['color'])
     axes[0].set(ylabel='validation loss (nats per token)', xlabel='training tokens (millions)')
     axes[0].locator_params(axis='x', nbins=6)
     axes[1].set(xlabel='training time (minutes)')
     axes[1].sharey(axes[0])
     if scarce:
         axes[0].set_xscale('log', base=2)
-        axes[0].set_xlabel('epochs over the training text (large, open: lowest loss)')
+        axes[0].set_xlabel('epochs over the training text (ring: lowest loss)')
         axes[0].xaxis.set_major_formatter('{x:g}')
     return save_figure(fig, path)
 
