@@ -176,11 +176,17 @@ def empty_cache(model, B):
     return KVCache(model.config, B, weight.device, weight.dtype)
 
 
-def reverse_steps(steps, schedule):
-    """[(alpha_t, alpha_s)] of `steps` steps from t = 1 to t = 0, s = t - 1/steps."""
+def reverse_steps(model, x, to_generate, steps, schedule):
+    """[(alpha_t, alpha_s, level)] of `steps` steps from t = 1 to t = 0, s = t - 1/steps.
+
+    level (B, 1): the fraction of each canvas that is noise at t, in expectation: 1 - alpha_t of
+    what is to be generated, and the masks elsewhere, which are those of later blocks.
+    """
     require('steps', steps, steps > 0, '1 or more: one token a step is for confidence and remask')
     alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), schedule)[0].tolist()
-    return list(zip(alpha, alpha[1:]))
+    here, elsewhere = (part.float().mean(1, keepdim=True) for part in  # (B, 1) each
+                       (to_generate, (x == model.mask_id) & ~to_generate))
+    return [(a, b, here * (1 - a) + elsewhere) for a, b in zip(alpha, alpha[1:])]
 
 
 def propose(model, x, is_mask, order, rng, sampling):
@@ -285,28 +291,43 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
         s = t - 1/steps, and then drawn from p(x0 | xt)
 
     Whether a token is revealed does not depend on the network, so that is drawn first: a step that
-    reveals nothing needs no pass, one that does needs the head only where it does.
+    reveals nothing needs no pass, and one that does needs logits only where it does.
 
-    A d3pm model with subs=False gives the mask a probability p too. Of its masked tokens fewer are
-    revealed, before the last step: the posterior q(xs | xt, x0) at the prediction for x0 reveals
-    one with probability (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p)).
+    A d3pm model with subs=False gives the mask a probability p too, and before the last step fewer
+    of the masks that it reads are revealed: the posterior q(xs | xt, x0) at the prediction for x0
+    reveals one with probability (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p)).
     """
-    return decode_remdm(model, x, to_generate, rng, steps=steps, noise_schedule=noise_schedule,
-                        eta=0.0, **sampling)
+    for alpha_t, alpha_s, level in reverse_steps(model, x, to_generate, steps, noise_schedule):
+        u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
+        is_mask = to_generate & (x == model.mask_id)
+        reveal = is_mask & (u < (alpha_s - alpha_t) / (1 - alpha_t))
+        if not reveal.any():
+            continue
+        logits = model(x, level, where=reveal)  # (M, V), M to reveal
+        p = logits.float().softmax(-1)[:, -1]  # (M,), of the mask: 0 with subs
+        logits[:, -1] = -torch.inf
+        token, _ = sample_token(logits, x, reveal, rng, **sampling)  # (M,)
+        if not model.config.subs and alpha_s < 1:
+            fewer = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
+            token[u[reveal] >= fewer] = model.mask_id
+        x[reveal] = token
+        yield reveal, logits
 
 
 def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', eta, **sampling):
     """As decode_ancestral, but written tokens are masked again [ReMDM 2503.00307, 'cap'].
 
-    The expected share of masks at each t stays what it was:
-
         a written token is masked again with probability sigma = min(eta, (1 - alpha_s) / alpha_t),
         a masked one is revealed with (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+
+    so that the expected fraction of masks at each t stays 1 - alpha_t.
     """
-    now, later = (part.float().mean(1, keepdim=True) for part in  # 2 x (B, 1), shares of the canvas
-                  (to_generate, (x == model.mask_id) & ~to_generate))
-    for alpha_t, alpha_s in reverse_steps(steps, noise_schedule):
-        u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)
+    if eta == 0:  # apart, since only decode_ancestral knows that d3pm may predict the mask
+        yield from decode_ancestral(model, x, to_generate, rng, steps=steps,
+                                    noise_schedule=noise_schedule, **sampling)
+        return
+    for alpha_t, alpha_s, level in reverse_steps(model, x, to_generate, steps, noise_schedule):
+        u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
         is_mask = to_generate & (x == model.mask_id)
         sigma = min(eta, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 0.0  # at t = 1 all are masks
         reveal = is_mask & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
@@ -314,11 +335,7 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         if not (reveal | remask).any():
             continue
         if reveal.any():  # always before a token is masked again, so that there are logits
-            logits = model(x, now * (1 - alpha_t) + later, where=reveal)  # (M, V), M to reveal
-            if not model.config.subs and eta == 0 and alpha_s < 1:
-                p = logits.float().softmax(-1)[:, -1]  # (M,), of the mask
-                fewer = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
-                remask[reveal] = u[reveal] >= fewer
+            logits = model(x, level, where=reveal)  # (M, V), M to reveal
             logits[:, -1] = -torch.inf
             x[reveal], _ = sample_token(logits, x, reveal, rng, **sampling)
         x[remask] = model.mask_id
@@ -395,20 +412,21 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
     Temperature and the filters shape p. At temperature 0 all of p is on the likeliest token, and
     the last step, where alpha_s = 1, takes it; the steps before it still sample noise.
     """
-    n, generated = model.mask_id, to_generate.clone()  # V'
-    to_generate[:] = False  # no token is final, so that no row can end, before the last step
-    share = generated.float().mean(1, keepdim=True)  # (B, 1)
+    n = model.mask_id  # V', real tokens
+    generated = to_generate.clone()
+    to_generate[:] = False  # or run_decoder() would end rows at an EOS that may still change
     start = torch.randint(n, x.shape, generator=rng, device=rng.device).to(x.device)
     x[generated] = start[generated]
-    for alpha_t, alpha_s in reverse_steps(steps, noise_schedule):
+    for alpha_t, alpha_s, level in reverse_steps(model, x, generated, steps, noise_schedule):
         if not generated.any():
             return
-        logits = model(x, share * (1 - alpha_t), where=generated)  # (M, V)
+        logits = model(x, level, where=generated)  # (M, V)
         p = probabilities(logits.to(rng.device), x, generated, **sampling)[:, :n]  # (M, V')
         keep, now = alpha_t / alpha_s, F.one_hot(x[generated], n).to(p)  # now (M, V')
         p = (keep * now + (1 - keep) / n) * (alpha_s * p + (1 - alpha_s) / n)
         x[generated] = sample_categorical(p, rng).to(x.device)
-        to_generate |= generated & (alpha_s == 1)
+        if alpha_s == 1:  # the last step: what it wrote is final
+            to_generate[:] = generated
         yield generated, logits
 
 
