@@ -80,12 +80,12 @@ save = ''              # how the first sample came about, to a file: x.gif, x.pn
 cleanup = False        # drop words that repeat the one before them, in the text alone
 json = False           # one JSON object a line for each sample
 
-DECODING = (  # how text is decoded: the settings that eval.py takes over
-    'decoder', 'steps', 'noise_schedule', 'order', 'counts', 'threshold', 'eta', 'block_length',
-    'prefix_cache', 'guidance', 'temperature', 'top_k', 'top_p', 'repetition_penalty', 'length',
-    'length_line', 'length_quantile', 'length_candidates')
+SAMPLING = ('temperature', 'top_k', 'top_p', 'repetition_penalty')  # of probabilities()
+# The settings of decoding, which eval.py has too
+DECODING = ('decoder', 'steps', 'noise_schedule', 'order', 'counts', 'threshold', 'eta',
+            'block_length', 'prefix_cache', 'guidance', *SAMPLING, 'length', 'length_line',
+            'length_quantile', 'length_candidates')
 PLAIN = {'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}  # nothing around the decoder
-SAMPLING = ('temperature', 'top_k', 'top_p', 'repetition_penalty')
 ORDERS, COUNTS = ('max_prob', 'margin', 'entropy', 'random'), ('linear', 'cosine')
 PREDICTED = ('argmax', 'quantile', 'regress', 'classify', 'encoder')
 LENGTHS = ('full', 'fit', 'ratio', 'reference', *PREDICTED)
@@ -172,8 +172,8 @@ def window(i, size):
 
 
 def empty_cache(model, B):
-    weight = model.embed.weight
-    return KVCache(model.config, B, weight.device, weight.dtype)
+    """A KVCache for B rows; also for a model around a model, which has no other weights."""
+    return KVCache(model.config, B, model.embed.weight.device, model.embed.weight.dtype)
 
 
 def reverse_steps(model, x, to_generate, steps, schedule):
@@ -184,8 +184,8 @@ def reverse_steps(model, x, to_generate, steps, schedule):
     """
     require('steps', steps, steps > 0, '1 or more: one token a step is for confidence and remask')
     alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), schedule)[0].tolist()
-    here, elsewhere = (part.float().mean(1, keepdim=True) for part in  # (B, 1) each
-                       (to_generate, (x == model.mask_id) & ~to_generate))
+    here = to_generate.float().mean(1, keepdim=True)  # (B, 1)
+    elsewhere = ((x == model.mask_id) & ~to_generate).float().mean(1, keepdim=True)  # (B, 1)
     return [(a, b, here * (1 - a) + elsewhere) for a, b in zip(alpha, alpha[1:])]
 
 
@@ -412,8 +412,7 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
     Temperature and the filters shape p. At temperature 0 all of p is on the likeliest token, and
     the last step, where alpha_s = 1, takes it; the steps before it still sample noise.
     """
-    n = model.mask_id  # V', real tokens
-    generated = to_generate.clone()
+    generated, n = to_generate.clone(), model.mask_id  # n = V', the number of real tokens
     to_generate[:] = False  # or run_decoder() would end rows at an EOS that may still change
     start = torch.randint(n, x.shape, generator=rng, device=rng.device).to(x.device)
     x[generated] = start[generated]
@@ -425,8 +424,7 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
         keep, now = alpha_t / alpha_s, F.one_hot(x[generated], n).to(p)  # now (M, V')
         p = (keep * now + (1 - keep) / n) * (alpha_s * p + (1 - alpha_s) / n)
         x[generated] = sample_categorical(p, rng).to(x.device)
-        if alpha_s == 1:  # the last step: what it wrote is final
-            to_generate[:] = generated
+        to_generate[:] = generated & (alpha_s == 1)  # what the last step wrote is final
         yield generated, logits
 
 
@@ -557,10 +555,10 @@ def decoder_name(name, objective):
 
 
 def greedy(objective, decoder='auto'):
-    """Settings that take the most likely tokens; 'auto' is by confidence where masks are filled."""
-    name = decoder_name(decoder, objective)
-    by_confidence = decoder == 'auto' and 'confidence' in objective.decoders
-    return {'temperature': 0.0, 'decoder': 'confidence' if by_confidence else name}
+    """Settings that take the most likely token; 'auto' is confidence where the objective has it."""
+    if decoder == 'auto' and 'confidence' in objective.decoders:
+        decoder = 'confidence'
+    return {'temperature': 0.0, 'decoder': decoder_name(decoder, objective)}
 
 
 def make_decoder(objective, settings):
@@ -634,7 +632,7 @@ def run_decoder(decoder, model, x, rng, eos_id=None, watch=None):
     return x, model.nfe
 
 
-# ------------------------------------------------------------------------ runs and their canvases
+# -------------------------------------------------------------------------- runs and their canvases
 
 
 class Run(NamedTuple):
@@ -696,17 +694,108 @@ def template_canvas(template, tokenizer, mask_id):
     return ids
 
 
-def text_canvas(run, kind, text, gen_length):
+def text_canvas(run, kind, text, settings):
     """The ids of a 'template', or of a 'prompt' with gen_length masks behind it."""
     T, mask_id = run.model.config.block_size, run.model.mask_id
     if kind == 'template':
         return template_canvas(text, run.tokenizer, mask_id)
     given = run.tokenizer.encode(text)
-    n_masks = gen_length or T - len(given)
+    n_masks = settings['gen_length'] or T - len(given)
     if n_masks <= 0:
         raise UserError(f'the prompt {text[:20]!r}... is {len(given)} tokens long and fills the '
                         f'context of {T}: shorten it, or set gen_length (ar and block models)')
     return given + [mask_id] * n_masks
+
+
+# ---------------------------------------------------------------------------- from canvases to text
+
+
+def batches(run, canvases, batch_size, same_columns):
+    """Lists of the indices of canvases that are decoded together, batch_size of them at most.
+
+    AR takes canvases of any lengths together. Masked canvases have one length, since masks added
+    to one would change the text; in blocks, they have their masks in the same columns too.
+    """
+    groups = {}
+    for i, canvas in enumerate(canvases):
+        key = None
+        if not run.objective.causal:
+            span = canvas.index(run.model.mask_id), canvas[::-1].index(run.model.mask_id)
+            key = len(canvas), span if same_columns or run.objective.block_length else None
+        groups.setdefault(key, []).append(i)
+    return [group[k:k + batch_size] for group in groups.values()
+            for k in range(0, len(group), batch_size)]
+
+
+def decode(run, rows, settings, eos_id=None, watch=None):
+    """The fillings of rows, canvases of one length: x (rows, T), nfe, and the seconds it took.
+
+    With an eos_id, a row ends there; without, it goes on to the end of the canvas.
+    """
+    context, weight = run.model.config.block_size, run.model.embed.weight
+    if len(rows[0]) > context and not (run.objective.causal or run.objective.block_length):
+        raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
+                        f'block_size is {context}')
+    decoder = make_decoder(run.objective, settings)
+    rng = torch.Generator('cpu' if weight.device.type == 'mps' else weight.device)
+    rng.manual_seed(settings['seed'])
+    began, x = time.perf_counter(), torch.tensor(rows, device=weight.device)
+    x, nfe = run_decoder(decoder, run.model, x, rng, eos_id, watch)
+    return x.cpu(), nfe, time.perf_counter() - began
+
+
+def keep_log_p(log_p, x, nfe, where, logits):
+    """As a watch, with log_p (B, T) bound: keeps there the log probability of every new token.
+
+    Every pass overwrites what it predicted, and the last of these passes wrote what stands there.
+    """
+    new = logits.float().log_softmax(-1).gather(-1, x[where][:, None])[:, 0]  # (M,)
+    log_p[where.cpu()] = new.cpu()
+
+
+def end_of(ids, canvas, eos_id, mask_id):
+    """How many of ids stand before the first eos_id that was generated in place of a mask."""
+    pairs = list(zip(ids, canvas))
+    return pairs.index((eos_id, mask_id)) if (eos_id, mask_id) in pairs else len(pairs)
+
+
+def complete(run, canvases, settings, eos_id=None, watch=None, log_p=False):
+    """Fills canvases of any lengths, batch by batch: [(ids, figures)] in their order, and totals.
+
+    ids: end before an eos_id that was generated.
+    figures: nfe, seconds and tokens_per_second of the batch; with log_p also whether an eos_id was
+    generated, `ended`, and `log_p`, the mean log probability of the generated tokens.
+    totals: generated tokens, each row's first eos_id among them; nfe; seconds.
+    watch sees the first batch, whose row 0 is the first canvas, unless log_p is asked for.
+    """
+    done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), run.model.mask_id
+    for batch in batches(run, canvases, settings['batch_size'], settings['block_length'] > 0):
+        T = max(len(canvases[i]) for i in batch)
+        rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
+        kept = torch.zeros(len(rows), T)  # log p of each token
+        watcher = partial(keep_log_p, kept) if log_p else watch if batch[0] == 0 else None
+        x, nfe, seconds = decode(run, rows, settings | {'seed': settings['seed'] + batch[0]},
+                                 eos_id, watcher)
+        ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]
+        written = [canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends)]
+        figures = {'nfe': nfe, 'seconds': seconds, 'tokens_per_second': sum(written) / seconds}
+        for k, (i, end) in enumerate(zip(batch, ends)):
+            done[i] = x[k, :end].tolist(), figures.copy()
+            if log_p:
+                done[i][1]['ended'] = end < len(canvases[i])
+                done[i][1]['log_p'] = kept[k, :end + 1].sum().item() / written[k]
+        totals = tuple(a + b for a, b in zip(totals, (sum(written), nfe, seconds)))
+    return done, totals
+
+
+def show(ids, tokenizer, mask_id):
+    """The text of ids, with a block for every mask."""
+    runs = ([*run] for _, run in groupby(ids, key=mask_id.__eq__))
+    return ''.join(MASK_SHOWN * len(run) if run[0] == mask_id else tokenizer.decode(run)
+                   for run in runs)
+
+
+# ------------------------------------------------------------ answers to prompts, and their lengths
 
 
 def length_name(name, run):
@@ -767,8 +856,8 @@ def predict_lengths(model, x, name, quantile, eos_id):
     is_mask = x == model.mask_id
     logits = model(x, is_mask.float().mean(1, keepdim=True), where=is_mask)  # (B * W, V)
     eos = logits.float().log_softmax(-1)[:, eos_id].view(len(x), -1)  # (B, W)
-    return eos.argmax(1) + 1.0 if name == 'argmax' else \
-        first_to_hold(eos.softmax(1).cumsum(1), quantile)
+    held = eos.softmax(1).cumsum(1)  # (B, W)
+    return eos.argmax(1) + 1.0 if name == 'argmax' else first_to_hold(held, quantile)
 
 
 def crop_to_predicted(run, canvases, settings):
@@ -778,156 +867,46 @@ def crop_to_predicted(run, canvases, settings):
     together. Returns (canvases, predicted, passes, seconds); predicted, how many tokens, is None if
     `length` does not predict.
     """
-    name, mask_id = length_name(settings['length'], run), run.model.mask_id
-    if run.objective.causal or name not in PREDICTED:
+    name, model = length_name(settings['length'], run), run.model
+    if name not in PREDICTED or run.objective.causal:
         return canvases, None, 0, 0.0
     canvases, predicted, began = list(canvases), [None] * len(canvases), time.perf_counter()
     groups = batches(run, canvases, settings['batch_size'], same_columns=True)
     for batch in groups:
-        x = torch.tensor([canvases[i] for i in batch], device=run.model.embed.weight.device)
-        lengths = predict_lengths(run.model, x, name, settings['length_quantile'],
-                                  run.meta['eos_id'])
+        x = torch.tensor([canvases[i] for i in batch], device=model.embed.weight.device)
+        lengths = predict_lengths(model, x, name, settings['length_quantile'], run.meta['eos_id'])
+        n_masks = canvases[batch[0]].count(model.mask_id)  # the same in the whole batch
         for i, length in zip(batch, lengths.tolist()):
-            n_masks = canvases[i].count(mask_id)
-            bound = math.ceil(min(max(length, 1.0), n_masks))
-            extra = n_masks - min(1 << (bound - 1).bit_length(), n_masks)
-            canvases[i], predicted[i] = canvases[i][:len(canvases[i]) - extra], length
+            needed = math.ceil(min(max(length, 1.0), n_masks))
+            kept = 1 << (needed - 1).bit_length()  # needed, rounded up to a power of two
+            canvases[i], predicted[i] = canvases[i][:x.size(1) - n_masks + kept], length
     return canvases, predicted, len(groups), time.perf_counter() - began
 
 
-def make_canvases(run, prompts, settings):
-    """A canvas for each (kind, text) of prompts; passes and seconds that their lengths took."""
-    if run.meta['sep_id'] is None:
-        for name, usual in (('length', 'auto'), ('length_candidates', 1)):
-            require(name, settings[name], settings[name] == usual,
-                    f'{usual} for a run without answers')
-        gen_length = settings['gen_length']
-        return [text_canvas(run, kind, text, gen_length) for kind, text in prompts], 0, 0.0
-    require('gen_length', settings['gen_length'], settings['gen_length'] == 0,
-            '0 for a run on prompts and answers: length says how long an answer is')
-    require('length', settings['length'], not run.objective.causal or settings['length'] == 'auto',
-            'auto for an autoregressive model, which writes until it is done')
-    for kind, text in prompts:
-        if kind == 'template' or not text.strip():
-            raise UserError(f'{text[:20]!r} is no prompt, but this run is on prompts and answers: '
-                            'ask it by start or prompt_file')
-    canvases = answer_canvases(run, [run.tokenizer.encode(text.strip()) for _, text in prompts],
-                               settings)
-    canvases, _, *cost = crop_to_predicted(run, canvases, settings)
-    return canvases, *cost
-
-
-# ------------------------------------------------------------------------- from canvases to text
-
-
-def batches(run, canvases, batch_size, same_columns):
-    """Lists of the indices of canvases that are decoded together, batch_size of them at most.
-
-    AR takes canvases of any lengths together. Masked canvases have one length, since masks added
-    to one would change the text; in blocks, they have their masks in the same columns too.
-    """
-    groups = {}
-    for i, canvas in enumerate(canvases):
-        key = None
-        if not run.objective.causal:
-            span = canvas.index(run.model.mask_id), canvas[::-1].index(run.model.mask_id)
-            key = len(canvas), span if same_columns or run.objective.block_length else None
-        groups.setdefault(key, []).append(i)
-    return [group[k:k + batch_size] for group in groups.values()
-            for k in range(0, len(group), batch_size)]
-
-
-def decode(run, rows, settings, eos_id=None, watch=None):
-    """The fillings of rows, canvases of one length: x (rows, T), nfe, and the seconds it took.
-
-    With an eos_id, a row ends there; without, it goes on to the end of the canvas.
-    """
-    context, weight = run.model.config.block_size, run.model.embed.weight
-    if len(rows[0]) > context and not (run.objective.causal or run.objective.block_length):
-        raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
-                        f'block_size is {context}')
-    decoder = make_decoder(run.objective, settings)
-    rng = torch.Generator('cpu' if weight.device.type == 'mps' else weight.device)
-    rng.manual_seed(settings['seed'])
-    began, x = time.perf_counter(), torch.tensor(rows, device=weight.device)
-    x, nfe = run_decoder(decoder, run.model, x, rng, eos_id, watch)
-    return x.cpu(), nfe, time.perf_counter() - began
-
-
-class LogProbability:
-    """A watch that keeps log p (B, T) of each token, by the last pass that wrote it."""
-
-    def __init__(self, rows):
-        self.x = torch.tensor(rows)
-        self.log_p = torch.zeros(self.x.shape)
-
-    def __call__(self, x, nfe, where, logits):
-        x, where = x.cpu(), where.cpu()
-        new = where & (x != self.x)
-        logits = logits[new[where].to(logits.device)].float().cpu()  # (M, V)
-        self.log_p[new] = logits.log_softmax(-1).gather(-1, x[new][:, None])[:, 0]
-        self.x = x.clone()
-
-
-def complete(run, canvases, settings, eos_id=None, watch=None, log_p=False):
-    """Fills canvases of any lengths, batch by batch: [(ids, figures)] in their order, and totals.
-
-    ids: end before an eos_id that was generated.
-    figures: nfe, seconds and tokens_per_second of the batch; with log_p also whether an eos_id was
-    generated, `ended`, and `log_p`, the mean log probability of the generated tokens.
-    totals: generated tokens, each row's first eos_id among them; nfe; seconds.
-    watch sees the first batch, whose row 0 is the first canvas, unless log_p is asked for.
-    """
-    done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), run.model.mask_id
-    for batch in batches(run, canvases, settings['batch_size'], settings['block_length'] > 0):
-        T = max(len(canvases[i]) for i in batch)
-        rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
-        watcher = LogProbability(rows) if log_p else watch if batch[0] == 0 else None
-        x, nfe, seconds = decode(run, rows, settings | {'seed': settings['seed'] + batch[0]},
-                                 eos_id, watcher)
-        ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]
-        written = [canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends)]
-        for k, (i, end) in enumerate(zip(batch, ends)):
-            done[i] = x[k, :end].tolist(), {'nfe': nfe, 'seconds': seconds,
-                                            'tokens_per_second': sum(written) / seconds}
-            if log_p:
-                done[i][1]['ended'] = end < len(canvases[i])
-                done[i][1]['log_p'] = watcher.log_p[k, :end + 1].sum().item() / written[k]
-        totals = tuple(a + b for a, b in zip(totals, (sum(written), nfe, seconds)))
-    return done, totals
-
-
-def end_of(ids, canvas, eos_id, mask_id):
-    """How many of ids stand before the first eos_id that was generated in place of a mask."""
-    pairs = list(zip(ids, canvas))
-    return pairs.index((eos_id, mask_id)) if (eos_id, mask_id) in pairs else len(pairs)
-
-
-def complete_best(run, canvases, settings, eos_id, watch=None):
+def complete_best(run, canvases, settings, watch=None):
     """As complete(), but tries length_candidates numbers of masks, around that of each canvas.
 
     The answer with the highest log_p stays: its probability says more about the right length than
     the length of the prompt does [Mask-Predict 1904.09324, sec. 3.3]. nfe and the totals count all
     candidates.
     """
-    n, mask_id = settings['length_candidates'], run.model.mask_id
+    n, eos_id, mask_id = settings['length_candidates'], run.meta['eos_id'], run.model.mask_id
     if n == 1:
         return complete(run, canvases, settings, eos_id, watch)
     name = length_name(settings['length'], run)
     require('length_candidates', n, watch is None, '1 to watch or save how one came')
     require('length_candidates', n, run.objective.masks and name in ('fit', 'ratio', 'reference'),
             "1 but for masks of a length that is not the model's to say: fit, ratio, reference")
-    tried, owners = [], []
-    for i, canvas in enumerate(canvases):
+    tried = []  # of each canvas the candidates, from the same canvas with other numbers of masks
+    for canvas in canvases:
         least, T = canvas.index(mask_id) + 1, len(canvas)
         sizes = {min(max(T + k - n // 2, least), run.settings['block_size']) for k in range(n)}
-        tried += [canvas[:size] + [mask_id] * (size - T) for size in sizes]
-        owners += [i] * len(sizes)
-    done, totals = complete(run, tried, settings, eos_id, log_p=True)
-    best = []
-    for _, candidates in groupby(zip(owners, done), key=lambda pair: pair[0]):
-        candidates = [answer for _, answer in candidates]
-        ids, figures = max(candidates, key=lambda answer: answer[1]['log_p'])
+        tried.append([canvas[:size] + [mask_id] * (size - T) for size in sizes])
+    done, totals = complete(run, sum(tried, []), settings, eos_id, log_p=True)
+    best, rest = [], iter(done)
+    for group in tried:
+        candidates = [next(rest) for _ in group]
+        ids, figures = max(candidates, key=lambda candidate: candidate[1]['log_p'])
         best.append((ids, figures | {'nfe': sum(figures['nfe'] for _, figures in candidates)}))
     return best, totals
 
@@ -943,8 +922,7 @@ def answer(run, prompts, settings, references=None):
     canvases = answer_canvases(run, prompts, settings, references)
     canvases, predicted, _, took = crop_to_predicted(run, canvases, settings)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    done, (_, _, seconds) = complete_best(run, [canvases[i] for i in order], settings,
-                                          run.meta['eos_id'])
+    done, (_, _, seconds) = complete_best(run, [canvases[i] for i in order], settings)
     done = [done[k] for k in np.argsort(order)]
     answers = [split_row(ids, run.meta)[1] for ids, _ in done]
     masks = [canvas.count(run.model.mask_id) for canvas in canvases]
@@ -968,11 +946,28 @@ def first_answers(run, data, n, settings):
     return [tuple(map(run.tokenizer.decode, row)) for row in zip(prompts, references, answers)]
 
 
-def show(ids, tokenizer, mask_id):
-    """The text of ids, with a block for every mask."""
-    runs = ([*run] for _, run in groupby(ids, key=mask_id.__eq__))
-    return ''.join(MASK_SHOWN * len(run) if run[0] == mask_id else tokenizer.decode(run)
-                   for run in runs)
+# --------------------------------------------------------------------------------- the command line
+
+
+def make_canvases(run, prompts, settings):
+    """A canvas for each (kind, text) of prompts; passes and seconds that their lengths took."""
+    if run.meta['sep_id'] is None:
+        for name, usual in (('length', 'auto'), ('length_candidates', 1)):
+            require(name, settings[name], settings[name] == usual,
+                    f'{usual} for a run without answers')
+        return [text_canvas(run, kind, text, settings) for kind, text in prompts], 0, 0.0
+    require('gen_length', settings['gen_length'], settings['gen_length'] == 0,
+            '0 for a run on prompts and answers: length says how long an answer is')
+    require('length', settings['length'], not run.objective.causal or settings['length'] == 'auto',
+            'auto for an autoregressive model, which writes until it is done')
+    for kind, text in prompts:
+        if kind == 'template' or not text.strip():
+            raise UserError(f'{text[:20]!r} is no prompt, but this run is on prompts and answers: '
+                            'ask it by start or prompt_file')
+    canvases = answer_canvases(run, [run.tokenizer.encode(text.strip()) for _, text in prompts],
+                               settings)
+    canvases, _, *cost = crop_to_predicted(run, canvases, settings)
+    return canvases, *cost
 
 
 def show_corruption(text, out_dir, seed):
@@ -1011,7 +1006,7 @@ def main():
                for _ in range(num_samples)]
     canvases, passes, took = make_canvases(run, prompts, settings)
     recorder = Recorder(canvases[0], run.tokenizer, run.model.mask_id, Screen() if watch else None)
-    done, (written, nfe, seconds) = complete_best(run, canvases, settings, run.meta['eos_id'],
+    done, (written, nfe, seconds) = complete_best(run, canvases, settings,
                                                   recorder if watch or save else None)
     for (kind, given), (ids, figures) in zip(prompts, done):
         ids = ids if run.meta['sep_id'] is None else split_row(ids, run.meta)[1]

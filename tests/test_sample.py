@@ -1999,7 +1999,7 @@ def test_the_most_confident_of_several_lengths():
     for n, reach in ((1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (5, (2, 2)), (6, (3, 2))):
         how = row_settings(length='fit', length_candidates=n)
         canvases = sample.answer_canvases(run, prompts, how)
-        done, (written, nfe, _) = sample.complete_best(run, canvases, how, 9)
+        done, (written, nfe, _) = sample.complete_best(run, canvases, how)
         assert len(done) == len(prompts) and done[0][1]['nfe'] <= nfe
         assert n == 1 or done[0][1]['nfe'] > n, 'the passes of all that was tried'
         for (ids, _), canvas, prompt, answer in zip(done, canvases, prompts, answers):
@@ -2018,7 +2018,7 @@ def test_the_most_confident_of_several_lengths():
 def test_where_there_are_no_candidates(settings, run, message):
     run = row_run(**{'predict_pad': False} | run)
     with pytest.raises(UserError, match=f'length_candidates is .*{message}'):
-        sample.complete_best(run, [[1, 10, 12]], row_settings(**settings), 9)
+        sample.complete_best(run, [[1, 10, 12]], row_settings(**settings))
 
 
 def test_auto_is_the_head_that_was_trained():
