@@ -69,7 +69,7 @@ eta = 0.02             # remdm: largest probability per step that a written toke
 block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
 prefix_cache = False   # read what precedes a block once: faster, but an approximation
 guidance = 0.0         # above 0: follow the given text more closely, at two passes a step
-temperature = 0.7      # 0 takes the most likely token; measured choices, see README
+temperature = 0.7      # 0 takes the most likely token; see data/RESULTS.md
 top_k = 0              # sample among the k most likely tokens; 0 = all
 top_p = 1.0            # sample among the fewest tokens that hold this probability together
 repetition_penalty = 1.0  # above 1: tokens that the text has already become less likely

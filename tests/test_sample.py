@@ -504,6 +504,15 @@ def test_d3pm_may_predict_the_mask(time_cond, N, schedule):
         assert (first[-2] == LETTERS).sum() < (recorded[-2] == LETTERS).sum()
 
 
+@pytest.mark.parametrize('subs', [True, False])
+def test_remdm_without_remasking_is_ancestral(subs):
+    model, x = tiny_model(seed=2, time_cond=True), torch.full((20, 8), MASK)
+    model = model if subs else may_predict_masks(model)
+    once, again = (decoder(model, x, steps=6, generator=noise_source(), **eta) for decoder, eta in (
+        (decode_ancestral, {}), (decode_remdm, {'eta': 0.0})))
+    assert torch.equal(once[0], again[0]) and once[1] == again[1]
+
+
 @pytest.mark.parametrize('decoder', [
     partial(decode_confidence, steps=4), partial(decode_threshold, threshold=0.5),
     partial(decode_remask, steps=4), partial(decode_remdm, steps=6, eta=0.3),
