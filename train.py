@@ -608,7 +608,7 @@ def train(run, s):
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
         signal.signal(number, signal.SIG_DFL)
-    if stop:
+    if stop or run.caught:  # caught in the last evaluation: no update came after it to see it
         print(f'stopped and saved after {run.iteration} updates; go on with\n'
               f'python train.py --out_dir={s.out_dir} --resume')
         sys.exit(128 + (run.caught or [signal.SIGTERM])[0])

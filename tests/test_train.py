@@ -23,7 +23,7 @@ import config
 import prepare
 import train as script
 from model import OBJECTIVES, MaskedDiffusion, ModelConfig, Noised, Transformer, \
-    load_checkpoint, load_model, model_config, noise_fraction
+    evaluate, load_checkpoint, load_model, model_config, noise_fraction
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / 'config').glob('*.py')
@@ -162,6 +162,24 @@ def test_a_signal_saves_and_says_how_to_go_on(verse, number):
     done = run('train.py', f'--out_dir={out}', '--resume', f'--max_iters={saved + 2}', cwd=verse)
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(out)['iter'] == saved + 2
+
+
+def test_a_signal_in_the_last_evaluation_stops_the_run(verse, monkeypatch):
+    """No update comes after it that could see the signal."""
+    calls = []
+
+    def spy(*args, **options):
+        calls.append(args)
+        if len(calls) == 5:  # two of each evaluation: after 0, 3 and 6 updates
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr('model.evaluate', spy)
+    done = run('train.py', *TINY, '--out_dir=out/last', cwd=verse)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert 'stopped and saved after 6 updates' in done.stdout
+    assert load_checkpoint(verse / 'out/last')['iter'] == 6 and len(calls) == 6
+    assert 'in float32' in train(verse, '--out_dir=out/last', '--resume')
 
 
 @pytest.mark.slow
