@@ -477,17 +477,19 @@ def write_log(run, s):
 
 
 def draw_losses(run, s):
-    """loss.png: the losses in the log over updates, and log V', the loss of a uniform guess."""
+    """loss.png: the losses in the log over updates and tokens; log V', that of a uniform guess."""
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(7, 4.2), layout='constrained')
+    fig = Figure(figsize=(7, 4.5), layout='constrained')
     ax, x = fig.subplots(), [int(row['iter']) for row in run.log]
     for key, label in (('val', 'validation text'), ('train', 'training text')):
         ax.plot(x, [float(row[key]) for row in run.log], 'o-', ms=4, label=label)
     if not s.length_head:
-        ax.axhline(math.log(run.data.meta['vocab_size']), color='0.5', label="log V' (uniform)")
-    name = run.objective.measured.replace('<=', '(an upper bound on the nll)')
-    ax.set(xlabel=f'updates of {run.tokens_per_update:,} tokens', ylabel=f'{name}, nats per token',
-           title=f'{s.length_head or s.objective} on {s.dataset}')
+        ax.axhline(math.log(run.data.meta['vocab_size']), c='0.5', ls=':', label="log V' (uniform)")
+    ax.set(xlabel='updates', title=f'{s.length_head or s.objective} on {s.dataset}',
+           ylabel=run.objective.measured.replace('<=', '(upper bound on nll)') + ', nats per token')
+    millions = (run.tokens or run.tokens_per_update) / max(1, run.iteration) / 1e6  # per update
+    ax.secondary_xaxis('top', xlabel='training tokens (millions)',
+                       functions=(lambda n: n * millions, lambda n: n / millions))
     ax.legend(frameon=False)
     buffer = io.BytesIO()
     fig.savefig(buffer, dpi=150, format='png')
