@@ -862,8 +862,8 @@ def infill(runs, settings):
 def recover(runs, settings):
     """How many corrupted tokens are found, and corrected, where some were replaced at random.
 
-    A run is told how many tokens are wrong, but not which. It scores every token, as below, then
-    replaces the least likely ones and leaves the others. found: share of the replaced tokens that
+    A run is given the number of wrong tokens, but not their places. It scores every token, as
+    below, then replaces the least likely ones and leaves the others. found: share of the replaced tokens that
     were among the least likely. accuracy: share of all tokens that are right; before: in the text
     that the run was given; s.e. over windows. Scores are nll: of ar, given the tokens before; of
     masked diffusion, given all tokens but an eighth of the positions, which is masked; of uniform,
@@ -976,7 +976,7 @@ TURNED = re.compile(r'(?m)^(the \w+ of \w+) is (\w+ \w+)\.$')
 def reversal(runs, settings):
     """The share of facts 'A is B.' that a run completes, letter by letter [2309.12288].
 
-    The training text has all facts as 'A is B.', and half of them ('told') also as 'B is A.'
+    The training text has all facts as 'A is B.', and half of them ('stated') also as 'B is A.'
     Greedy; a masked model writes its most confident token first. The blank, __, is as wide as its
     answer, and all of it must be right.
     """
@@ -989,8 +989,8 @@ def reversal(runs, settings):
         how = settings | sample.greedy(run.objective) | {'steps': 0}  # one token a step
         for column, asked, sentence, blank in (
                 ('A is __', facts, a_is_b, 1), ('__ is B', facts, a_is_b, 0),
-                ('B is __, told', turned, b_is_a, 0),
-                ('B is __, never told', facts - turned, b_is_a, 0)):
+                ('B is __, stated', turned, b_is_a, 0),
+                ('B is __, never stated', facts - turned, b_is_a, 0)):
             asked = [(sentence.format(*fact), fact[blank]) for fact in sorted(asked)]
             templates = [text.replace(answer, f'[_:{len(answer)}]') for text, answer in asked]
             done, _ = sample.complete(run, [sample.template_canvas(
@@ -998,7 +998,7 @@ def reversal(runs, settings):
             known = [run.tokenizer.decode(ids) == text for (ids, _), (text, _) in zip(done, asked)]
             row[f'{column} (%)'] = 100 * sum(known) / len(known)
         rows.append(row)
-    return rows, f'{len(facts)} facts, {len(turned)} of them told in both directions'
+    return rows, f'{len(facts)} facts, {len(turned)} of them stated in both directions'
 
 
 # ---------------------------------------------------------------------------- answers to prompts

@@ -23,7 +23,7 @@ Letters here, and in the papers:
     t         noise level (B, 1) in (0, 1]; at t = 1 all is noise    t
     alpha     P(a token is kept at level t)                          alpha_t
     w(t)      weight of level t in the bound                         -alpha'_t / (1 - alpha_t)
-    level     what the network is told of t: noise_fraction, (B, 1)
+    level     what the network reads of t: noise_fraction, (B, 1)
     is_mask   (B, T) bool, True where xt is mask_id
     given     (B, T) bool, True in a prompt: never corrupted, never scored
 

@@ -6,7 +6,7 @@
     python prepare.py wikitext2_bpe          # the same in 4,096 tokens of its own
     python prepare.py wikitext103            # 540 MB, a minute
     python prepare.py text8                  # 100 MB, seconds: 27 characters
-    python prepare.py reversal               # made here, seconds: facts told in one direction
+    python prepare.py reversal               # made here, seconds: facts in one direction
     python prepare.py path/to/any.txt --tokenizer=bpe --vocab_size=1024
 
 Those are streams of text. The following are rows of one length, each [prompt SEP answer EOS PAD...]

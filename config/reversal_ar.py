@@ -1,4 +1,4 @@
-# Made-up facts, half of them told in one direction only: the reversal curse, for a laptop.
+# Made-up facts, half of them stated in one direction only: the reversal curse, for a laptop.
 # parameters: 797,568
 #     python train.py config/reversal_ar.py            5 minutes on one core
 # Fills in 100% of the facts in the direction of the training text and 0% in one that the text never

@@ -1,4 +1,4 @@
-# Made-up facts, half of them told in one direction only: the reversal curse, for a laptop.
+# Made-up facts, half of them stated in one direction only: the reversal curse, for a laptop.
 # parameters: 797,568
 #     python train.py config/reversal_mdm.py           33 minutes on one core
 # nelbo <= 0.459 nats/character. Of "A is B" it fills in B for 68.5% of the facts, A for 42.5%, and

@@ -203,12 +203,12 @@ def test_speed_has_a_row_for_every_decoder_and_a_picture(runs):
     assert picture[:8] == b'\x89PNG\r\n\x1a\n' and len(picture) > 10_000
 
 
-def test_reversal_asks_for_what_was_told_and_what_was_not(tmp_path, monkeypatch):
+def test_reversal_asks_for_facts_as_stated_and_turned(tmp_path, monkeypatch):
     """The model is one that knows by heart every sentence of its text, and no other."""
     monkeypatch.chdir(tmp_path)
     meta = prepare('reversal')
     tokenizer = load_tokenizer(meta)
-    told = set(Path('data/downloads/reversal.txt').read_text().split('\n'))
+    lines = set(Path('data/downloads/reversal.txt').read_text().split('\n'))
 
     def complete(run, canvases, how):
         assert how['temperature'] == 0 and how['decoder'] == 'confidence' and how['steps'] == 0
@@ -217,7 +217,7 @@ def test_reversal_asks_for_what_was_told_and_what_was_not(tmp_path, monkeypatch)
             text = sample.show(canvas, tokenizer, meta['mask_id']).strip()
             assert text.count(sample.MASK_SHOWN) > 5
             pattern = re.compile(re.escape(text).replace(sample.MASK_SHOWN, '.'))
-            known = [line for line in told if pattern.fullmatch(line)]
+            known = [line for line in lines if pattern.fullmatch(line)]
             text = known[0] if known else text.replace(sample.MASK_SHOWN, 'a')
             done.append((tokenizer.encode(f'\n{text}\n'), {}))
         return done, None
@@ -758,7 +758,7 @@ def test_report_is_one_page(runs):
     assert f'<= {mdm["nats/token"]:.4f}' in page and ar['s.e.'] == 'exact'
     for picture in re.findall(r'\((\w+\.png)\)', page):
         assert (runs / 'page' / picture).read_bytes()[:4] == b'\x89PNG'
-    assert page.count('.png)') == 3 and 'is told how many tokens are wrong' in page
+    assert page.count('.png)') == 3 and 'is given the number of wrong tokens' in page
 
 
 def test_epochs_are_those_of_the_tokens_that_were_trained_on(runs, settings):
@@ -833,7 +833,7 @@ def test_bounds_are_measured_as_by_hand(book, monkeypatch):
     assert '6 prompts' in note
 
 
-def test_who_is_told_lengths_that_are_too_short_does_not_fit(book, monkeypatch):
+def test_answers_do_not_fit_into_lengths_that_are_too_short(book, monkeypatch):
     """A model that believes all answers to be of one letter."""
     rows, _, _ = lengths_of_book(dict.fromkeys(BOOK, 'h'), monkeypatch, length='argmax')
     assert [row['length'] for row in rows] == ['argmax']

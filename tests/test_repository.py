@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {'config/__init__.py': 122, 'prepare.py': 589, 'model.py': 644, 'train.py': 491,
-           'sample.py': 766, 'eval.py': 879, 'data/*.py': 109}
+           'sample.py': 765, 'eval.py': 879, 'data/*.py': 109}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 
