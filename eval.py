@@ -863,11 +863,11 @@ def recover(runs, settings):
     """How many corrupted tokens are found, and corrected, where some were replaced at random.
 
     A run is given the number of wrong tokens, but not their places. It scores every token, as
-    below, then replaces the least likely ones and leaves the others. found: share of the replaced tokens that
-    were among the least likely. accuracy: share of all tokens that are right; before: in the text
-    that the run was given; s.e. over windows. Scores are nll: of ar, given the tokens before; of
-    masked diffusion, given all tokens but an eighth of the positions, which is masked; of uniform,
-    given all tokens and the share that is noise.
+    below, then replaces the least likely ones and leaves the others. found: share of the replaced
+    tokens that were among the least likely. accuracy: share of all tokens that are right; before:
+    in the text that the run was given; s.e. over windows. Scores are nll: of ar, given the tokens
+    before; of masked diffusion, given all tokens but an eighth of the positions, which is masked;
+    of uniform, given all tokens and the share that is noise.
     """
     x0, rng = common_windows(runs, settings), torch.Generator().manual_seed(settings['seed'])
     V, everywhere, rows = runs[0].meta['vocab_size'], torch.ones_like(x0, dtype=torch.bool), []
