@@ -909,8 +909,8 @@ class LocalMixing(nn.Module):
         self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
 
     def forward(self, x, cache, mask):
-        """x (B, T, C). With a mask, which is that of block_mask, x is [xt ; x0]: two tokens stand at
-        every position, and neighbour k is the one of them that the mask lets a token attend to."""
+        """x (B, T, C). With a mask, that of block_mask, x is [xt ; x0]: two tokens stand at every
+        position, and neighbour k is the one of them that the mask lets a token attend to."""
         (B, T, C), K = x.shape, len(self.weight)
         if mask is not None:
             position = torch.arange(T // 2, device=x.device).repeat(2)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 123, 'prepare.py': 590, 'model.py': 644, 'train.py': 491,
+BUDGETS = {'config/__init__.py': 123, 'prepare.py': 590, 'model.py': 630, 'train.py': 491,
            'sample.py': 766, 'eval.py': 880, 'data/*.py': 111}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
