@@ -11,10 +11,12 @@ Each prints a Markdown table with a row for each run (several seeds of one confi
 row, mean +- standard deviation) and, below it, how the numbers were obtained. All measurements are
 collected in report_dir: report.md, the same as numbers in report.json, and pictures. On 2 CPU
 cores curves take a second, likelihood a minute or two, generation of the full 100,000 tokens by
-each run ten, and report, which runs most tasks at sizes for a laptop, about 5.
+each run ten minutes, and report, which runs most tasks at sizes for a laptop, about five.
 
-A task is a function (runs, settings) -> (rows, note) and one line of TASKS at the end. Its
-docstring is printed below its table: it tells a reader of the report what the columns mean.
+A task is a function (runs, settings) -> (rows, note) and one line of TASKS at the end. A row is
+{column: value}; values that are lists are left out of the table and go to the picture. The
+docstring is printed below the table: it tells a reader of the report what the columns mean. To
+read this file, begin with likelihood(), the task that matters most, and run_task(), which calls it.
 """
 
 import csv
@@ -37,6 +39,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 import config
@@ -44,8 +47,8 @@ import sample
 from config import UserError, one_of, require, write_atomically
 from model import Autoregression, cross_entropy, evaluate, in_slices, make_objective, peak_memory, \
     pick_device
-from prepare import MARK, download, load_meta, load_split, mixed_seed, open_data, row_batches, \
-    row_widths
+from prepare import SURROGATE, download, load_meta, load_split, mixed_seed, open_data, \
+    row_batches, row_widths
 from sample import PLAIN, Run, load_run
 
 # what is measured
@@ -56,17 +59,18 @@ report_dir = 'out/report'  # where report.md, report.json and the pictures go
 split = 'val'          # train, val, test; likelihood: or several with commas; generation and
                        # speed: val, always
 max_windows = 64       # windows of the split, or texts, that a task reads, evenly spread; 0 = all;
-                       # likelihood: of train alone, of the other splits it reads all
+                       # likelihood: for train only, it reads all of the other splits
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 seed = 1
 batch_size = 16        # rows at a time
-repeats = 4            # independent draws of a bound
+repeats = 4            # independent draws of a bound, each with its own noise
 target_se = 0.005      # likelihood, order: 8 draws, or as many more as bring the standard error of
                        # a bound down to this (nats); 0: only repeats
-discrete_steps = ()    # likelihood: of mdm and d3pm also the bounds in so many steps, as (10, 1000)
-gen_tokens = 100_000   # generation: how many to write, in texts as long as the context; speed and
-                       # report write fewer unless told
-gen_length = 64        # order: tokens of a text, which takes as many passes
+discrete_steps = ()    # likelihood: also the bounds of mdm and d3pm in these numbers of diffusion
+                       # steps, as (10, 1000)
+gen_tokens = 100_000   # generation: tokens to write, in texts as long as the context; speed and
+                       # report write fewer unless it is given
+gen_length = 64        # order: tokens of a text; an exact nll takes as many passes
 judge = ''             # generation, speed: an AR run, or a causal model of Hugging Face's
                        # transformers; '' = the first AR run of out_dir
 lambada_file = ''      # lambada: a local copy of lambada_test.jsonl
@@ -75,37 +79,36 @@ grid_steps = (4, 8, 16, 32, 64, 128, 256)  # speed: steps of each decoder
 # reference, as many masks as the reference answer needs, or several names with commas
 file = ''              # translation: lines of (level TAB) prompt TAB answer, in place of the split
 max_rows = 0           # the first so many prompts; 0 = all
-greedy = True          # take the most likely tokens, auto is confidence; False: with temperature
-answer_steps = (1, 4, 8, 16)  # steps of masked models, one after the other; length: the last alone
+greedy = True          # take the most likely tokens, most confident first if decoder is auto;
+                       # False: sample them with temperature
+answer_steps = (1, 4, 8, 16)  # steps of masked models, one after the other; length: only the last
 
 LAMBADA = ('https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl',
            '4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226')
-KNOWN_TOKENS = 20_000_000  # of the training text, as many are searched for words and copies
-EOS_SHARES = (0.25, 0.5, 0.75, 1.0)  # of an answer's window that is masked, in length.png
+KNOWN_TOKENS = 20_000_000  # only the beginning of the training text is searched for words, copies
+EOS_SHARES = (0.25, 0.5, 0.75, 1.0)  # length.png: shares of an answer's window that are masked
 LENGTH_BLOCK = 8       # length: tokens per block of the decoding in blocks, for comparison
-MOST_DRAWS = 64        # of a bound, whatever its error is by then
+MOST_DRAWS = 64        # draws of a bound, even if its standard error is still above target_se
 LEVELS, PLACES = 16, 16  # points of the two curves of likelihood.png
 MAY_DIFFER = ('seed', 'out_dir', 'resume', 'overwrite', 'init_from', 'eval_interval',
-              'log_interval', 'eval_repeats')  # settings, among runs of one kind
+              'log_interval', 'eval_repeats')  # settings that seeds of one configuration may change
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
-          '#882255')   # told apart by the colour-blind; in grey, by the markers
+          '#882255')   # distinct for the colour-blind; printed in grey, the markers are
 MARKERS = '*s^Dv<>Po'
-DIGITS = {name: digits for digits, names in {  # behind the point, of a column; 3 of others
-    4: ('nats/token', 's.e.', 'bits/token', 'bits/char', 'bits/byte'),
-    2: ('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L', 'BERTScore', 'batches/s'),
-    1: ('known words (%)', 'ms/pass', 'accuracy (%)', 's.e. (%)', 'minutes', 'nfe', 'fits (%)',
-        'too long by', 'masks', 'saved', 'ms/sentence', 'sentences/s'),
-    0: ('tokens/s',)}.items() for name in names}
+DIGITS = {             # digits after the point in a column; 3 in all others
+    **dict.fromkeys(('nats/token', 's.e.', 'bits/token', 'bits/char', 'bits/byte'), 4),
+    **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L', 'BERTScore', 'batches/s'), 2),
+    **dict.fromkeys(('known words (%)', 'ms/pass', 'accuracy (%)', 's.e. (%)', 'minutes', 'nfe',
+                     'fits (%)', 'too long by', 'masks', 'saved', 'ms/sentence', 'sentences/s'), 1),
+    'tokens/s': 0}
 
 
 # --------------------------------------------------------------------------------- runs and data
 
 
 def load_runs(out_dirs, device, one_data_set=True):
-    """[Run] of folders, on one and the same data set unless told otherwise."""
+    """[Run] of the folders, with commas between them; all on one data set if that is asked."""
     runs = [load_run(path.strip(), device) for path in out_dirs.split(',')]
-    if len({run.name for run in runs}) < len(runs):
-        raise UserError(f'{out_dirs} has runs of the same name, which no table could tell apart')
     for run in runs:
         if run.meta != load_meta(run.settings['dataset']):
             raise UserError(f'data/{run.settings["dataset"]} is not what {run.name} was trained on')
@@ -116,9 +119,10 @@ def load_runs(out_dirs, device, one_data_set=True):
 
 
 def load_log(path):
-    """A run without its model, and {column: numbers} of its log, from the second evaluation on.
+    """A run without its model, and its log: {'tokens', 'seconds', 'val': arrays, 'measured': name}.
 
-    The first says log V' for most.
+    The evaluation before the first update is left out: most runs have log V' there, and it would
+    stretch the axis of curves.png.
     """
     try:
         settings = json.loads(Path(path, 'config.json').read_text())
@@ -131,7 +135,8 @@ def load_log(path):
     if not rows:
         raise UserError(f'{path} was not evaluated on its validation text yet: train it further')
     return Run(Path(path).name, None, None, load_meta(settings['dataset']), None, settings,
-               log['tokens'][-1], path), log | {'measured': rows[0]['measured']}
+               log['tokens'][-1],  # in place of the updates, which the log does not have
+               path), log | {'measured': rows[0]['measured']}
 
 
 def about(run):
@@ -140,19 +145,19 @@ def about(run):
 
 
 def data_of(run):
-    """The data set of a run, all of it, in windows or rows as the run reads them."""
+    """The Stream or Rows of a run: its data set, cut into windows or rows as in its training."""
     s = run.settings
     return open_data(s['dataset'], s['block_size'], s['batch_size'], predict_pad=s['predict_pad'])
 
 
-def common_windows(runs, settings):
-    """Windows (N, T) of the split, as long as the shortest context of the runs."""
-    T = min(run.model.config.block_size for run in runs)
+def common_windows(runs, settings, most=math.inf):
+    """Windows (N, T) of the split, as long as the shortest context of the runs, T <= most."""
+    T = min(most, *(run.model.config.block_size for run in runs))
     return data_of(runs[0]).windows(settings['split'], T, settings['max_windows'])
 
 
 def training_text(run):
-    """The training text, or the beginning of a long one."""
+    """The training text of a run; of a long one, its first KNOWN_TOKENS tokens."""
     ids = load_split(run.settings['dataset'], 'train')[:KNOWN_TOKENS]
     return run.tokenizer.decode(ids.tolist())
 
@@ -161,7 +166,7 @@ def training_text(run):
 
 
 class Number(float):
-    """A float printed as what it is: `<=` before an upper bound, `+-` and a deviation behind."""
+    """A float that prints `<=` before an upper bound, and `+-` spread behind a mean."""
 
     def __new__(cls, value, bound=False, spread=None):
         number = super().__new__(cls, value)
@@ -173,28 +178,33 @@ class Number(float):
         return text if self.spread is None else f'{text} +- {self.spread:{spec}}'
 
 
-def seeds_together(rows, runs):
-    """The rows, but one for all runs of one kind: mean +- standard deviation.
+def configuration(run):
+    """What the seeds of one configuration have in common, as a text."""
+    shared = {name: value for name, value in run.settings.items() if name not in MAY_DIFFER}
+    return repr((run.updates, bool(run.settings.get('init_from')), sorted(shared.items())))
 
-    Such runs differ in their seed, in their folder, in the weights of this seed that they began
-    with, and in how often they were evaluated.
+
+def seeds_together(rows, runs):
+    """The rows, with the seeds of each configuration made one row: mean +- standard deviation.
+
+    The n-th row of a run is averaged with the n-th rows of the other seeds, unless their curves
+    have other numbers of points. Two runs of the same seed are not averaged.
     """
-    kinds, groups, seen = {}, {}, Counter()
+    same_seed, rows_of, owners, groups = Counter(), Counter(), {}, {}
     for run in runs:
-        s = run.settings | dict.fromkeys(MAY_DIFFER) | {'init': bool(run.settings.get('init_from'))}
-        kind = repr((run.updates, sorted(s.items())))
-        seen[kind, run.settings['seed']] += 1  # two of the same seed are not of one kind
-        kinds[run.name] = kind, seen[kind, run.settings['seed']]
+        kind = configuration(run)
+        same_seed[kind, run.settings['seed']] += 1
+        owners[run.name] = kind, same_seed[kind, run.settings['seed']]
     for row in rows:
-        seen[row['run']] += 1  # the n-th row of a run goes with the n-th of the others
-        key = (kinds.get(row['run'], row['run']), seen[row['run']],  # and points of each curve
-               *(len(value) for value in row.values() if isinstance(value, list)))
-        groups.setdefault(key, []).append(row)
+        rows_of[row['run']] += 1
+        points = [len(value) for value in row.values() if isinstance(value, list)]
+        owner = owners.get(row['run'], row['run'])  # a reference row belongs to no run
+        groups.setdefault((owner, rows_of[row['run']], *points), []).append(row)
     return [group[0] if len(group) == 1 else mean_row(group) for group in groups.values()]
 
 
 def mean_row(rows):
-    """One row for those of several seeds; of texts it has the first."""
+    """The mean of the rows of several seeds; words, and texts as `beginning`, are the first's."""
     mean = dict(rows[0], run=f'{rows[0]["run"]} ({len(rows)} seeds)')
     for key, value in rows[0].items():
         values = [row[key] for row in rows]
@@ -213,10 +223,10 @@ def shown(column, value):
 
 
 def markdown(rows):
-    """A Markdown table of dicts with the same keys, the numbers aligned right; no lists."""
+    """A Markdown table of dicts with the same keys, all but the first column aligned right."""
     columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
     cells = [columns] + [[shown(name, row[name]) for name in columns] for row in rows]
-    first, *others = (max(map(len, column)) for column in zip(*cells))
+    first, *others = [max(map(len, column)) for column in zip(*cells)]  # widths
     lines = [' | '.join([a.ljust(first), *map(str.rjust, b, others)]) for a, *b in cells]
     rule = '|'.join(['-' * (first + 2), *('-' * (width + 1) + ':' for width in others)])
     return '\n'.join([f'| {lines[0]} |', f'|{rule}|', *(f'| {line} |' for line in lines[1:])])
@@ -229,28 +239,25 @@ def panels(n):
 
 
 def style(i):
-    """How the i-th line of a picture is drawn; a star looks smaller than the other markers."""
-    i = i % len(COLORS)
-    return {'color': COLORS[i], 'marker': MARKERS[i], 'ms': 9 if i == 0 else 5, 'lw': 1.3}
+    """How the i-th line of a picture is drawn; each round of the colours has other markers."""
+    marker = MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
+    return {'color': COLORS[i % len(COLORS)], 'marker': marker, 'lw': 1.3,
+            'ms': 9 if marker == '*' else 5}  # a star looks smaller than the other markers
 
 
-def remark(ax, text, xy, coords='axes fraction', offset=(0, 0), **how):
-    """Writes a small grey text at xy, moved by an offset in points."""
-    ax.annotate(text, xy, xycoords=coords, xytext=offset, textcoords='offset points', fontsize=8,
-                color='0.4', **how)
+def plot_by_passes(ax, rows, column, names):
+    """A column against the passes of the network, a line for all rows with the same `names`.
 
-
-def plot_by_passes(ax, rows, column, names, ticks):
-    """A column against the passes of the network, a line for all rows with the same `names`."""
+    names: the columns whose values, words, make the label of a line.
+    """
     lines = {}
     for row in rows:
         label = ', '.join(filter(None, (row[name] for name in names)))
         lines.setdefault(label, []).append((row['nfe'], row[column]))
     for i, (label, points) in enumerate(lines.items()):
         ax.plot(*zip(*sorted(points)), label=label, **style(i))
-    ax.set(xscale='log', ylabel=column)
-    ax.set_xticks(ticks, map(str, ticks))
-    ax.minorticks_off()
+    ax.set_xscale('log', base=2)
+    ax.xaxis.set_major_formatter('{x:g}')
 
 
 def save_figure(fig, path):
@@ -271,10 +278,11 @@ def save_figure(fig, path):
 
 
 def draw_until(target_se, repeats, draw):
-    """(mean, its standard error, number) of draw(0), draw(1), ...: as many as the settings ask.
+    """(mean, its standard error, number) of the values draw(0), draw(1), ...
 
-    The first say how many that is, 8 to MOST_DRAWS: the error of 4 draws is itself off by 40%, and
-    who draws until it happens to look small believes in errors that are too small.
+    With a target_se, at least 8 draws are made, since the standard error of 4 is itself off by 40%;
+    their spread says how many are needed. To stop as soon as the error happens to look small would
+    report errors that are too small.
     """
     values = [draw(n) for n in range(max(8, repeats) if target_se else repeats)]
     needed = np.nan_to_num((np.std(values, ddof=1) / target_se) ** 2) if target_se else 0
@@ -283,11 +291,12 @@ def draw_until(target_se, repeats, draw):
 
 
 def token_nll(model, x0, is_mask, scored, level=None):
-    """-log p(x0_i | xt), (B, T), where xt has masks at is_mask (B, T); 0 where not scored (B, T).
+    """-log p(x0_i | xt) at every scored position i, (B, T) nats; 0 at the others.
 
-    level (B, 1): the fraction of noise, if that is not the fraction of masks.
+    xt is x0 with masks at is_mask. x0 int64, is_mask, scored bool: (B, T). level (B, 1): what time
+    conditioning is given; None: the fraction of masks.
     """
-    level = is_mask.float().mean(1, keepdim=True) if level is None else level
+    level = is_mask.float().mean(1, keepdim=True) if level is None else level  # (B, 1)
     h = model(torch.where(is_mask, model.mask_id, x0), level, where=scored, hidden=True)  # (M, C)
     nll = in_slices(cross_entropy, model, h, x0[scored])  # (M,)
     return torch.zeros(x0.shape, device=x0.device).masked_scatter(scored, nll)
@@ -296,21 +305,22 @@ def token_nll(model, x0, is_mask, scored, level=None):
 def nll_by_place(run, x0, batch_size, seed):
     """(LEVELS, PLACES) mean -log p(x0_i | xt) of masked tokens, by noise level and by position.
 
-    Level k masks each token with probability t = (k + 1/2) / LEVELS. The nelbo per token is the
-    integral over t of what a masked token costs: the mean of the table. AR has one row, its nll.
+    x0 (N, T). Level k masks each token with probability t = (k + 1/2) / LEVELS. The nelbo per token
+    is the integral over t of the mean nll of a masked token: the mean of the table. That of AR has
+    one row, its nll, in which every token counts: t = 1.
     """
     model, exact, table = run.model, run.objective.exact, []
     places = np.array_split(np.arange(x0.size(1)), min(PLACES, x0.size(1)))
     rng = torch.Generator(model.device).manual_seed(mixed_seed(seed))
-    for k in range(1 if exact else LEVELS):
-        sums, count = torch.zeros(2, x0.size(1), device=model.device)  # 2 x (T,)
+    for level in [1.0] if exact else (np.arange(LEVELS) + 0.5) / LEVELS:
+        nats, count = torch.zeros(2, x0.size(1), device=model.device)  # 2 x (T,)
         for rows in x0.to(model.device).split(batch_size):
-            t = torch.full((len(rows), 1), (k + 0.5) / LEVELS, device=model.device)
-            is_mask = torch.rand(rows.shape, generator=rng, device=model.device) < t
+            t = torch.full((len(rows), 1), level, device=model.device)  # (B, 1)
+            is_mask = torch.rand(rows.shape, generator=rng, device=rows.device) < t  # (B, T)
             nll = run.objective.token_nll(model, rows) if exact else \
                 token_nll(model, rows, is_mask, is_mask, t)  # (B, T)
-            sums, count = sums + nll.sum(0), count + (is_mask | exact).sum(0)  # AR scores all
-        table.append([(sums[part].sum() / count[part].sum()).item() for part in places])
+            nats, count = nats + nll.sum(0), count + is_mask.sum(0)
+        table.append([(nats[part].sum() / count[part].sum()).item() for part in places])
     return np.array(table)
 
 
@@ -322,13 +332,17 @@ def pace(run):
     return ''
 
 
-def in_units(nats, bound, tokens, count):
-    """{column: a likelihood in its unit} of nats per token, for a text that has so many tokens."""
-    bits = nats / math.log(2)
-    units = {'nats/token': nats, 'bits/token': bits,
-             'bits/char': bits * tokens / count['characters'],
-             'bits/byte': bits * tokens / count['bytes'], 'perplexity': math.exp(nats)}
-    return {column: Number(value, bound) for column, value in units.items()}
+def in_units(nats, error, tokens, counts):
+    """{column: likelihood}: nats per token and its standard error, and the nats in other units.
+
+    error: a float, or 'exact' if nats is no bound. A text of `tokens` scored tokens has so many
+    characters and bytes: counts. Tokens differ between tokenizers, but characters and bytes do not.
+    """
+    bits, number = nats / math.log(2), partial(Number, bound=error != 'exact')
+    return {'nats/token': number(nats), 's.e.': error, 'bits/token': number(bits),
+            'bits/char': number(bits * tokens / counts['characters']),
+            'bits/byte': number(bits * tokens / counts['bytes']),
+            'perplexity': number(math.exp(nats))}
 
 
 def whole_numbers(name, value):
@@ -338,61 +352,70 @@ def whole_numbers(name, value):
 
 
 def objectives_of(run, discrete_steps):
-    """{name: Objective} of the likelihoods of a run: its own, and those in so many steps.
+    """{name: Objective} whose bounds are measured: the run's own, and D3PM's in discrete_steps.
 
     The network of masked diffusion is also that of a reverse process in discrete steps [D3PM],
     unless it gives the mask a probability or reads the clean text of earlier blocks.
     """
-    found, objective = {run.objective.measured.split()[0]: run.objective}, run.objective
+    objective = run.objective
+    found = {objective.measured.split()[0]: objective}
     if discrete_steps and objective.masks and not objective.block_length and run.model.config.subs:
-        found |= {f'nelbo in {n:,} steps': make_objective(
-            run.settings | {'objective': 'd3pm', 'diffusion_steps': n})
-            for n in whole_numbers('discrete_steps', discrete_steps)}
+        for n in whole_numbers('discrete_steps', discrete_steps):
+            found[f'nelbo in {n:,} steps'] = make_objective(
+                run.settings | {'objective': 'd3pm', 'diffusion_steps': n})
     return found
+
+
+def likelihood_curves(run, split, settings):
+    """The two curves of likelihood.png; without points where there is nothing to draw.
+
+    They are of the validation split alone, and of objectives with a nelbo that is the mean over
+    masked tokens: those of any order, and AR.
+    """
+    if split != 'val' or run.meta['layout'] != 'stream' or not (
+            run.objective.exact or run.objective.any_order):
+        return {'by share': [], 'by position': []}
+    x0 = data_of(run).windows(split, run.model.config.block_size, 64)
+    table = nll_by_place(run, x0, settings['batch_size'], settings['seed'])
+    return {'by share': np.nanmean(table, 1).tolist(), 'by position': np.nanmean(table, 0).tolist()}
 
 
 def likelihood(runs, settings):
     """nll and nelbo of text: the nll is exact, a nelbo is an upper bound on it.
 
     All windows of the split (of train max_windows, evenly spread), each as long as the context and
-    read alone, in float32. draws: so many of the bound, each over the whole split; s.e.: their
-    standard error. Of mdm and d3pm there may be rows for the reverse process in so many steps.
+    read alone, in float32. draws: how many of the bound, each over the whole split; s.e.: the
+    standard error of their mean. nelbo in N steps: of the same network, in N diffusion steps.
     """
     rows, s, splits = [], settings, [word.strip() for word in settings['split'].split(',')]
     for run, split in tqdm(list(itertools.product(runs, splits)), 'likelihood', disable=None):
-        data, exact = data_of(run), run.objective.exact
+        data, points = data_of(run), likelihood_curves(run, split, s)
         batches = data.batches(split, s['batch_size'], s['max_windows'] * (split == 'train'))
-        by_place = {'by share': [], 'by position': []}
-        if split == 'val' and run.meta['layout'] == 'stream' and (exact or run.objective.any_order):
-            windows = data.windows(split, run.model.config.block_size, 64)
-            table = nll_by_place(run, windows, s['batch_size'], s['seed'])
-            by_place = {'by share': np.nanmean(table, 1).tolist(),
-                        'by position': np.nanmean(table, 0).tolist()}
         for measured, objective in objectives_of(run, s['discrete_steps']).items():
             def draw(n, objective=objective):
                 return evaluate(run.model, objective, batches, mixed_seed(s['seed'], n))[0]
 
-            nats, error, draws = (draw(0), 'exact', '') if exact else \
+            nats, error, draws = (draw(0), 'exact', '') if objective.exact else \
                 draw_until(s['target_se'], s['repeats'], draw)
-            units = in_units(nats, not exact, data.scored(split), run.meta['counts'][split])
             rows.append({'run': run.name, 'data': run.meta['name'], 'split': split,
                          'parameters': run.model.count_parameters(), 'updates': run.updates,
-                         'batches/s': pace(run), 'measured': measured, 'draws': draws,
-                         'nats/token': units['nats/token'], 's.e.': error} | units | by_place)
-            by_place = dict.fromkeys(by_place, [])  # of the first objective alone
+                         'batches/s': pace(run), 'measured': measured, 'draws': draws}
+                        | in_units(nats, error, data.scored(split), run.meta['counts'][split])
+                        | points)
+            points = dict.fromkeys(points, [])  # they are of the run's own objective
     sizes = ', '.join(sorted({str(run.model.config.block_size) for run in runs}))
     return comparable(rows, runs, f'windows of {sizes} tokens')
 
 
 def comparable(rows, runs, note):
-    """(rows, note), without what cannot be compared if the runs are on different data sets."""
+    """(rows, note) with only the columns that can be compared between the data sets of the runs."""
     if len({row['data'] for row in rows}) == 1:
         return [{key: value for key, value in row.items() if key != 'data'} for row in rows], note
     note += '; tokens differ, so only bits per byte can be compared'
     if len({run.meta['sha256'] for run in runs}) > 1:
         note += ', and the texts differ too, so not even those say which model is better'
     for row in rows:
-        if row['s.e.'] != 'exact':  # it is in nats per token
+        if row['s.e.'] != 'exact':  # from nats per token to bits per byte
             row['s.e.'] *= row['bits/byte'] / row['nats/token']
     kept = ('run', 'data', 'split', 'measured', 'draws', 'bits/byte', 's.e.')
     return [{key: row[key] for key in kept} for row in rows], note
@@ -409,49 +432,48 @@ def plot_likelihood(rows, path):
             by_share.plot((np.arange(LEVELS) + 0.5) / LEVELS, row['by share'], **how)
         n = len(row['by position'])
         by_position.plot((np.arange(n) + 0.5) / n, row['by position'], **how)
-    by_share.set(xlabel='share of the tokens that are masked', xlim=(0, 1),
+    by_share.set(xlabel='share of tokens that are masked (dashed: AR, no masks)', xlim=(0, 1),
                  ylabel='nats per masked token')
     by_position.set(xlabel='position in the window (share of its length)', xlim=(0, 1),
                     ylabel='nll, or bound on it (nats per token)')
-    remark(by_share, 'dashed: AR, which masks nothing', (0.03, 0.95))
     return save_figure(fig, path)
 
 
 def noises(runs, settings):
-    """Bits per character by objective; over ar: beside the first run with an exact nll.
+    """Bits per character by objective; over ar: how far above the first run with an exact nll.
 
     The bounds are those of task=likelihood; s.e. in nats per token.
     """
     one_of('split', settings['split'], ('train', 'val', 'test'))
-    found, note = likelihood(runs, settings | {'discrete_steps': ()})
+    found, note = likelihood(runs, settings | {'discrete_steps': ()})  # one row for each run
     rows, exact = [], [row['bits/char'] for row in found if row['s.e.'] == 'exact']
     for run, row in zip(runs, found):
-        objective, timed = run.objective, run.settings['time_cond']
+        objective, with_t = run.objective, run.settings['time_cond']
         kind = f'{run.settings["objective"]} {objective.block_length or ""}'.strip()
         chain = objective.exact or objective.any_order or objective.block_length
-        rows.append({'run': run.name, 'objective': kind + ' with t' * timed,
+        rows.append({'run': run.name, 'objective': kind + ' with t' * with_t,
                      'updates': row['updates'],
                      'minutes': load_log(run.path)[1]['seconds'][-1] / 60,
                      'bits/char': row['bits/char'], 's.e.': row['s.e.'],
                      'over ar (%)': 100 * (row['bits/char'] / exact[0] - 1) if exact else '',
-                     'chain': [1] if chain and not timed else []})
+                     'chain': [1] if chain and not with_t else []})  # a list: not in the table
     return rows, note
 
 
 def plot_noises(rows, path):
     """noises.png: bits per character of each run, from left to right as they were named.
 
-    A line joins AR, which writes blocks of one token, diffusion in blocks, and in one block.
+    A grey line joins a chain of block lengths: 1 of AR, that of block diffusion, all of masked
+    diffusion.
     """
     fig, (ax,) = panels(1)
     kinds, y = [row['objective'].split()[0] for row in rows], [row['bits/char'] for row in rows]
     chain = [i for i, row in enumerate(rows) if row['chain']]
     ax.plot(chain, [y[i] for i in chain], color='0.8', lw=1.3, zorder=0)
-    for n, kind in enumerate(dict.fromkeys(kinds)):
-        x = [i for i, its in enumerate(kinds) if its == kind]
-        ax.plot(x, [y[i] for i in x], label=kind, **style(n) | {'ms': 9, 'ls': ''})
     for i, bits in enumerate(y):
-        remark(ax, f'{bits:.2f}', (i, bits), 'data', (0, 8), ha='center')
+        ax.plot(i, bits, **style(kinds.index(kinds[i])) | {'ms': 9})  # named by its tick
+        ax.annotate(f'{bits:.2f}', (i, bits), xytext=(0, 8), textcoords='offset points',
+                    ha='center', fontsize=8, color='0.4')
     ax.set_xticks(range(len(rows)), [row['objective'].replace(' ', '\n', 1) for row in rows])
     ax.set(ylabel='bits per character (all but ar: an upper bound)',
            xlabel='objective, and length of its blocks')
@@ -460,13 +482,15 @@ def plot_noises(rows, path):
 
 
 def ordered_nll(model, x0, order, given=None):
-    """-log p(x0) of every row, (B,), in nats, exact: masked diffusion that reveals in one order.
+    """-log p(x0) of each row, (B,) nats, exact: masked diffusion that reveals in one order.
 
-    order (B, T): a permutation of positions, the first is revealed first. One pass for each; the
-    mean over all orders is mdm's nelbo [2110.02037, autoregressive diffusion].
+        sum over i of  -log p(x0[order[i]] | x0[order[:i]])
+
+    x0 int64, order, given bool: (B, T). order: a permutation of the positions, and order[0] is
+    revealed first. One pass per token. The mean over all orders is mdm's nelbo [2110.02037].
     """
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-    rank, nats = order.argsort(dim=1), 0.0
+    rank, nats = order.argsort(dim=1), 0.0  # rank (B, T): when each position is revealed
     for i in range(x0.size(1)):
         is_mask, now = (rank >= i) & ~given, (rank == i) & ~given
         nats += token_nll(model, x0, is_mask, now).sum(1)
@@ -477,46 +501,47 @@ def orders(runs, settings):
     """The exact nll of short texts, by the order in which their tokens are revealed.
 
     Masked diffusion that reveals one token at a time has an exact likelihood in each order, as AR
-    has in its own. Its mean over all orders is the nelbo. Each text is read alone; random orders:
-    every text has its own, +-: standard deviation over `repeats` draws of them.
+    has in its own. Its mean over all orders is the nelbo. Each text is read alone. In random orders
+    every text has an order of its own; +-: standard deviation over `repeats` draws of them.
     """
     rows, s = [], settings
-    T = min(s['gen_length'], *(run.model.config.block_size for run in runs))
-    require('gen_length', T, T >= 1, '1 or more')
-    x0 = data_of(runs[0]).windows(s['split'], T, s['max_windows'])
-    left = torch.arange(x0.size(1)).expand_as(x0)  # (B, T)
+    require('gen_length', s['gen_length'], s['gen_length'] >= 1, '1 or more')
+    x0 = common_windows(runs, s, s['gen_length'])  # (N, T)
+    left = torch.arange(x0.size(1)).expand_as(x0)  # (N, T)
     rng = torch.Generator().manual_seed(s['seed'])
     random = [torch.rand(x0.shape, generator=rng).argsort(1) for _ in range(s['repeats'])]
     for run in tqdm(runs, desc='order', disable=None):
-        model, found = run.model, []
+        model, found = run.model, {}
         rng = torch.Generator(model.device).manual_seed(s['seed'])
         bound = partial(run.objective.bound, rng=rng)
 
         def mean(nats, *order):
+            """Nats per token by nats(model, x0 (B, T), *order) -> (B,), batch by batch."""
             parts = zip(*(each.to(model.device).split(s['batch_size']) for each in (x0, *order)))
             return sum(nats(model, *part).sum().item() for part in parts) / x0.numel()
 
         if run.objective.exact:
-            found = [('left to right', 'nll', mean(bound), 'exact')]
+            found = {'left to right': (mean(bound), 'exact')}
         elif run.objective.any_order:
-            nats = [mean(ordered_nll, order) for order in random]
+            each = [mean(ordered_nll, order) for order in random]
+            spread = Number(np.mean(each), spread=np.std(each, ddof=1))
             nelbo, error, _ = draw_until(s['target_se'], s['repeats'], lambda n: mean(bound))
-            found = [('left to right', 'nll', mean(ordered_nll, left), 'exact'),
-                     ('right to left', 'nll', mean(ordered_nll, left.flip(1)), 'exact'),
-                     (f'{len(nats)} random orders', 'nll',
-                      Number(np.mean(nats), spread=np.std(nats, ddof=1)), 'exact'),
-                     ('all orders', 'nelbo', Number(nelbo, bound=True), error)]
-        rows += [dict(zip(('run', 'order', 'measured', 'nats/token', 's.e.'), (run.name, *values)))
-                 for values in found]
+            found = {'left to right': (mean(ordered_nll, left), 'exact'),
+                     'right to left': (mean(ordered_nll, left.flip(1)), 'exact'),
+                     f'{len(random)} random orders': (spread, 'exact'),
+                     'all orders': (Number(nelbo, bound=True), error)}
+        rows += [{'run': run.name, 'order': order, 'measured': 'nll' if error == 'exact' else
+                  'nelbo', 'nats/token': nats, 's.e.': error}
+                 for order, (nats, error) in found.items()]
     return rows, f'{len(x0)} texts of {x0.size(1)} tokens'
 
 
 def curves(runs, settings):
     """How good runs were at which point of their training, by their logs.
 
-    val: nats per token of the validation split; nelbo: an upper bound on the nll. `val at` is read
-    where the run that ends first ends. The picture has training tokens as its x axis; but epochs,
-    passes over the training text, if a run was trained on a part of it (train_tokens).
+    val: nats per token of the validation split; nelbo: an upper bound on the nll. `val at` is the
+    loss of every run at the end of the run that ended first. The picture's x axis is the training
+    tokens; if a run was trained on a part of the text (train_tokens), it is epochs.
     """
     logs, rows = [load_log(run.path)[1] for run in runs], []
     tokens, seconds = (min(log[key][-1] for log in logs) for key in ('tokens', 'seconds'))
@@ -524,21 +549,23 @@ def curves(runs, settings):
     for run, log in zip(runs, logs):
         text = run.meta['counts']['train']['tokens']
         epochs = log['tokens'] / min(run.settings.get('train_tokens') or text, text)
-        best, minutes = log['val'].argmin(), log['seconds'] / 60
+        best, minutes, millions = log['val'].argmin(), log['seconds'] / 60, log['tokens'] / 1e6
+        x = {'x: epochs': epochs.tolist()} if scarce else {'x: tokens': millions.tolist()}
         rows.append({
             'run': run.name, 'measured': log['measured'].split()[0],
-            'tokens (M)': log['tokens'][-1] / 1e6, 'epochs': epochs[-1], 'minutes': minutes[-1],
+            'tokens (M)': millions[-1], 'epochs': epochs[-1], 'minutes': minutes[-1],
             'last val': log['val'][-1], 'best val': log['val'][best], 'at epoch': epochs[best],
             f'val at {tokens / 1e6:.2f}M tokens': np.interp(tokens, log['tokens'], log['val']),
             f'val at {seconds / 60:.1f} minutes': np.interp(seconds, log['seconds'], log['val']),
-            'y': log['val'].tolist(), 'x: minutes': minutes.tolist(),
-            'x: epochs' if scarce else 'x: tokens':
-                (epochs if scarce else log['tokens'] / 1e6).tolist()})
+            'y': log['val'].tolist(), 'x: minutes': minutes.tolist()} | x)
     return rows, ''
 
 
 def plot_curves(rows, path):
-    """curves.png: validation loss against training tokens or epochs, and against time."""
+    """curves.png: validation loss against training tokens or epochs, and against time.
+
+    Over many epochs of a short text the loss rises again, so a ring is around its lowest point.
+    """
     fig, axes = panels(2)
     scarce = 'x: epochs' in rows[0]
     for i, row in enumerate(rows):
@@ -547,15 +574,15 @@ def plot_curves(rows, path):
         for ax, x in zip(axes, (row['x: epochs' if scarce else 'x: tokens'], row['x: minutes'])):
             ax.plot(x, row['y'], label=label, **style(i))
             if scarce:
-                ax.plot(x[best], row['y'][best], **style(i) | {'ms': 14, 'mfc': 'none', 'mew': 1.5})
+                ax.plot(x[best], row['y'][best], 'o', ms=16, mfc='none', color=style(i)['color'])
     axes[0].set(ylabel='validation loss (nats per token)', xlabel='training tokens (millions)')
+    axes[0].locator_params(axis='x', nbins=6)
     axes[1].set(xlabel='training time (minutes)')
     axes[1].sharey(axes[0])
     if scarce:
         axes[0].set_xscale('log', base=2)
-        axes[0].set_xlabel('epochs (passes over the training text)')
+        axes[0].set_xlabel('epochs over the training text (ring: lowest loss)')
         axes[0].xaxis.set_major_formatter('{x:g}')
-        remark(axes[0], 'large, open: the lowest of a run', (0.97, 0.95), ha='right')
     return save_figure(fig, path)
 
 
@@ -568,10 +595,13 @@ def words_of(text):
 
 
 def text_row(name, texts, ids, known):
-    """What can be counted in texts: known words, entropy of tokens, share of distinct n-grams."""
-    words = [word for text in texts for word in words_of(text)]
-    p = np.array(list(Counter(i for row in ids for i in row).values())) / sum(map(len, ids))
-    row = {'run': name, 'tokens': sum(map(len, ids)),
+    """What can be counted in texts: known words, entropy of tokens, share of distinct n-grams.
+
+    ids: the tokens of each text; known: the set of words that count as known.
+    """
+    words, tokens = [w for text in texts for w in words_of(text)], [i for row in ids for i in row]
+    p = np.array(list(Counter(tokens).values())) / len(tokens)
+    row = {'run': name, 'tokens': len(tokens),
            'known words (%)': 100 * sum(w in known for w in words) / max(1, len(words)),
            'unigram entropy (bits)': float(-(p * np.log2(p)).sum())}
     for n in (1, 2, 3):
@@ -581,23 +611,22 @@ def text_row(name, texts, ids, known):
 
 
 def longest_copy(texts, source):
-    """Characters in the longest piece of any of the texts that stands in `source` too; exact.
+    """Length, in characters, of the longest piece of any of the texts that is in `source` too.
 
-    Pieces of n characters are looked up by their hashes, and those found by themselves. If none of
-    n is there, none of more is: n is doubled until none is there, then bisected.
+    Hashes of all pieces of n characters are compared first; where they match, the pieces
+    themselves, so the result is exact. If no piece of n is there, no longer one is: n is doubled
+    until none is there, then bisected.
     """
-    text = MARK.join(texts)
-    codes, known = (np.frombuffer(each.encode('utf-32-le', 'surrogatepass'), np.uint32)
-                    for each in (text, source))
-
-    def hashes(codes, n):
-        h = np.zeros(max(0, len(codes) - n + 1), np.uint64)
-        for j in range(n if len(h) else 0):  # modulo 2^64
-            h = h * np.uint64(0x9E3779B97F4A7C15) + codes[j:j + len(h)]
-        return h
+    text = SURROGATE.join(texts)
+    codes = [np.frombuffer(each.encode('utf-32-le', 'surrogatepass'), np.uint32).astype(np.uint64)
+             for each in (text, source)]
 
     def is_new(n):
-        found = np.isin(hashes(codes, n), hashes(known, n)).nonzero()[0]
+        if n > min(map(len, codes)):
+            return True
+        powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(n, dtype=np.uint64)  # modulo 2^64
+        hashes, known = (sliding_window_view(each, n) @ powers for each in codes)
+        found = np.isin(hashes, known).nonzero()[0]
         return not any(text[i:i + n] in source for i in found)
 
     high = 1
@@ -607,7 +636,10 @@ def longest_copy(texts, source):
 
 
 class HuggingFace:
-    """A causal model of transformers that is read like one of ours: behind a start token."""
+    """A causal model of transformers with the interface of a Transformer that a judge needs.
+
+    Like ours it reads a start token before every text; that is what mask_id is to a causal model.
+    """
 
     def __init__(self, name, device):
         try:
@@ -618,7 +650,7 @@ class HuggingFace:
             raise UserError(f'judge is {name!r}, neither a run nor a model that transformers (pip '
                             f"install -e '.[eval]') can load ({type(e).__name__})") from e
         bos, eos, c = tokenizer.bos_token_id, tokenizer.eos_token_id, self.model.config
-        self.mask_id, self.device = eos if bos is None else bos, device  # what a text starts with
+        self.mask_id, self.device = eos if bos is None else bos, device
         if self.mask_id is None:
             raise UserError(f'judge {name} has no token that texts start or end with')
         self.encode = partial(tokenizer.encode, add_special_tokens=False)
@@ -632,7 +664,7 @@ class HuggingFace:
 
 
 def load_judge(runs, settings):
-    """The autoregressive Run, ours or of transformers, that says how likely a text is, or None."""
+    """The autoregressive Run whose likelihood of a text is reported, or None if there is none."""
     path, device = settings['judge'], pick_device(settings['device'])
     if not path:
         return next((run for run in runs if run.objective.exact), None)
@@ -645,9 +677,10 @@ def load_judge(runs, settings):
 
 
 def judged(judge, run, texts, ids):
-    """{column: nats of texts (rows of ids) under a judge}, per token of the run, or per character.
+    """{column: -log p(texts) by the judge}, nats per token, or per character of another tokenizer.
 
-    In windows as long as the judge's context. A text that repeats itself is likely too.
+    ids: the tokens of each text. Texts are cut into windows as long as the judge's context. A text
+    that repeats itself is likely too, so the entropy and the distinct n-grams belong beside it.
     """
     if judge is None:
         return {}
@@ -655,16 +688,16 @@ def judged(judge, run, texts, ids):
     rows, nats = ids if same else [judge.tokenizer.encode(text) for text in texts], 0.0
     windows = [row[i:i + T] for row in rows for i in range(0, len(row), T)]
     for _, group in itertools.groupby(sorted(windows, key=len), key=len):
-        x0 = torch.tensor(list(group), device=judge.model.device)
+        x0 = torch.tensor(list(group), device=judge.model.device)  # (N, T) or shorter
         nats += sum(judge.objective.bound(judge.model, part).sum().item() for part in x0.split(16))
     unit, parts = ('nll', ids) if same else ('nats/char', texts)
     return {f'{unit} under {judge.name}': nats / sum(map(len, parts))}
 
 
 def write(run, settings):
-    """Texts as long as the context, gen_tokens or a little more, rows of ids; and what they cost.
+    """(ids of texts, cost): at least gen_tokens, in texts as long as the context.
 
-    nfe: passes that a text took, on average over them; a pass serves a whole batch.
+    cost: {column: figure}. nfe: passes of a text, mean over texts; a pass serves a whole batch.
     """
     T = run.model.config.block_size
     how = settings | PLAIN | {'decoder': 'auto'} if run.objective.exact else settings
@@ -676,7 +709,7 @@ def write(run, settings):
 
 
 def held_out(run, settings):
-    """gen_tokens of the validation split or a little more, as write() has them; they cost ''."""
+    """As write(), but the texts are of the validation split, and the figures of the cost ''."""
     T = run.model.config.block_size
     windows = data_of(run).windows('val', T, math.ceil(settings['gen_tokens'] / T))
     return windows.tolist(), dict.fromkeys(('nfe', 'tokens/s', 'ms/pass'), '')
@@ -685,14 +718,14 @@ def held_out(run, settings):
 def generation(runs, settings):
     """What runs write, beside as much of the validation split; texts are as long as the context.
 
-    A word is known if it occurs in the training text, and a copy is the longest piece of a text
-    that does. nll under: nats per token that an autoregressive model gives to the text.
+    A word is known if it occurs in the training text; the longest copy is the longest piece of a
+    text that occurs there. nll under: nats per token that an autoregressive model gives to it.
     """
     run, judge, training = runs[0], load_judge(runs, settings), training_text(runs[0])
     known, rows = set(words_of(training)), []
-    written = ((run.name, write(run, settings)) for run in runs)
-    real = 'validation text', held_out(run, settings)
-    for name, (ids, cost) in itertools.chain([real], written):
+    written = {'validation text': held_out(run, settings)}
+    written |= {each.name: write(each, settings) for each in runs}
+    for name, (ids, cost) in written.items():
         texts = [run.tokenizer.decode(row) for row in ids]
         rows.append(text_row(name, texts, ids, known) | judged(judge, run, texts, ids) | {
             'longest copy (chars)': longest_copy(texts, training), 'passes per text': cost['nfe'],
@@ -701,7 +734,7 @@ def generation(runs, settings):
 
 
 def side_by_side(rows, path, lines=16, columns=100):
-    """The beginnings of the texts of rows, in columns of plain text."""
+    """The beginning of each row's first text, in columns of plain text; path is not used."""
     width = columns // len(rows) - 2
     blocks = [[row['run'], '-' * len(row['run']), *itertools.chain.from_iterable(
         textwrap.wrap(line, width) or [''] for line in row['beginning'][0].splitlines())][:lines]
@@ -712,7 +745,7 @@ def side_by_side(rows, path, lines=16, columns=100):
 
 
 def decoders_of(objective, T, steps):
-    """[(decoder, the one setting that moves, settings)]: the points of the figure of `speed`."""
+    """[(decoder, its varied setting as text, settings)]: the points of speed.png for texts of T."""
     if objective.exact:
         return [(objective.decoders[0], '', {})]
     ways = {name: {'decoder': name} for name in objective.decoders if name != 'threshold'}
@@ -721,6 +754,7 @@ def decoders_of(objective, T, steps):
     if objective.masks and not objective.block_length:  # it has no blocks of its own
         ways['in blocks'] = {'decoder': 'confidence', 'block_length': max(1, T // 8)}
         ways['in blocks, cached'] = ways['in blocks'] | {'prefix_cache': True}
+    # T masks take T steps at most, and 8 blocks take 8 at least
     points = [(name, f'steps={n}', how | {'steps': n}) for name, how in ways.items() for n in steps
               if not objective.masks or n <= T and (n >= 8 or 'block_length' not in how)]
     if 'threshold' in objective.decoders:
@@ -730,26 +764,24 @@ def decoders_of(objective, T, steps):
 
 
 def speed(runs, settings):
-    """What text costs with every decoder and number of steps, and what it is like.
+    """What text costs with every decoder and number of steps, and how good it is.
 
-    As in task=generation. nfe: passes that a text took; a pass serves all texts of a batch.
+    The columns are those of task=generation. nfe: passes of a text; a pass serves a whole batch.
     """
     run, judge, known = runs[0], load_judge(runs, settings), set(words_of(training_text(runs[0])))
     rows, steps = [], whole_numbers('grid_steps', settings['grid_steps'])
-
-    def add(name, decoder, setting, ids, cost):
+    written = [('validation text', '', '', held_out(run, settings))]
+    for each in runs:
+        T = each.model.config.block_size
+        write(each, settings | {'gen_tokens': T, 'steps': 4})  # warm-up
+        written += [(each.name, decoder, setting, write(each, settings | how))
+                    for decoder, setting, how in decoders_of(each.objective, T, steps)]
+    for name, decoder, setting, (ids, cost) in written:
         texts = [run.tokenizer.decode(row) for row in ids]
         row = {'run': name, 'decoder': decoder, 'setting': setting} | cost \
             | judged(judge, run, texts, ids) | text_row(name, texts, ids, known)
         rows.append({key: value for key, value in row.items()
                      if key not in ('tokens', 'distinct-1', 'distinct-3')})
-
-    add('validation text', '', '', *held_out(run, settings))
-    for each in runs:
-        T = each.model.config.block_size
-        write(each, settings | {'gen_tokens': T, 'steps': 4})  # warm-up
-        for decoder, setting, how in decoders_of(each.objective, T, steps):
-            add(each.name, decoder, setting, *write(each, settings | how))
     return rows, peak_memory(pick_device(settings['device'])).strip(', ')
 
 
@@ -759,10 +791,8 @@ def plot_speed(rows, path):
                or name in ('known words (%)', 'unigram entropy (bits)')]
     fig, axes = panels(len(columns))
     for ax, column in zip(axes, columns):
-        real = rows[0][column]
-        plot_by_passes(ax, rows[1:], column, ('run', 'decoder'), (4, 16, 64, 256))
-        ax.axhline(real, color='0.5', lw=1, ls=':')
-        remark(ax, 'validation text', (0, real), ('axes fraction', 'data'), (4, 3))
+        plot_by_passes(ax, rows[1:], column, ('run', 'decoder'))
+        ax.axhline(rows[0][column], color='0.5', lw=1, ls=':', label=rows[0]['run'])
         ax.set(xlabel='passes per text',
                ylabel=f'{column} (nats per token)' if column.startswith('nll') else column)
     return save_figure(fig, path)
@@ -772,32 +802,31 @@ def plot_speed(rows, path):
 
 
 def fill(run, x0, is_mask, settings):
-    """x0 (B, T) written anew where is_mask is True, greedily; and the passes that a row took."""
+    """x0 (B, T) with the tokens at is_mask (B, T) decoded anew, greedily; and the mean nfe."""
     how = settings | PLAIN | sample.greedy(run.objective) | {'repetition_penalty': 1.0}
     canvases = torch.where(is_mask, run.model.mask_id, x0).tolist()
-    done, _ = sample.complete(run, canvases, how)
-    return torch.tensor([ids for ids, _ in done]), \
-        float(np.mean([figures['nfe'] for _, figures in done]))
+    ids, figures = zip(*sample.complete(run, canvases, how)[0])
+    return torch.tensor(ids), float(np.mean([each['nfe'] for each in figures]))
 
 
 def hide(shape, share, width, rng):
-    """(B, T) bool: pieces of `width` tokens at random places, `share` of each row, one at least."""
+    """(B, T) bool, True in a random `share` of a row's spans of `width` tokens, in one at least."""
     n = math.ceil(shape[1] / width)
-    ranks = torch.rand(shape[0], n, generator=rng).argsort(1).argsort(1)
+    ranks = torch.rand(shape[0], n, generator=rng).argsort(1).argsort(1)  # (B, n) of the spans
     return (ranks < max(1, round(share * n))).repeat_interleave(width, 1)[:, :shape[1]]
 
 
 def accuracy(x, x0, where):
-    """{column: percent} of the tokens x (B, T) that are those of x0 where asked; s.e. over rows."""
+    """{column: percent} of the tokens x (B, T) at `where` that equal x0; the s.e. is over rows."""
     shares = 100 * ((x == x0) & where).sum(1) / where.sum(1).clamp(min=1)
     return {'accuracy (%)': shares.mean().item(),
             's.e. (%)': shares.std().item() / len(x) ** 0.5 if len(x) > 1 else math.nan}
 
 
 def rouge(texts, references):
-    """{column: mean F1 of words, percent} of texts and references; nothing without rouge-score.
+    """{column: F1 of words in percent, mean over texts}; {} without the package rouge-score.
 
-    Words are ours: rouge-score's are of a-z and 0-9, it would cut French ones at every accent.
+    Words are those of words_of(): rouge-score's own, of a-z and 0-9, end at every accent.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -812,12 +841,12 @@ def infill(runs, settings):
     """How many masked tokens of held-out text are found again, filled in greedily.
 
     AR fills from left to right without what follows, masked diffusion the most confident first.
-    accuracy: masked tokens that are as they were, s.e. over windows. ROUGE (pip install -e
+    accuracy: share of the masked tokens that are right, s.e. over windows. ROUGE (pip install -e
     '.[eval]'): F1 of the words of whole windows.
     """
     decode, rows = runs[0].tokenizer.decode, []
     x0, rng = common_windows(runs, settings), torch.Generator().manual_seed(settings['seed'])
-    texts = [decode(row) for row in x0.tolist()]
+    texts = [decode(row) for row in x0.tolist()]  # x0 (N, T)
     common = np.bincount(load_split(runs[0].settings['dataset'], 'train')[:KNOWN_TOKENS]).argmax()
     for share, width in ((0.25, 1), (0.5, 1), (0.75, 1), (0.25, 8), (0.5, 8)):
         is_mask = hide(x0.shape, share, width, rng)
@@ -833,23 +862,24 @@ def infill(runs, settings):
 def recover(runs, settings):
     """How many corrupted tokens are found, and corrected, where some were replaced at random.
 
-    A run is told how many tokens are wrong, but not which. It reads each token with that hidden,
-    an eighth of them at a time (ar: after those before it; uniform, which knows noise among the
-    tokens that it sees: all at once), writes the least likely anew, and leaves the others. found:
-    of the replaced tokens. accuracy: tokens that are as they were, after and before; s.e. over
-    windows.
+    A run is told how many tokens are wrong, but not which. It scores every token, as below, then
+    replaces the least likely ones and leaves the others. found: share of the replaced tokens that
+    were among the least likely. accuracy: share of all tokens that are right; before: in the text
+    that the run was given; s.e. over windows. Scores are nll: of ar, given the tokens before; of
+    masked diffusion, given all tokens but an eighth of the positions, which is masked; of uniform,
+    given all tokens and the share that is noise.
     """
     x0, rng = common_windows(runs, settings), torch.Generator().manual_seed(settings['seed'])
     V, everywhere, rows = runs[0].meta['vocab_size'], torch.ones_like(x0, dtype=torch.bool), []
     for rate in (0.05, 0.1, 0.2):
-        corrupted = hide(x0.shape, rate, 1, rng)
+        corrupted = hide(x0.shape, rate, 1, rng)  # (N, T)
         other = (x0 + torch.randint(1, V, x0.shape, generator=rng)) % V
-        xt, n = torch.where(corrupted, other, x0), corrupted.sum(1, keepdim=True)
+        xt, n = torch.where(corrupted, other, x0), corrupted.sum(1, keepdim=True)  # (N, T), (N, 1)
         for run in runs:
-            if run.objective.block_length:  # it reads no token with all the others
+            if run.objective.block_length:  # it never reads the blocks that follow
                 continue
             nll = torch.cat([token_by_token(run, part, rate)
-                             for part in xt.split(settings['batch_size'])])
+                             for part in xt.split(settings['batch_size'])])  # (N, T)
             suspect = nll.argsort(1, descending=True).argsort(1) < n
             x, _ = fill(run, xt, suspect, settings)
             found = (suspect & corrupted).sum().item() / n.sum().item()
@@ -860,23 +890,23 @@ def recover(runs, settings):
 
 
 def token_by_token(run, x, rate):
-    """(B, T): -log p of each token of x given the others; of ar, given those before it.
+    """-log p of every token of x (B, T), which may be wrong: (B, T) nats, see recover().
 
-    Of uniform, given all tokens, itself among them, and that so many of them are noise.
+    rate: the share of wrong tokens, the noise level of uniform diffusion.
     """
     model, x = run.model, x.to(run.model.device)
+    nowhere = torch.zeros_like(x, dtype=torch.bool)
     if run.objective.exact:
         return run.objective.token_nll(model, x).cpu()
     if not run.objective.masks:
-        everywhere = torch.ones_like(x, dtype=torch.bool)
         level = torch.full((len(x), 1), rate, device=x.device)
-        return token_nll(model, x, ~everywhere, everywhere, level).cpu()
-    place = torch.arange(x.size(1), device=x.device).expand_as(x)
-    return sum(token_nll(model, x, place % 8 == k, place % 8 == k) for k in range(8)).cpu()
+        return token_nll(model, x, nowhere, ~nowhere, level).cpu()
+    eighth = torch.arange(x.size(1), device=x.device).expand_as(x) % 8  # (B, T)
+    return sum(token_nll(model, x, eighth == k, eighth == k) for k in range(8)).cpu()
 
 
 def lambada_texts(path, n):
-    """n texts of LAMBADA [1606.06031] in OpenAI's version, evenly spread; downloaded if no path."""
+    """n texts of LAMBADA [1606.06031], evenly spread; without a path OpenAI's are downloaded."""
     if not path:
         path = Path('data/downloads/lambada_test.jsonl')
         download(LAMBADA[:1], path, LAMBADA[1])
@@ -890,7 +920,10 @@ def lambada_texts(path, n):
 
 
 def last_words(run, texts, batch_size):
-    """Yields x0 (B, T), the ends of texts that fit into the context, and is_word (B, T)."""
+    """Yields x0 (B, T), the ends of texts that fit into the context, and is_word (B, T) bool.
+
+    Texts of equal length share a batch; is_word is True in the last word and the space before it.
+    """
     groups = {}
     for text in texts:
         before, _, word = text.rstrip().rpartition(' ')
@@ -909,9 +942,10 @@ def last_words(run, texts, batch_size):
 def lambada(runs, settings):
     """LAMBADA: how often a run knows the last word of a text, and how well.
 
-    Given is what fits into the context before the word, and how many tokens it has (which ar has
-    no use for). A word counts if all its tokens are right, decoded greedily; s.e. over texts.
-    Perplexity is that of the word. skipped: texts with characters that the tokenizer lacks.
+    A run is given what fits into the context before the word, and the number of the word's tokens
+    (which ar has no use for). accuracy: share of the words whose tokens are all right, decoded
+    greedily; s.e. over texts. Perplexity is that of the word. skipped: texts with characters that
+    the tokenizer lacks.
     """
     s, rows = settings, []
     texts = lambada_texts(s['lambada_file'], s['max_windows'])
@@ -929,8 +963,9 @@ def lambada(runs, settings):
         n, mean = len(known), np.mean(nats)
         rows.append({'run': run.name, 'texts': n, 'skipped': len(texts) - n,
                      'accuracy (%)': 100 * np.mean(known),
-                     's.e. (%)': 100 * np.std(known) / n ** 0.5, 'nats/word':
-                     Number(mean, not exact), 'perplexity': Number(math.exp(mean), not exact)})
+                     's.e. (%)': 100 * np.std(known) / n ** 0.5,
+                     'nats/word': Number(mean, bound=not exact),
+                     'perplexity': Number(math.exp(mean), bound=not exact)})
     return rows, ''
 
 
@@ -941,27 +976,25 @@ TURNED = re.compile(r'(?m)^(the \w+ of \w+) is (\w+ \w+)\.$')
 def reversal(runs, settings):
     """The share of facts 'A is B.' that a run completes, letter by letter [2309.12288].
 
-    From the left, as they were told; with A blank, in the sentence as it was told; and from B in
-    the turned sentence 'B is A.', which the run has read of half the facts, for those and for the
-    others. Greedy; a masked model writes its most confident token first. A blank is as wide as
-    its answer, and all of it must be right.
+    The training text has all facts as 'A is B.', and half of them ('told') also as 'B is A.'
+    Greedy; a masked model writes its most confident token first. The blank, __, is as wide as its
+    answer, and all of it must be right.
     """
-    rows = []
+    rows, a_is_b, b_is_a = [], '\n{0} is {1}.\n', '\n{1} is {0}.\n'
     for run in runs:
-        text, row = training_text(run), {'run': run.name}
-        facts, turned = set(FACT.findall(text)), {(a, b) for b, a in TURNED.findall(text)}
+        training, row = training_text(run), {'run': run.name}
+        facts, turned = set(FACT.findall(training)), {(a, b) for b, a in TURNED.findall(training)}
         if not facts or not turned:
             raise UserError(f'{run.name} was not trained on facts: run python prepare.py reversal')
+        how = settings | sample.greedy(run.objective) | {'steps': 0}  # one token a step
         for column, asked, sentence, blank in (
-                ('A is __', facts, '\n{0} is {1}.\n', 1), ('__ is B', facts, '\n{0} is {1}.\n', 0),
-                ('B is __, told', turned, '\n{1} is {0}.\n', 0),
-                ('B is __, never told', facts - turned, '\n{1} is {0}.\n', 0)):
+                ('A is __', facts, a_is_b, 1), ('__ is B', facts, a_is_b, 0),
+                ('B is __, told', turned, b_is_a, 0),
+                ('B is __, never told', facts - turned, b_is_a, 0)):
             asked = [(sentence.format(*fact), fact[blank]) for fact in sorted(asked)]
-            canvases = [sample.template_canvas(text.replace(answer, f'[_:{len(answer)}]'),
-                                               run.tokenizer, run.model.mask_id)
-                        for text, answer in asked]
-            how = settings | sample.greedy(run.objective) | {'steps': 0}  # one token a step
-            done, _ = sample.complete(run, canvases, how)
+            templates = [text.replace(answer, f'[_:{len(answer)}]') for text, answer in asked]
+            done, _ = sample.complete(run, [sample.template_canvas(
+                template, run.tokenizer, run.model.mask_id) for template in templates], how)
             known = [run.tokenizer.decode(ids) == text for (ids, _), (text, _) in zip(done, asked)]
             row[f'{column} (%)'] = 100 * sum(known) / len(known)
         rows.append(row)
@@ -972,7 +1005,7 @@ def reversal(runs, settings):
 
 
 def file_pairs(path):
-    """[(level, prompt, answer)] of a file with tabs: its columns, the first of which may lack."""
+    """[[level, prompt, answer]], texts, of a file with tabs; '' is the level of lines without."""
     try:
         text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as e:
@@ -989,7 +1022,7 @@ def file_pairs(path):
 def row_pairs(run, settings):
     """[(level, prompt, answer)], texts, of the first max_rows rows of the split; 0 = all.
 
-    The level says to which half of them an answer belongs, the shorter or the longer.
+    The level is 'shorter' up to the median length of an answer, and 'longer' above it.
     """
     decode = run.tokenizer.decode
     pairs = data_of(run).pairs(settings['split'], settings['max_rows'])
@@ -999,14 +1032,14 @@ def row_pairs(run, settings):
 
 
 def answers_of(run, pairs, settings):
-    """sample.answer's (answers, figures, sizes) for pairs of texts, the answers as texts."""
+    """sample.answer's (answers, figures, sizes (3, N)) for N pairs; the answers as texts."""
     prompts, references = ([run.tokenizer.encode(pair[i]) for pair in pairs] for i in (1, 2))
     answers, figures, sizes = sample.answer(run, prompts, settings, references)
     return [run.tokenizer.decode(ids) for ids in answers], figures, sizes
 
 
 def make_score():
-    """score(texts, references) -> {column: score}, and how the scores are obtained, in words.
+    """The function score(texts, references) -> {column: score}, and the signatures of its scores.
 
     BERTScore is one of them where bert-score is installed and its model can be loaded.
     """
@@ -1033,9 +1066,9 @@ def make_score():
 
 
 def ways_to_answer(run, settings):
-    """[(length, steps, settings)]: the ways to decode a run that are compared."""
+    """[(length, steps, settings)]: each `length` with each of answer_steps; of AR one way, ''."""
     s, exact = settings, run.objective.exact
-    if exact:  # it has but one decoder, and writes its own end
+    if exact:  # it has only one decoder, and writes its own end
         s = s | PLAIN | {'decoder': 'auto', 'length': 'auto', 'length_candidates': 1}
     s = s | (sample.greedy(run.objective, s['decoder']) if s['greedy'] else
              {'decoder': sample.decoder_name(s['decoder'], run.objective)})
@@ -1049,11 +1082,12 @@ def ways_to_answer(run, settings):
 
 
 def translation(runs, settings):
-    """Scores of answers to prompts, for each way to decode a run; of a file all are printed.
+    """Scores of answers to prompts, for each way to decode a run; those to a file are printed.
 
-    Masked models are given how many tokens they can write. length ratio: tokens by those of the
-    reference, mean; no EOS, empty: shares of the answers; nfe: passes of a batch, mean over
-    prompts. BLEU and chrF are sacrebleu's; ROUGE: F1 of words in lower case, mean over prompts.
+    length: how a masked model knows the number of tokens to write. length ratio: tokens of the
+    answer over those of the reference, mean; no EOS, empty: shares of the answers; nfe: passes of
+    a batch, mean over prompts. BLEU and chrF are sacrebleu's; ROUGE: F1 of words in lower case,
+    mean over prompts.
     """
     score, signatures = make_score()
     rows, path, n = [], settings['file'], settings['max_rows'] or None
@@ -1080,30 +1114,29 @@ def translation(runs, settings):
 def plot_translation(rows, path):
     """translation.png: BLEU against passes, a line for a masked run and length, and one for AR."""
     fig, (ax,) = panels(1)
-    plot_by_passes(ax, rows, 'BLEU', ('run', 'decoder', 'length'), (1, 2, 4, 8, 16, 32, 64))
+    plot_by_passes(ax, rows, 'BLEU', ('run', 'decoder', 'length'))
     for row in [row for row in rows if not row['length']]:  # AR has a single point
         ax.axhline(row['BLEU'], color='0.5', lw=1, ls=':')
-    ax.set(xlabel='passes per sentence', ylim=(0, None))
+    ax.set(xlabel='passes per sentence', ylabel='BLEU', ylim=(0, None))
     return save_figure(fig, path)
 
 
 # ------------------------------------------------------------------------ length before decoding
 
 
-def bounds_row(masks, predicted, needed, full):
-    """{column: figure} of the masks that answers get, against what they need with their EOS."""
-    fits = masks >= needed
-    return {'fits (%)': float(100 * fits.mean()),
-            'too long by': float((masks - needed)[fits].mean() if fits.any() else math.nan),
-            'masks': float(masks.mean()), 'saved': float(full - masks.mean()),
-            'RMSE': float(((predicted - needed) ** 2).mean() ** 0.5)}
+def saw_pad(run):
+    """Whether a run learned to predict PAD behind EOS, so that it can say where an answer ends.
+
+    False for a run with a length head: its network is that of the run which it was trained on.
+    """
+    return run.settings['predict_pad'] and not run.settings.get('length_head')
 
 
 def eos_probabilities(run, n, share, settings):
-    """P(EOS) at the masks of the first n rows, a share of each answer's window, at random.
+    """(accuracy at EOS, {distance from EOS: mean P(EOS)}) of the first n rows of the split.
 
-    The mask of EOS is one of them. Returns in how many rows EOS is the most likely token there, a
-    share, and the mean of P(EOS) at each distance from there, {distance: mean}.
+    A random share of each answer's window is masked, and EOS always is. accuracy: in which share of
+    the rows EOS is the most likely token at its own place.
     """
     model, data, eos_id = run.model, data_of(run), run.meta['eos_id']
     rng, correct, found = torch.Generator().manual_seed(settings['seed']), 0, {}
@@ -1122,14 +1155,20 @@ def eos_probabilities(run, n, share, settings):
     return correct / len(widths), {i: np.mean(found[i]) for i in sorted(found)}
 
 
-def ways_to_know_length(run, settings):
-    """As ways_to_answer, with the last of answer_steps: of `length` auto all ways that a run has.
+def eos_curves(run, n, settings):
+    """eos_probabilities for each of EOS_SHARES: columns for length.png, and lines for the note."""
+    curves, said = {}, []
+    for share in EOS_SHARES if saw_pad(run) and not run.objective.exact else ():
+        correct, mean = eos_probabilities(run, n, share, settings)
+        curves |= {f'x {share:.0%}': [*mean], f'y {share:.0%}': [*map(float, mean.values())]}
+        said.append(f'{run.name}, {share:.0%} of the window masked: EOS found {correct:.1%}')
+    return curves, said
 
-    A run with a length head has that, for the other ways are those of the run it was trained on.
-    """
+
+def ways_to_know_length(run, settings):
+    """As ways_to_answer, with the last of answer_steps; `length` auto is all ways of the run."""
     s = settings | {'answer_steps': settings['answer_steps'][-1:]}
-    saw_pad = run.settings['predict_pad'] and not run.settings.get('length_head')
-    if s['length'] == 'auto' and saw_pad:
+    if s['length'] == 'auto' and saw_pad(run):
         can_predict = run.objective.masks and not run.objective.block_length
         s['length'] = 'full,fit,argmax,quantile' if can_predict else 'full,fit'
     ways = ways_to_answer(run, s)
@@ -1137,41 +1176,48 @@ def ways_to_know_length(run, settings):
                    for length, steps, how in ways if length == 'full' and not how['block_length']]
 
 
+def length_row(run, pairs, way, full, score):
+    """The row of one way to decode; full: the masks that an answer gets if nothing is predicted."""
+    length, steps, how = way
+    written, figures, (masks, predicted, needed) = answers_of(run, pairs, how)  # 3 x (N,)
+    fits = masks >= needed
+    window = {'fits (%)': 100 * fits.mean(),
+              'too long by': (masks - needed)[fits].mean() if fits.any() else math.nan,
+              'masks': masks.mean(), 'saved': full - masks.mean(),
+              'RMSE': ((predicted - needed) ** 2).mean() ** 0.5}
+    if run.objective.exact:  # it writes its own end
+        window = dict.fromkeys(window, '')
+    return {'run': run.name, 'length': length} | window | {
+        'steps': steps, 'nfe': figures['nfe'], 'ms/sentence': 1000 / figures['sentences/s'],
+        'BLEU': score(written, [answer for *_, answer in pairs])['BLEU']}
+
+
 def lengths(runs, settings):
     """What it saves to know the length of an answer before decoding it, and what it costs.
 
-    fits: the reference and its EOS do; too long by: tokens, where they do; saved: of the masks of
-    `full`; RMSE: of the predicted lengths, before they are rounded up; nfe and ms/sentence: with
-    the pass that predicts. EOS found: it is the most likely token at its place in so many rows.
+    fits: share of the references that fit, with EOS, into the masks; too long by: masks to spare
+    where they do; saved: masks fewer than `full` has; RMSE: of the predicted lengths, before they
+    are rounded up; nfe and ms/sentence: with the pass that predicts. EOS found: in which share of
+    the rows EOS is the most likely token at its own place.
     """
     score, _ = make_score()
     require('file', settings['file'], not settings['file'], "'' for task=length")
-    pairs, rows, known = row_pairs(runs[0], settings), [], []
-    references, full = [answer for *_, answer in pairs], runs[0].meta['max_answer'] + 1
+    pairs, rows, notes = row_pairs(runs[0], settings), [], []
+    full = runs[0].meta['max_answer'] + 1  # with EOS
     for run in runs:
-        ways, curve = ways_to_know_length(run, settings), {}
+        ways = ways_to_know_length(run, settings)
         answers_of(run, pairs[:4], ways[0][2])  # warm-up
-        saw_pad = run.settings['predict_pad'] and not run.settings.get('length_head')
-        for share in EOS_SHARES if saw_pad and not run.objective.exact else ():
-            correct, mean = eos_probabilities(run, len(pairs), share, settings)
-            known.append(f'{run.name}, {share:.0%} of the window masked: EOS found {correct:.1%}')
-            curve |= {f'x {share:.0%}': [*mean], f'y {share:.0%}': [*map(float, mean.values())]}
-        for length, steps, how in ways:
-            written, figures, sizes = answers_of(run, pairs, how)
-            bounds = bounds_row(*sizes, full)
-            if run.objective.exact:  # it writes its own end
-                bounds = dict.fromkeys(bounds, '')
-            rows.append({'run': run.name, 'length': length} | bounds | {
-                'steps': steps, 'nfe': figures['nfe'], 'ms/sentence': 1000 / figures['sentences/s'],
-                'BLEU': score(written, references)['BLEU']} | curve)
-            curve = {}  # it is of the run, not of a way to decode it
-    return rows, '; '.join([f'{len(pairs):,} prompts; full: {full} masks', *known])
+        found = [length_row(run, pairs, way, full, score) for way in ways]
+        curves, said = eos_curves(run, len(pairs), settings)
+        found[0] |= curves  # they are of the run, not of a way to decode it
+        rows, notes = rows + found, notes + said
+    return rows, '; '.join([f'{len(pairs):,} prompts; full: {full} masks', *notes])
 
 
 def plot_length(rows, path):
     """length.png: P(EOS) by the distance from its place in the reference, a panel for a run."""
     rows = [row for row in rows if 'x 100%' in row]
-    if not rows:  # of runs that never saw a PAD
+    if not rows:  # no run learned to predict PAD
         return ''
     fig, axes = panels(len(rows))
     for ax, row in zip(axes, rows):
@@ -1179,8 +1225,7 @@ def plot_length(rows, path):
             ax.plot(row[f'x {share:.0%}'], row[f'y {share:.0%}'], lw=1.3, color=COLORS[i],
                     label=f'{share:.0%} masked')
         ax.axvline(0, color='0.5', lw=1, ls=':')
-        remark(ax, 'true end', (0, 1), ('data', 'axes fraction'), (4, -4), va='top')
-        ax.set(title=row['run'], xlabel='tokens from the true end', xlim=(-20, 20),
+        ax.set(title=row['run'], xlabel='tokens from EOS in the reference', xlim=(-20, 20),
                ylabel='P(EOS), mean over rows')
     return save_figure(fig, path)
 
@@ -1190,13 +1235,10 @@ def plot_length(rows, path):
 
 class Task(NamedTuple):
     """A measurement, and what is said and shown below its table."""
-    measure: Callable      # (runs, settings) -> (rows, note). Rows are {column: value}, and values
-                           # that are lists are for report.json and the picture alone; note: a text
-    settings: str          # names of those that the numbers depend on, to be printed
+    measure: Callable      # (runs, settings) -> (rows, note), see the head of this file
+    settings: str          # names of settings that are printed, since the numbers depend on them
     show: Callable = None  # (rows, path of a picture) -> Markdown
     on: str = 'a stream of text'  # the kind of data that it is for; '' = any
-    alone: dict = {}       # settings that take other values than above, unless they are given
-    report: dict = None    # the same in a report, for a laptop; None: the task is no part of it
 
 
 def kind_of(meta):
@@ -1206,17 +1248,13 @@ def kind_of(meta):
 
 
 TASKS = {
-    'curves': Task(curves, '', plot_curves, on='', report={}),
-    'likelihood': Task(likelihood, 'split max_windows seed', plot_likelihood, on='',
-                       report={'split': 'train,val'}),
-    'order': Task(orders, 'split repeats seed', report={'max_windows': 8, 'target_se': 0.02}),
-    'generation': Task(generation, 'batch_size seed temperature decoder steps', side_by_side,
-                       report={'gen_tokens': 4096}),
-    'infill': Task(infill, 'split steps seed', report={'max_windows': 16, 'steps': 32}),
-    'recover': Task(recover, 'split steps seed', report={'max_windows': 16, 'steps': 32}),
-    'speed': Task(speed, 'gen_tokens batch_size seed temperature', plot_speed,
-                  alone={'gen_tokens': 2048},
-                  report={'gen_tokens': 1024, 'grid_steps': (8, 32, 128)}),
+    'curves': Task(curves, '', plot_curves, on=''),
+    'likelihood': Task(likelihood, 'split max_windows seed', plot_likelihood, on=''),
+    'order': Task(orders, 'split repeats seed'),
+    'generation': Task(generation, 'batch_size seed temperature decoder steps', side_by_side),
+    'infill': Task(infill, 'split steps seed'),
+    'recover': Task(recover, 'split steps seed'),
+    'speed': Task(speed, 'gen_tokens batch_size seed temperature', plot_speed),
     'lambada': Task(lambada, 'max_windows repeats seed'),
     'noises': Task(noises, 'split max_windows seed', plot_noises),
     'translation': Task(translation, 'split batch_size greedy temperature seed', plot_translation,
@@ -1224,13 +1262,19 @@ TASKS = {
     'length': Task(lengths, 'split batch_size seed length_quantile', plot_length,
                    on='prompts and answers'),
     'reversal': Task(reversal, '')}
+ALONE = {'speed': {'gen_tokens': 2048}}  # defaults of one task, where they differ from those above
+REPORT = {                 # the tasks of a report, and their defaults there, for a laptop
+    'curves': {}, 'likelihood': {'split': 'train,val'},
+    'order': {'max_windows': 8, 'target_se': 0.02}, 'generation': {'gen_tokens': 4096},
+    'infill': {'max_windows': 16, 'steps': 32}, 'recover': {'max_windows': 16, 'steps': 32},
+    'speed': {'gen_tokens': 1024, 'grid_steps': (8, 32, 128)}}
 
 
 @torch.no_grad()
 def run_task(name, runs, settings, command):
     """{'markdown', 'rows', 'settings', 'command'} of a task: a section of the report."""
     task, picture = TASKS[name], Path(settings['report_dir'], f'{name}.png')
-    kind = kind_of(runs[0].meta)  # of all, where a task is not for any
+    kind = kind_of(runs[0].meta)  # runs on several kinds of data come only to tasks on any
     if task.on not in ('', kind):
         others = ', '.join(other for other in TASKS if TASKS[other].on in ('', kind))
         raise UserError(f'task {name} is for {task.on}; for {kind} there are {others}')
@@ -1243,10 +1287,10 @@ def run_task(name, runs, settings, command):
     note = [*dict.fromkeys(map(about, runs)), note, f'{torch.get_num_threads()} threads', *said]
     parts = [markdown(rows), task.show(rows, picture) if task.show else '', getdoc(task.measure),
              f'{"; ".join(filter(None, note))}. Command: python eval.py {command}\n']
-    spreads = [{f'{column} s.d.': value.spread for column, value in row.items()
-                if getattr(value, 'spread', None) is not None} for row in rows]
-    return {'markdown': '\n\n'.join(filter(None, parts)), 'command': command,
-            'rows': [row | spread for row, spread in zip(rows, spreads)], 'settings': settings}
+    rows = [row | {f'{column} s.d.': value.spread for column, value in row.items()
+                   if getattr(value, 'spread', None) is not None} for row in rows]
+    return {'markdown': '\n\n'.join(filter(None, parts)), 'command': command, 'rows': rows,
+            'settings': settings}
 
 
 def save_report(sections, folder):
@@ -1265,14 +1309,15 @@ def save_report(sections, folder):
 def main():
     settings = config.override(globals(), inherited=sample, names=sample.DECODING)
     one_of('task', task, (*TASKS, 'report'))
-    if task == 'curves':  # of logs alone, and on any device
+    if task == 'curves':  # reads logs, no models
         runs = [load_log(path.strip())[0] for path in out_dir.split(',')]
     else:
         runs = load_runs(out_dir, pick_device(device), one_data_set=task != 'likelihood')
+    if len({run.name for run in runs}) < len(runs):
+        raise UserError(f'{out_dir} has runs of the same name, which no table could tell apart')
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]
     given = {word[2:].partition('=')[0] for word in words}
-    work = {task: TASKS[task].alone} if task != 'report' else {
-        name: each.report for name, each in TASKS.items() if each.report is not None}
+    work = REPORT if task == 'report' else {task: ALONE.get(task, {})}
     for name, change in work.items():
         change = {key: value for key, value in change.items() if key not in given}
         command = shlex.join([*words, f'--task={name}', *(f'--{k}={v}' for k, v in change.items())])

@@ -1,4 +1,4 @@
-"""Text -> data/<name>/{train,val[,test]}.bin and meta.json; and the classes that read them back.
+"""Text -> data/<name>/{train,val[,test]}.bin and meta.json; and the classes that read these.
 
     python prepare.py shakespeare_char       # 1 MB, seconds: Tiny Shakespeare, an id per character
     python prepare.py shakespeare            # 1 MB, seconds: the same in GPT-2's tokens
@@ -10,7 +10,7 @@
     python prepare.py path/to/any.txt --tokenizer=bpe --vocab_size=1024
 
 Those are streams of text. The following are rows of one length, each [prompt SEP answer EOS PAD...]
-or [document EOS PAD...], and a model of them learns where to end:
+or [document EOS PAD...], and a model of rows learns where an answer or document ends:
 
     python prepare.py multi30k               # 4 MB, seconds: captions, from English to French
     python prepare.py opus_books             # 34 MB, a minute: sentences of novels, the same
@@ -18,9 +18,13 @@ or [document EOS PAD...], and a model of them learns where to end:
     python prepare.py path/to/any.jsonl --fields=question,answer
     python prepare.py path/to/any.txt --documents
 
-A data set is a recipe, data/<name>.py beside this file: data/__init__.py says what stands in one. A
-download, kept in data/downloads, comes on top once. Text is read as a stream, and the bins are flat
-uint16 ids that are read as memmaps: on either side a corpus may be larger than memory.
+A data set has a recipe, data/<name>.py beside this file; data/__init__.py lists what a recipe may
+say. The times leave out the download, which happens once and is kept in data/downloads. Text is
+read in pieces, and the bins are flat uint16 ids that are read as memmaps, so a corpus may be larger
+than memory, both here and in training.
+
+First half: prepare() and what it calls, from the download to the files. Second half, from
+load_meta() on: Stream and Rows, which training and evaluation read.
 """
 
 import base64
@@ -49,45 +53,47 @@ from tqdm import tqdm
 
 from config import UserError, one_of, override, require
 
-name = ''          # of the folder in data/; '' = that of the data set, or of the file without .txt
+name = ''          # the folder in data/; '' = named as the data set, or as the file without .txt
 source = ''        # a local copy of the data set: the text, a zip, or a folder with its files
-tokenizer = ''     # char, gpt2, bpe (learned from the train split); '' = the data set's own, which
-                   # is char for a file of yours
-vocab_size = 0     # of bpe: 256 bytes, merges and special tokens; 0 = the data set's own, which is
-                   # 4096 for a file of yours
+tokenizer = ''     # char, gpt2, bpe (learned from the train split); '' = as the recipe says, or
+                   # char for a file of yours
+vocab_size = 0     # of bpe: 256 bytes, merges and special tokens; 0 = as the recipe says, or 4096
+                   # for a file of yours
 # rows
-prompts = ''       # a file, and another whose line i answers its line i
-answers = ''
-fields = ''        # of a .csv or .jsonl: the column or key of prompts and that of answers
+prompts = ''       # a file with a prompt in each line
+answers = ''       # a file whose line i answers line i of prompts
+fields = ''        # of a .csv or .jsonl: PROMPT,ANSWER, two names of columns or keys
 documents = False  # a row for each text between EOTs; in a file without an EOT, for each line
 max_prompt = 128   # tokens; a pair with a longer side is dropped: half an answer is a wrong one
-max_answer = 128   # tokens; a longer document is cut
+max_answer = 128   # tokens; the same, but a longer document is cut
 
 RECIPES = Path(__file__).parent / 'data'
 
-EOT = '<|endoftext|>'
+EOT = '<|endoftext|>'  # in a file: ends a text. It is the text of the token EOS, id eos_id
+SURROGATE = '\ud800'   # no UTF-8 text has this character: it stands for an EOT inside this program
 SPECIALS = {'eos_id': EOT, 'sep_id': '<|sep|>', 'pad_id': '<|pad|>'}  # in the order of their ids
 SPECIALS_OF = {'stream': ['eos_id'], 'documents': ['eos_id', 'pad_id'], 'pairs': [*SPECIALS]}
 # GPT-2's, in possessive form (++), which matches the same but never has to backtrack.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# Where a stream of text may be cut. Both are greedy: they match up to the last such place.
+# A stream is tokenised in pieces, and has to be cut where no token spans the cut. Each of these
+# patterns matches up to the last such place of a text.
 #
-# For GPT2_PATTERN it is before a blank that follows a non-blank. No token spans that place: blanks
-# stand in tokens of blanks only, or in front. Left of it everything matches as in the whole text:
-# what `\s++$` and `\s+(?!\S)` look at behind a run of blanks is there, for the last character is
-# none. Right of it too, since nothing in the pattern looks back. And an EOT holds no blank. (\S is
-# stricter in Python than in tiktoken, ' ' and '\n' are blanks to both: that is the safe way round.)
+# Byte pairs: between a non-blank and a blank (' ' or newline). No token of GPT2_PATTERN has a blank
+# behind a non-blank, so none spans the cut. Left of the cut, tokens are those of the whole text:
+# only `\s++$` and `\s+(?!\S)` look ahead, behind a run of blanks, and the non-blank before the cut
+# ends every run. Right of it, too: nothing in the pattern looks back. An EOT has no blank. (\s has
+# more characters in Python than in tiktoken, which is safe: fewer places remain.)
 BEFORE_BLANK = re.compile(r'(?s).*\S(?=[ \n])')
+# Characters: behind one that is not in an EOT, or is '>', with which an EOT ends.
 OUTSIDE_EOT = re.compile(r'(?s).*[^<|endoftx]')
 
-MAX_VOCAB_SIZE = 65_535  # V', so that mask_id = V' fits uint16; and hence the id of no character
-MARK = '\ud800'          # in place of an EOT: one character, and in no UTF-8 text (a surrogate)
-READ_SIZE = 1 << 18      # bytes or characters at a time
-MAX_UNCUT = 32_000_000   # characters in a row without a place to cut
+MAX_VOCAB_SIZE = 65_535  # V', so that all ids and mask_id = V' fit uint16
+READ_SIZE = 1 << 18      # bytes or characters that are read at a time
+MAX_UNCUT = 32_000_000   # characters without a place to cut, beyond which recut() gives up
 THREADS = os.cpu_count() or 1  # that tokenise a stream at the same time
 DOWNLOADS = Path('data', 'downloads')
-TOKENIZER_KEYS = {'char': {'chars'}, 'gpt2': set(), 'bpe': {'pattern', 'ranks'}}
+TOKENIZER_KEYS = {'char': {'chars'}, 'gpt2': set(), 'bpe': {'pattern', 'ranks'}}  # in meta.json
 META_TYPES = {
     'name': str, 'layout': str, 'row_length': int | None, 'max_answer': int | None,
     'vocab_size': int, 'mask_id': int, 'eos_id': int | None, 'sep_id': int | None,
@@ -100,15 +106,17 @@ def recipe_names():
 
 
 def load_recipe(name):
-    """The names in data/<name>.py, over those of its base, which in the end is data/__init__.py."""
+    """{name: value} of data/<name>.py and, where it leaves a name out, of its base.
+
+    The base of all recipes is data/__init__.py."""
     own = runpy.run_path(str(RECIPES / f'{name}.py'))
     return own if name == '__init__' else load_recipe(own.get('base', '__init__')) | own
 
 
 def choose_recipe(what, prompts, answers, fields, documents):
-    """The recipe of that name, or one for the user's own files that the settings describe."""
+    """The recipe called `what`; if there is none, one for the user's own files."""
     known = what in recipe_names()
-    if known + bool(prompts) + bool(fields) + documents > 1 or bool(prompts) != bool(answers):
+    if sum(map(bool, (known, prompts, fields, documents))) > 1 or bool(prompts) != bool(answers):
         raise UserError('rows are made from --prompts=FILE --answers=FILE, or from a file with '
                         '--fields=PROMPT,ANSWER, or from a text with --documents')
     recipe = load_recipe(what if known else '__init__')
@@ -122,7 +130,7 @@ def choose_recipe(what, prompts, answers, fields, documents):
 
 
 def sha256_of(*files):
-    """The sha256 of the bytes of files (paths, also into a zip), one after the other."""
+    """The sha256, in hex, of files one after the other; a zipfile.Path is a file, too."""
     digest = hashlib.sha256()
     for file in files:
         with file.open('rb') as f:
@@ -132,14 +140,15 @@ def sha256_of(*files):
 
 
 def append_rest(url, part, timeout):
-    """Appends to the file `part` what it still lacks of `url`. Raises requests' exceptions."""
+    """Downloads those bytes of `url` that the file `part` lacks. Raises requests' exceptions."""
     have = part.stat().st_size if part.exists() else 0
-    headers = {'Range': f'bytes={have}-', 'Accept-Encoding': 'identity'}  # count the bytes as sent
+    # identity: a range counts bytes as they are sent, so they must not be compressed
+    headers = {'Range': f'bytes={have}-', 'Accept-Encoding': 'identity'}
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
         if answer.status_code == 416 and have:
-            return  # nothing comes after `have`: it is complete, or the checksum will say
+            return  # the file ends here: it is complete, or its checksum is wrong
         answer.raise_for_status()
-        # 206 is the rest, as asked for; another server ignores Range and starts from zero
+        # 206: the server sends the range; otherwise it ignores Range and sends the whole file
         with open(part, 'ab' if answer.status_code == 206 else 'wb') as f:
             for piece in tqdm(answer.iter_content(1 << 14), part.stem, unit='B',
                               unit_scale=1 << 14, delay=1):
@@ -147,16 +156,16 @@ def append_rest(url, part, timeout):
 
 
 def download(urls, path, sha256, timeout=(3, 15), tries=4, pause=0.5):
-    """Fetches `path` from the first mirror that has it with this sha256, unless that is None.
+    """Downloads a file to `path` from the first of urls that has it with this sha256.
 
-    Every mirror is asked in turn, and after a pause all are asked again. timeout: seconds to
-    connect, and to wait for a byte. What a broken download left in path.part is resumed, now or in
-    a later run; path itself appears once the checksum is right. Raises UserError."""
+    sha256=None takes any file. The urls are asked in turn, and after a pause all again. timeout:
+    seconds to connect, and to wait for a byte. A broken download stays in path.part and is resumed,
+    now or in a later run; path itself appears once the checksum is right. Raises UserError."""
     if path.is_file() and sha256 in (None, sha256_of(path)):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f'{path}.part')
-    problems = dict.fromkeys(urls, '')  # the last of each mirror
+    problems = dict.fromkeys(urls, '')  # {url: the last problem with it}
     for attempt in range(tries):
         time.sleep(pause * attempt)
         for url in urls:
@@ -172,13 +181,15 @@ def download(urls, path, sha256, timeout=(3, 15), tries=4, pause=0.5):
                 problems[url] = f'HTTP status {e.response.status_code}'
             except requests.RequestException as e:
                 problems[url] = type(e).__name__
-    problems = '; '.join(f'{url}: {problem}' for url, problem in problems.items())
-    raise UserError(f'cannot download {path.name} ({problems}): get it in another way and add '
+    listed = '; '.join(f'{url}: {problem}' for url, problem in problems.items())
+    raise UserError(f'cannot download {path.name} ({listed}): get it in another way and add '
                     '--source=FILE')
 
 
 def fetch(recipe):
-    """(path, source in words) of a recipe's files, which are downloaded or made if need be."""
+    """(path, source in words) of a recipe's text, which is downloaded, or else made.
+
+    The path is that of the one file, or of the folder with all of them."""
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
     if not recipe['mirrors']:
         return recipe['make'](DOWNLOADS)
@@ -197,7 +208,7 @@ def fetch(recipe):
 
 
 def members(path):
-    """The files in a folder, or in a zip as paths into it; or the one file."""
+    """[files in a folder], [zipfile.Path of each file in a zip], or [the file itself]."""
     if path.is_dir():
         return [*path.iterdir()]
     if zipfile.is_zipfile(path):
@@ -206,39 +217,42 @@ def members(path):
 
 
 def find_texts(what, recipe, sources):
-    """({split: [paths of its text, or of prompts and answers]}, source in words).
+    """({split: [file of its text]}, {'source': in words, 'sha256': of all these files}).
 
-    The paths may lead into a zip. '' stands for all splits where the recipe has to cut them.
-    sources: the user's own files; none = those of the recipe."""
-    paths = [Path(file) for file in sources]
-    words = ', '.join(path.name for path in paths)
-    if not sources:
+    Of pairs, [file of prompts, file of answers]. A split '' is all the text, still to be cut.
+    sources: the user's own files; [] = those of the recipe."""
+    if sources:
+        paths = [Path(file) for file in sources]
+        words = ', '.join(path.name for path in paths)
+    else:
         path, words = fetch(recipe)
         paths = [path]
     for path in paths:
         if not path.exists():
             known = ', '.join(recipe_names())
             raise UserError(f'there is no file {str(path)!r} (data sets: {known})')
-    files, texts = [file for path in paths for file in members(path)], {}
-    named = {file.name: file for file in files}
-    for split, names in recipe['text'].items():
-        texts[split] = []
-        for name in names:
-            found = [named[either] for either in name.split('|') if either in named]
-            if not found:
-                raise UserError(f'{path} is not {what}: it has no {name.replace("|", " or ")}')
-            texts[split].append(found[0])
+    files = [file for path in paths for file in members(path)]
+    by_name = {file.name: file for file in files}
+
+    def file_called(name):  # 'a|b' is the file a or b
+        for option in name.split('|'):
+            if option in by_name:
+                return by_name[option]
+        raise UserError(f'{path} is not {what}: it has no {name.replace("|", " or ")}')
+
+    texts = {split: [*map(file_called, names)] for split, names in recipe['text'].items()}
     if not texts:
         if path.is_dir() or len(files) != len(paths):
             raise UserError(f'{path} is not a text')
         texts = {'': files}
-    if sources and recipe['title'] and sha256_of(*texts['']) not in recipe['files'].values():
+    sha256 = sha256_of(*itertools.chain(*texts.values()))
+    if sources and recipe['title'] and sha256 not in recipe['files'].values():
         words += f' (not the published {recipe["title"]})'
-    return texts, words
+    return texts, {'source': words, 'sha256': sha256}
 
 
 def read_chunks(file):
-    """Yields a UTF-8 file piece by piece, line ends untouched."""
+    """Yields the text of a UTF-8 file in pieces of READ_SIZE, line ends untouched."""
     with file.open('r', encoding='utf-8', newline='') as f:
         try:
             while chunk := f.read(READ_SIZE):
@@ -249,8 +263,8 @@ def read_chunks(file):
 
 
 def recut(chunks, where):
-    """The same text in other pieces, each as long as the pattern `where` allows."""
-    rest = ''
+    """Yields the same text in pieces that end where the pattern `where` matches, and the rest."""
+    rest = ''  # not yet yielded
     for chunk in chunks:
         rest += chunk
         if piece := where.match(rest):
@@ -262,8 +276,8 @@ def recut(chunks, where):
 
 
 def read_parts(file, separator='\n'):
-    """The parts of a UTF-8 file that end in `separator`, each with it; the last may lack it."""
-    rest = ''
+    """Yields a UTF-8 file in parts that each end in `separator`; the last may lack it."""
+    rest = ''  # the beginning of the next part
     for chunk in read_chunks(file):
         *parts, rest = (rest + chunk).split(separator)
         yield from (part + separator for part in parts)
@@ -273,8 +287,8 @@ def read_parts(file, separator='\n'):
 
 def read_pairs(prompts, answers):
     """Yields (line i of the one file, line i of the other). Raises UserError if one is longer."""
-    sides = [read_parts(file) for file in (prompts, answers)]
-    for i, pair in enumerate(itertools.zip_longest(*sides), start=1):
+    pairs = itertools.zip_longest(read_parts(prompts), read_parts(answers))
+    for i, pair in enumerate(pairs, start=1):
         if None in pair:
             longer, shorter = (answers, prompts) if pair[0] is None else (prompts, answers)
             raise UserError(f'{longer} has a line {i}, but {shorter} ends before it: they must '
@@ -299,25 +313,27 @@ def read_fields(file, names):
 
 
 def read_documents(file):
-    """Yields ('', document): the texts between EOTs, or the lines if there is no EOT at all."""
+    """Yields ('', document): a text between EOTs or, in a file without EOTs, a line."""
     has_eot = any(EOT in chunk for chunk in recut(read_chunks(file), OUTSIDE_EOT))
     for part in read_parts(file, EOT if has_eot else '\n'):
-        yield '', part.removesuffix(EOT) if has_eot else part
+        yield '', part.removesuffix(EOT)
 
 
 READERS = {'stream': read_chunks, 'pairs': read_pairs, 'documents': read_documents}
 
 
 def cut_text(chunks, start, stop):
-    """Yields characters start to stop of a text."""
-    done = 0
+    """Yields characters start to stop of a text, as itertools.islice does with rows."""
+    done = 0  # characters before this chunk
     for chunk in chunks:
         yield chunk[max(0, start - done):max(0, stop - done)]
         done += len(chunk)
 
 
 def cut_splits(read, shares, stream):
-    """{split: function that starts its part} of what read() yields: pieces of a stream, or rows."""
+    """{split: function that yields its part} of what read() yields: pieces of a stream, or rows.
+
+    shares {split: the share of characters or rows at which it ends}."""
     n = sum(len(item) if stream else 1 for item in tqdm(read(), 'counting', delay=1))
     stops = [int(n * share) for share in shares.values()]
     cut = cut_text if stream else itertools.islice
@@ -326,9 +342,10 @@ def cut_splits(read, shares, stream):
 
 
 def open_splits(recipe, texts, kind):
-    """{split: function that starts its pieces of text, or its (prompt, answer)s}.
+    """{split: function that yields its pieces of a stream, or its (prompt, answer)s}.
 
-    The pieces are as this kind of tokenizer needs them: each can be encoded on its own."""
+    The pieces are cut for this kind of tokenizer: each can be encoded on its own. Functions,
+    because a split is read more than once: counted, learned from, encoded."""
     read, stream = recipe['read'] or READERS[recipe['layout']], recipe['layout'] == 'stream'
     splits = {split: partial(read, *files) for split, files in texts.items()}
     if '' in splits:
@@ -341,16 +358,18 @@ def open_splits(recipe, texts, kind):
 
 
 class CharTokenizer:
-    """One id per character, in the order of `chars`; then those of `specials` {text: id}."""
+    """One id per character, in the order of `chars`; behind them the `specials` {text: id}.
+
+    An EOT in the text is encoded as its id only in a stream, whose one special token it is."""
 
     def __init__(self, chars, specials):
-        self.pieces = [*chars, *specials]
+        self.pieces = [*chars, *specials]  # of each id
         self.ids = {char: i for i, char in enumerate(chars)}
-        if specials.keys() == {EOT}:  # in rows no text has a special token's id
-            self.ids[MARK] = specials[EOT]
+        if specials.keys() == {EOT}:
+            self.ids[SURROGATE] = specials[EOT]
 
     def encode(self, text):
-        text = text.replace(EOT, MARK) if MARK in self.ids else text
+        text = text.replace(EOT, SURROGATE) if SURROGATE in self.ids else text
         if lacking := sorted(map(repr, set(text) - self.ids.keys())):
             raise UserError(f'the tokenizer does not know {" ".join(lacking[:9])}')
         return [self.ids[char] for char in text]
@@ -360,21 +379,21 @@ class CharTokenizer:
 
 
 class BytePairTokenizer:
-    """A tiktoken.Encoding that takes an EOT in the text for one id, but not in rows."""
+    """A tiktoken.Encoding. As above, an EOT in the text is encoded as its id only in a stream."""
 
     def __init__(self, encoding):
         self.encoding = encoding
-        self.in_text = {EOT} if encoding.special_tokens_set == {EOT} else set()
+        self.allowed = {EOT} if encoding.special_tokens_set == {EOT} else set()
 
     def encode(self, text):
-        return self.encoding.encode(text, allowed_special=self.in_text, disallowed_special=())
+        return self.encoding.encode(text, allowed_special=self.allowed, disallowed_special=())
 
     def decode(self, ids):
         return self.encoding.decode([int(i) for i in ids])
 
 
 def load_tokenizer(meta):
-    """The tokenizer `meta` describes: encode(text) -> list of ids, decode(ids) -> text."""
+    """The tokenizer that meta describes: encode(text) -> list of ids, decode(ids) -> text."""
     spec = meta['tokenizer']
     specials = {text: meta[key] for key, text in SPECIALS.items() if meta.get(key) is not None}
     if spec['kind'] == 'char':
@@ -393,57 +412,64 @@ def load_tokenizer(meta):
         special_tokens=specials))
 
 
-def texts_in(layout, read):
-    """The texts of a split, one by one: pieces of a stream with MARK for EOT, or sides of rows."""
-    if layout == 'stream':
-        return (piece.replace(EOT, MARK) for piece in read())
-    return itertools.chain.from_iterable(read())
+def texts_of(layout, *reads):
+    """Yields the texts of splits: sides of rows, or pieces of a stream with EOTs as SURROGATEs."""
+    for read in reads:
+        for item in read():
+            yield from [item.replace(EOT, SURROGATE)] if layout == 'stream' else item
 
 
-def make_tokenizer(kind, layout, splits, vocab_size):
-    """(description for meta.json, ordinary tokens, names of the special tokens after them).
-
-    Characters are those of all splits; byte pairs are learned from train, and the description
-    holds, in base64, the bytes of each token in the order of their ids."""
-    specials = SPECIALS_OF[layout]
-    if kind == 'gpt2':
-        return {'kind': kind}, 50_256, specials
-    if kind == 'char':
-        chars = set()
-        for read in splits.values():
-            for text in texts_in(layout, read):
-                chars.update(text)
-        if layout == 'stream' and MARK not in chars:
-            specials = []
-        chars = ''.join(sorted(chars - {MARK}))
-        if len(chars) + len(specials) > MAX_VOCAB_SIZE:
-            raise UserError(f'{len(chars):,} different characters: too many, use --tokenizer=bpe')
-        return {'kind': kind, 'chars': chars}, len(chars), specials
-    least = 256 + len(specials)
-    require('vocab_size', vocab_size, least <= vocab_size <= MAX_VOCAB_SIZE,
-            f'{least} to {MAX_VOCAB_SIZE}')
+def learn_byte_pairs(texts, n):
+    """At most n tokens: the bytes of each, in base64, in the order of their ids."""
     try:
         import rustbpe  # only here: not everybody installs it
     except ImportError as e:
         raise UserError("--tokenizer=bpe needs rustbpe: pip install -e '.[bpe]'") from e
     trainer = rustbpe.Tokenizer()
-    texts = tqdm(texts_in(layout, splits['train']), 'learning byte pairs', delay=1)
-    trainer.train_from_iterator((part for text in texts for part in text.split(MARK)),
-                                vocab_size - len(specials), buffer_size=16, pattern=GPT2_PATTERN)
-    tokens = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-    ranks = [base64.b64encode(bytes(token)).decode() for token, _ in tokens]
-    return {'kind': kind, 'pattern': GPT2_PATTERN, 'ranks': ranks}, len(ranks), specials
+    trainer.train_from_iterator(texts, n, buffer_size=16, pattern=GPT2_PATTERN)
+    tokens = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])  # (bytes, id)
+    return [base64.b64encode(bytes(token)).decode() for token, _ in tokens]
+
+
+def make_vocabulary(kind, layout, splits, vocab_size):
+    """What meta.json says of ids: vocab_size, mask_id, those of special tokens, and the tokenizer.
+
+    The n ordinary tokens come first, then special tokens, then the mask. Characters are those of
+    all splits; byte pairs are learned from train. Raises UserError."""
+    specials, spec = SPECIALS_OF[layout], {'kind': kind}
+    if kind == 'gpt2':
+        n = 50_256
+    elif kind == 'char':
+        chars = set(itertools.chain.from_iterable(texts_of(layout, *splits.values())))
+        if layout == 'stream' and SURROGATE not in chars:
+            specials = []  # no EOT in the text, no id for it
+        spec['chars'] = ''.join(sorted(chars - {SURROGATE}))
+        n = len(spec['chars'])
+        if n + len(specials) > MAX_VOCAB_SIZE:
+            raise UserError(f'{n:,} different characters: too many, use --tokenizer=bpe')
+    else:
+        n = vocab_size - len(specials)
+        require('vocab_size', vocab_size, n >= 256 and vocab_size <= MAX_VOCAB_SIZE,
+                f'{256 + len(specials)} to {MAX_VOCAB_SIZE}')
+        texts = tqdm(texts_of(layout, splits['train']), 'learning byte pairs', delay=1)
+        parts = (part for text in texts for part in text.split(SURROGATE))  # without EOTs
+        spec |= {'pattern': GPT2_PATTERN, 'ranks': learn_byte_pairs(parts, n)}
+        n = len(spec['ranks'])  # fewer, where the text has no more pairs to merge
+    ids = {key: n + i for i, key in enumerate(specials)}
+    mask_id = n + len(specials)
+    return {'vocab_size': mask_id, 'mask_id': mask_id, **dict.fromkeys(SPECIALS), **ids,
+            'tokenizer': spec}
 
 
 def encode_stream(pieces, encoder, count):
-    """Yields the ids of a text in its order, and writes into count how long it is.
+    """Yields the ids of each piece of a stream, and writes into count how long the stream is.
 
-    An EOT is not part of the text, so its characters are not counted. Several threads share the
-    work: tiktoken is Rust and lets the others run."""
-    count |= dict.fromkeys(('tokens', 'characters', 'bytes'), 0)  # tokens: once written
+    An EOT is no part of the text, so its characters are not counted. Several threads share the
+    work: tiktoken is written in Rust and holds no lock of Python's."""
+    count |= dict.fromkeys(('tokens', 'characters', 'bytes'), 0)  # tokens: by write_dataset
     pieces = iter(pieces)
     with ThreadPoolExecutor(THREADS) as pool:
-        while batch := list(itertools.islice(pieces, 4 * THREADS)):  # this much is in memory
+        while batch := list(itertools.islice(pieces, 4 * THREADS)):  # all that is in memory
             text = ''.join(batch).replace(EOT, '')
             count['characters'] += len(text)
             count['bytes'] += len(text.encode('utf-8'))
@@ -451,43 +477,49 @@ def encode_stream(pieces, encoder, count):
 
 
 def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer):
-    """Yields the rows (row_length,) of a split, and writes into count what they are.
+    """Yields the rows of a split, lists of row_length ids. Afterwards count says what they hold.
 
-    Characters and bytes are those of the answers or documents, as are the `scored` tokens. A pair
-    with an empty or too long side is dropped, and so is an empty document; a long one is cut.
-    Of pairs, `answer_line` is (a, b) of the answer's tokens, EOS among them, on average: a times
-    the prompt's, and b; a least-squares fit."""
-    is_pair, empty, long, sizes = meta['sep_id'] is not None, 0, 0, []
+    A pair with an empty or too long side is dropped, and so is an empty document; a long document
+    is cut. The entries of count:
+
+        rows, empty, long  how many were kept, were empty, were too long
+        scored             tokens of all answers or documents, EOS included
+        longest            tokens of the longest of them, without EOS
+        characters, bytes  of all of them
+        answer_line        of pairs: (a, b) of the least-squares fit
+                           tokens of the answer with EOS = a * tokens of the prompt + b
+    """
+    is_pair, sizes = meta['sep_id'] is not None, []
+    empty = long = 0
     for prompt, answer in pairs:
         prompt, answer = encoder.encode(prompt.strip()), encoder.encode(answer.strip())
-        if not answer or (is_pair and not prompt):
-            empty += 1
+        is_empty = not answer or (is_pair and not prompt)
+        is_long = not is_empty and (len(prompt) > max_prompt or len(answer) > max_answer)
+        empty += is_empty
+        long += is_long
+        if is_empty or (is_long and is_pair):
             continue
-        if len(prompt) > max_prompt or len(answer) > max_answer:
-            long += 1
-            if is_pair:
-                continue
         answer = answer[:max_answer]
         text = encoder.decode(answer)
         sizes.append((len(prompt), len(answer) + 1, len(text), len(text.encode('utf-8'))))
         row = [*prompt, meta['sep_id'], *answer] if is_pair else answer
         row = [*row, meta['eos_id']]
         yield row + [meta['pad_id']] * (meta['row_length'] - len(row))
-    sizes = np.array(sizes, int).reshape(-1, 4)  # (N, 4)
+    sizes = np.array(sizes, int).reshape(-1, 4)  # (rows, 4): prompt, scored, characters, bytes
     _, scored, characters, n_bytes = sizes.sum(0).tolist()
     longest = int(sizes[:, 1].max(initial=1)) - 1  # without EOS
     count |= {'rows': len(sizes), 'scored': scored, 'longest': longest, 'characters': characters,
               'bytes': n_bytes, 'empty': empty, 'long': long}
     if is_pair and len(sizes):
-        prompts = np.column_stack([sizes[:, 0], np.ones(len(sizes))])  # (N, 2)
+        prompts = np.column_stack([sizes[:, 0], np.ones(len(sizes))])  # (rows, 2)
         count['answer_line'] = np.linalg.lstsq(prompts, sizes[:, 1], rcond=None)[0].tolist()
 
 
 def write_dataset(target, meta, encoded):
-    """Writes data/<name>: encoded {split: its ids in lists, one by one}, and then meta.json.
+    """Writes the folder target, data/<name>: encoded {split: iterable of lists of ids}, and meta.
 
-    All is made in a folder aside and then renamed, so that what was there stays until the new data
-    set is complete."""
+    It is made as another folder and then renamed, so that an older data set of this name stays
+    until the new one is complete. Adds to meta what is known at the end. Raises UserError."""
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.preparing-', dir='data') as folder:
         work = Path(folder, 'new')
@@ -512,27 +544,23 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
             fields='', documents=False, max_prompt=128, max_answer=128):
     """Writes data/<name>/{train,val[,test]}.bin and meta.json, and returns what meta.json says.
 
-    what: the name of a recipe, or the path of a text, whose first 90% of characters are train and
-    the rest val; with prompts and answers, a name. The others are the settings above. Raises
-    UserError."""
+    what: the name of a recipe, or a path, of which the first 90% of characters or rows are train
+    and the rest val; with prompts and answers, a name. The other arguments are the settings at the
+    top of this file. Raises UserError."""
     recipe = choose_recipe(what, prompts, answers, fields, documents)
     layout, kind = recipe['layout'], tokenizer or recipe['tokenizer']
     one_of('tokenizer', kind, TOKENIZER_KEYS)
     target = Path('data', name or Path(what).stem)
-    taken = target.exists() and not (target / 'meta.json').exists()  # by something else of yours
-    if taken or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
+    foreign = target.exists() and not (target / 'meta.json').exists()  # not written by prepare()
+    if foreign or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
         raise UserError(f'{target} cannot be the folder of a data set: choose another --name')
     own = [prompts, answers] if prompts else [source or what]
-    texts, words = find_texts(what, recipe, own if source or not recipe['files'] else [])
+    texts, origin = find_texts(what, recipe, own if source or not recipe['files'] else [])
     splits = open_splits(recipe, texts, kind)
-    spec, n, specials = make_tokenizer(kind, layout, splits, vocab_size or recipe['vocab_size'])
-    row_length = (max_prompt + 1) * (layout == 'pairs') + max_answer + 1
+    vocabulary = make_vocabulary(kind, layout, splits, vocab_size or recipe['vocab_size'])
+    row_length = (max_prompt + 1 if layout == 'pairs' else 0) + max_answer + 1  # with SEP and EOS
     meta = {'name': target.name, 'layout': 'stream' if layout == 'stream' else 'rows',
-            'row_length': None if layout == 'stream' else row_length,
-            'vocab_size': n + len(specials), 'mask_id': n + len(specials),
-            **dict.fromkeys(SPECIALS), **{key: n + i for i, key in enumerate(specials)},
-            'tokenizer': spec, 'source': words,
-            'sha256': sha256_of(*itertools.chain(*texts.values())),
+            'row_length': None if layout == 'stream' else row_length, **vocabulary, **origin,
             'counts': {split: {} for split in splits}}
     encode = encode_stream if layout == 'stream' else partial(
         encode_rows, meta=meta, max_prompt=max_prompt, max_answer=max_answer)
@@ -543,7 +571,7 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
 
 
 def load_meta(dataset):
-    """What data/<dataset>/meta.json says, checked. Raises UserError."""
+    """What data/<dataset>/meta.json says. Raises UserError where it is missing or damaged."""
     path = Path('data', dataset, 'meta.json')
     if not path.is_file():
         hint = f'run python prepare.py {dataset}' if Path(dataset).name == dataset else \
@@ -564,7 +592,7 @@ def load_meta(dataset):
 
 
 def load_split(dataset, split):
-    """The ids of a split, a read-only uint16 memmap. Raises UserError."""
+    """The ids of a split (N,), a read-only uint16 memmap. Raises UserError."""
     path = Path('data', dataset, f'{split}.bin')
     counts = load_meta(dataset)['counts']
     if split not in counts:
@@ -577,9 +605,9 @@ def load_split(dataset, split):
 
 
 def gather(data, starts, length, vocab_size):
-    """Windows of a split, (B, length) int64, in one read: row b begins at starts[b].
+    """Windows (B, length) int64 of data (N,), in one read: window b begins at starts[b].
 
-    Raises UserError for ids outside the vocabulary, of which mask_id is the first.
+    Raises UserError for ids outside the vocabulary; the mask's, V', is the first of these.
     """
     positions = np.asarray(starts)[:, None] + np.arange(length)  # (B, length)
     ids = data[positions].astype(np.int64)
@@ -590,9 +618,9 @@ def gather(data, starts, length, vocab_size):
 
 
 def row_lengths(rows, meta):
-    """(prompts, ends), (N,) each: the tokens of rows (N, row_length) up to SEP and up to EOS.
+    """(prompts, ends) of rows (N, row_length), (N,) each: tokens up to SEP and up to EOS.
 
-    Both included, and 0 for the prompt of a document. No prompt or answer contains an EOS.
+    SEP and EOS are counted; a document has a prompt of 0 tokens. No text contains an EOS.
     """
     ends = (rows == meta['eos_id']).argmax(1) + 1
     if meta['sep_id'] is None:
@@ -601,10 +629,10 @@ def row_lengths(rows, meta):
 
 
 def row_widths(rows, meta, predict_pad=False):
-    """Tokens (N,) of each of rows (N, row_length) that a model sees: it all, and no PAD.
+    """How many tokens of each of rows (N, row_length) a model sees, (N,): all but PAD.
 
-    predict_pad: what is behind the prompt is as wide as the longest answer and its EOS, so that
-    nothing but the tokens tells where an answer ends."""
+    predict_pad: all answers are filled with PAD to the width of the longest and its EOS, so that
+    the width does not tell where an answer ends."""
     prompts, ends = row_lengths(rows, meta)
     return prompts + meta['max_answer'] + 1 if predict_pad else ends
 
@@ -612,53 +640,54 @@ def row_widths(rows, meta, predict_pad=False):
 def row_batches(widths, batch_size, rng=None):
     """[(B,) numbers of rows of one width]: every row once, B <= batch_size, in random order if rng.
 
-    Of one width, for PAD costs time, and shows a model that sees both ways how long the answer is.
-    """
-    order = np.arange(len(widths)) if rng is None else rng.permutation(len(widths))
+    Rows of one width need no PAD, which costs time and shows a bidirectional model how long the
+    answer is. widths (N,)."""
+    order = np.arange(len(widths)) if rng is None else rng.permutation(len(widths))  # (N,)
     order = order[widths[order].argsort(kind='stable')]
-    groups = np.split(order, np.flatnonzero(np.diff(widths[order])) + 1)
+    groups = np.split(order, np.flatnonzero(np.diff(widths[order])) + 1)  # one for each width
     batches = [group[i:i + batch_size] for group in groups
                for i in range(0, len(group), batch_size)]
     return batches if rng is None else [batches[i] for i in rng.permutation(len(batches))]
 
 
 def mixed_seed(*numbers):
-    """One seed of 32 bits from several numbers, all of which count [numpy's SeedSequence].
+    """One seed of 32 bits, a hash of several numbers [numpy's SeedSequence].
 
-    Generators on the CPU take no more than 32 bits, and neighbouring seeds are not independent
-    enough: bounds drawn under the seeds 0, 1, 2, ... spread three times wider than they should.
+    torch's generators on the CPU use no more than 32 bits. They are not independent under the seeds
+    0, 1, 2, ...: bounds estimated with these spread three times wider than they should.
     """
     return int(np.random.SeedSequence([n % 2 ** 64 for n in numbers]).generate_state(1)[0])
 
 
 def crop_batch(x0, given, pad_id, fraction):
-    """Crops a batch to a random width. fraction=0 keeps the longest answer (streams: one token),
-    fraction=1 keeps all T.
+    """(x0, given) without their last columns. fraction=1 keeps all T, fraction=0 the fewest.
 
+    The fewest are 1 in a stream, and in rows all that hold anything but PAD.
     x0 (B, T) int64; given (B, T) bool, or None for streams.
     """
     shortest, T = 1, x0.size(1)
-    if given is not None:  # columns of nothing but PAD may go
+    if given is not None:
         shortest += (x0 != pad_id).any(0).nonzero().max().item()
     width = shortest + round(fraction * (T - shortest))
     return x0[:, :width], None if given is None else given[:, :width]
 
 
 def random_fraction(number, random_length):
-    """The fraction for crop_batch: uniform in [0, 1) for a share random_length of batches, or 1."""
-    draws = np.random.default_rng([number, 1])  # independent of the draws of the windows
-    return draws.random() if draws.random() < random_length else 1.0
+    """The fraction for crop_batch: uniform in [0, 1) for a share random_length of batches, else 1.
+
+    number: the seed of the batch."""
+    rng = np.random.default_rng([number, 1])  # independent of the windows, drawn from number alone
+    is_cropped = rng.random() < random_length
+    return rng.random() if is_cropped else 1.0
 
 
 def evenly(n, limit):
-    """Indices of `limit` of n things, evenly spread, or of all n: limit = 0, or n and more."""
-    if not 0 < limit < n:
-        return np.arange(n)
-    return torch.linspace(0, n - 1, limit).long().numpy()
+    """Indices (limit,) of n things, evenly spread; of all n where limit is 0, or n or more."""
+    return torch.linspace(0, n - 1, limit).long().numpy() if 0 < limit < n else np.arange(n)
 
 
 def describe_data(data, meta):
-    """The line that streams and rows have in common in what train.py prints."""
+    """What train.py prints about a Stream or Rows alike."""
     return (f'{data.dataset} ({meta["source"]}): {data.tokens_per_epoch:,} training tokens of '
             f"{meta['vocab_size']:,} kinds, log V' = {math.log(meta['vocab_size']):.4f}")
 
@@ -669,13 +698,13 @@ class Stream:
     def __init__(self, dataset, meta, block_size, batch_size, seed, random_length, train_tokens):
         self.dataset, self.meta, self.seed = dataset, meta, seed
         self.block_size, self.batch_size, self.random_length = block_size, batch_size, random_length
-        self.tokens = cache(partial(load_split, dataset))  # of a split: its ids, a memmap
+        self.tokens = cache(partial(load_split, dataset))  # tokens(split) -> memmap of ids (N,)
         self.train = self.tokens('train')[:train_tokens or None]
         self.tokens_per_epoch = len(self.train)
         self.tokens_per_batch, self.mean_width = batch_size * block_size, block_size
 
     def check(self):
-        """Raises UserError where there is nothing to validate on, or not one window to train on."""
+        """Raises UserError where val is missing or the training text is shorter than a window."""
         self.tokens('val')
         if len(self.train) < self.block_size:
             raise UserError(f'block_size is {self.block_size}, but data/{self.dataset} has only '
@@ -694,11 +723,11 @@ class Stream:
         return describe_data(self, self.meta)
 
     def batch(self, update, part=0, parts=1):
-        """Windows x0 (B, T) int64 from random places of the training text, and None: none is given.
+        """Windows x0 (B, T) int64 from random places of the training text; no prompts, so None.
 
-        They follow from the seed and the arguments alone: a resumed run sees what the killed one
-        would have seen, and a batch is the same whether the parts of an update run one after the
-        other or on many processes.
+        update: number of the update, whose batches are parts 0 to parts - 1. A batch depends on the
+        seed and on these numbers alone: a resumed run sees what the stopped one would have seen,
+        and the parts of an update are the same one after the other or on many processes.
         """
         number = mixed_seed(self.seed, update, part)
         places = len(self.train) - self.block_size + 1
@@ -707,14 +736,14 @@ class Stream:
         return crop_batch(x0, None, None, random_fraction(number, self.random_length))
 
     def batches(self, split, batch_size, limit=0):
-        """[function that reads a batch (x0, None) to evaluate on]: each token of a split once.
+        """[function that reads one batch (x0, None)], for evaluation: each token of a split once.
 
-        The windows lie side by side, and the last is as short as it comes; with a limit, so many
-        whole windows, evenly spread.
+        The windows lie side by side, and the last may be shorter than T. limit: read only so many
+        whole windows, evenly spread; 0 = all.
         """
         data = self.train if split == 'train' else self.tokens(split)
         T = min(self.block_size, len(data))
-        starts = np.arange(len(data) // T) * T  # of whole windows
+        starts = np.arange(len(data) // T) * T  # of whole windows, (N,)
         kept = starts[evenly(len(starts), limit)]
         parts = [(kept[i:i + batch_size], T) for i in range(0, len(kept), batch_size)]
         if len(kept) == len(starts) and len(data) % T:
@@ -736,7 +765,9 @@ class Stream:
 
 
 class Rows:
-    """A data set of rows: prompts and answers, or documents. A batch holds rows of one width."""
+    """A data set of rows: prompts and answers, or documents. A batch holds rows of one width.
+
+    Of the N rows of train it keeps the n shortest, which are the share row_share."""
 
     def __init__(self, dataset, meta, block_size, batch_size, seed, random_length, predict_pad,
                  score_prompt, row_share, length_curriculum, pad_curriculum):
@@ -744,18 +775,23 @@ class Rows:
         self.block_size, self.batch_size, self.random_length = block_size, batch_size, random_length
         self.predict_pad, self.score_prompt = predict_pad, score_prompt
         self.length_curriculum, self.pad_curriculum = length_curriculum, pad_curriculum
-        self.tokens = cache(partial(load_split, dataset))  # of a split: its ids, a memmap
-        rows = self.rows('train')
-        self.lengths = row_lengths(rows, meta)[1]  # (N,) without PAD
+        self.tokens = cache(partial(load_split, dataset))  # tokens(split) -> memmap of ids
+        rows = self.rows('train')  # (N, row_length)
+        lengths = row_widths(rows, meta)  # (N,) without PAD
         n = math.ceil(row_share * len(rows)) or 1
-        self.kept = np.sort(self.lengths.argsort(kind='stable')[:n])  # numbers of the shortest rows
+        self.kept = np.sort(lengths.argsort(kind='stable')[:n])  # (n,) numbers of rows
         self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (n,)
-        self.epoch = lru_cache(2)(lambda epoch: row_batches(  # of indices into self.kept
-            self.widths, batch_size, np.random.default_rng(mixed_seed(seed, epoch))))
+        self.epoch = lru_cache(2)(self.shuffled_batches)  # 2: an update may reach into the next
         self.batches_per_epoch = len(self.epoch(0))
         self.tokens_per_epoch = int(self.widths.sum())
+        self.pad_share = 1 - lengths[self.kept].sum() / self.tokens_per_epoch
         self.tokens_per_batch = self.tokens_per_epoch / self.batches_per_epoch  # a mean
         self.mean_width = round(self.widths.mean())
+
+    def shuffled_batches(self, epoch):
+        """The batches of an epoch, [(B,) indices into self.kept], in random order."""
+        rng = np.random.default_rng(mixed_seed(self.seed, epoch))
+        return row_batches(self.widths, self.batch_size, rng)
 
     def check(self):
         """Raises UserError where a row is longer than the context."""
@@ -765,7 +801,7 @@ class Rows:
                             f'which is {self.block_size}, to {widest} or more')
 
     def rows(self, split):
-        """The rows of a split, (N, row_length)."""
+        """All rows of a split, a memmap (N, row_length)."""
         return self.tokens(split).reshape(-1, self.meta['row_length'])
 
     def size(self, split):
@@ -775,41 +811,37 @@ class Rows:
     def scored(self, split):
         """How many tokens of a split an evaluation scores: answers, EOS, and PAD if predicted."""
         count = self.meta['counts'][split]
-        if self.predict_pad:
-            return count['rows'] * (self.meta['max_answer'] + 1)
-        return count['scored']
+        with_pad = count['rows'] * (self.meta['max_answer'] + 1)
+        return with_pad if self.predict_pad else count['scored']
 
     def describe(self):
         """What train.py prints about the data."""
-        pad_share = 1 - self.lengths[self.kept].sum() / self.tokens_per_epoch
         return (f'{describe_data(self, self.meta)}\n'
                 f'{len(self.widths):,} rows of {self.widths.min()} to {self.widths.max()} tokens, '
                 f'{self.batches_per_epoch:,} batches an epoch, '
-                f'{100 * pad_share:.1f}% of what is computed is PAD')
+                f'{100 * self.pad_share:.1f}% of what is computed is PAD')
 
     def batch(self, update, part=0, parts=1):
-        """Rows of one width, x0 (B, T) int64, and given (B, T) bool: True in the prompt.
+        """Rows of one width, x0 (B, T) int64, and given (B, T) bool: True in the prompt, up to SEP.
 
-        As in Stream.batch, they follow from the seed and the arguments alone. An epoch's batches
-        are shuffled; the length curriculum leaves out those whose rows are still too long. given
-        is None with score_prompt, under which the prompt is predicted, too.
+        As in Stream.batch, they depend on the seed and on the arguments alone. With score_prompt
+        the prompt is predicted, too, and given is None.
         """
-        number = mixed_seed(self.seed, update, part)
         epoch, i = divmod(update * parts + part, self.batches_per_epoch)
         progress = update / self.length_curriculum if self.length_curriculum else 1.0
         low, high = self.widths.min(), self.widths.max()
-        batches = [batch for batch in self.epoch(epoch)
+        batches = [batch for batch in self.epoch(epoch)  # whose rows are not too long yet
                    if self.widths[batch[0]] <= low + progress * (high - low)]
         x0, given = self.read('train', self.kept[batches[i % len(batches)]])
         fraction = min(1.0, update / self.pad_curriculum) if self.pad_curriculum else 1.0
-        fraction *= random_fraction(number, self.random_length)
+        fraction *= random_fraction(mixed_seed(self.seed, update, part), self.random_length)
         x0, given = crop_batch(x0, given, self.meta['pad_id'], fraction)
         return x0, None if self.score_prompt else given
 
     def batches(self, split, batch_size, limit=0):
-        """[function that reads a batch (x0, given) to evaluate on]: each row of a split once.
+        """[function that reads one batch (x0, given)], for evaluation: each row of a split once.
 
-        With a limit, so many rows, evenly spread.
+        Of train, the kept rows. limit: read only so many rows, evenly spread; 0 = all.
         """
         rows = self.rows(split)
         numbers = self.kept if split == 'train' else np.arange(len(rows))
@@ -818,7 +850,7 @@ class Rows:
         return [partial(self.read, split, numbers[batch]) for batch in batches]
 
     def read(self, split, numbers):
-        """x0 (B, T) int64 and given (B, T) bool of some rows, T the width of the widest."""
+        """x0 (B, T) int64 and given (B, T) bool of the rows `numbers`; T fits the widest."""
         length = self.meta['row_length']
         x0 = gather(self.tokens(split), np.asarray(numbers) * length, length,
                     self.meta['vocab_size'])
@@ -827,24 +859,27 @@ class Rows:
         return torch.from_numpy(x0[:, :T]), torch.from_numpy(given)
 
     def pairs(self, split, n=0):
-        """[(ids of the prompt, ids of the answer)] of the first n rows; 0 = of all."""
+        """[(ids of the prompt, ids of the answer)] of the first n rows of a split; 0 = of all."""
         return [split_row(row, self.meta) for row in self.rows(split)[:n or None].tolist()]
 
 
 def split_row(ids, meta):
-    """(prompt, answer) of a row: the ids before SEP, and those behind it up to EOS, without PAD."""
-    middle, special = ids.index(meta['sep_id']), (meta['sep_id'], meta['pad_id'])
-    answer = ids[middle + 1:]
-    answer = answer[:answer.index(meta['eos_id'])] if meta['eos_id'] in answer else answer
-    return ids[:middle], [i for i in answer if i not in special]
+    """(prompt, answer) of a row, lists of ids: before SEP, and behind it up to EOS.
+
+    A row that a model has written may lack the EOS, and have a SEP or PAD in its answer, which are
+    left out."""
+    middle = ids.index(meta['sep_id'])
+    answer = itertools.takewhile(lambda i: i != meta['eos_id'], ids[middle + 1:])
+    return ids[:middle], [i for i in answer if i not in (meta['sep_id'], meta['pad_id'])]
 
 
 def open_data(dataset, block_size, batch_size, seed=0, *, random_length=0.0, train_tokens=0,
               predict_pad=False, score_prompt=False, row_share=1.0, length_curriculum=0,
               pad_curriculum=0, token_weights=(1.0, 1.0, 1.0)):
-    """The data set data/<dataset>, opened for reading: Stream or Rows; both answer the same calls.
+    """The Stream or Rows of data/<dataset>; both have the same methods to train and evaluate.
 
-    The others are settings of train.py. Raises UserError where one is for the other layout.
+    The other arguments are settings of train.py. Raises UserError where one is for the other
+    layout.
     """
     meta = load_meta(dataset)
     common = (dataset, meta, block_size, batch_size, seed, random_length)
@@ -860,14 +895,14 @@ def open_data(dataset, block_size, batch_size, seed=0, *, random_length=0.0, tra
 
 
 def main():
-    what = [word for word in sys.argv[1:] if not word.startswith('-')][:1]
+    what = [word for word in sys.argv[1:] if not word.startswith('-')][:1]  # the data set or file
     words = [word for word in sys.argv[1:] if word not in what] if what else ['--help']
     meta = prepare(*what, **override(globals(), words))
     for split, count in meta['counts'].items():
         if meta['layout'] == 'rows':
             print(f'{split}: {count["rows"]:,} rows, {count["scored"]:,} tokens to predict; '
                   f'{count["empty"]:,} empty and dropped, {count["long"]:,} too long and '
-                  f'{"cut" if documents else "dropped"}')
+                  f'{"cut" if meta["sep_id"] is None else "dropped"}')
     tokens = ', '.join(f'{split} {count["tokens"]:,}' for split, count in meta['counts'].items())
     print(f"data/{meta['name']}: {tokens} tokens of {meta['vocab_size']:,} kinds. {meta['source']}")
 

@@ -7,13 +7,19 @@
     python sample.py --out_dir=out/multi30k_mdm --start="A man is sleeping."
     python sample.py --corrupt="What's in a name?"
 
-The way from a checkpoint to text has four stations:
+From a checkpoint to text in four steps:
 
-    canvas    make_canvases: the ids of a text, with mask_id wherever tokens are to be generated.
+    canvas    make_canvases: the ids of a text, with mask_id wherever a token is to be generated.
               Continuing a prompt, infilling and writing from nothing differ in nothing else.
     decoder   make_decoder: a generator that fills the masks of canvases (B, T) step by step
-    decode    run_decoder: counts the passes of the network, ends rows at EOS, calls who watches
-    text      complete, answer: the ids of each canvas up to its EOS, for the tokenizer to decode
+    loop      run_decoder: runs a decoder, counts the passes of the network, ends rows at EOS
+    text      complete: the ids of each canvas up to its EOS, which the tokenizer decodes
+
+At a first reading take "sampling a token", then decode_ar, decode_ancestral, decode_confidence and
+run_decoder. Skip blocks and guidance, the lengths of answers, and the pictures at the end.
+
+Letters are those of model.py: B rows of T tokens; V tokens in the vocabulary, the mask last. M is
+the number of positions, in all rows together, whose logits a pass returns.
 """
 
 import math
@@ -41,11 +47,11 @@ from model import SCHEDULES, KVCache, Objective, Transformer, first_to_hold, loa
 from prepare import EOT, load_tokenizer, split_row
 
 # what is read
-out_dir = 'out/shakespeare_mdm'  # the run whose model is used
-device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
+out_dir = 'out/shakespeare_mdm'  # the folder of the run whose model is used
+device = 'auto'        # cuda, mps, cpu; auto takes the first that this machine has
 # what is to be generated
-start = ''             # the text to go on from; of a run on prompts and answers, the prompt
-template = ''          # a text with blanks: [___] is 5 tokens wide, [___:9] is 9
+start = ''             # the text to continue; in a run on prompts and answers, the prompt
+template = ''          # a text with blanks to fill: [___] is 5 tokens wide, [___:9] is 9
 prompt_file = ''       # a prompt or a template on every line; - reads them from stdin
 corrupt = ''           # a text: show how the forward process masks it, and stop
 num_samples = 1        # of each prompt
@@ -58,44 +64,45 @@ steps = 128            # decoding steps; confidence, remask: 0 is one token a st
 noise_schedule = 'linear'  # ancestral, remdm, uniform: how the steps are spread; cosine, polynomial
 order = 'max_prob'     # confidence, threshold, remask: max_prob, margin, entropy, random
 counts = 'linear'      # confidence, remask: linear (as many each step), cosine (few first)
-threshold = 0.9        # threshold: a pass commits all that are not below it, and at least one
+threshold = 0.9        # threshold: a pass commits all tokens of this confidence, at least one
 eta = 0.02             # remdm: largest probability per step that a written token is masked again
 block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
 prefix_cache = False   # read what precedes a block once: faster, but an approximation
 guidance = 0.0         # above 0: follow the given text more closely, at two passes a step
-temperature = 0.7      # 0 takes the most likely token; measured choices, see README
+temperature = 0.7      # 0 takes the most likely token; see data/RESULTS.md
 top_k = 0              # sample among the k most likely tokens; 0 = all
-top_p = 1.0            # sample among the most likely tokens that hold this probability together
+top_p = 1.0            # sample among the fewest tokens that hold this probability together
 repetition_penalty = 1.0  # above 1: tokens that the text has already become less likely
-length = 'auto'        # masks for the answer to a prompt: full; fit, the average in training for so
-                       # long a prompt; ratio, by length_line; auto is full if run with predict_pad,
-                       # else fit. Predicted by one pass: argmax, quantile; regress, classify,
-                       # encoder, which config/length_*.py train, and which are auto in their runs
+length = 'auto'        # masks for the answer to a prompt. full: as many as in training; fit: the
+                       # average in training for so long a prompt; ratio: by length_line. Predicted
+                       # in one pass by the model: argmax, quantile; by a head that
+                       # config/length_*.py train: regress, classify, encoder. auto: the head, if
+                       # the run has one; else full, if it was trained with predict_pad; else fit
 length_line = (1.3, 2.0)  # ratio: so many masks for a token of the prompt, and so many more
-length_quantile = 0.9  # quantile, classify, encoder: the probability that an answer fits
+length_quantile = 0.9  # quantile, classify, encoder: the probability that the answer is no longer
 length_candidates = 1  # fit, ratio, reference: lengths to try; the most confident answer stays
 # how it is shown
-watch = False          # the first sample in the terminal, step by step; its time is in tokens/s
-save = ''              # how the first sample came about, to a file: x.gif, x.png, x.html or x.jsonl
-cleanup = False        # drop words that repeat the one before them, in the text alone
+watch = False          # show the first sample step by step; the tokens/s include this
+save = ''              # a file for the steps of the first sample: x.gif, x.png, x.html or x.jsonl
+cleanup = False        # drop words that repeat the one before; in the text, not in `tokens`
 json = False           # one JSON object a line for each sample
 
-DECODING = (  # how text is decoded: the settings that eval.py takes over
-    'decoder', 'steps', 'noise_schedule', 'order', 'counts', 'threshold', 'eta', 'block_length',
-    'prefix_cache', 'guidance', 'temperature', 'top_k', 'top_p', 'repetition_penalty', 'length',
-    'length_line', 'length_quantile', 'length_candidates')
+SAMPLING = ('temperature', 'top_k', 'top_p', 'repetition_penalty')  # of probabilities()
+# The settings of decoding, which eval.py has too
+DECODING = ('decoder', 'steps', 'noise_schedule', 'order', 'counts', 'threshold', 'eta',
+            'block_length', 'prefix_cache', 'guidance', *SAMPLING, 'length', 'length_line',
+            'length_quantile', 'length_candidates')
 PLAIN = {'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}  # nothing around the decoder
-SAMPLING = ('temperature', 'top_k', 'top_p', 'repetition_penalty')
 ORDERS, COUNTS = ('max_prob', 'margin', 'entropy', 'random'), ('linear', 'cosine')
 PREDICTED = ('argmax', 'quantile', 'regress', 'classify', 'encoder')
 LENGTHS = ('full', 'fit', 'ratio', 'reference', *PREDICTED)
 BLANK = re.compile(r'\[_+(?::(\d{1,6}))?\]')
-BLANK_WIDTH = 5        # tokens of a [___] that does not say
+BLANK_WIDTH = 5        # tokens, of a [___] without a number
 MASK_SHOWN = '█'
 
 
 def defaults():
-    """The settings above as a dict, for those who call complete() or answer()."""
+    """The settings above as a dict, which complete() and answer() take."""
     return {name: globals()[name] for name in config.names_of(globals())}
 
 
@@ -103,7 +110,7 @@ def defaults():
 
 
 def filter_logits(logits, top_k, top_p):
-    """logits (M, V) with -inf for all but the top_k likeliest, and of those the nucleus of top_p.
+    """logits (M, V) with -inf outside the top_k likeliest tokens and the nucleus of top_p of these.
 
     The nucleus [1904.09751] is the smallest set of likeliest tokens that holds at least top_p.
     """
@@ -119,38 +126,38 @@ def filter_logits(logits, top_k, top_p):
 
 
 def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
-    """(M, V) float64, the distributions to sample from where the model's logits are (M, V).
+    """The distributions (M, V) float64 to sample from, given the model's logits (M, V).
 
-    x, where (B, T): the canvas, and the M positions of the logits. repetition_penalty makes the
-    tokens less likely that stand in their rows, masks aside [CTRL 1909.05858, sec. 4.1].
+    x, where (B, T): the canvas, and the M positions of the logits. repetition_penalty makes tokens
+    less likely that the row has already [CTRL 1909.05858, sec. 4.1].
     """
     logits = logits.double()
     if repetition_penalty != 1.0:
         seen = torch.zeros(x.size(0), logits.size(-1), dtype=torch.bool, device=x.device)
         seen = seen.scatter(1, x, True)[where.nonzero()[:, 0]].to(logits.device)  # (M, V)
-        seen[:, -1] = False
+        seen[:, -1] = False  # of the mask
         less = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, less, logits)
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).double()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # none above 0: no overflow
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no overflow
     return filter_logits(logits, top_k, top_p).softmax(-1)
 
 
 def sample_categorical(p, rng):
     """One token (M,) for each row of p (M, V) float64, whose rows need not sum to 1.
 
-    An exponential race is exact: argmax of p / e with e ~ Exponential(1) has the distribution p,
-    and float64 keeps its tails, which float32 noise cuts off [2409.02908].
+    The argmax of p / e, where e ~ Exponential(1) for each token, has exactly the distribution p (an
+    exponential race), and float64 keeps its tails, which float32 noise cuts off [2409.02908].
     """
     return (p / torch.empty_like(p).exponential_(generator=rng)).argmax(-1)
 
 
 def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
-    """One token for each row of logits (M, V), and the model's own probability of it: 2 x (M,).
+    """(token, probability), (M,) each: a sample of each row of logits (M, V), and its probability.
 
-    The arguments are those of probabilities(). The probability is that of the untempered,
-    unfiltered model: its confidence does not depend on how we sample.
+    The arguments are those of probabilities(). The probability is the model's own, with neither
+    temperature nor filters: confidence does not depend on how we sample.
     """
     on_rng = logits.to(rng.device)  # mps has no float64: its rng is on the CPU
     p = probabilities(on_rng, x, where, temperature=temperature, **sampling)  # (M, V)
@@ -163,47 +170,38 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 
 
 def window(i, size):
-    """Where the window of `size` tokens begins in which token i is written.
+    """The first token of the window of `size` tokens that is read to write token i.
 
-    It drops its older half whenever it is full: a function of i, not of what was read before.
+    The window drops its older half whenever it is full. Where it begins follows from i alone, so
+    that a text does not depend on where its prompt ended.
     """
     half = (size + 1) // 2
     return 0 if i < size else ((i - size) // half + 1) * half
 
 
 def empty_cache(model, B):
-    weight = model.embed.weight
-    return KVCache(model.config, B, weight.device, weight.dtype)
+    """A KVCache for B rows; also for a model around a model, which has no other weights."""
+    return KVCache(model.config, B, model.embed.weight.device, model.embed.weight.dtype)
 
 
-def reverse_steps(steps, schedule):
-    """[(alpha_t, alpha_s)] of `steps` steps from t = 1 to t = 0, s = t - 1/steps."""
+def reverse_steps(model, x, to_generate, steps, schedule):
+    """[(alpha_t, alpha_s, level)] of `steps` steps from t = 1 to t = 0, s = t - 1/steps.
+
+    level (B, 1): the fraction of each canvas that is noise at t, in expectation: 1 - alpha_t of
+    what is to be generated, and the masks elsewhere, which are those of later blocks.
+    """
     require('steps', steps, steps > 0, '1 or more: one token a step is for confidence and remask')
     alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), schedule)[0].tolist()
-    return list(zip(alpha, alpha[1:]))
-
-
-def propose(model, x, is_mask, order, rng, sampling):
-    """Samples a token for every mask: tokens (B, T), the scores of their confidence, the logits.
-
-    is_mask (B, T) bool. The scores (B, T) are the logit of the confidence, log(p / (1 - p)), since
-    in float32 p itself is 1 from 1 - p < 1e-7 on, and confident tokens would have no order; -inf
-    where no mask is.
-    """
-    level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), 1 - alpha_t of this canvas
-    logits = model(x, level, where=is_mask)  # (M, V)
-    logits[:, -1] = -torch.inf  # as it is, unless d3pm has learned to predict the mask
-    token, probability = sample_token(logits, x, is_mask, rng, **sampling)
-    score = confidence(order, logits, probability, rng).logit().float().to(x.device)  # (M,)
-    scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
-    return x.masked_scatter(is_mask, token), scores, logits
+    here = to_generate.float().mean(1, keepdim=True)  # (B, 1)
+    elsewhere = ((x == model.mask_id) & ~to_generate).float().mean(1, keepdim=True)  # (B, 1)
+    return [(a, b, here * (1 - a) + elsewhere) for a, b in zip(alpha, alpha[1:])]
 
 
 def confidence(order, logits, probability, rng):
     """The confidence in each of M predictions, (M,) in [0, 1], float64; logits (M, V).
 
-    It is the probability of the token that was sampled, the margin of the best over the second, the
-    entropy of the distribution (as 1 / perplexity, a probability again), or random.
+    By `order` it is the probability of the sampled token (max_prob), the probability of the best
+    token less that of the second (margin), 1 / perplexity = exp(-entropy) (entropy), or random.
     """
     if order == 'max_prob':
         return probability
@@ -216,11 +214,27 @@ def confidence(order, logits, probability, rng):
     return torch.special.xlogy(p, p).sum(-1).exp()
 
 
+def propose(model, x, is_mask, order, rng, sampling):
+    """Samples a token for every mask: (tokens (B, T), scores (B, T), logits (M, V)).
+
+    is_mask (B, T) bool. tokens is x with its masks sampled. A score is the logit log(p / (1 - p))
+    of a confidence p, since in float32 p itself is 1 from 1 - p < 1e-7 on, and confident tokens
+    would have no order; it is -inf where no mask is.
+    """
+    level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), in place of 1 - alpha_t
+    logits = model(x, level, where=is_mask)  # (M, V)
+    logits[:, -1] = -torch.inf  # with subs it is already; d3pm may predict the mask
+    token, probability = sample_token(logits, x, is_mask, rng, **sampling)
+    score = confidence(order, logits, probability, rng).logit().float().to(x.device)  # (M,)
+    scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
+    return x.masked_scatter(is_mask, token), scores, logits
+
+
 def confidence_rank(scores):
-    """(B, T): 0 for the highest score of a row, 1 for the next; equals go from the left.
+    """(B, T): 0 for the highest score of a row, 1 for the next; ties from left to right.
 
     Scores are rounded to 1e-4, more than the noise of logits in float32, so that noise does not
-    order equals, and a greedy row does not depend on the rest of its batch.
+    order ties, and a greedy row does not depend on the rest of its batch.
     """
     return scores.round(decimals=4).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
@@ -228,8 +242,8 @@ def confidence_rank(scores):
 def masks_left(n, i, steps, counts):
     """How many of n (B,) masks are left after i of `steps` steps; steps = 0 is one token a step.
 
-    'linear' gives what n / steps leaves over to the first steps, one each, as LLaDA's code does;
-    'cosine' is MaskGIT's, a few tokens at first, when little is known, and ever more later.
+    'linear': n // steps tokens a step, and the remainder one each in the first steps, as in LLaDA's
+    code. 'cosine': MaskGIT's, a few tokens at first, when little is known, and ever more later.
     """
     if steps == 0:
         return (n - i).clamp(min=0)
@@ -242,34 +256,35 @@ def masks_left(n, i, steps, counts):
 #
 # decode_name(model, x, to_generate, rng, *, its own settings, **sampling) is a generator.
 #
-#     x (B, T) int64        a canvas, to be filled in place; masks elsewhere are read as masks
-#     to_generate (B, T)    bool, positions to be filled; run_decoder() clears rows that have ended
-#     rng                   torch.Generator of all that is random
+#     x (B, T) int64        canvases, filled in place
+#     to_generate (B, T)    bool, the positions to fill; masks elsewhere are read and left as they
+#                           are. run_decoder() clears it in rows that have ended
+#     rng                   the torch.Generator of everything random
 #     **sampling            the keywords of probabilities()
 #
 # After every step that changed something it yields `where, logits`: the positions (B, T) that its
-# pass predicted, and the logits (M, V) there. A model is called as model(x, level, where=...), with
-# level (B, 1) the fraction of the canvas that is noise, and returns (M, V).
+# pass predicted, and the logits (M, V) there. The model is called as model(x, level, where=...) and
+# returns the logits (M, V) at `where`; level (B, 1) is the fraction of the canvas that is noise.
 
 
 def decode_ar(model, x, to_generate, rng, **sampling):
     """Left to right, each token given those before it; a filled blank has not seen what follows.
 
-    One pass per token, over that token alone: a KV cache holds the tokens before. Rows may have
-    their masks at different places. A canvas longer than the context is read through a window that
-    holds the start token and the newest tokens, and drops its older half whenever it is full.
+    One pass per token, over that token alone: a KV cache holds the tokens before it. Rows may have
+    their masks at different places. A canvas longer than the context is read through a window(),
+    the start token (which has the id of the mask) and the newest tokens.
     """
-    cache, begin = empty_cache(model, len(x)), 0  # begin: canvas token behind the start token
+    cache, begin = empty_cache(model, len(x)), 0  # begin: where the window begins in the canvas
     for i in to_generate.any(0).nonzero()[:, 0].tolist():
         if not to_generate[:, i].any():  # rows have ended since
             continue
         if (new := window(i, model.config.block_size)) > begin:
-            begin, cache.length = new, 0  # what the cache holds stands at other positions now
-        unread = x[:, begin + max(cache.length - 1, 0):i]  # behind the start token, up to i
+            begin, cache.length = new, 0  # positions have shifted, so all is read again
+        unread = x[:, begin + max(cache.length - 1, 0):i]  # the cache also holds the start token
         if cache.length == 0:
             unread = torch.cat([torch.full_like(x[:, :1], model.mask_id), unread], dim=1)
         last = torch.zeros_like(unread, dtype=torch.bool)
-        last[:, -1] = True
+        last[:, -1] = True  # the logits of token i are those behind token i - 1
         logits = model(unread, cache=cache, where=last)  # (B, V)
         token, _ = sample_token(logits, x[:, :i], last[:, -1:], rng, **sampling)  # (B,)
         where = torch.zeros_like(to_generate)
@@ -285,28 +300,43 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
         s = t - 1/steps, and then drawn from p(x0 | xt)
 
     Whether a token is revealed does not depend on the network, so that is drawn first: a step that
-    reveals nothing needs no pass, one that does needs the head only where it does.
+    reveals nothing needs no pass, and one that does needs logits only where it does.
 
-    A d3pm model with subs=False gives the mask a probability p too. Of its masked tokens fewer are
-    revealed, before the last step: the posterior q(xs | xt, x0) at the prediction for x0 reveals
-    one with probability (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p)).
+    A d3pm model with subs=False gives the mask a probability p too, and before the last step fewer
+    of the masks that it reads are revealed: the posterior q(xs | xt, x0) at the prediction for x0
+    reveals one with probability (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p)).
     """
-    return decode_remdm(model, x, to_generate, rng, steps=steps, noise_schedule=noise_schedule,
-                        eta=0.0, **sampling)
+    for alpha_t, alpha_s, level in reverse_steps(model, x, to_generate, steps, noise_schedule):
+        u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
+        is_mask = to_generate & (x == model.mask_id)
+        reveal = is_mask & (u < (alpha_s - alpha_t) / (1 - alpha_t))
+        if not reveal.any():
+            continue
+        logits = model(x, level, where=reveal)  # (M, V), M to reveal
+        p = logits.float().softmax(-1)[:, -1]  # (M,), of the mask: 0 with subs
+        logits[:, -1] = -torch.inf
+        token, _ = sample_token(logits, x, reveal, rng, **sampling)  # (M,)
+        if not model.config.subs and alpha_s < 1:
+            fewer = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
+            token[u[reveal] >= fewer] = model.mask_id
+        x[reveal] = token
+        yield reveal, logits
 
 
 def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', eta, **sampling):
     """As decode_ancestral, but written tokens are masked again [ReMDM 2503.00307, 'cap'].
 
-    The expected share of masks at each t stays what it was:
-
         a written token is masked again with probability sigma = min(eta, (1 - alpha_s) / alpha_t),
         a masked one is revealed with (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+
+    so that the expected fraction of masks at each t stays 1 - alpha_t.
     """
-    now, later = (part.float().mean(1, keepdim=True) for part in  # 2 x (B, 1), shares of the canvas
-                  (to_generate, (x == model.mask_id) & ~to_generate))
-    for alpha_t, alpha_s in reverse_steps(steps, noise_schedule):
-        u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)
+    if eta == 0:  # apart, since only decode_ancestral knows that d3pm may predict the mask
+        yield from decode_ancestral(model, x, to_generate, rng, steps=steps,
+                                    noise_schedule=noise_schedule, **sampling)
+        return
+    for alpha_t, alpha_s, level in reverse_steps(model, x, to_generate, steps, noise_schedule):
+        u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
         is_mask = to_generate & (x == model.mask_id)
         sigma = min(eta, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 0.0  # at t = 1 all are masks
         reveal = is_mask & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
@@ -314,11 +344,7 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         if not (reveal | remask).any():
             continue
         if reveal.any():  # always before a token is masked again, so that there are logits
-            logits = model(x, now * (1 - alpha_t) + later, where=reveal)  # (M, V), M to reveal
-            if not model.config.subs and eta == 0 and alpha_s < 1:
-                p = logits.float().softmax(-1)[:, -1]  # (M,), of the mask
-                fewer = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
-                remask[reveal] = u[reveal] >= fewer
+            logits = model(x, level, where=reveal)  # (M, V), M to reveal
             logits[:, -1] = -torch.inf
             x[reveal], _ = sample_token(logits, x, reveal, rng, **sampling)
         x[remask] = model.mask_id
@@ -384,10 +410,10 @@ def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts
 def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear', **sampling):
     """The reverse process of uniform-state diffusion in `steps` steps from t = 1 to 0.
 
-    All generated tokens start as uniformly random ones, and every step may change all of them, so
+    All tokens to be generated start uniformly random, and every step may change all of them, so
     that errors are mended. With s = t - 1/steps, V' real tokens and p_j = p(x0 = j | xt), a token i
-    becomes j with a probability proportional to q(xt = i | xs = j) * q(xs = j | x0), where the
-    prediction stands for x0 [D3PM 2107.03006; Duo 2506.10892]:
+    becomes j with a probability proportional to q(xt = i | xs = j) * q(xs = j | x0), in which p
+    takes the place of x0 [D3PM 2107.03006; Duo 2506.10892]:
 
         (alpha_t / alpha_s * [i = j] + (1 - alpha_t / alpha_s) / V') * (alpha_s * p_j
                                                                         + (1 - alpha_s) / V')
@@ -395,20 +421,19 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
     Temperature and the filters shape p. At temperature 0 all of p is on the likeliest token, and
     the last step, where alpha_s = 1, takes it; the steps before it still sample noise.
     """
-    n, generated = model.mask_id, to_generate.clone()  # V'
-    to_generate[:] = False  # no token is final, so that no row can end, before the last step
-    share = generated.float().mean(1, keepdim=True)  # (B, 1)
+    generated, n = to_generate.clone(), model.mask_id  # n = V', the number of real tokens
+    to_generate[:] = False  # or run_decoder() would end rows at an EOS that may still change
     start = torch.randint(n, x.shape, generator=rng, device=rng.device).to(x.device)
     x[generated] = start[generated]
-    for alpha_t, alpha_s in reverse_steps(steps, noise_schedule):
+    for alpha_t, alpha_s, level in reverse_steps(model, x, generated, steps, noise_schedule):
         if not generated.any():
             return
-        logits = model(x, share * (1 - alpha_t), where=generated)  # (M, V)
+        logits = model(x, level, where=generated)  # (M, V)
         p = probabilities(logits.to(rng.device), x, generated, **sampling)[:, :n]  # (M, V')
-        keep, now = alpha_t / alpha_s, F.one_hot(x[generated], n).to(p)  # now (M, V')
+        keep, now = alpha_t / alpha_s, F.one_hot(x[generated], n).to(p)  # [i = j], (M, V')
         p = (keep * now + (1 - keep) / n) * (alpha_s * p + (1 - alpha_s) / n)
         x[generated] = sample_categorical(p, rng).to(x.device)
-        to_generate |= generated & (alpha_s == 1)
+        to_generate[:] = generated & (alpha_s == 1)  # what the last step wrote is final
         yield generated, logits
 
 
@@ -416,10 +441,10 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
 
 
 class PrefixCached:
-    """A model that reads what precedes a block at its first call there only [Fast-dLLM 2505.22618].
+    """A model that reads what precedes a block only in the first pass there [Fast-dLLM 2505.22618].
 
-    An approximation if the model is bidirectional: the tokens before the block would see what is
-    written in it, so their keys and values change, but here they stay as they were.
+    An approximation if the model is bidirectional: the tokens before the block see what is written
+    in it, so that their keys and values should change, but the cache keeps those of the first pass.
     """
 
     def __init__(self, model, B):
@@ -431,7 +456,7 @@ class PrefixCached:
         self.cache.length, self.start = 0, start
 
     def __call__(self, x, level=None, *, where):
-        begin = self.cache.length = min(self.cache.length, self.start)  # 0 at the first call
+        begin = self.cache.length = min(self.cache.length, self.start)  # 0 in the first pass
         return self.model(x[:, begin:], level, cache=self.cache, where=where[:, begin:])
 
 
@@ -447,7 +472,7 @@ class BlockCached:
         self.cache, self.begin = empty_cache(model, B), 0
 
     def enter(self, x, start, stop):
-        """Goes to the block x[:, start:stop]: one pass for each finished block not read so far."""
+        """Goes to the block x[:, start:stop]: a pass for each earlier block that is not cached."""
         c, self.block = self.config, slice(start, stop)
         if stop - self.begin > c.block_size:
             begin = window(start // c.block_length, c.block_size // c.block_length or 1)
@@ -468,12 +493,11 @@ def decode_blocks(model, x, to_generate, rng, *, inner, block_length, steps=None
     """Block by block from left to right, each by the decoder `inner` (semi-autoregressive).
 
     Blocks of block_length columns begin at the first column to be generated, and the last ends with
-    the last; the rows of a batch share them. What follows a block stays masked, and is read as
-    masks. The steps (None: inner takes none) are spread over the blocks by their lengths, and
-    each has one at least.
+    the last; all rows have the same blocks. What follows a block is read as masks. The steps (None:
+    inner takes none) are spread over the blocks by their lengths, at least one for each.
 
-    cached: PrefixCached or BlockCached, the model around the model that reads a block. A model that
-    was trained on blocks [BD3-LM 2503.09573] has its blocks from the beginning of the canvas on.
+    cached: None, or the class PrefixCached or BlockCached, which wraps the model. The blocks of a
+    model that was trained on blocks [BD3-LM 2503.09573] begin at the beginning of the canvas.
     """
     columns = to_generate.any(0).nonzero()[:, 0].tolist()
     first, end = (columns[0], columns[-1] + 1) if columns else (0, 0)
@@ -504,7 +528,7 @@ class Guided:
 
         logits = blind + (guidance + 1) * (seeing - blind)
 
-    seeing reads the canvas, blind the same with the given tokens masked too.
+    seeing: the logits of the canvas; blind: those of the canvas with the given tokens masked too.
     """
 
     def __init__(self, model, given, guidance):
@@ -513,7 +537,7 @@ class Guided:
 
     def __call__(self, x, level=None, *, where):
         xt = torch.where(self.given, self.mask_id, x)
-        share = (xt == self.mask_id).float().mean(1, keepdim=True)  # (B, 1)
+        share = (xt == self.mask_id).float().mean(1, keepdim=True)  # (B, 1), level of xt
         blind, seeing = self.model(xt, share, where=where), self.model(x, level, where=where)
         logits = blind + (self.guidance + 1) * (seeing - blind)
         logits[..., self.mask_id] = -torch.inf  # inf - inf is nan
@@ -533,20 +557,20 @@ DECODERS = {'ar': decode_ar, 'ancestral': decode_ancestral, 'confidence': decode
 
 
 def decoder_name(name, objective):
-    """`name`, or for 'auto' the default decoder of an objective; UserError if it has no such."""
+    """`name`, or for 'auto' the default decoder of the objective; UserError if it has no `name`."""
     one_of('decoder', name, ('auto', *objective.decoders))
     return objective.decoders[0] if name == 'auto' else name
 
 
 def greedy(objective, decoder='auto'):
-    """Settings that take the most likely tokens; 'auto' is by confidence where masks are filled."""
-    name = decoder_name(decoder, objective)
-    by_confidence = decoder == 'auto' and 'confidence' in objective.decoders
-    return {'temperature': 0.0, 'decoder': 'confidence' if by_confidence else name}
+    """Settings that take the most likely token; 'auto' is confidence where the objective has it."""
+    if decoder == 'auto' and 'confidence' in objective.decoders:
+        decoder = 'confidence'
+    return {'temperature': 0.0, 'decoder': decoder_name(decoder, objective)}
 
 
 def make_decoder(objective, settings):
-    """decoder(model, x, to_generate, rng) as the settings ask for.
+    """The decoder that the settings ask for, to be called as decoder(model, x, to_generate, rng).
 
     A decoder takes the settings that its signature names, and those of probabilities().
     """
@@ -576,7 +600,7 @@ def make_decoder(objective, settings):
 
 
 class Counted:
-    """A model that counts its passes in nfe, whoever asks for them."""
+    """A model that counts its passes in nfe, those of caches and of guidance among them."""
 
     def __init__(self, model):
         self.model, self.config, self.mask_id = model, model.config, model.mask_id
@@ -590,7 +614,7 @@ class Counted:
 def end_rows(x, to_generate, eos_id, mask_id):
     """Ends the rows that have generated an eos_id with no mask before it, in place.
 
-    All that was to be generated behind it becomes eos_id, and to_generate is cleared there.
+    All that was to be generated behind it becomes eos_id, and to_generate is cleared in the row.
     """
     before = (x == mask_id).cumsum(1)  # masks up to here
     ended = to_generate & (x == eos_id) & (before == 0)
@@ -602,9 +626,9 @@ def end_rows(x, to_generate, eos_id, mask_id):
 def run_decoder(decoder, model, x, rng, eos_id=None, watch=None):
     """The canvases x (B, T) filled by a decoder, and how many passes of the network that took.
 
-    With an eos_id, a row ends where it generates one; what was given behind it stays. watch(x, nfe,
-    where, logits) is called after every step with what the decoder yielded; x changes in place
-    after the call, so clone what is to be kept.
+    With an eos_id, a row ends where it generates one; given tokens behind it stay. watch(x, nfe,
+    where, logits) is called after every step, with the `where, logits` that the decoder yielded; x
+    changes in place after the call, so clone what is to be kept.
     """
     x, model = x.clone(), Counted(model)
     to_generate = x == model.mask_id
@@ -616,19 +640,19 @@ def run_decoder(decoder, model, x, rng, eos_id=None, watch=None):
     return x, model.nfe
 
 
-# ------------------------------------------------------------------------ runs and their canvases
+# -------------------------------------------------------------------------- runs and their canvases
 
 
 class Run(NamedTuple):
     """A trained model and all that it takes to use it."""
-    name: str             # of its folder
+    name: str             # the last part of path
     model: Transformer
     objective: Objective
-    meta: dict            # of its data set
+    meta: dict            # of the data set: the ids of mask, EOS and SEP, the tokenizer
     tokenizer: object     # encode(text), decode(ids)
-    settings: dict        # of training
-    updates: int
-    path: str             # its folder
+    settings: dict        # those of train.py
+    updates: int          # of the weights so far
+    path: str             # the folder, out_dir
 
 
 def load_run(out_dir, device):
@@ -640,9 +664,9 @@ def load_run(out_dir, device):
 
 
 def read_prompts(start, template, prompt_file, gen_length):
-    """[(kind, text)], kind 'prompt' or 'template': of start, template or the lines of prompt_file.
+    """[(kind, text)], kind 'prompt' or 'template': start, template or the lines of prompt_file.
 
-    A line with a blank is a template; empty lines are skipped.
+    A line of the file that has a blank is a template; empty lines are skipped.
     """
     require('template', template, not template or not (start or gen_length), 'alone, since it says '
             'what is given and how much is to be generated: leave out start and gen_length')
@@ -663,10 +687,10 @@ def read_prompts(start, template, prompt_file, gen_length):
 def template_canvas(template, tokenizer, mask_id):
     """The ids of a template, mask_id in its blanks.
 
-    The text between the blanks is tokenised piece by piece: with a BPE tokenizer a word that
-    touches a blank may get other tokens than inside a text, so put blanks at spaces.
+    The text between the blanks is tokenised piece by piece. With a BPE tokenizer a word that
+    touches a blank may get other tokens than it has inside a text, so put blanks at spaces.
     """
-    first, *pieces = BLANK.split(template)  # text, then the width of a blank and text, in turn
+    first, *pieces = BLANK.split(template)  # first text, then in turn a width and a text
     if not pieces:
         raise UserError(f'the template {template!r} has no blank: write [___], or [___:9] for 9 '
                         'tokens')
@@ -678,23 +702,114 @@ def template_canvas(template, tokenizer, mask_id):
     return ids
 
 
-def text_canvas(run, kind, text, gen_length):
+def text_canvas(run, kind, text, settings):
     """The ids of a 'template', or of a 'prompt' with gen_length masks behind it."""
     T, mask_id = run.model.config.block_size, run.model.mask_id
     if kind == 'template':
         return template_canvas(text, run.tokenizer, mask_id)
     given = run.tokenizer.encode(text)
-    n_masks = gen_length or T - len(given)
+    n_masks = settings['gen_length'] or T - len(given)
     if n_masks <= 0:
         raise UserError(f'the prompt {text[:20]!r}... is {len(given)} tokens long and fills the '
                         f'context of {T}: shorten it, or set gen_length (ar and block models)')
     return given + [mask_id] * n_masks
 
 
+# ---------------------------------------------------------------------------- from canvases to text
+
+
+def batches(run, canvases, batch_size, same_columns):
+    """Lists of indices of canvases: those that are decoded together, at most batch_size of them.
+
+    AR takes canvases of any lengths together. Other models read a canvas as a whole, so that only
+    canvases of one length go together; in blocks also their masks span the same columns.
+    """
+    groups = {}
+    for i, canvas in enumerate(canvases):
+        key = None
+        if not run.objective.causal:
+            ends = canvas.index(run.model.mask_id), canvas[::-1].index(run.model.mask_id)
+            key = len(canvas), ends if same_columns or run.objective.block_length else None
+        groups.setdefault(key, []).append(i)
+    return [group[k:k + batch_size] for group in groups.values()
+            for k in range(0, len(group), batch_size)]
+
+
+def decode(run, rows, settings, eos_id=None, watch=None):
+    """Fills rows, canvases of one length, by the decoder of the settings: (x (B, T), nfe, seconds).
+
+    With an eos_id, a row ends where it generates one; without, at the end of the canvas.
+    """
+    context, weight = run.model.config.block_size, run.model.embed.weight
+    if len(rows[0]) > context and not (run.objective.causal or run.objective.block_length):
+        raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
+                        f'block_size is {context}')
+    decoder = make_decoder(run.objective, settings)
+    rng = torch.Generator('cpu' if weight.device.type == 'mps' else weight.device)
+    rng.manual_seed(settings['seed'])
+    began, x = time.perf_counter(), torch.tensor(rows, device=weight.device)
+    x, nfe = run_decoder(decoder, run.model, x, rng, eos_id, watch)
+    return x.cpu(), nfe, time.perf_counter() - began
+
+
+def keep_log_p(log_p, x, nfe, where, logits):
+    """As a watch, with log_p (B, T) bound: keeps there the log probability of every new token.
+
+    Every pass overwrites what it predicted, and the last of these passes wrote what stands there.
+    """
+    new = logits.float().log_softmax(-1).gather(-1, x[where][:, None])[:, 0]  # (M,)
+    log_p[where.cpu()] = new.cpu()
+
+
+def end_of(ids, canvas, eos_id, mask_id):
+    """The number of ids before the first eos_id that was generated, where canvas has a mask."""
+    pairs = list(zip(ids, canvas))
+    return pairs.index((eos_id, mask_id)) if (eos_id, mask_id) in pairs else len(pairs)
+
+
+def complete(run, canvases, settings, eos_id=None, watch=None, log_p=False):
+    """Fills canvases of any lengths, batch by batch: ([(ids, figures)] in their order, totals).
+
+    ids: the canvas, filled, up to the first eos_id that was generated.
+    figures: nfe, seconds and tokens_per_second of the whole batch. With log_p also `ended`, whether
+    an eos_id was generated, and `log_p`, the mean log probability of the generated tokens.
+    totals: (generated tokens, with the first eos_id of each row; nfe; seconds).
+    watch sees the first batch, whose row 0 is the first canvas. With log_p it is not called.
+    """
+    done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), run.model.mask_id
+    for batch in batches(run, canvases, settings['batch_size'], settings['block_length'] > 0):
+        T = max(len(canvases[i]) for i in batch)
+        rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
+        kept = torch.zeros(len(rows), T)  # log p of the tokens
+        watcher = partial(keep_log_p, kept) if log_p else watch if batch[0] == 0 else None
+        x, nfe, seconds = decode(run, rows, settings | {'seed': settings['seed'] + batch[0]},
+                                 eos_id, watcher)
+        ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]
+        written = [canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends)]
+        figures = {'nfe': nfe, 'seconds': seconds, 'tokens_per_second': sum(written) / seconds}
+        for k, (i, end) in enumerate(zip(batch, ends)):
+            done[i] = x[k, :end].tolist(), figures.copy()
+            if log_p:
+                done[i][1]['ended'] = end < len(canvases[i])
+                done[i][1]['log_p'] = kept[k, :end + 1].sum().item() / written[k]
+        totals = tuple(a + b for a, b in zip(totals, (sum(written), nfe, seconds)))
+    return done, totals
+
+
+def show(ids, tokenizer, mask_id):
+    """The text of ids, MASK_SHOWN for every mask; tokens between masks are decoded together."""
+    runs = ([*run] for _, run in groupby(ids, key=mask_id.__eq__))
+    return ''.join(MASK_SHOWN * len(run) if run[0] == mask_id else tokenizer.decode(run)
+                   for run in runs)
+
+
+# ------------------------------------------------------------ answers to prompts, and their lengths
+
+
 def length_name(name, run):
-    """`name`, or for 'auto' the `length` that suits a run."""
+    """`name`, or for 'auto' the value of the setting `length` that suits the run."""
     one_of('length', name, ('auto', *LENGTHS))
-    head = run.settings.get('length_head', '').partition('_')[0]  # older runs have no such setting
+    head = run.settings.get('length_head', '').partition('_')[0]  # '' in runs without the setting
     if name in PREDICTED:
         require('length', name, name == head or name in ('argmax', 'quantile'), 'another: this run '
                 f'has no such head, config/length_{name}.py trains one')
@@ -707,18 +822,18 @@ def length_name(name, run):
 
 
 def answer_canvases(run, prompts, settings, references=None):
-    """prompt SEP and masks for the answer and its EOS, for each of prompts, lists of ids.
+    """Canvases for prompts, lists of ids: prompt, SEP, then masks for the answer and its EOS.
 
-    Autoregression has the rest of the context and writes its own end. Other models fill all masks
-    that they get, and only those trained to predict PAD can use more than the answer needs: the
-    setting `length` says how many masks there are. references: lists of ids, of which length =
-    'reference' reads how long they are. Where `length` predicts, there are as many masks as in
-    training, and crop_to_predicted() leaves those that the answer needs.
+    An autoregressive model ends its answer itself, so that it gets all masks that fit. Other models
+    fill every mask, and only those trained to predict PAD can use more than the answer needs: the
+    setting `length` says how many masks there are. Where it predicts, they are as many as in
+    training, and crop_to_predicted() then leaves those that the answer needs. references: answers
+    as lists of ids, from which length = 'reference' takes the number of tokens.
     """
     name, meta, context = length_name(settings['length'], run), run.meta, run.settings['block_size']
     line = settings['length_line']
     require('length_line', line, len(line) == 2, 'two numbers')
-    fit = meta['counts']['train'].get('answer_line', line)  # older data sets have none
+    fit = meta['counts']['train'].get('answer_line', line)  # not in every data set
     require('length', name, name != 'reference' or references is not None,
             'another where no reference is known')
     canvases = []
@@ -730,61 +845,124 @@ def answer_canvases(run, prompts, settings, references=None):
         widths = {'ratio': int(line[0] * len(prompt) + line[1]),
                   'fit': round(fit[0] * len(prompt) + fit[1]),
                   'reference': len(references[i]) + 1 if references else 0}
-        width = max(1, min(widths.get(name, meta['max_answer'] + 1), room))
-        width = room if run.objective.causal else width
-        canvases.append([*prompt, meta['sep_id']] + [meta['mask_id']] * width)
+        wanted = room if run.objective.causal else widths.get(name, meta['max_answer'] + 1)
+        canvases.append([*prompt, meta['sep_id']] + [meta['mask_id']] * max(1, min(wanted, room)))
     return canvases
 
 
 @torch.no_grad()
 def predict_lengths(model, x, name, quantile, eos_id):
-    """How many tokens answers will have, EOS among them, (B,) float, from one pass over a canvas.
+    """The predicted numbers of tokens of answers, with their EOS: (B,) float, from one pass.
 
     x (B, P + W): prompts of P tokens, then W masks. 'argmax': up to the mask where EOS is most
-    probable; 'quantile': up to where the probabilities of EOS, made to sum to 1 over the W masks,
-    have summed to quantile; else what the length_head of the model says.
+    probable. 'quantile': up to the mask where the probabilities of EOS, normalised over the W
+    masks, have summed to quantile. Other names: what the length_head of the model predicts.
     """
     if name not in ('argmax', 'quantile'):
         return model.length_head.predict(model, x, quantile)
     is_mask = x == model.mask_id
     logits = model(x, is_mask.float().mean(1, keepdim=True), where=is_mask)  # (B * W, V)
     eos = logits.float().log_softmax(-1)[:, eos_id].view(len(x), -1)  # (B, W)
-    return eos.argmax(1) + 1.0 if name == 'argmax' else \
-        first_to_hold(eos.softmax(1).cumsum(1), quantile)
+    held = eos.softmax(1).cumsum(1)  # (B, W)
+    return eos.argmax(1) + 1.0 if name == 'argmax' else first_to_hold(held, quantile)
 
 
 def crop_to_predicted(run, canvases, settings):
-    """answer_canvases with no more masks than their answers are predicted to need.
+    """The canvases, each with no more masks than its answer is predicted to need.
 
-    The number of masks is a power of two, or all of them: canvases of one length are decoded
-    together. Returns (canvases, predicted, passes, seconds); predicted, how many tokens, is None if
-    `length` does not predict.
+    The number of masks is rounded up to a power of two, at most all of them, so that there are few
+    lengths: only canvases of one length are decoded together. Returns (canvases, predicted, passes,
+    seconds); predicted, the numbers of tokens, is None if the setting `length` predicts nothing.
     """
-    name, mask_id = length_name(settings['length'], run), run.model.mask_id
-    if run.objective.causal or name not in PREDICTED:
+    name, model = length_name(settings['length'], run), run.model
+    if name not in PREDICTED or run.objective.causal:
         return canvases, None, 0, 0.0
     canvases, predicted, began = list(canvases), [None] * len(canvases), time.perf_counter()
     groups = batches(run, canvases, settings['batch_size'], same_columns=True)
     for batch in groups:
-        x = torch.tensor([canvases[i] for i in batch], device=run.model.embed.weight.device)
-        lengths = predict_lengths(run.model, x, name, settings['length_quantile'],
-                                  run.meta['eos_id'])
+        x = torch.tensor([canvases[i] for i in batch], device=model.embed.weight.device)
+        lengths = predict_lengths(model, x, name, settings['length_quantile'], run.meta['eos_id'])
+        n_masks = canvases[batch[0]].count(model.mask_id)  # the same in the whole batch
         for i, length in zip(batch, lengths.tolist()):
-            n_masks = canvases[i].count(mask_id)
-            bound = math.ceil(min(max(length, 1.0), n_masks))
-            extra = n_masks - min(1 << (bound - 1).bit_length(), n_masks)
-            canvases[i], predicted[i] = canvases[i][:len(canvases[i]) - extra], length
+            needed = math.ceil(min(max(length, 1.0), n_masks))
+            kept = 1 << (needed - 1).bit_length()  # needed, rounded up to a power of two
+            canvases[i], predicted[i] = canvases[i][:x.size(1) - n_masks + kept], length
     return canvases, predicted, len(groups), time.perf_counter() - began
 
 
+def complete_best(run, canvases, settings, watch=None):
+    """As complete(), but with length_candidates > 1 it tries as many numbers of masks for a canvas.
+
+    They lie around the number that the canvas has. The answer with the highest log_p stays: its
+    probability says more about the right length than the length of the prompt does [Mask-Predict
+    1904.09324, sec. 3.3]. nfe and the totals count all candidates.
+    """
+    n, eos_id, mask_id = settings['length_candidates'], run.meta['eos_id'], run.model.mask_id
+    if n == 1:
+        return complete(run, canvases, settings, eos_id, watch)
+    name = length_name(settings['length'], run)
+    require('length_candidates', n, watch is None, '1 to watch or save how one came')
+    require('length_candidates', n, run.objective.masks and name in ('fit', 'ratio', 'reference'),
+            "1 but for masks of a length that is not the model's to say: fit, ratio, reference")
+    tried = []  # for each canvas the same canvas with several numbers of masks at its end
+    for canvas in canvases:
+        least, T = canvas.index(mask_id) + 1, len(canvas)
+        sizes = {min(max(T + k - n // 2, least), run.settings['block_size']) for k in range(n)}
+        tried.append([canvas[:size] + [mask_id] * (size - T) for size in sizes])
+    done, totals = complete(run, sum(tried, []), settings, eos_id, log_p=True)
+    best, rest = [], iter(done)
+    for group in tried:
+        candidates = [next(rest) for _ in group]
+        ids, figures = max(candidates, key=lambda candidate: candidate[1]['log_p'])
+        best.append((ids, figures | {'nfe': sum(figures['nfe'] for _, figures in candidates)}))
+    return best, totals
+
+
+def answer(run, prompts, settings, references=None):
+    """The answers of a run to prompts, lists of ids: (answers, figures, sizes).
+
+    answers: lists of ids without SEP, EOS and PAD. figures: {column: mean over the answers}.
+    sizes (2, N): the numbers of masks of the N answers, and the numbers predicted. With references
+    (3, N): then the numbers of tokens of the references, with their EOS. Prompts of similar length
+    are answered together, since a batch decodes until its last row has ended.
+    """
+    canvases = answer_canvases(run, prompts, settings, references)
+    canvases, predicted, _, took = crop_to_predicted(run, canvases, settings)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    done, (_, _, seconds) = complete_best(run, [canvases[i] for i in order], settings)
+    done = [done[k] for k in np.argsort(order)]
+    answers = [split_row(ids, run.meta)[1] for ids, _ in done]
+    masks = [canvas.count(run.model.mask_id) for canvas in canvases]
+    sizes = [masks, predicted or masks]
+    no_eos = [not figures.get('ended', len(ids) < len(canvas))
+              for (ids, figures), canvas in zip(done, canvases)]
+    figures = {'no EOS': np.mean(no_eos), 'empty': np.mean([not ids for ids in answers]),
+               'nfe': np.mean([figures['nfe'] for _, figures in done]) + (predicted is not None),
+               'sentences/s': len(prompts) / (seconds + took)}
+    if references is not None:
+        sizes.append([len(ids) + 1 for ids in references])
+        ratios = [len(ids) / max(1, len(true)) for ids, true in zip(answers, references)]
+        figures = {'length ratio': np.mean(ratios)} | figures
+    return answers, {name: float(figure) for name, figure in figures.items()}, np.array(sizes)
+
+
+def first_answers(run, data, n, settings):
+    """[(prompt, reference, answer)] as texts: the first n validation rows, answered greedily."""
+    prompts, references = zip(*data.pairs('val', n))
+    answers, *_ = answer(run, prompts, settings | greedy(run.objective), references)
+    return [tuple(map(run.tokenizer.decode, row)) for row in zip(prompts, references, answers)]
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
 def make_canvases(run, prompts, settings):
-    """A canvas for each (kind, text) of prompts; passes and seconds that their lengths took."""
+    """(canvases, passes, seconds): one for each (kind, text), and what predicting lengths took."""
     if run.meta['sep_id'] is None:
         for name, usual in (('length', 'auto'), ('length_candidates', 1)):
             require(name, settings[name], settings[name] == usual,
                     f'{usual} for a run without answers')
-        gen_length = settings['gen_length']
-        return [text_canvas(run, kind, text, gen_length) for kind, text in prompts], 0, 0.0
+        return [text_canvas(run, kind, text, settings) for kind, text in prompts], 0, 0.0
     require('gen_length', settings['gen_length'], settings['gen_length'] == 0,
             '0 for a run on prompts and answers: length says how long an answer is')
     require('length', settings['length'], not run.objective.causal or settings['length'] == 'auto',
@@ -799,168 +977,10 @@ def make_canvases(run, prompts, settings):
     return canvases, *cost
 
 
-# ------------------------------------------------------------------------- from canvases to text
-
-
-def batches(run, canvases, batch_size, same_columns):
-    """Lists of the indices of canvases that are decoded together, batch_size of them at most.
-
-    AR takes canvases of any lengths together. Masked canvases have one length, since masks added
-    to one would change the text; in blocks, they have their masks in the same columns too.
-    """
-    groups = {}
-    for i, canvas in enumerate(canvases):
-        key = None
-        if not run.objective.causal:
-            span = canvas.index(run.model.mask_id), canvas[::-1].index(run.model.mask_id)
-            key = len(canvas), span if same_columns or run.objective.block_length else None
-        groups.setdefault(key, []).append(i)
-    return [group[k:k + batch_size] for group in groups.values()
-            for k in range(0, len(group), batch_size)]
-
-
-def decode(run, rows, settings, eos_id=None, watch=None):
-    """The fillings of rows, canvases of one length: x (rows, T), nfe, and the seconds it took.
-
-    With an eos_id, a row ends there; without, it goes on to the end of the canvas.
-    """
-    context, weight = run.model.config.block_size, run.model.embed.weight
-    if len(rows[0]) > context and not (run.objective.causal or run.objective.block_length):
-        raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
-                        f'block_size is {context}')
-    decoder = make_decoder(run.objective, settings)
-    rng = torch.Generator('cpu' if weight.device.type == 'mps' else weight.device)
-    rng.manual_seed(settings['seed'])
-    began, x = time.perf_counter(), torch.tensor(rows, device=weight.device)
-    x, nfe = run_decoder(decoder, run.model, x, rng, eos_id, watch)
-    return x.cpu(), nfe, time.perf_counter() - began
-
-
-class LogProbability:
-    """A watch that keeps log p (B, T) of each token, by the last pass that wrote it."""
-
-    def __init__(self, rows):
-        self.x = torch.tensor(rows)
-        self.log_p = torch.zeros(self.x.shape)
-
-    def __call__(self, x, nfe, where, logits):
-        x, where = x.cpu(), where.cpu()
-        new = where & (x != self.x)
-        logits = logits[new[where].to(logits.device)].float().cpu()  # (M, V)
-        self.log_p[new] = logits.log_softmax(-1).gather(-1, x[new][:, None])[:, 0]
-        self.x = x.clone()
-
-
-def complete(run, canvases, settings, eos_id=None, watch=None, log_p=False):
-    """Fills canvases of any lengths, batch by batch: [(ids, figures)] in their order, and totals.
-
-    ids: end before an eos_id that was generated.
-    figures: nfe, seconds and tokens_per_second of the batch; with log_p also whether an eos_id was
-    generated, `ended`, and `log_p`, the mean log probability of the generated tokens.
-    totals: generated tokens, each row's first eos_id among them; nfe; seconds.
-    watch sees the first batch, whose row 0 is the first canvas, unless log_p is asked for.
-    """
-    done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), run.model.mask_id
-    for batch in batches(run, canvases, settings['batch_size'], settings['block_length'] > 0):
-        T = max(len(canvases[i]) for i in batch)
-        rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
-        watcher = LogProbability(rows) if log_p else watch if batch[0] == 0 else None
-        x, nfe, seconds = decode(run, rows, settings | {'seed': settings['seed'] + batch[0]},
-                                 eos_id, watcher)
-        ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]
-        written = [canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends)]
-        for k, (i, end) in enumerate(zip(batch, ends)):
-            done[i] = x[k, :end].tolist(), {'nfe': nfe, 'seconds': seconds,
-                                            'tokens_per_second': sum(written) / seconds}
-            if log_p:
-                done[i][1]['ended'] = end < len(canvases[i])
-                done[i][1]['log_p'] = watcher.log_p[k, :end + 1].sum().item() / written[k]
-        totals = tuple(a + b for a, b in zip(totals, (sum(written), nfe, seconds)))
-    return done, totals
-
-
-def end_of(ids, canvas, eos_id, mask_id):
-    """How many of ids stand before the first eos_id that was generated in place of a mask."""
-    pairs = list(zip(ids, canvas))
-    return pairs.index((eos_id, mask_id)) if (eos_id, mask_id) in pairs else len(pairs)
-
-
-def complete_best(run, canvases, settings, eos_id, watch=None):
-    """As complete(), but tries length_candidates numbers of masks, around that of each canvas.
-
-    The answer with the highest log_p stays: its probability says more about the right length than
-    the length of the prompt does [Mask-Predict 1904.09324, sec. 3.3]. nfe and the totals count all
-    candidates.
-    """
-    n, mask_id = settings['length_candidates'], run.model.mask_id
-    if n == 1:
-        return complete(run, canvases, settings, eos_id, watch)
-    name = length_name(settings['length'], run)
-    require('length_candidates', n, watch is None, '1 to watch or save how one came')
-    require('length_candidates', n, run.objective.masks and name in ('fit', 'ratio', 'reference'),
-            "1 but for masks of a length that is not the model's to say: fit, ratio, reference")
-    tried, owners = [], []
-    for i, canvas in enumerate(canvases):
-        least, T = canvas.index(mask_id) + 1, len(canvas)
-        sizes = {min(max(T + k - n // 2, least), run.settings['block_size']) for k in range(n)}
-        tried += [canvas[:size] + [mask_id] * (size - T) for size in sizes]
-        owners += [i] * len(sizes)
-    done, totals = complete(run, tried, settings, eos_id, log_p=True)
-    best = []
-    for _, candidates in groupby(zip(owners, done), key=lambda pair: pair[0]):
-        candidates = [answer for _, answer in candidates]
-        ids, figures = max(candidates, key=lambda answer: answer[1]['log_p'])
-        best.append((ids, figures | {'nfe': sum(figures['nfe'] for _, figures in candidates)}))
-    return best, totals
-
-
-def answer(run, prompts, settings, references=None):
-    """The answers of a run to prompts, lists of ids: (answers, figures, sizes).
-
-    answers: lists of ids without SEP, EOS and PAD. figures: {column: mean over the answers}.
-    sizes (2, N): the masks that answers got, and the number predicted; (3, N) with references: and
-    the number that they need with their EOS. Prompts of similar length are answered together, since
-    a batch decodes until its last row has ended.
-    """
-    canvases = answer_canvases(run, prompts, settings, references)
-    canvases, predicted, _, took = crop_to_predicted(run, canvases, settings)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    done, (_, _, seconds) = complete_best(run, [canvases[i] for i in order], settings,
-                                          run.meta['eos_id'])
-    done = [done[k] for k in np.argsort(order)]
-    answers = [split_row(ids, run.meta)[1] for ids, _ in done]
-    masks = [canvas.count(run.model.mask_id) for canvas in canvases]
-    sizes = [masks, predicted or masks]
-    no_eos = [not figures.get('ended', len(ids) < len(canvas))
-              for (ids, figures), canvas in zip(done, canvases)]
-    figures = {'no EOS': np.mean(no_eos), 'empty': np.mean([not ids for ids in answers]),
-               'nfe': np.mean([figures['nfe'] for _, figures in done]) + (predicted is not None),
-               'sentences/s': len(prompts) / (seconds + took)}
-    if references is not None:
-        sizes.append([len(ids) + 1 for ids in references])
-        ratios = [len(ids) / max(1, len(right)) for ids, right in zip(answers, references)]
-        figures = {'length ratio': np.mean(ratios)} | figures
-    return answers, {name: float(figure) for name, figure in figures.items()}, np.array(sizes)
-
-
-def first_answers(run, data, n, settings):
-    """[(prompt, reference, answer)], texts of the first n validation rows, answered greedily."""
-    prompts, references = zip(*data.pairs('val', n))
-    answers, *_ = answer(run, prompts, settings | greedy(run.objective), references)
-    return [tuple(map(run.tokenizer.decode, row)) for row in zip(prompts, references, answers)]
-
-
-def show(ids, tokenizer, mask_id):
-    """The text of ids, with a block for every mask."""
-    runs = ([*run] for _, run in groupby(ids, key=mask_id.__eq__))
-    return ''.join(MASK_SHOWN * len(run) if run[0] == mask_id else tokenizer.decode(run)
-                   for run in runs)
-
-
 def show_corruption(text, out_dir, seed):
     """The forward process on one text: ever more of its tokens become masks, none comes back.
 
-    Its tokens are those of the run out_dir; where there is none, its letters will do.
+    The tokens are those of the run in out_dir or, where there is no run, the characters.
     """
     chars = ''.join(sorted(set(text)))
     meta = {'tokenizer': {'kind': 'char', 'chars': chars}, 'eos_id': None, 'mask_id': len(chars)}
@@ -975,7 +995,7 @@ def show_corruption(text, out_dir, seed):
 
 
 def without_repeated_words(text):
-    """text with one of each word that stands twice or more in a row, in capitals or not."""
+    """The text with each word once where it stands several times in a row, in capitals or not."""
     word = r"[^\W\d_]+(?:['’][^\W\d_]+)*"
     return re.sub(rf"(?i)(?<![\w'’])({word})(?:\s+\1(?!['’]?\w))+", r'\1', text)
 
@@ -993,7 +1013,7 @@ def main():
                for _ in range(num_samples)]
     canvases, passes, took = make_canvases(run, prompts, settings)
     recorder = Recorder(canvases[0], run.tokenizer, run.model.mask_id, Screen() if watch else None)
-    done, (written, nfe, seconds) = complete_best(run, canvases, settings, run.meta['eos_id'],
+    done, (written, nfe, seconds) = complete_best(run, canvases, settings,
                                                   recorder if watch or save else None)
     for (kind, given), (ids, figures) in zip(prompts, done):
         ids = ids if run.meta['sep_id'] is None else split_row(ids, run.meta)[1]
@@ -1012,8 +1032,8 @@ def main():
 
 # -------------------------------------------------------------------------------------- pictures
 #
-# A Recorder is a watch that keeps how a text came about. A Screen shows it meanwhile, and the
-# save_x(recorder, path, about) write it to a file, about['title'] above it.
+# A Recorder is a watch that keeps every step of a text. A Screen shows the steps as they come, and
+# each save_*(recorder, path, about) writes them to a file, under about['title'].
 
 WATCH_DELAY = 0.05     # seconds for which watch shows a step
 TOP = 5                # alternatives kept of each token
@@ -1029,11 +1049,12 @@ MASK_COLOR, MASK_256 = '#3d4454', 240
 class Recorder:
     """Keeps how row 0 of a canvas changed, whatever the decoder; called as its watch.
 
-    steps: the canvas as it was given, then for each step {'step': 0, 1, ..., 'nfe': passes so far,
-    'ids': the canvas then, 'new': what changed}, a list of {'i': position, 'id': what came there,
-    mask_id if a token was taken back, 'text': that id decoded, 'p': the model's probability of it,
-    'alternatives': [[id, p, text], ...], the TOP likeliest}. Where the pass predicted nothing, p is
-    None and there are no alternatives. stood: for each position the texts it had, as shown.
+    steps: for the canvas as given, then for each step, {'step': 0, 1, ..., 'nfe': passes so far,
+    'ids': the canvas then, 'new': what changed}. new is a list of {'i': position, 'id': the new id,
+    mask_id if a token was masked again, 'text': that id decoded, 'p': the model's probability of
+    it, 'alternatives': [[id, p, text], ...], the TOP likeliest}. At a position that the pass did
+    not predict, p is None and there are no alternatives. stood: for each position all texts that it
+    has had, as shown.
     """
 
     def __init__(self, canvas, tokenizer, mask_id, show=None):
@@ -1064,14 +1085,14 @@ class Recorder:
         self.steps.append({'step': len(self.steps), 'nfe': nfe, 'ids': ids, 'new': new})
 
     def progress(self, k):
-        """How many masks step k left or, where none was left before it, how many tokens changed."""
+        """How many masks step k left or, if none before it either, how many tokens it changed."""
         before, step = self.steps[max(k - 1, 0)], self.steps[k]
         if self.mask_id not in before['ids'] + step['ids']:
             return f'{len(step["new"])} tokens changed'
         return f'{step["ids"].count(self.mask_id)} masks left'
 
     def rewritten(self):
-        """The share of generated tokens that were written more than once: how much is mended."""
+        """The fraction of generated tokens that were written more than once, i.e. corrected."""
         times = Counter(new['i'] for step in self.steps[1:] for new in step['new']
                         if new['id'] != self.mask_id)
         return sum(n > 1 for n in times.values()) / self.steps[0]['ids'].count(self.mask_id)
@@ -1086,8 +1107,8 @@ def visible(text):
 def layout(stood, columns):
     """(line, column, width) of each token on a page, which breaks where the text does.
 
-    stood: for each position what stands there in turn, the last of it in the end. There is room for
-    the widest, so that nothing moves when masks become tokens.
+    stood: for each position the texts that stand there in turn. There is room for the widest of
+    them, so that nothing moves when masks become tokens.
     """
     places, line, column = [], 0, 0
     for texts in stood:
@@ -1104,8 +1125,8 @@ def layout(stood, columns):
 class Screen:
     """Shows a Recorder's canvas in the terminal, each step over the one before.
 
-    The colour of a token tells how much of the canvas stood when it came: was no mask and, if there
-    was none, did not change then. Where there is no terminal, each step is a line of text.
+    The colour of a token tells how much of the canvas was settled when the token came: was no mask
+    or, if there were no masks, did not change. Where stdout is no terminal, a step is one line.
     """
 
     def __init__(self):
@@ -1141,7 +1162,7 @@ class Screen:
 
 
 def ramp(n):
-    """n colours, #rrggbb."""
+    """n colours '#rrggbb' for the steps, from the first to the last."""
     from matplotlib import colormaps, colors
     return [colors.to_hex(color) for color in colormaps['viridis'](np.linspace(0.5, 1, n))]
 
@@ -1232,7 +1253,7 @@ def save_html(r, path, about):
 def save_jsonl(r, path, about):
     """The raw data: a header, then the given canvas and each step, as in Recorder.
 
-    rewritten in the header: the share of generated tokens that were written more than once.
+    rewritten in the header: the fraction of generated tokens that were written more than once.
     """
     header = about | {'rewritten': r.rewritten()}
     Path(path).write_text(''.join(dumps(row) + '\n' for row in [header, *r.steps]))

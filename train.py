@@ -4,22 +4,23 @@
     python train.py config/shakespeare_ar.py             its autoregressive twin
     python train.py config/shakespeare_mdm_10m.py --device=cuda
     python train.py --out_dir=out/shakespeare_mdm --resume
-    python train.py config/length_classify.py            a head on out/multi30k_mdm_pad
+    python train.py config/length_classify.py            a length head on out/multi30k_mdm_pad
     python train.py config/shakespeare_ar.py --bench=10  how fast, and where the time goes
     torchrun --nproc_per_node=4 train.py config/shakespeare_mdm_10m.py
 
-The first takes about 12 minutes on 2 CPU cores. It prepares the data set if that is missing and
-writes a run to out_dir: ckpt.pt (the weights and all that resuming needs), config.json, log.csv and
-loss.png. An interrupted run goes on with --resume as if nothing had happened.
+The first command takes about 12 minutes on 2 CPU cores. It prepares the data set if that is missing
+and writes a run to out_dir: ckpt.pt (the weights and all that resuming needs), config.json, log.csv
+and loss.png. An interrupted run goes on with --resume as if nothing had happened.
 
-Each process of a torchrun works through batch_size * gradient_accumulation_steps windows of its own
-in an update: 2 processes do in one pass what 1 process does in 2. With several machines, on each:
+In an update, each process of a torchrun works through batch_size * gradient_accumulation_steps
+windows of its own: 2 processes with 1 pass train as 1 process with 2 passes does. With several
+machines, start on each:
 
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=<0 or 1> --master_addr=<of machine 0>
         --master_port=1234 train.py config/shakespeare_mdm_10m.py
 
-Read main() at the end of the file first, then train() and update(): evaluate, save, update. The
-other functions stand in the order in which those call them.
+Read main() at the end of the file first, then train(), the loop of evaluating, saving and updating,
+and update(). The other functions stand in the order in which these three call them.
 """
 
 import csv
@@ -63,16 +64,16 @@ dataset = 'shakespeare_char'  # a folder of data/, prepared if missing
 batch_size = 16             # B, windows per forward and backward pass
 gradient_accumulation_steps = 1  # passes per update
 block_size = 256            # T, tokens per window
-train_tokens = 0            # train on the first so many tokens of the training split; 0 = all
-random_length = 0.0         # share of batches cropped to a random length: a stream's to any length,
-                            # rows, if predict_pad, to no less than their longest answer needs
+train_tokens = 0            # use only this many tokens, the first of the training split; 0 = all
+random_length = 0.0         # share of batches cropped to a random width: windows of a stream to
+                            # any, rows with predict_pad to one that holds their longest answer
 # data of rows: prompts and answers, or documents; a batch holds rows of one width
-predict_pad = False         # PAD is predicted too, so that the model learns where an answer ends;
-                            # False: the width of a row tells where, and no PAD is ever seen
+predict_pad = False         # predict PAD too, and so learn where an answer ends; False: rows have
+                            # no PAD, and their width shows where the answer ends
 score_prompt = False        # ar: train on the prompt too
 row_share = 1.0             # train on this share of the rows, the shortest ones
-length_curriculum = 0       # updates over which longer and longer rows join the shortest
-pad_curriculum = 0          # predict_pad: updates over which PAD is added behind the answers
+length_curriculum = 0       # updates over which longer and longer rows join the shortest; 0 = none
+pad_curriculum = 0          # predict_pad: updates over which PAD behind the answers grows; 0 = none
 token_weights = (1.0, 1.0, 1.0)  # mdm: weights of text, EOS and PAD in the loss
 # model
 n_layer = 4
@@ -92,7 +93,8 @@ dropout = 0.0
 # objective
 objective = 'mdm'           # ar, mdm, d3pm, uniform, block; what follows is for all but ar
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
-loss_weight = 'clipped'     # elbo = w(t), clipped = min(w(t), w_max), flat = 1, masked_mean
+loss_weight = 'clipped'     # elbo = w(t), clipped = min(w(t), w_max), flat = 1,
+                            # masked_mean = 1, and the mean is over masked tokens alone
 w_max = 5.0                 # for loss_weight = clipped
 mask_range = (0.15, 0.99)   # levels t that are trained; below, a row has few masks to learn from
 diffusion_steps = 1000      # d3pm: N, from all masks to none
@@ -105,21 +107,21 @@ length_head = ''            # regress_mean, regress_concat, classify, encoder_re
                             # encoder_classify; see LengthHead in model.py
 length_quantile = 0.95      # regress: the share of answers that are no longer than predicted
 # optimiser
-optimizer = 'muon'          # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: all
+optimizer = 'muon'          # muon: Muon for matrices in blocks, AdamW for the rest; adamw: for all
 max_iters = 1200            # updates
 learning_rate = 6e-3        # AdamW's
 muon_lr = 0.02              # Muon's
 lr_schedule = 'wsd'         # wsd (constant, then linear over the last fifth), cosine, constant
 warmup_iters = 50           # updates over which the rates rise from 0
 weight_decay = 0.0          # of matrices in the blocks
-beta1 = 0.9                 # AdamW's averages of the gradient
-beta2 = 0.99                # and of its square
+beta1 = 0.9                 # AdamW: decay of the average of the gradient
+beta2 = 0.99                # AdamW: decay of the average of its square
 grad_clip = 1.0             # largest norm of the gradient; 0 = no limit
 # evaluation
-eval_interval = 200         # updates between evaluations on the full validation split, checkpoints
-log_interval = 10           # updates between two training losses that are printed
+eval_interval = 200         # updates between checkpoints, each with the full validation loss
+log_interval = 10           # updates between two training losses that are shown
 decode_rows = 0             # prompts to answer at each evaluation, greedily, into samples.csv
-eval_repeats = 4            # independent draws of a bound at the end, for its standard error
+eval_repeats = 4            # independent estimates of the final bound, for its standard error
 track = ''                  # tensorboard (curves in out_dir), wandb (project nanomdm), or both
 bench = 0                   # only time this many updates and profile a few: nothing is written
 
@@ -128,24 +130,25 @@ bench = 0                   # only time this many updates and profile a few: not
 
 
 def orthogonalize(G, dtype):
-    """The nearest matrix to G / its norm whose singular values all lie near 1 [Jordan 2024, Muon].
+    """G with all of its singular values near 1: about U V' where G = U S V' [Jordan 2024, Muon].
 
-    Five steps of X <- a X + (b A + c A A) X, A = X X', an odd polynomial that takes all of
-    (0.002, 1] into about (0.7, 1.2); rows and columns are swapped where that makes A smaller.
+    Five steps of X <- a X + (b A + c A A) X, where A = X X'. A step maps each singular value s of X
+    to a s + b s^3 + c s^5; five take all of (0.002, 1] into about (0.7, 1.2). Of a tall G, X is the
+    transpose, so that A is as small as can be. https://kellerjordan.github.io/posts/muon
     """
     X = (G if G.size(0) <= G.size(1) else G.T).to(dtype)
     X = X / (X.norm() + 1e-7)
     for _ in range(5):
-        A = X @ X.T
+        A = X @ X.T  # (n, n), n the smaller side of G
         X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
     return X if G.size(0) <= G.size(1) else X.T
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update of a matrix is orthogonalised: as large in every direction [Jordan].
+    """Nesterov momentum, orthogonalised: the step is as long in every direction [Jordan 2024].
 
-    Differs from torch.optim.Muon in its dtype alone, which that one fixes to bfloat16: on a CPU
-    without bfloat16 instructions an update would take 80 times longer.
+    Differs from torch.optim.Muon in the dtype of orthogonalize() alone. torch's is always bfloat16,
+    in which an update takes 80 times longer on a CPU without bfloat16 instructions.
     """
 
     def __init__(self, params, weight_decay, dtype, momentum=0.95):
@@ -160,33 +163,33 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(p.grad, 1 - group['momentum'])
                 nesterov = p.grad.lerp(average, group['momentum'])
                 p.mul_(1 - group['lr'] * group['weight_decay'])
-                size = max(1, p.size(0) / p.size(1)) ** 0.5  # as far in spectral norm for any shape
+                # with more outputs (rows) than inputs, each output would change less
+                size = max(1, p.size(0) / p.size(1)) ** 0.5
                 p.add_(orthogonalize(nesterov, self.dtype), alpha=-group['lr'] * size)
 
 
 def make_optimizers(model, s, dtype):
     """[Muon, AdamW] or [AdamW]: Muon takes the matrices inside the blocks.
 
-    Weight decay falls on those matrices under either. The weights of local mixing are no matrix,
-    but a vector of channels for each neighbour. Of a model with a length head, the head alone is
-    trained. Every update sets the learning rates anew.
+    Either way these matrices alone have weight decay. The weights of local mixing are no matrix:
+    they are a vector of channels for each neighbour. Of a model with a length head, only the head
+    is trained. Learning rates are not set here, but by every update.
     """
     matrices, rest = [], []
     for name, p in (model.length_head or model).named_parameters():
         is_matrix = 'blocks.' in name and p.dim() == 2 and 'mixing' not in name
         (matrices if is_matrix else rest).append(p)
-    adam = partial(torch.optim.AdamW, betas=(s.beta1, s.beta2), fused=True)
-    plain = {'params': rest, 'weight_decay': 0.0}
+    adam = partial(torch.optim.AdamW, betas=(s.beta1, s.beta2), weight_decay=0.0, fused=True)
     if s.optimizer == 'muon' and matrices:
-        return [Muon(matrices, s.weight_decay, dtype), adam([plain])]
-    return [adam([{'params': matrices, 'weight_decay': s.weight_decay}, plain])]
+        return [Muon(matrices, s.weight_decay, dtype), adam(rest)]
+    return [adam([{'params': matrices, 'weight_decay': s.weight_decay}, {'params': rest}])]
 
 
 def lr_factor(iteration, max_iters, warmup_iters, lr_schedule):
-    """Share of the peak learning rates that the update `iteration` (from 0) uses."""
+    """The learning rates of update number `iteration` (from 0), as a fraction of their peaks."""
     if iteration < warmup_iters:
         return (iteration + 1) / (warmup_iters + 1)
-    progress = (iteration - warmup_iters) / max(1, max_iters - warmup_iters)  # in [0, 1)
+    progress = (iteration - warmup_iters) / max(1, max_iters - warmup_iters)  # in [0, 1]
     return {'constant': 1.0,
             'wsd': min(1.0, 5 * (1 - progress)),
             'cosine': 0.5 * (1 + math.cos(math.pi * progress))}[lr_schedule]
@@ -202,6 +205,7 @@ def check_settings(s):
     one_of('compile', s.compile, ('auto', 'on', 'off'))
     objective = make_objective(vars(s))
     all_masks = objective.masks and not objective.block_length  # a whole answer may be masked
+    # a setting, whether its value is fine, and what it must be
     for name, fine, wanted in (
             ('score_prompt', not s.score_prompt or objective.causal,
              'False: it is for objective=ar alone'),
@@ -221,16 +225,16 @@ def check_settings(s):
 
 
 class Training:
-    """What the loop works with and how far it is. Built from the settings, and from a checkpoint.
+    """What the loop works with (model, data, objective, optimizers) and how far it has come.
 
-    Nothing is written before the second but last step of the set-up, open_out_dir: a mistake that
-    is found until then costs no run.
+    Built from the settings and, of a resumed run, its checkpoint. open_out_dir() is the first to
+    write to out_dir, and stands late: mistakes that are found before it cost no earlier run.
     """
 
     def __init__(self, s, checkpoint=None):
         self.rank, self.world, self.device = join_processes(pick_device(s.device))
         self.dtype = pick_dtype(s.dtype, self.device)
-        self.autocast = partial(torch.autocast, self.device.partition(':')[0], torch.bfloat16,
+        self.autocast = partial(torch.autocast, torch.device(self.device).type, torch.bfloat16,
                                 enabled=self.dtype == 'bfloat16')
         self.data = open_training_data(s, self.rank, self.world)  # a Stream or Rows
         torch.manual_seed(s.seed)
@@ -240,22 +244,22 @@ class Training:
         self.objective = training_objective(s, self.data.meta, self.device)
         self.optimizers = make_optimizers(self.model, s, getattr(torch, self.dtype))
         self.iteration = 0      # updates done
-        self.tokens = 0         # read by all of them
-        self.seconds = 0.0      # spent on them; evaluations are not counted
-        self.speed = 0.0        # tokens/s of the updates of this process
+        self.tokens = 0         # read in these updates, by all processes
+        self.seconds = 0.0      # spent on these updates, without evaluations
+        self.speed = 0.0        # tokens/s of all processes, since the run was started or resumed
         self.log = []           # rows of log.csv
         self.saved_at = None    # the iteration of ckpt.pt
-        self.caught = []        # signals that ask this process to stop
+        self.caught = []        # numbers of the signals that asked this process to stop
         if checkpoint:
             restore(self, s, checkpoint)
         if self.world > 1:  # all processes begin with the same weights, on whatever machines
             for p in self.model.parameters():
                 dist.broadcast(p.detach(), 0)
         self.trackers = open_out_dir(s) if self.rank == 0 and not s.bench else []
-        self.parts = s.gradient_accumulation_steps * self.world  # batches of an update
+        self.parts = s.gradient_accumulation_steps * self.world  # batches per update
         self.tokens_per_update = round(self.parts * self.data.tokens_per_batch)
         self.flops_per_token = self.model.flops_per_token(self.data.mean_width)
-        self.peak = self.world * fastest_flops(self.device, self.dtype)  # FLOP/s of all devices
+        self.peak = self.world * fastest_flops(self.device, self.dtype)  # FLOP/s
 
 
 def join_processes(device):
@@ -278,7 +282,8 @@ def open_training_data(s, rank, world):
         print(f'data/{s.dataset} is missing: preparing it')
         prepare(s.dataset)
     if world > 1:
-        dist.barrier()  # the data is complete, and every process has seen that out_dir is free
+        dist.barrier()  # the data is complete, and all processes have seen that out_dir is free
+    # every parameter of open_data() is a setting of the same name
     data = open_data(**{name: vars(s)[name] for name in signature(open_data).parameters})
     if s.decode_rows and data.meta['sep_id'] is None:
         raise UserError(f'decode_rows is for prompts and answers, but data/{s.dataset} has none')
@@ -287,9 +292,13 @@ def open_training_data(s, rank, world):
 
 
 def load_first_weights(model, s, meta):
-    """Gives model the weights of the run init_from; UserError if they are of another kind."""
+    """Gives model the weights of the run init_from; UserError if shapes or vocabulary differ.
+
+    A length head learns from a frozen model: then objective and predict_pad must be equal too.
+    """
     source = load_checkpoint(s.init_from, model.device)
     theirs, own = vars(model_config(source['config'], source['meta'])), vars(model.config)
+    # causal, ... may differ: they change no shape, and training adapts the weights to them
     other = [name for name in theirs if theirs[name] != own[name]
              and name not in ('causal', 'dropout', 'subs', 'block_length', 'length_head')]
     other += [name for name in ('tokenizer', 'sep_id') if source['meta'][name] != meta[name]]
@@ -307,6 +316,7 @@ def training_objective(s, meta, device):
         return LengthLoss(meta['pad_id'], s.length_quantile)
     objective = make_objective(vars(s))
     if set(s.token_weights) != {1.0}:
+        # (V,): the weight of text, then, for two of the ids, their own
         weight = torch.full((meta['vocab_size'] + 1,), float(s.token_weights[0]), device=device)
         weight[meta['eos_id']], weight[meta['pad_id']] = s.token_weights[1:]
         objective.token_weight = weight
@@ -320,7 +330,7 @@ def restore(run, s, checkpoint):
     try:
         run.model.load_state_dict(checkpoint['model'])
         for o, state in zip(run.optimizers, checkpoint['optimizer'], strict=True):
-            # the state alone: weight decay and betas are those of the settings
+            # only the averages of gradients: weight decay and betas are those of the settings
             o.load_state_dict(o.state_dict() | {'state': state['state']})
     except (RuntimeError, ValueError) as e:
         raise UserError(f'the weights in {s.out_dir} have another shape than these settings ask '
@@ -328,7 +338,7 @@ def restore(run, s, checkpoint):
     run.iteration = run.saved_at = checkpoint['iter']
     try:
         with open(Path(s.out_dir, 'log.csv'), newline='') as f:
-            run.log = [row for row in csv.DictReader(f)  # a line that was cut has a None
+            run.log = [row for row in csv.DictReader(f)  # a line cut short has a None
                        if None not in row.values() and int(row['iter']) <= run.iteration]
         run.tokens = int(checkpoint.get('tokens', run.log[-1]['tokens']))
         run.seconds = float(checkpoint.get('seconds', run.log[-1]['seconds']))
@@ -337,7 +347,7 @@ def restore(run, s, checkpoint):
 
 
 def open_out_dir(s):
-    """Makes out_dir, writes config.json, and returns the trackers, functions (losses, step)."""
+    """Makes out_dir and config.json; returns the trackers, functions of (numbers, iteration)."""
     out = Path(s.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     # a tracker may be missing: that is found out before anything is deleted
@@ -350,7 +360,7 @@ def open_out_dir(s):
 
 
 def make_tracker(name, s):
-    """A function ({name: number}, step) that reports to TensorBoard or to Weights & Biases."""
+    """A function ({name: number}, iteration) that reports to TensorBoard or Weights & Biases."""
     one_of('track', name, ('tensorboard', 'wandb'))
     try:
         if name == 'tensorboard':
@@ -367,7 +377,7 @@ def make_tracker(name, s):
 
 
 def fastest_flops(device, dtype):
-    """FLOP/s of torch.mm on square matrices, the most that can be hoped for on a device."""
+    """FLOP/s of torch.mm on square matrices: about the most that a device can do."""
     n = 4096 if device.startswith('cuda') else 1024
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     # item() waits for the device
@@ -376,9 +386,9 @@ def fastest_flops(device, dtype):
 
 
 def compile_or_not(asked, device, data, seconds_left):
-    """(whether to compile, why). 'auto' compiles where that pays within the updates left.
+    """(whether to compile, why). 'auto' compiles where that saves time within this run.
 
-    Compiling takes about a minute, and makes an update a quarter shorter.
+    Compiling costs about a minute, and then saves a quarter of the time of every update.
     """
     if asked != 'auto':
         return asked == 'on', 'as set'
@@ -390,9 +400,9 @@ def compile_or_not(asked, device, data, seconds_left):
 
 
 def compile_model(run, s):
-    """Compiles the model where that pays, by a first batch; goes on without it if that fails."""
+    """Compiles the model where that pays, on a first batch; undoes it if the compiler fails."""
     tokens = run.tokens_per_update * (s.bench or s.max_iters - run.iteration)
-    seconds = tokens * run.flops_per_token / (0.25 * run.peak)  # updates reach about a quarter
+    seconds = tokens * run.flops_per_token / (0.25 * run.peak)  # a quarter of peak is usual
     on, why = compile_or_not(s.compile, run.device, run.data, seconds)
     print(f'compile: {"on" if on else "off"} ({why})')
     if on:
@@ -401,15 +411,15 @@ def compile_model(run, s):
             x0, given = on_device(run.data.batch(0, run.rank, run.world), run.device)
             with run.autocast():
                 run.objective.loss(run.model, x0, torch.Generator(run.device), given)[0].backward()
-        except Exception as e:  # of a dozen kinds: no headers, no space, a bug of the compiler
-            run.model._compiled_call_impl = None
+        except Exception as e:  # of many kinds: no headers, no space, a bug of the compiler
+            run.model._compiled_call_impl = None  # as before compile()
             print(f'torch.compile failed ({type(e).__name__}): going on without it')
         run.model.zero_grad()
 
 
 def time_updates(run, s, warm_up=3, profiled=3):
-    """Prints the speed of s.bench updates, and what a few more, profiled, were busy with."""
-    def timed_update():  # in seconds
+    """Prints the speed of s.bench updates and, of a few more, where their time goes."""
+    def timed_update():  # seconds of an update that changes no weight
         began = time.perf_counter()
         update(run, s, 0.0).tolist()  # waits for the device
         run.iteration += 1
@@ -434,12 +444,15 @@ def time_updates(run, s, warm_up=3, profiled=3):
 
 
 def evaluate_now(run, s, learning_rate):
-    """Adds a row to the log: the loss on the whole validation split and on some training text."""
+    """Measures, logs and draws the loss on the validation split and on some training text.
+
+    learning_rate: AdamW's, for the log. Returns a line to print.
+    """
+    mean_loss = partial(evaluate, run.model, run.objective)
     with run.autocast():
-        val, train = (evaluate(run.model, run.objective,
-                               run.data.batches(split, s.batch_size, limit))[0]
-                      for split, limit in (('val', 0), ('train', 4 * s.batch_size)))
-    # where text has no weight in the loss, its own loss may rise far above a uniform guess
+        val, _ = mean_loss(run.data.batches('val', s.batch_size))
+        train, _ = mean_loss(run.data.batches('train', s.batch_size, limit=4 * s.batch_size))
+    # text of weight 0 is not trained: its loss may rise far above that of a uniform guess
     check_loss(run, s, 'validation', val, 2 if s.token_weights[0] else math.inf, learning_rate)
     name = run.objective.measured
     run.log.append({
@@ -458,13 +471,14 @@ def evaluate_now(run, s, learning_rate):
 def check_loss(run, s, kind, loss, highest, learning_rate):
     """Raises UserError if a loss is nan, or above `highest` times the loss of a uniform guess.
 
-    Before the first checkpoint nothing has been trained that could have diverged.
+    highest: 2 for a whole split; 10 for an update, whose few batches make a noisy loss.
+    Before the first checkpoint, nothing is trained yet that could diverge.
     """
-    if run.saved_at is None or loss <= highest * math.log(run.data.meta['vocab_size']):
-        return
-    raise UserError(f'diverged: the {kind} loss is {loss:.4g} after {run.iteration} updates and at '
-                    f'learning rate {learning_rate:.2e}: lower it; {s.out_dir}/ckpt.pt has the '
-                    f'weights after {run.saved_at} updates')
+    # "not <=", since nan is neither above nor below
+    if run.saved_at is not None and not loss <= highest * math.log(run.data.meta['vocab_size']):
+        raise UserError(f'diverged: the {kind} loss is {loss:.4g} after {run.iteration} updates '
+                        f'and at learning rate {learning_rate:.2e}: lower it; {s.out_dir}/ckpt.pt '
+                        f'has the weights after {run.saved_at} updates')
 
 
 def write_log(run, s):
@@ -477,17 +491,19 @@ def write_log(run, s):
 
 
 def draw_losses(run, s):
-    """loss.png: the losses in the log over updates, and log V', the loss of a uniform guess."""
+    """loss.png: the losses in the log over updates and tokens; log V', that of a uniform guess."""
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(7, 4.2), layout='constrained')
+    fig = Figure(figsize=(7, 4.5), layout='constrained')
     ax, x = fig.subplots(), [int(row['iter']) for row in run.log]
     for key, label in (('val', 'validation text'), ('train', 'training text')):
         ax.plot(x, [float(row[key]) for row in run.log], 'o-', ms=4, label=label)
     if not s.length_head:
-        ax.axhline(math.log(run.data.meta['vocab_size']), color='0.5', label="log V' (uniform)")
-    name = run.objective.measured.replace('<=', '(an upper bound on the nll)')
-    ax.set(xlabel=f'updates of {run.tokens_per_update:,} tokens', ylabel=f'{name}, nats per token',
-           title=f'{s.length_head or s.objective} on {s.dataset}')
+        ax.axhline(math.log(run.data.meta['vocab_size']), c='0.5', ls=':', label="log V' (uniform)")
+    ax.set(xlabel='updates', title=f'{s.length_head or s.objective} on {s.dataset}',
+           ylabel=run.objective.measured.replace('<=', '(upper bound on nll)') + ', nats per token')
+    millions = (run.tokens or run.tokens_per_update) / max(1, run.iteration) / 1e6  # per update
+    ax.secondary_xaxis('top', xlabel='training tokens (millions)',
+                       functions=(lambda n: n * millions, lambda n: n / millions))
     ax.legend(frameon=False)
     buffer = io.BytesIO()
     fig.savefig(buffer, dpi=150, format='png')
@@ -495,7 +511,7 @@ def draw_losses(run, s):
 
 
 def save(run, s):
-    """Writes ckpt.pt. Its rng is the seed: all draws follow from that and the iteration."""
+    """Writes ckpt.pt. `rng` is the seed: it and the iteration determine all random draws."""
     if run.rank == 0:
         buffer = io.BytesIO()
         torch.save({'model': run.model.state_dict(), 'config': vars(s), 'meta': run.data.meta,
@@ -507,7 +523,7 @@ def save(run, s):
 
 
 def write_answers(run, s):
-    """Adds the answers of ckpt.pt to the first prompts to samples.csv, and BLEU if installed."""
+    """Appends to samples.csv how ckpt.pt answers the first prompts; BLEU, if sacrebleu is there."""
     path, bleu = Path(s.out_dir, 'samples.csv'), ''
     rows = [] if path.exists() else [('iter', 'BLEU of all', 'prompt', 'reference', 'answer')]
     answers = sample.first_answers(sample.load_run(s.out_dir, run.device), run.data, s.decode_rows,
@@ -516,7 +532,7 @@ def write_answers(run, s):
         from sacrebleu import corpus_bleu
         _, references, texts = zip(*answers)
         bleu = f'{corpus_bleu(texts, [references]).score:.2f}'
-    rows += [(run.iteration, bleu, *texts) for texts in answers]
+    rows += [(run.iteration, bleu, *row) for row in answers]
     with open(path, 'a', newline='', encoding='utf-8') as f:
         csv.writer(f).writerows(rows)
 
@@ -525,35 +541,36 @@ def write_answers(run, s):
 
 
 def on_device(batch, device):
-    """The tensors of a batch on the device; a None stays."""
+    """The tensors of a batch, (x0, given), on the device; given may be None."""
     return [x if x is None else x.to(device, non_blocking=True) for x in batch]
 
 
 def update(run, s, factor):
     """One update: data, corruption and loss, backward, clip, step.
 
-    factor: share of the peak learning rates. Returns sums (3,) over all parts and processes: nats,
-    tokens that count, and signals caught.
+    factor: of lr_factor(). Returns sums (3,) over all batches and processes: nats, tokens that
+    count, and signals caught (by all processes; alone, a process asks run.caught itself).
     """
     sums = torch.zeros(3, device=run.device)
     for part in range(run.rank, run.parts, run.world):  # this process's batches of the update
         seed = mixed_seed(s.seed, run.iteration, part)
         torch.manual_seed(seed)  # for dropout
-        rng = torch.Generator(run.device).manual_seed(seed)  # for levels and noise
+        rng = torch.Generator(run.device).manual_seed(seed)  # for noise levels and masks
+        # x0 (B, T); given (B, T) or None
         x0, given = on_device(run.data.batch(run.iteration, part, run.parts), run.device)
         run.tokens += x0.numel() * run.world  # the others' batches are about as wide
         with run.autocast():
             nats, count = run.objective.loss(run.model, x0, rng, given, run.iteration / s.max_iters)
-        nats.backward()
+        nats.backward()  # of a sum, not a mean: see below
         sums[:2] += torch.stack([nats.detach(), count])
     learned = [p for p in run.model.parameters() if p.grad is not None]
     if run.world > 1:
         sums[2] = len(run.caught)
         for tensor in (sums, *(p.grad for p in learned)):
             dist.all_reduce(tensor)
-    # Gradients are divided only here, where the number of tokens that count is known. A mean within
-    # each batch, and then over batches, would give a token more weight in a batch in which few
-    # count, and would depend on how an update is cut into batches and processes.
+    # Gradients become a mean only here, where the number of tokens that count is known. A mean of
+    # each batch, and then of all, would give a token more weight in a batch in which few count, and
+    # would depend on how an update is cut into batches and processes.
     for p in learned:
         p.grad *= 1 / sums[1].clamp(min=1)
     torch.nn.utils.clip_grad_norm_(learned, s.grad_clip or math.inf)
@@ -567,16 +584,17 @@ def update(run, s, factor):
 
 def train(run, s):
     """The loop: evaluate, save, update, until max_iters or a signal."""
-    # with None, tqdm is silent unless stderr is a terminal
+    # disable=None: tqdm shows a bar only on a terminal
     bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
-    tokens, seconds, stop = run.tokens, run.seconds, False  # as they were before this process
-    # SIGINT and SIGTERM only leave a note. Stopped halfway, an update would leave some weights
-    # changed and others not; so it is finished first, and saved.
+    tokens, seconds, stop = run.tokens, run.seconds, False  # at the start of this process
+    # SIGINT and SIGTERM only leave a note. An update that stopped halfway would have changed some
+    # weights and not others; so it is finished first, and saved.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: run.caught.append(number))
     while run.iteration <= s.max_iters:
         factor = lr_factor(run.iteration, s.max_iters, s.warmup_iters, s.lr_schedule)
         due = run.iteration % s.eval_interval == 0 or run.iteration == s.max_iters
+        # a run that is resumed here has logged this evaluation already
         if due and not (run.log and int(run.log[-1]['iter']) == run.iteration):
             bar.write(evaluate_now(run, s, factor * s.learning_rate))
         if (due or stop) and run.saved_at != run.iteration:
@@ -588,19 +606,19 @@ def train(run, s):
 
         began = time.perf_counter()
         sums = update(run, s, factor)
-        # the sum is the same on all processes, so that all stop after the same update
+        # all processes have the same sum, and so stop after the same update
         stop = sums[2].item() > 0 if run.world > 1 else bool(run.caught)
         run.seconds += time.perf_counter() - began
         run.speed = (run.tokens - tokens) / (run.seconds - seconds)
         bar.update()
 
         if run.iteration % s.log_interval == 0 or stop:
-            loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: not every time
+            loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: now and then
             check_loss(run, s, 'training', loss, 10, factor * s.learning_rate)
             state = (f'loss {loss:.4f}, {run.speed:,.0f} tokens/s, '
                      f'{100 * run.speed * run.flops_per_token / run.peak:.0f}% of torch.mm')
             bar.set_postfix_str(state)
-            if bar.disable and run.iteration % (10 * s.log_interval) == 0:
+            if bar.disable and run.iteration % (10 * s.log_interval) == 0:  # no terminal: lines
                 left = (s.max_iters - run.iteration - 1) * run.tokens_per_update / run.speed / 60
                 print(f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {state}, '
                       f'{left:.1f} minutes left', flush=True)
@@ -608,7 +626,7 @@ def train(run, s):
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
         signal.signal(number, signal.SIG_DFL)
-    if stop:
+    if stop or run.caught:  # caught in the last evaluation: no update came after it to see it
         print(f'stopped and saved after {run.iteration} updates; go on with\n'
               f'python train.py --out_dir={s.out_dir} --resume')
         sys.exit(128 + (run.caught or [signal.SIGTERM])[0])
@@ -618,7 +636,7 @@ def train(run, s):
 
 
 def measure(run, s):
-    """Prints the loss on the validation split, in float32; a bound from several draws."""
+    """Prints the final validation loss, in float32; of a bound, the mean of eval_repeats draws."""
     nats, error = evaluate(run.model, run.objective, run.data.batches('val', s.batch_size), seed=1,
                            repeats=1 if run.objective.exact else s.eval_repeats)
     spread = '' if math.isnan(error) else f' +- {error:.4f}'
@@ -628,12 +646,13 @@ def measure(run, s):
 
 
 def show_sample(run, s):
-    """Prints what the model in ckpt.pt writes, and the commands to try next."""
+    """Prints what the model in ckpt.pt writes (a text, or two answers) and what to try next."""
     print(f'\nThe run is in {s.out_dir}: ckpt.pt, log.csv, loss.png. A sample of it:\n')
     trained, how = sample.load_run(s.out_dir, run.device), sample.defaults() | {'seed': s.seed}
     if trained.meta['sep_id'] is None:
         task, start = 'likelihood', '--num_samples=3'
         canvas = [trained.model.mask_id] * s.block_size
+        # of one canvas: its ids, among figures of speed
         ((ids, _),), _ = sample.complete(trained, [canvas], how, trained.meta['eos_id'])
         print(trained.tokenizer.decode(ids), end='\n\n')
     else:
@@ -650,12 +669,13 @@ def main():
         raise UserError(f'{out_dir} holds a run already: --resume goes on with it, --overwrite '
                         'starts anew, --out_dir=... puts the new one elsewhere')
     checkpoint = load_checkpoint(out_dir) if resume else None
-    if resume:  # the settings of the run, then those on this command line
-        before = checkpoint['config']  # of older runs: each tracker was a setting of its own
+    if resume:  # the settings of the run, changed by those on this command line
+        before = checkpoint['config']
+        # in older runs, each tracker is a setting of its own, and compile a bool
         before.setdefault('track', ','.join(filter(before.get, ('tensorboard', 'wandb'))))
         globals().update({name: config.convert(name, before[name], value, from_text=False)
                           for name, value in settings.items() if name in before})
-        settings = config.override(globals())
+        settings = config.override(globals())  # this command line once more, on top of those
         require('objective', objective, objective == before['objective'], 'that of the run')
     s = SimpleNamespace(**settings)
     check_settings(s)

@@ -1,10 +1,11 @@
-"""Settings: a flat block of `name = value` lines in a script, overridden from outside.
+"""Settings: a flat block of `name = value` lines at the top of a script, changed from outside.
 
     python train.py config/shakespeare_mdm.py --max_iters=100 --compile
 
-Files of `name = value` lines and `--name=value` words are applied from left to right, so the last
-one wins. A name the script does not have, a value of another type than its default, or a number
-beyond its limits, ends the script with one line. `--help` prints the block.
+A word of the command line is a file of `name = value` lines, or `--name=value`. Words are applied
+from left to right, so the last one wins. Three mistakes end the script with one line: a name that
+the script does not have, a value of another type than the default, a number outside its limits.
+`--help` prints the block. A script calls override(globals()) before it reads its settings.
 """
 
 import ast
@@ -15,7 +16,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-LIMITS = {  # interval: the numbers that lie in it, in any script; of a tuple each of its numbers
+LIMITS = {  # {interval: names of the settings that must lie in it, whichever script has them}
     '[0, inf)': 'train_tokens length_curriculum pad_curriculum token_weights n_kv_head n_conv '
                 'n_hidden w_max block_length max_iters learning_rate muon_lr warmup_iters '
                 'weight_decay grad_clip decode_rows bench steps guidance temperature top_k '
@@ -28,14 +29,14 @@ LIMITS = {  # interval: the numbers that lie in it, in any script; of a tuple ea
     '[0, 1]': 'random_length row_share dropout mask_range eta',
     '[0, 1)': 'beta1 beta2',
     '(0, 1]': 'length_quantile threshold top_p',
-    '[0, 9e18]': 'seed',  # 63 bits
+    '[0, 9e18]': 'seed',  # below 2^63
     '[0, 65535]': 'vocab_size',
     '[0, 999999]': 'gen_length',
     '[1, 1e6]': 'max_prompt max_answer discrete_steps grid_steps'}
 
 
 class UserError(Exception):
-    """Something the user can mend: shown as one line, exit status 2, nothing overwritten."""
+    """A mistake that the user can mend: shown as one line, exit status 2, nothing overwritten."""
 
 
 def require(name, value, fine, wanted):
@@ -51,13 +52,14 @@ def one_of(name, value, known):
 
 
 def check_limits(settings):
-    """Raises UserError for the first number that is not in its interval; nan is in none."""
-    intervals = {name: interval for interval, names in LIMITS.items() for name in names.split()}
-    for name in filter(intervals.__contains__, settings):
-        interval, value = intervals[name], settings[name]
+    """Raises UserError for the first number outside its interval; nan is outside of all.
+
+    Of a tuple, every number must lie inside."""
+    interval_of = {name: interval for interval, names in LIMITS.items() for name in names.split()}
+    for name in [name for name in settings if name in interval_of]:
+        interval, value = interval_of[name], settings[name]
         low, high = (float(end) for end in interval[1:-1].split(','))
-        wanted = f'{low:g} or more' if interval.endswith(' inf)') and interval[0] == '[' \
-            else f'in {interval}'
+        wanted = f'{low:g} or more' if interval == f'[{low:g}, inf)' else f'in {interval}'
         for number in value if isinstance(value, tuple) else (value,):
             above = number >= low if interval[0] == '[' else number > low
             below = number <= high if interval[-1] == ']' else number < high
@@ -65,9 +67,10 @@ def check_limits(settings):
 
 
 def show_one_line(kind, error, trace):
-    """sys.excepthook of every script: no traceback for what is no bug.
+    """sys.excepthook of every script: one line instead of a traceback, unless it is a bug.
 
-    A full disk, text in no known encoding, Ctrl-C, and too little memory, of whatever device.
+    No bugs are a UserError, a full disk (OSError), text in an unknown encoding, Ctrl-C, and too
+    little memory, be it the GPU's or the CPU's.
     """
     if issubclass(kind, KeyboardInterrupt):
         error = 'stopped'
@@ -80,7 +83,9 @@ def show_one_line(kind, error, trace):
 
 
 def names_of(settings):
-    """The settings of a script: its lower-case globals that hold a bool, number, text or tuple."""
+    """Names of a script's settings: its lower-case globals that hold a bool, number, str or tuple.
+
+    settings: the globals() of the script."""
     return [n for n, v in settings.items() if not n.startswith('_') and n.islower()
             and isinstance(v, (bool, int, float, str, tuple))]
 
@@ -88,13 +93,14 @@ def names_of(settings):
 def override(settings, argv=None, inherited=None, names=()):
     """Applies config files and --name=value words to `settings`, the globals() of a script.
 
-    The type of a default is the type of its setting. A config file also sets out_dir to out/<its
-    name>, unless it or a later word sets it. inherited, names: a module and those of its settings
-    that this script takes over. Returns all settings as a dict, to be kept with the run.
+    argv: the words, by default those of the command line. A config file also sets out_dir to
+    out/<its name>, unless it or a later word sets out_dir. inherited, names: another script, as a
+    module, and those of its settings that this script takes, too; they are returned, but not
+    written into its globals. Returns {name: value} of all settings. Also installs show_one_line.
     """
     sys.excepthook = show_one_line
     for stream in filter(lambda s: hasattr(s, 'reconfigure'), (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors='replace')  # a console that has no mask or arrow shows a '?'
+        stream.reconfigure(errors='replace')  # a console without some character shows a '?'
     own = names_of(settings)
     found = {n: settings[n] for n in own} | {n: vars(inherited)[n] for n in names}
     for word in sys.argv[1:] if argv is None else argv:
@@ -108,7 +114,7 @@ def override(settings, argv=None, inherited=None, names=()):
             given = read_config(word)
             if 'out_dir' in found:
                 found['out_dir'] = f'out/{Path(word).stem}'
-        else:  # the first '=' only, for --start=a=b; --resume is short for --resume=True
+        else:  # split at the first '=' alone: --start=a=b; --resume is short for --resume=True
             name, equals, value = word[2:].partition('=')
             given = {name: value if equals else True}
         for name, value in given.items():
@@ -123,11 +129,13 @@ def override(settings, argv=None, inherited=None, names=()):
 
 
 def convert(name, value, default, from_text):
-    """The value for a setting whose default is `default`; an int does for a float."""
+    """The value in the type of the setting's default; UserError if it has another type.
+
+    from_text: it may be the text of a Python literal. An int does for a float."""
     kind = type(default)
-    if default in ('auto', 'on', 'off'):  # --compile and --compile=False are on and off
+    if default in ('auto', 'on', 'off'):  # --compile means on, --compile=False means off
         value = {'True': 'on', 'False': 'off'}.get(str(value), value)
-    with suppress(Exception):  # what cannot be read stays as it is, and is refused below
+    with suppress(Exception):  # text that is no literal stays text, and is refused below
         if from_text and kind is not str and type(value) is str:
             value = ast.literal_eval(value.capitalize() if kind is bool else value)
         if kind is float and type(value) is int:
@@ -139,7 +147,7 @@ def convert(name, value, default, from_text):
 
 
 def read_config(path):
-    """The name = value pairs of a plain-Python file."""
+    """{name: value} of a config file, which is run as Python. Raises UserError."""
     if not os.path.isfile(path):
         raise UserError(f'there is no config file {path!r} (a setting is written --name=value)')
     try:
@@ -150,17 +158,21 @@ def read_config(path):
 
 
 def help_text(path, names, docstring=True):
-    """The docstring of a script and its block of settings, as they stand in its source."""
+    """The docstring of a script and its block of settings, as both stand in its source.
+
+    The block reaches from the first of `names` to the last, with all comments."""
     source = Path(path).read_text(encoding='utf-8')
     tree = ast.parse(source)
-    rows = [next(node for node in tree.body if isinstance(node, ast.Assign)
-                 and getattr(node.targets[0], 'id', None) == name) for name in names]
-    block = source.splitlines()[rows[0].lineno - 2:rows[-1].end_lineno]  # -2: the first heading
+    nodes = [next(node for node in tree.body if isinstance(node, ast.Assign)  # the first of several
+                  and getattr(node.targets[0], 'id', None) == name) for name in names]
+    block = source.splitlines()[nodes[0].lineno - 2:nodes[-1].end_lineno]  # -2: with the heading
     return '\n'.join([ast.get_docstring(tree, clean=False), *block] if docstring else block)
 
 
 def write_atomically(path, content):
-    """Writes bytes so that `path` holds, at every moment, all of the old content or of the new."""
+    """Writes bytes; `path` holds, at every moment, all of the old content or all of the new.
+
+    Raises UserError where they cannot be written; the old content is then still there."""
     path = Path(path)
     part = path.with_name(path.name + '.part')
     try:

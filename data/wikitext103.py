@@ -1,4 +1,4 @@
-"""WikiText-103: 28,000 good articles of Wikipedia, 540 MB, else as WikiText-2. CC BY-SA 3.0.
+"""WikiText-103: 28,000 good articles of Wikipedia, 540 MB, in WikiText-2's format. CC BY-SA 3.0.
 
 Merity et al., Pointer Sentinel Mixture Models, 2016 [1609.07843].
 """

@@ -13,15 +13,18 @@ files = {'wikitext-2-v1.zip': '92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a21
 text = {'train': ['wiki.train.tokens|train.txt'], 'val': ['wiki.valid.tokens|valid.txt'],
         'test': ['wiki.test.tokens|test.txt']}
 tokenizer = 'gpt2'
-# A title stands between empty lines, which in WikiText hold a space; sections have more `=`. The
-# pattern finds the 600 + 60 + 60 articles of WikiText-2 and skips lines of tables like a title.
+# The title of an article is a line ' = Title = ' between two empty lines, which in WikiText hold a
+# space; titles of sections have more `=`. The empty lines tell it from lines of tables that look
+# the same: so found, WikiText-2 has its 600 + 60 + 60 articles.
 TITLE = re.compile(r'(?m)^ \n = [^=\n](?:.*[^=\n])? = \n(?= \n)')
-AFTER_PARAGRAPH = re.compile(r'(?s).*[^=] \n(?= \n)')  # a title and what follows stay together
+# Where the text may be cut: between a line that is no title and an empty line. So no cut parts a
+# title from the empty line on either side, and TITLE sees all three.
+AFTER_PARAGRAPH = re.compile(r'(?s).*[^=] \n(?= \n)')
 
 
 def read(file):
-    """The text with an end of text between articles: before each title but the first."""
-    first = 1  # character to search from: a title at the very start has nothing before it
+    """Yields the text with an end of text between articles: before each title but the first."""
+    start = 1  # of the search in a chunk: the title at the very start of the file is left out
     for chunk in recut(read_chunks(file), AFTER_PARAGRAPH):
-        yield chunk[:first] + TITLE.sub(EOT + r'\g<0>', chunk[first:])
-        first = 0
+        yield chunk[:start] + TITLE.sub(EOT + r'\g<0>', chunk[start:])
+        start = 0

@@ -1,6 +1,6 @@
 """WikiText-2 in 4,096 tokens of its own, learned from the train split.
 
-The head of a small model is small, too: with GPT-2's 50,257 tokens it would be most of the model.
+With GPT-2's 50,257 tokens, the embedding and the head would be most of a small model.
 """
 
 base = 'wikitext2'

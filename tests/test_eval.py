@@ -142,9 +142,15 @@ def test_tables_are_markdown():
         '| <= 1.250 +- 0.500 |'
 
 
+def test_lines_of_a_picture_differ():
+    looks = {(style['color'], style['marker']) for style in map(evaluation.style, range(80))}
+    assert len(looks) == 80
+
+
 @pytest.mark.parametrize('words, said', [
     (['--out_dir=out/nowhere'], 'is not a run'), (['--task=sing'], 'likelihood, order'),
     (['--out_dir=out/ar,out/ar'], 'of the same name'),
+    (['--out_dir=out/ar,out/ar', '--task=curves'], 'of the same name'),
     (['--out_dir=out/nowhere', '--task=curves'], 'is not a run'),
     (['--out_dir=out/ar,out/other', '--task=generation'], 'cannot be compared'),
     (['--split=test'], "no split 'test'"),

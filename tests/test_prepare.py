@@ -247,11 +247,13 @@ def test_char_round_trip(parts, size):
     text = ''.join(parts)
     chunks = [text[i:i + size] for i in range(0, len(text), size)]
     pieces, count = [*prepare.recut(chunks, prepare.OUTSIDE_EOT)], {}
-    spec, n, specials = prepare.make_tokenizer('char', 'stream', {'all': lambda: pieces}, 0)
-    assert specials == ['eos_id'] * ('<|endoftext|>' in text)
-    bare = text.replace('<|endoftext|>', '')
-    assert spec['chars'] == ''.join(sorted(set(bare))) and n == len(set(bare))
-    encoder = prepare.load_tokenizer({'tokenizer': spec, **dict.fromkeys(specials, n)})
+    vocabulary = prepare.make_vocabulary('char', 'stream', {'all': lambda: pieces}, 0)
+    bare, has_eot = text.replace('<|endoftext|>', ''), '<|endoftext|>' in text
+    n = len(set(bare))
+    assert vocabulary['tokenizer']['chars'] == ''.join(sorted(set(bare)))
+    assert vocabulary['eos_id'] == (n if has_eot else None)
+    assert vocabulary['vocab_size'] == vocabulary['mask_id'] == n + has_eot
+    encoder = prepare.load_tokenizer(vocabulary)
     streamed = [i for ids in prepare.encode_stream(pieces, encoder, count) for i in ids]
     assert count == {'tokens': 0, 'characters': len(bare), 'bytes': len(bare.encode())}
     assert streamed == encoder.encode(text) and encoder.decode(streamed) == text
@@ -519,6 +521,16 @@ def test_an_unknown_name_lists_the_recipes(recipes):
         prepare.prepare('nix')
     with pytest.raises(UserError, match="no file 'mybook'"):  # of which nothing says where it is
         prepare.prepare('mybook')
+
+
+def test_documents_of_a_recipe_are_said_to_be_cut(recipes, monkeypatch, capsys):
+    write(recipes / 'lines.py', '"""Lines, each a document."""\nlayout = \'documents\'\n')
+    write('lines', 'short\n' * 9 + 'x' * 200 + '\n')
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', 'lines'])
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # override() replaces it
+    prepare.main()
+    assert 'val: 1 rows, 129 tokens to predict; 0 empty and dropped, 1 too long and cut\n' \
+        in capsys.readouterr().out
 
 
 def test_recipes_lie_beside_the_script_and_data_in_the_working_directory(tmp_path):

@@ -504,6 +504,15 @@ def test_d3pm_may_predict_the_mask(time_cond, N, schedule):
         assert (first[-2] == LETTERS).sum() < (recorded[-2] == LETTERS).sum()
 
 
+@pytest.mark.parametrize('subs', [True, False])
+def test_remdm_without_remasking_is_ancestral(subs):
+    model, x = tiny_model(seed=2, time_cond=True), torch.full((20, 8), MASK)
+    model = model if subs else may_predict_masks(model)
+    once, again = (decoder(model, x, steps=6, generator=noise_source(), **eta) for decoder, eta in (
+        (decode_ancestral, {}), (decode_remdm, {'eta': 0.0})))
+    assert torch.equal(once[0], again[0]) and once[1] == again[1]
+
+
 @pytest.mark.parametrize('decoder', [
     partial(decode_confidence, steps=4), partial(decode_threshold, threshold=0.5),
     partial(decode_remask, steps=4), partial(decode_remdm, steps=6, eta=0.3),
@@ -1999,7 +2008,7 @@ def test_the_most_confident_of_several_lengths():
     for n, reach in ((1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (5, (2, 2)), (6, (3, 2))):
         how = row_settings(length='fit', length_candidates=n)
         canvases = sample.answer_canvases(run, prompts, how)
-        done, (written, nfe, _) = sample.complete_best(run, canvases, how, 9)
+        done, (written, nfe, _) = sample.complete_best(run, canvases, how)
         assert len(done) == len(prompts) and done[0][1]['nfe'] <= nfe
         assert n == 1 or done[0][1]['nfe'] > n, 'the passes of all that was tried'
         for (ids, _), canvas, prompt, answer in zip(done, canvases, prompts, answers):
@@ -2018,7 +2027,7 @@ def test_the_most_confident_of_several_lengths():
 def test_where_there_are_no_candidates(settings, run, message):
     run = row_run(**{'predict_pad': False} | run)
     with pytest.raises(UserError, match=f'length_candidates is .*{message}'):
-        sample.complete_best(run, [[1, 10, 12]], row_settings(**settings), 9)
+        sample.complete_best(run, [[1, 10, 12]], row_settings(**settings))
 
 
 def test_auto_is_the_head_that_was_trained():

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import run, run_alone
+from matplotlib.figure import Figure
 
 import config
 import prepare
 import train as script
 from model import OBJECTIVES, MaskedDiffusion, ModelConfig, Noised, Transformer, \
-    load_checkpoint, load_model, model_config, noise_fraction
+    evaluate, load_checkpoint, load_model, model_config, noise_fraction
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / 'config').glob('*.py')
@@ -162,6 +163,24 @@ def test_a_signal_saves_and_says_how_to_go_on(verse, number):
     done = run('train.py', f'--out_dir={out}', '--resume', f'--max_iters={saved + 2}', cwd=verse)
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(out)['iter'] == saved + 2
+
+
+def test_a_signal_in_the_last_evaluation_stops_the_run(verse, monkeypatch):
+    """No update comes after it that could see the signal."""
+    calls = []
+
+    def spy(*args, **options):
+        calls.append(args)
+        if len(calls) == 5:  # two of each evaluation: after 0, 3 and 6 updates
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr('model.evaluate', spy)
+    done = run('train.py', *TINY, '--out_dir=out/last', cwd=verse)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert 'stopped and saved after 6 updates' in done.stdout
+    assert load_checkpoint(verse / 'out/last')['iter'] == 6 and len(calls) == 6
+    assert 'in float32' in train(verse, '--out_dir=out/last', '--resume')
 
 
 @pytest.mark.slow
@@ -314,6 +333,30 @@ def test_bench_measures_and_writes_nothing(verse):
     assert done.returncode == 0, done.stderr
     assert 'ms per update (median of 4)' in done.stdout and 'of torch.mm' in done.stdout
     assert 'aten::' in done.stdout and not (verse / 'out/bench').exists()
+
+
+def test_the_picture_shows_losses_over_updates_and_over_the_tokens_that_were_read(tmp_path,
+                                                                                 monkeypatch):
+    """Of rows and random lengths, updates read another number of tokens than tokens_per_update."""
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig',
+                        lambda fig, *a, **k: (drawn.append(fig), savefig(fig, *a, **k)))
+    done = types.SimpleNamespace(
+        log=[], iteration=0, tokens=0, tokens_per_update=4000,
+        objective=MaskedDiffusion(), data=types.SimpleNamespace(meta={'vocab_size': 65}))
+    for done.iteration, val in ((0, 4.2), (100, 3.5), (200, 3.0)):
+        done.tokens = 3000 * done.iteration
+        done.log.append({'iter': done.iteration, 'val': str(val), 'train': str(val - 0.1)})
+        script.draw_losses(done, types.SimpleNamespace(
+            out_dir=tmp_path, objective='mdm', dataset='verse', length_head=''))
+    ax, = drawn[-1].axes
+    val, train, uniform = ax.lines
+    assert val.get_xydata().tolist() == [[0, 4.2], [100, 3.5], [200, 3.0]]
+    assert train.get_ydata() == pytest.approx([4.1, 3.4, 2.9])
+    assert uniform.get_ydata() == pytest.approx([math.log(65)] * 2)
+    top, = ax.child_axes
+    assert 'millions' in top.get_xlabel()
+    assert top.get_xlim() == pytest.approx([3000e-6 * n for n in ax.get_xlim()])
 
 
 @pytest.mark.parametrize('name, module', [('tensorboard', 'torch.utils.tensorboard'),
