@@ -1,15 +1,18 @@
 """The transformer, and the probability models that are made from it.
 
     Transformer     tokens in, logits out; one flag turns it from causal to bidirectional
-    Objective       what training minimises and evaluation reports. Autoregression has the negative
-                    log-likelihood itself (nll); diffusion has an upper bound on it, the negative
-                    evidence lower bound (nelbo). MaskedDiffusion is the one to read first; D3PM,
-                    Uniform and BlockDiffusion differ from it in how they corrupt text and in the
-                    loss of a token
+    Objective       what training minimises and evaluation reports
+    MaskedDiffusion masks are filled in: an upper bound on the negative log-likelihood (nll), which
+                    is the negative evidence lower bound (nelbo)
+    Autoregression  the next token is predicted: the nll itself
     evaluate        the mean of an objective over a split
-    LengthHead      predicts how long an answer will be, before it is written
 
-At a first reading, skip LocalMixing, D3PM, Uniform and LengthHead: nothing depends on them.
+A first reading ends at evaluate, after half an hour. What follows is for later:
+
+    D3PM, Uniform, BlockDiffusion     objectives that corrupt text, or score a token, in other ways
+    KVCache, LocalMixing, LengthHead  options of the transformer: decoding that recomputes nothing,
+                                      convolutions, and the length of an answer before it is written
+    load_model                        devices and checkpoints
 
 Letters here, and in the papers:
 
@@ -97,35 +100,6 @@ class ModelConfig:
                             f'{self.n_embd // self.n_head} of them (n_embd / n_head)')
 
 
-class KVCache:
-    """Keys and values of the tokens read so far, so that later tokens need not recompute them.
-
-    length: tokens held. Transformer.forward advances it; setting it back drops the newest tokens.
-    With local mixing the inputs of every layer are held too, after n_conv rows of zeros.
-    """
-
-    def __init__(self, config, B, device, dtype=torch.float32):
-        c, how = config, {'device': device, 'dtype': dtype}
-        self.kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, c.block_size, c.n_embd // c.n_head,
-                              **how)
-        self.n_conv, self.length = c.n_conv, 0
-        if c.n_conv:
-            self.inputs = torch.zeros(c.n_layer, B, c.n_conv + c.block_size, c.n_embd, **how)
-
-    def extend(self, layer, k, v):
-        """Appends k, v (B, Hkv, T, D) to what `layer` holds; returns all keys and all values."""
-        end = self.length + k.size(2)
-        self.kv[layer, 0, :, :, self.length:end] = k
-        self.kv[layer, 1, :, :, self.length:end] = v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
-
-    def neighbours(self, layer, x, n):
-        """Appends x (B, T, C), the inputs of `layer`; returns the n inputs before, (B, n, C)."""
-        begin = self.n_conv + self.length
-        self.inputs[layer, :, begin:begin + x.size(1)] = x
-        return self.inputs[layer, :, begin - n:begin]
-
-
 def rope_angles(T, D, base=10000.0):
     """cos and sin (T, D) of position * frequency, frequencies base^(-2i/D) [RoFormer eq. 15].
 
@@ -162,9 +136,8 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache, mask):
         B, T, C = x.shape
         c, D = self.c, C // self.c.n_head
-        q = self.q(x).view(B, T, c.n_head, D).transpose(1, 2)     # (B, H, T, D)
-        k = self.k(x).view(B, T, c.n_kv_head, D).transpose(1, 2)  # (B, Hkv, T, D)
-        v = self.v(x).view(B, T, c.n_kv_head, D).transpose(1, 2)  # (B, Hkv, T, D)
+        q, k, v = (linear(x).view(B, T, -1, D).transpose(1, 2)  # (B, H, T, D), 2 x (B, Hkv, T, D)
+                   for linear in (self.q, self.k, self.v))
         if c.qk_norm:
             q, k = F.rms_norm(q, (D,)), F.rms_norm(k, (D,))
         if rope is not None:
@@ -194,57 +167,12 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = self.fc(x)  # (B, T, hidden)
-        if self.kind == 'relu2':
-            h = F.relu(h)
-            h = h * h  # [Primer 2109.08668]; .square() has a three times slower backward on CPUs
-        elif self.kind == 'gelu':
-            h = F.gelu(h)
-        else:
-            h = F.silu(self.gate(x)) * h  # [GLU variants 2002.05202]
-        return self.proj(h)
-
-
-class LocalMixing(nn.Module):
-    """A depthwise convolution over neighbours, added to the residual stream; zero at init.
-
-        y[i] = x[i] + sum over k of  w[k] * x[i + k - past],   past = K - 1 if causal else K // 2
-
-    Attention has to learn which positions are neighbours, and in masked diffusion it learns that
-    late, because most neighbours are masked. The convolution knows them from the start
-    [Primer 2109.08668; Canon layers, Allen-Zhu 2025].
-    """
-
-    def __init__(self, c, layer):
-        super().__init__()
-        self.layer, self.past = layer, c.n_conv - 1 if c.causal else c.n_conv // 2
-        self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
-
-    def forward(self, x, cache, block_length):
-        (B, T, C), K = x.shape, len(self.weight)
-        if block_length:  # [xt ; x0]: a token's own block, and of the blocks before the clean text
-            T = T // 2
-            i = torch.arange(T, device=x.device)[:, None]
-            j = i + torch.arange(K, device=x.device) - self.past  # (T, K), neighbours of token i
-            block = j.div(block_length, rounding_mode='floor') - i // block_length  # 0 = its own
-            clean = torch.where((block <= 0) & (j >= 0) & (j < T), T + j, 2 * T)  # 2T: of zeros
-            source = torch.cat([torch.where((block == 0) & (j < T), j, clean), clean])  # (2T, K)
-            h = F.pad(x, (0, 0, 0, 1))
-            return x + sum(w * h[:, source[:, k]] for k, w in enumerate(self.weight))
-        before = x.new_zeros(B, self.past, C) if cache is None else \
-            cache.neighbours(self.layer, x, self.past)
-        h = torch.cat([before, x, x.new_zeros(B, K - 1 - self.past, C)], dim=1)  # (B, T + K - 1, C)
-        return x + sum(w * h[:, k:k + T] for k, w in enumerate(self.weight))
-
-
-def block_mask(T, block_length, device):
-    """(2T, 2T) bool, True where a token of [xt ; x0] may attend to another [BD3-LM].
-
-    xt sees its own block and the clean blocks before it; x0 its own block and those before it.
-    """
-    block = torch.arange(T, device=device) // block_length
-    own, before = block[:, None] == block, block[:, None] > block  # 2 x (T, T)
-    return torch.cat([torch.cat([own, before], dim=1),
-                      torch.cat([torch.zeros_like(own), own | before], dim=1)])
+        if self.kind == 'swiglu':
+            return self.proj(F.silu(self.gate(x)) * h)  # [GLU variants 2002.05202]
+        if self.kind == 'gelu':
+            return self.proj(F.gelu(h))
+        h = F.relu(h)  # relu2 [Primer 2109.08668]
+        return self.proj(h * h)  # .square() has a three times slower backward on CPUs
 
 
 def make_norm(c):
@@ -265,9 +193,9 @@ class Block(nn.Module):
         self.drop = nn.Dropout(c.dropout)
         self.modulate = nn.Linear(c.n_embd, 6 * c.n_embd) if c.time_cond else None
 
-    def forward(self, x, rope, cache, mask, block_length, time):
+    def forward(self, x, rope, cache, mask, time):
         if self.mixing is not None:
-            x = self.mixing(x, cache, block_length)
+            x = self.mixing(x, cache, mask)
         if self.modulate is None:
             x = x + self.drop(self.attn(self.norm1(x), rope, cache, mask))
             return x + self.drop(self.mlp(self.norm2(x)))
@@ -303,18 +231,18 @@ class Transformer(nn.Module):
         self.register_buffer('sin', sin, persistent=False)
         self.init_weights()
 
-    def forward(self, x, level=None, *, cache=None, where=None, hidden=False, clean=None,
+    def forward(self, x, level=None, *, where=None, hidden=False, cache=None, clean=None,
                 block_length=0, mixture=None):
         """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
         x (B, T) int64: tokens, mask_id among them.
         level (B, 1): the fraction of all tokens that is noise, see noise_fraction; for time_cond.
-        cache: a KVCache with the tokens before x; keys and values of x are appended to it.
         hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
-        clean (B, T), block_length: read [x ; clean], where a block of x sees the clean blocks
-        before its own; level may then be (B, T), one for each block [BD3-LM].
-        mixture: (ids, weights), each (B, T, J): the input is the sum over j of weights[j] *
-        embed(ids[j]) instead of embed(x).
+        cache: a KVCache with the tokens before x, for decoding; those of x are appended to it.
+        clean (B, T), block_length: read [x ; clean] as block_mask says, for BlockDiffusion; level
+        may then be (B, T).
+        mixture: (ids, weights), each (B, T, J), for Uniform: the input is the sum over j of
+        weights[j] * embed(ids[j]) instead of embed(x).
         """
         B, T = x.shape
         start = cache.length if cache is not None else 0
@@ -331,15 +259,13 @@ class Transformer(nn.Module):
             h = self.embed(x)  # (B, T, C)
         else:
             h = (self.embed(mixture[0]) * mixture[1][..., None]).sum(2)  # (B, T, C)
-        rope = None
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
-        else:
-            rope = self.cos[position], self.sin[position]  # 2 x (T, D)
         h = self.drop(h)
+        rope = (self.cos[position], self.sin[position]) if self.embed_pos is None else None
         time = None if self.time_mlp is None else self.time_mlp(time_features(level))  # (B, 1, C)
         for block in self.blocks:
-            h = block(h, rope, cache, mask, block_length, time)
+            h = block(h, rope, cache, mask, time)
         if cache is not None:
             cache.length += T
         h = h[:, :T]  # without the clean half, if there is one
@@ -408,9 +334,6 @@ def time_features(t, size=256):
 SCHEDULES = ('linear', 'cosine', 'polynomial')
 POWER = 2  # of the polynomial schedule
 LOSS_WEIGHTS = ('elbo', 'clipped', 'flat', 'masked_mean')
-DIVERGENCES = ('elbo', 'symmetric_kl', 'scaled_kl')
-SOFT_RANGE = (0.25, 0.5)  # of lam, the weight of the Gaussian noise in soft_tokens
-SMOOTHING = 1e-3  # label smoothing, so that a divergence from a one-hot target is finite
 MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')  # see sample.py
 
 
@@ -440,53 +363,32 @@ def low_discrepancy(n, rng, device, shuffled=False):
     return (u + k / n) % 1
 
 
-def noise_fraction(p_noise, given, block_length=0):
-    """Time conditioning: the fraction of ALL tokens that is noise, p_noise * mean(~given).
+def noise_fraction(p_noise, given):
+    """Time conditioning: the fraction of ALL tokens of a row that is noise, (B, 1).
 
-    p_noise: P(a token that is not given is noise). On a canvas of masks a decoder can count this
-    fraction; it never sees t itself. (B, 1), or (B, T) with a fraction for each block.
+        p_noise * mean over i of ~given[i],   p_noise (B, 1) = P(a token that is not given is noise)
+
+    The network reads this and not t, because a decoder can count it: it is the fraction of masks.
     """
-    parts = (~given).float().split(block_length or given.size(1), dim=1)
-    fractions = [part.mean(1, keepdim=True) for part in parts]  # (B, 1) each
-    if not block_length:
-        return p_noise * fractions[0]
-    return p_noise * torch.cat([f.expand_as(part) for f, part in zip(fractions, parts)], dim=1)
+    return p_noise * (~given).float().mean(1, keepdim=True)
 
 
-def masks_by_count(given, block_length, rng):
-    """Masks l of the L tokens of each block that are not given: is_mask (B, T) and l/L (B, T).
+def masks_by_count(given, rng):
+    """In each row, l of the L tokens that are not given: is_mask (B, T), and l / L (B, 1).
 
-    l is uniform in 1..L, stratified over all blocks of the batch.
+    l is uniform in 1..L, stratified over the rows.
     """
-    B, T = given.shape
-    n = math.ceil(T / block_length)
-    given = F.pad(given, (0, n * block_length - T), value=True).view(B, n, block_length)
-    L = (~given).sum(2, keepdim=True)  # (B, n, 1)
-    u = low_discrepancy(B * n, rng, given.device, shuffled=True).view(B, n, 1)
-    n_mask = 1 + (u * L).long().clamp(max=L - 1)
+    L = (~given).sum(1, keepdim=True)  # (B, 1)
+    u = low_discrepancy(len(given), rng, given.device, shuffled=True)[:, None]  # (B, 1)
+    n_mask = 1 + (u * L).long().clamp(max=L - 1)  # l
     order = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
-    is_mask = order.argsort(2).argsort(2) < n_mask  # those with the n_mask lowest random numbers
-    fraction = (n_mask / L).nan_to_num(1.0).expand_as(order)  # 0 / 0 where all is given
-    return is_mask.flatten(1)[:, :T], fraction.flatten(1)[:, :T]
+    is_mask = order.argsort(1).argsort(1) < n_mask  # the l lowest of the random numbers
+    return is_mask, (n_mask / L).nan_to_num(1.0)  # 0 / 0 where all is given
 
 
-def with_one(chosen, given, rng):
-    """chosen (B, T) bool, and one more token in each row, uniform over those that are not given.
-
-    Importance sampling. Where every one of L tokens is chosen with probability p, a set S of l of
-    them becomes l / (L p) times as probable, since the added token may be any of the l:
-
-        P'(S) = sum over i in S of  1/L * (P(S) + P(S without i)) = l / (L p) * P(S)
-
-    Multiplying by L p / l gives the same expectation, without the large weights of small p.
-    """
-    u = torch.rand(chosen.shape, generator=rng, device=chosen.device).masked_fill(given, -1.0)
-    return chosen.scatter(1, u.argmax(1, keepdim=True), True) & ~given
-
-
-def by_row(losses, where):
-    """Row sums (B,) of the losses (M,) at the positions where `where` (B, T) bool is True."""
-    return torch.zeros(where.shape, device=losses.device).masked_scatter(where, losses).sum(1)
+def spread(values, where):
+    """values (M,) at the M positions where `where` (B, T) bool is True, 0 elsewhere: (B, T)."""
+    return torch.zeros(where.shape, device=values.device).masked_scatter(where, values)
 
 
 def cross_entropy(logits, target):
@@ -516,7 +418,7 @@ class Noised(NamedTuple):
     xt: torch.Tensor      # (B, T) int64, what the network reads
     scored: torch.Tensor  # (B, T) bool, the M positions that have a loss
     weight: torch.Tensor  # (B, T) or (B, 1), of the losses
-    level: torch.Tensor   # (B, 1), or (B, T) where blocks differ: noise_fraction, for time_cond
+    level: torch.Tensor   # (B, 1), or (B, T) in blocks: noise_fraction, for time_cond
     inputs: dict = {}     # what else the network reads: keywords of Transformer.forward
     token_loss: Callable = cross_entropy  # (logits (M, V), x0 (M,), *extra (M,)) -> (M,)
     extra: tuple = ()     # what else token_loss reads: tensors (B, T) or (B, 1)
@@ -573,7 +475,7 @@ class Objective:
         """An unbiased one-sample estimate of the nelbo of every row, (B,), in nats."""
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt_evenly(model, x0, given, rng)
-        return by_row(self.weighted_losses(model, x0, noised), noised.scored)
+        return spread(self.weighted_losses(model, x0, noised), noised.scored).sum(1)
 
     def weighted_losses(self, model, x0, noised):
         """Weighted losses (M,) of predicting x0 from one sample of its corruption."""
@@ -620,9 +522,9 @@ class MaskedDiffusion(Objective):
         return Noised(xt, is_mask, weight, noise_fraction(1 - alpha, given))
 
     def corrupt_evenly(self, model, x0, given, rng):
-        is_mask, fraction = masks_by_count(given, x0.size(1), rng)  # 2 x (B, T)
+        is_mask, fraction = masks_by_count(given, rng)  # (B, T), (B, 1)
         xt = torch.where(is_mask, model.mask_id, x0)
-        return Noised(xt, is_mask, 1 / fraction, noise_fraction(fraction[:, :1], given))
+        return Noised(xt, is_mask, 1 / fraction, noise_fraction(fraction, given))
 
 
 @dataclass
@@ -649,8 +551,58 @@ class Autoregression(Objective):
         scored = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given
         start = torch.full_like(x0[:, :1], model.mask_id)
         h = model(torch.cat([start, x0[:, :-1]], dim=1), where=scored, hidden=True)  # (M, C)
-        nll = in_slices(cross_entropy, model, h, x0[scored])  # (M,)
-        return torch.zeros_like(x0, dtype=nll.dtype).masked_scatter(scored, nll)
+        return spread(in_slices(cross_entropy, model, h, x0[scored]), scored)
+
+
+@torch.no_grad()
+def evaluate(model, objective, batches, seed=0, repeats=1):
+    """Mean of objective.bound over a split, nats per token, and the standard error of that mean.
+
+    batches: functions that read (x0, given), of prepare.py's Stream or Rows; every token that is
+    not given counts once. The error is that of the Monte Carlo estimate over `repeats` independent
+    runs, nan for one; it does not include that of a finite split. The processes of a torchrun share
+    the batches and all return the same.
+    """
+    was_training, device = model.training, model.device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model.eval()
+    rng, means = torch.Generator(device), []
+    for repeat in range(repeats):
+        sums = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats, tokens that count
+        for i in range(rank, len(batches), world):
+            x0, given = (part if part is None else part.to(device) for part in batches[i]())
+            rng.manual_seed(mixed_seed(seed, repeat, i))  # the same on whichever process
+            sums[i, 0] = objective.bound(model, x0, rng, given).sum()
+            sums[i, 1] = x0.numel() if given is None else (~given).sum()
+        if world > 1:  # every entry from one process, zero from the others: the sum is exact
+            sums = sums.to(device)
+            dist.all_reduce(sums)
+        nats, count = sums.sum(0).tolist()
+        means.append(nats / count)
+    model.train(was_training)
+    return fmean(means), stdev(means) / repeats ** 0.5 if repeats > 1 else math.nan
+
+
+# --------------------------------------------------------------------------- further objectives
+
+DIVERGENCES = ('elbo', 'symmetric_kl', 'scaled_kl')
+SOFT_RANGE = (0.25, 0.5)  # of lam, the weight of the Gaussian noise in soft_tokens
+SMOOTHING = 1e-3  # label smoothing, so that a divergence from a one-hot target is finite
+
+
+def with_one(chosen, given, rng):
+    """chosen (B, T) bool and one token more in each row, uniform over the L that are not given.
+
+    Used for importance sampling: without an empty set, no rare set has a large weight. The added
+    token may be one that is chosen already. If every token is chosen with probability p, a set S of
+    l tokens becomes l / (L p) times as probable, because any i of the l may be the added one:
+
+        P'(S) = sum over i in S of  1/L * (P(S) + P(S without i)) = l / (L p) * P(S)
+
+    since P(S without i) = (1 - p) / p * P(S). A term that is weighted by L p / l keeps its mean.
+    """
+    u = torch.rand(chosen.shape, generator=rng, device=chosen.device).masked_fill(given, -1.0)
+    return chosen.scatter(1, u.argmax(1, keepdim=True), True) & ~given
 
 
 @dataclass
@@ -680,21 +632,23 @@ class D3PM(Objective):
         step = (t * self.diffusion_steps).ceil().long()  # (B, 1), 1..N
         m, c = self.grid(x0.device)
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]) & ~given
-        xt = torch.where(is_mask, model.mask_id, x0)
         weight = self.training_weight(self.diffusion_steps * c[step])
-        return Noised(xt, is_mask, weight, noise_fraction(m[step], given), {}, d3pm_token_loss,
-                      (m[step], m[step - 1], c[step]))
+        return self.noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
 
     def corrupt_evenly(self, model, x0, given, rng):
         m, c = self.grid(x0.device)
         u = low_discrepancy(len(x0), rng, x0.device, shuffled=True)[:, None]  # (B, 1)
         step = torch.searchsorted(m, u, right=True).clamp(max=self.diffusion_steps)  # (B, 1), 1..N
         is_mask = torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]
-        is_mask = with_one(is_mask, given, rng)
-        xt = torch.where(is_mask, model.mask_id, x0)
+        is_mask = with_one(is_mask, given, rng)  # l of the L tokens that are not given
         weight = (~given).sum(1, keepdim=True) / is_mask.sum(1, keepdim=True).clamp(min=1)  # L / l
-        return Noised(xt, is_mask, weight, noise_fraction(m[step], given), {}, d3pm_token_loss,
-                      (m[step], m[step - 1], c[step]))
+        return self.noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
+
+    def noised(self, model, x0, given, is_mask, weight, m_t, m_s, c):
+        """m_t, m_s = 1 - alpha and c, (B, 1): those of the step from t to s."""
+        xt = torch.where(is_mask, model.mask_id, x0)
+        return Noised(xt, is_mask, weight, noise_fraction(m_t, given), {}, d3pm_token_loss,
+                      (m_t, m_s, c))
 
 
 def d3pm_token_loss(logits, target, m_t, m_s, c):
@@ -723,12 +677,14 @@ class Uniform(Objective):
     know which tokens are noise, so all are scored, and any of them may still change in decoding.
     The best prediction is p(x0[i] | xt without its i-th token).
 
-    Two options are for training only, and replace the schedule and the loss weights:
-    soft_inputs: the network reads soft_tokens, and xt is their argmax. Their Gaussian weight lam is
-    uniform in SOFT_RANGE, and their temperature tau falls from 1e-3 to 1e-8 [after Duo; the linear
-    mixture, its range and the annealing are those of a small recipe, not Duo's].
-    divergence: symmetric_kl, or 'scaled_kl', which is that times lam / (V' (1 - lam) + lam), is the
-    loss of a token; without soft inputs lam is 1 - alpha.
+    Two options are for training only; evaluation reports the nelbo above whatever they are.
+    soft_inputs: the network reads soft_tokens, mixtures of embeddings, and xt is their argmax. The
+    weight lam of their Gaussian noise is uniform in SOFT_RANGE and replaces the schedule. Their
+    temperature tau falls from 1e-3 to 1e-8 [after Duo; the linear mixture, its range and the
+    annealing are those of a small recipe, not Duo's].
+    divergence: what a token costs. 'elbo': as above. symmetric_kl: that, with weight 1 instead of
+    loss_weight. scaled_kl: symmetric_kl with weight lam / (V' (1 - lam) + lam), where lam is
+    1 - alpha without soft inputs.
     """
     divergence: str = 'elbo'
     soft_inputs: bool = False
@@ -741,35 +697,40 @@ class Uniform(Objective):
         one_of('divergence', self.divergence, DIVERGENCES)
 
     def corrupt(self, model, x0, given, rng, progress=0.0):
-        t, inputs = self.draw_levels(len(x0), rng, x0.device)[:, None], {}  # (B, 1)
+        t = self.draw_levels(len(x0), rng, x0.device)[:, None]  # (B, 1)
         if self.soft_inputs:
-            low, high = SOFT_RANGE
-            lam = low + (high - low) * t
-            alpha, slope = soft_noise(lam, model.mask_id)
-            w = slope * (high - low) / (1 - alpha)
-            tau = 1e-3 * 1e-5 ** progress
-            ids, weights = soft_tokens(x0, lam, tau, model.mask_id, rng)
-            weights[given] = torch.tensor([1.0, 0.0, 0.0], device=x0.device)
-            xt = ids.gather(2, weights.argmax(2, keepdim=True))[..., 0]
-            inputs = {'mixture': (ids, weights)}
-        else:
-            alpha, w = noise(t, self.schedule)
-            lam = 1 - alpha
-            is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
-            xt = torch.where(is_noise, random_tokens(model, x0, rng), x0)
+            return self.corrupt_softly(model, x0, given, rng, t, tau=1e-3 * 1e-5 ** progress)
+        alpha, w = noise(t, self.schedule)
+        is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
+        xt = torch.where(is_noise, random_tokens(model, x0, rng), x0)
+        return self.noised(model, given, xt, {}, alpha, w, lam=1 - alpha)
+
+    def corrupt_softly(self, model, x0, given, rng, t, tau):
+        low, high = SOFT_RANGE
+        lam = low + (high - low) * t
+        alpha, slope = soft_noise(lam, model.mask_id)
+        ids, weights = soft_tokens(x0, lam, tau, model.mask_id, rng)  # 2 x (B, T, 3)
+        weights[given] = torch.tensor([1.0, 0.0, 0.0], device=x0.device)
+        xt = ids.gather(2, weights.argmax(2, keepdim=True))[..., 0]
+        w = slope * (high - low) / (1 - alpha)
+        return self.noised(model, given, xt, {'mixture': (ids, weights)}, alpha, w, lam)
+
+    def noised(self, model, given, xt, inputs, alpha, w, lam):
+        """How training scores xt: as `divergence` says."""
         level = noise_fraction(1 - alpha, given)
         if self.divergence == 'elbo':
             weight = self.training_weight(w) * (1 - alpha)  # (B, 1)
             return Noised(xt, ~given, weight, level, inputs, uniform_token_loss, (xt, alpha))
-        weight = lam / (model.mask_id * (1 - lam) + lam) if self.divergence == 'scaled_kl' \
-            else torch.ones_like(lam)
+        scale = lam / (model.mask_id * (1 - lam) + lam)  # (B, 1)
+        weight = scale if self.divergence == 'scaled_kl' else torch.ones_like(lam)
         return Noised(xt, ~given, weight, level, inputs, symmetric_kl)
 
     def corrupt_evenly(self, model, x0, given, rng):
-        """Half of the rows sample their noise plainly (p), half by with_one (q = p * l / (L t)).
+        """Half of the rows sample their noise independently, half then add a token by with_one.
 
-        Every row is weighted by p / ((p + q) / 2) <= 2: the estimate stays unbiased, and a wrong
-        token at a small t, which costs about 1/t, no longer dominates it.
+        A set of l noise tokens has probability p in the first half and q = p * l / (L t) in the
+        second. Every row has the weight p / ((p + q) / 2) <= 2, so the estimate is unbiased, and
+        the rare noise at a small t, which costs about 1/t, does not dominate its variance.
         """
         L = (~given).sum(1, keepdim=True).clamp(min=1)  # (B, 1)
         u = 2 * low_discrepancy(len(x0), rng, x0.device, shuffled=True)[:, None]  # half and level
@@ -868,18 +829,21 @@ class BlockDiffusion(Objective):
         t = t.repeat_interleave(self.block_length, dim=1)[:, :T]  # (B, T)
         alpha, w = noise(t, self.schedule)
         is_mask = (torch.rand(B, T, generator=rng, device=x0.device) >= alpha) & ~given
-        xt = torch.where(is_mask, model.mask_id, x0)
-        return Noised(xt, is_mask, self.training_weight(w), *self.read(x0, 1 - alpha, given))
+        return self.noised(model, x0, given, is_mask, self.training_weight(w), 1 - alpha)
 
     def corrupt_evenly(self, model, x0, given, rng):
-        is_mask, fraction = masks_by_count(given, self.block_length, rng)  # 2 x (B, T)
-        xt = torch.where(is_mask, model.mask_id, x0)
-        return Noised(xt, is_mask, 1 / fraction, *self.read(x0, fraction, given))
+        (B, T), n = x0.shape, self.block_length
+        blocks = F.pad(given, (0, -T % n), value=True).view(-1, n)  # every block a row
+        is_mask, fraction = (part.expand_as(blocks).reshape(B, -1)[:, :T]  # 2 x (B, T)
+                             for part in masks_by_count(blocks, rng))
+        return self.noised(model, x0, given, is_mask, 1 / fraction, fraction)
 
-    def read(self, x0, t, given):
-        """(level, inputs) of Noised: the noise fraction of each block, and the clean text."""
-        return noise_fraction(t, given, self.block_length), \
-            {'clean': x0, 'block_length': self.block_length}
+    def noised(self, model, x0, given, is_mask, weight, p_noise):
+        """p_noise (B, T): the same for all tokens of a block, as is the level made from it."""
+        xt, n = torch.where(is_mask, model.mask_id, x0), self.block_length
+        level = torch.cat([noise_fraction(*of_block) for of_block
+                           in zip(p_noise.split(n, dim=1), given.split(n, dim=1))], dim=1)  # (B, T)
+        return Noised(xt, is_mask, weight, level, {'clean': x0, 'block_length': n})
 
 
 OBJECTIVES = {'ar': Autoregression, 'mdm': MaskedDiffusion, 'd3pm': D3PM, 'uniform': Uniform,
@@ -898,36 +862,78 @@ def make_objective(settings):
     return cls(**fields_in(cls, settings))
 
 
-@torch.no_grad()
-def evaluate(model, objective, batches, seed=0, repeats=1):
-    """Mean of objective.bound over a split, nats per token, and the standard error of that mean.
+# ----------------------------------------------------------------- options of the transformer
 
-    batches: functions that read (x0, given), of prepare.py's Stream or Rows; every token that is
-    not given counts once. The error is that of the Monte Carlo estimate over `repeats` independent
-    runs, nan for one; it does not include that of a finite split. The processes of a torchrun share
-    the batches and all return the same.
+
+class KVCache:
+    """Keys and values of the tokens read so far, so that later tokens need not recompute them.
+
+    length: tokens held. Transformer.forward advances it; setting it back drops the newest tokens.
+    With local mixing the inputs of every layer are held too, after n_conv rows of zeros.
     """
-    was_training, device = model.training, model.device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model.eval()
-    rng, means = torch.Generator(device), []
-    for repeat in range(repeats):
-        sums = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats, tokens that count
-        for i in range(rank, len(batches), world):
-            x0, given = (part if part is None else part.to(device) for part in batches[i]())
-            rng.manual_seed(mixed_seed(seed, repeat, i))  # the same on whichever process
-            sums[i, 0] = objective.bound(model, x0, rng, given).sum()
-            sums[i, 1] = x0.numel() if given is None else (~given).sum()
-        if world > 1:  # every entry from one process, zero from the others: the sum is exact
-            sums = sums.to(device)
-            dist.all_reduce(sums)
-        nats, count = sums.sum(0).tolist()
-        means.append(nats / count)
-    model.train(was_training)
-    return fmean(means), stdev(means) / repeats ** 0.5 if repeats > 1 else math.nan
+
+    def __init__(self, config, B, device, dtype=torch.float32):
+        c, how = config, {'device': device, 'dtype': dtype}
+        self.kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, c.block_size, c.n_embd // c.n_head,
+                              **how)
+        self.n_conv, self.length = c.n_conv, 0
+        if c.n_conv:
+            self.inputs = torch.zeros(c.n_layer, B, c.n_conv + c.block_size, c.n_embd, **how)
+
+    def extend(self, layer, k, v):
+        """Appends k, v (B, Hkv, T, D) of `layer`; returns all its keys and values."""
+        held = self.kv[layer, :, :, :, :self.length + k.size(2)]  # (2, B, Hkv, S, D)
+        held[:, :, :, self.length:] = torch.stack([k, v])
+        return held
+
+    def neighbours(self, layer, x, n):
+        """Appends x (B, T, C), the inputs of `layer`; returns the n inputs before, (B, n, C)."""
+        begin = self.n_conv + self.length
+        self.inputs[layer, :, begin:begin + x.size(1)] = x
+        return self.inputs[layer, :, begin - n:begin]
 
 
-# ------------------------------------------------------------------------- the length of an answer
+class LocalMixing(nn.Module):
+    """A depthwise convolution over neighbours, added to the residual stream; zero at init.
+
+        y[i] = x[i] + sum over k of  w[k] * x[i + k - past],   past = K - 1 if causal else K // 2
+
+    Attention has to learn which positions are neighbours, and in masked diffusion it learns that
+    late, because most neighbours are masked. The convolution knows them from the start
+    [Primer 2109.08668; Canon layers, Allen-Zhu 2025].
+    """
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.layer, self.past = layer, c.n_conv - 1 if c.causal else c.n_conv // 2
+        self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
+
+    def forward(self, x, cache, mask):
+        """x (B, T, C). With a mask, that of block_mask, x is [xt ; x0]: two tokens stand at every
+        position, and neighbour k is the one of them that the mask lets a token attend to."""
+        (B, T, C), K = x.shape, len(self.weight)
+        if mask is not None:
+            position = torch.arange(T // 2, device=x.device).repeat(2)
+            offset = position - position[:, None]  # (T, T); here T counts both halves
+            found = [mask & (offset == k - self.past) for k in range(K)]  # at most one in each row
+            shifted = [x[:, here.int().argmax(1)].where(here.any(1)[:, None], 0) for here in found]
+        else:
+            before = x.new_zeros(B, self.past, C) if cache is None else \
+                cache.neighbours(self.layer, x, self.past)
+            h = torch.cat([before, x, x.new_zeros(B, K - 1 - self.past, C)], dim=1)
+            shifted = [h[:, k:k + T] for k in range(K)]
+        return x + sum(w * h for w, h in zip(self.weight, shifted))  # K x (B, T, C)
+
+
+def block_mask(T, block_length, device):
+    """(2T, 2T) bool, True where a token of [xt ; x0] may attend to another [BD3-LM].
+
+    xt sees its own block and the clean blocks before it; x0 its own block and those before it.
+    """
+    block = torch.arange(T, device=device) // block_length
+    own, before = block[:, None] == block, block[:, None] > block  # 2 x (T, T)
+    return torch.cat([torch.cat([own, before], dim=1),
+                      torch.cat([torch.zeros_like(own), own | before], dim=1)])
 
 
 class LengthHead(nn.Module):
@@ -949,9 +955,9 @@ class LengthHead(nn.Module):
             self.encoder = Transformer(ModelConfig(c.vocab_size, c.block_size, n_layer=2, n_head=4,
                                                    n_embd=128, tied=True))
             C = 128
-        self.mlp = nn.Sequential(nn.Linear(2 * C if self.kind == 'regress_concat' else C, C),
-                                 nn.ReLU(), nn.Linear(C, c.block_size if self.kind ==
-                                                      'encoder_classify' else 1))
+        n_in = 2 * C if self.kind == 'regress_concat' else C
+        n_out = c.block_size if self.kind == 'encoder_classify' else 1
+        self.mlp = nn.Sequential(nn.Linear(n_in, C), nn.ReLU(), nn.Linear(C, n_out))
 
     def forward(self, model, x):
         """x (B, P + W): prompts of P tokens, then W masks. classify: logits (B, W) that the answer
@@ -979,10 +985,11 @@ class LengthHead(nn.Module):
         For classifiers; a regressor predicts the length_quantile that it was trained for.
         """
         out = self(model, x)
-        if not self.kind.endswith('classify'):
-            return out
-        return first_to_hold(out.sigmoid() if self.kind == 'classify' else
-                             out.softmax(1).cumsum(1), quantile)
+        if self.kind == 'classify':
+            return first_to_hold(out.sigmoid(), quantile)
+        if self.kind == 'encoder_classify':
+            return first_to_hold(out.softmax(1).cumsum(1), quantile)
+        return out
 
 
 def first_to_hold(cumulative, p):
@@ -1031,13 +1038,12 @@ class LengthLoss:
 
 def pick_device(device, cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available):
     """'cuda', 'mps' or 'cpu': `device` itself, or for 'auto' the first that is available."""
+    there = [kind for kind, found in (('cuda', cuda()), ('mps', mps()), ('cpu', True)) if found]
     if device == 'auto':
-        return 'cuda' if cuda() else 'mps' if mps() else 'cpu'
-    there = {'cpu': True, 'cuda': cuda(), 'mps': mps()}
-    kind = device.partition(':')[0]  # cuda:1 is a cuda
-    if not there.get(kind, False):
+        return there[0]
+    if device.partition(':')[0] not in there:  # cuda:1 is a cuda
         raise UserError(f'device is {device!r}, but there is only '
-                        f'{", ".join(name for name in there if there[name])} (or auto)')
+                        f'{", ".join(sorted(there))} (or auto)')
     return device
 
 
@@ -1050,10 +1056,9 @@ def pick_dtype(dtype, device, features=getattr(torch.cpu, 'get_capabilities', di
     one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
     if dtype != 'auto':
         return dtype
-    if device == 'cpu':
-        return 'bfloat16' if {'avx512_bf16', 'amx_bf16'} & {k for k, v in features().items() if v} \
-            else 'float32'
-    return 'bfloat16' if device.startswith('cuda') else 'float32'
+    fast = device.startswith('cuda') or device == 'cpu' and (
+        features().get('avx512_bf16') or features().get('amx_bf16'))
+    return 'bfloat16' if fast else 'float32'
 
 
 def peak_memory(device):

@@ -197,14 +197,14 @@ def test_local_mixing_is_torchs_depthwise_convolution(causal, K):
     conv.weight.data = mixing.weight.data.T[:, None]
     past = K - 1 if causal else K // 2
     expected = x + conv(F.pad(x.mT, (past, K - 1 - past))).mT
-    torch.testing.assert_close(mixing(x, None, 0), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixing(x, None, None), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_local_mixing_starts_as_the_identity_and_then_matters():
     plain, mixed = (Transformer(ModelConfig(12, 16, n_embd=32, n_conv=K)) for K in (0, 5))
     mixed.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(2, 8, 32)
-    assert all(torch.equal(block.mixing(x, None, 0), x) for block in mixed.blocks)
+    assert all(torch.equal(block.mixing(x, None, None), x) for block in mixed.blocks)
     assert mixed.count_parameters() - plain.count_parameters() == 4 * 5 * 32
     assert not torch.equal(tiny(n_conv=5, std=0.2)(tokens(2, 8)), tiny(std=0.2)(tokens(2, 8)))
 
@@ -248,7 +248,7 @@ def test_adaln_scales_shifts_and_gates_each_sublayer_by_its_own():
     scale1, shift1, gate1, scale2, shift2, gate2 = block.modulate(time).view(2, 1, 6, 32).unbind(2)
     y = x + (1 + gate1) * block.attn((1 + scale1) * block.norm1(x) + shift1, None, None, None)
     y = y + (1 + gate2) * block.mlp((1 + scale2) * block.norm2(y) + shift2)
-    torch.testing.assert_close(block(x, None, None, None, 0, time), y)
+    torch.testing.assert_close(block(x, None, None, None, time), y)
 
 
 @pytest.mark.parametrize('tied', [True, False])
