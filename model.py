@@ -7,7 +7,7 @@
     Autoregression  the next token is predicted: the nll itself
     evaluate        the mean of an objective over a split
 
-A first reading ends at evaluate, after half an hour. What follows is for later:
+A first reading ends at evaluate. What follows is for later:
 
     D3PM, Uniform, BlockDiffusion     objectives that corrupt text, or score a token, in other ways
     KVCache, LocalMixing, LengthHead  options of the transformer: decoding that recomputes nothing,
@@ -136,8 +136,9 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache, mask):
         B, T, C = x.shape
         c, D = self.c, C // self.c.n_head
-        q, k, v = (linear(x).view(B, T, -1, D).transpose(1, 2)  # (B, H, T, D), 2 x (B, Hkv, T, D)
-                   for linear in (self.q, self.k, self.v))
+        q = self.q(x).view(B, T, c.n_head, D).transpose(1, 2)     # (B, H, T, D)
+        k = self.k(x).view(B, T, c.n_kv_head, D).transpose(1, 2)  # (B, Hkv, T, D)
+        v = self.v(x).view(B, T, c.n_kv_head, D).transpose(1, 2)  # (B, Hkv, T, D)
         if c.qk_norm:
             q, k = F.rms_norm(q, (D,)), F.rms_norm(k, (D,))
         if rope is not None:
