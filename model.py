@@ -29,6 +29,7 @@ Letters here, and in the papers:
     level     what the network reads of t: noise_fraction, (B, 1)
     is_mask   (B, T) bool, True where xt is mask_id
     given     (B, T) bool, True in a prompt: never corrupted, never scored
+    L, l      tokens of a row that are not given, and those of them that are masked
 
 Losses are in nats (natural logarithms), summed over tokens unless a line says per token.
 
@@ -80,7 +81,7 @@ class ModelConfig:
     tied: bool = False        # the head shares the embedding's matrix
     time_cond: bool = False   # adaLN on the noise level, which the number of masks shows already
     dropout: float = 0.0
-    subs: bool = True         # the mask is never predicted; False: it may be (D3PM)
+    subs: bool = True         # MDLM's SUBS: the mask is never predicted; False: it may be (D3PM)
     block_length: int = 0     # tokens per block of block diffusion; 0 = none
     length_head: str = ''     # how the length of an answer is predicted, see LengthHead; '' = none
 
@@ -505,9 +506,11 @@ class MaskedDiffusion(Objective):
             = E over t, xt of  1/L * sum over i of  is_mask[i] * w(t) * -log p(x0[i] | xt)
             = E over l, xt of  1/l * sum over i of  is_mask[i] * -log p(x0[i] | xt)
 
-    Training samples t, uniform in (0, 1], one for each row, and masks each token with probability
-    1 - alpha_t. Evaluation samples l, uniform in 1..L, and masks l of the L tokens that are not
-    given: the same bound with less variance, and with none for uniform logits.
+    The network predicts every masked token at its own position: nothing is shifted. Training
+    samples one t for each row, uniform in mask_range (in (0, 1] for the bound), and masks each
+    token with probability 1 - alpha_t. Evaluation samples l, uniform in 1..L, and masks l tokens:
+    the same bound, integrated over the t that leave l masks. Its variance is less, and zero for
+    uniform logits.
     """
     any_order = True
     token_weight = None  # (V,) weight of each kind of token in the loss; train.py sets it for rows

@@ -154,16 +154,10 @@ def sample_categorical(p, rng):
 
 
 def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
-    """(token, probability), (M,) each: a sample of each row of logits (M, V), and its probability.
-
-    The arguments are those of probabilities(). The probability is the model's own, with neither
-    temperature nor filters: confidence does not depend on how we sample.
-    """
-    on_rng = logits.to(rng.device)  # mps has no float64: its rng is on the CPU
-    p = probabilities(on_rng, x, where, temperature=temperature, **sampling)  # (M, V)
+    """One token (M,) for each row of logits (M, V); the arguments are those of probabilities()."""
+    p = probabilities(logits.to(rng.device), x, where, temperature=temperature, **sampling)
     token = p.argmax(-1) if temperature == 0 else sample_categorical(p, rng)  # (M,)
-    probability = on_rng.double().softmax(-1).gather(-1, token[:, None])[:, 0]
-    return token.to(logits.device), probability
+    return token.to(logits.device)
 
 
 # --------------------------------------------------------------------------- what decoders share
@@ -197,17 +191,18 @@ def reverse_steps(model, x, to_generate, steps, schedule):
     return [(a, b, here * (1 - a) + elsewhere) for a, b in zip(alpha, alpha[1:])]
 
 
-def confidence(order, logits, probability, rng):
+def confidence(order, logits, token, rng):
     """The confidence in each of M predictions, (M,) in [0, 1], float64; logits (M, V).
 
     By `order` it is the probability of the sampled token (max_prob), the probability of the best
     token less that of the second (margin), 1 / perplexity = exp(-entropy) (entropy), or random.
+    Probabilities are the model's own, with neither temperature nor filters.
     """
-    if order == 'max_prob':
-        return probability
     if order == 'random':
-        return torch.rand(probability.shape, generator=rng, device=rng.device).double()
-    p = logits.to(rng.device).double().softmax(-1)
+        return torch.rand(token.shape, generator=rng, device=rng.device).double()
+    p = logits.to(rng.device).double().softmax(-1)  # mps has no float64: its rng is on the CPU
+    if order == 'max_prob':
+        return p.gather(-1, token.to(rng.device)[:, None])[:, 0]
     if order == 'margin':
         best, second = p.topk(2, dim=-1).values.unbind(-1)
         return best - second
@@ -224,8 +219,8 @@ def propose(model, x, is_mask, order, rng, sampling):
     level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), in place of 1 - alpha_t
     logits = model(x, level, where=is_mask)  # (M, V)
     logits[:, -1] = -torch.inf  # with subs it is already; d3pm may predict the mask
-    token, probability = sample_token(logits, x, is_mask, rng, **sampling)
-    score = confidence(order, logits, probability, rng).logit().float().to(x.device)  # (M,)
+    token = sample_token(logits, x, is_mask, rng, **sampling)  # (M,)
+    score = confidence(order, logits, token, rng).logit().float().to(x.device)  # (M,)
     scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
     return x.masked_scatter(is_mask, token), scores, logits
 
@@ -286,7 +281,7 @@ def decode_ar(model, x, to_generate, rng, **sampling):
         last = torch.zeros_like(unread, dtype=torch.bool)
         last[:, -1] = True  # the logits of token i are those behind token i - 1
         logits = model(unread, cache=cache, where=last)  # (B, V)
-        token, _ = sample_token(logits, x[:, :i], last[:, -1:], rng, **sampling)  # (B,)
+        token = sample_token(logits, x[:, :i], last[:, -1:], rng, **sampling)  # (B,)
         where = torch.zeros_like(to_generate)
         where[:, i] = to_generate[:, i]
         x[where] = token[where[:, i]]
@@ -315,7 +310,7 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
         logits = model(x, level, where=reveal)  # (M, V), M to reveal
         p = logits.float().softmax(-1)[:, -1]  # (M,), of the mask: 0 with subs
         logits[:, -1] = -torch.inf
-        token, _ = sample_token(logits, x, reveal, rng, **sampling)  # (M,)
+        token = sample_token(logits, x, reveal, rng, **sampling)  # (M,)
         if not model.config.subs and alpha_s < 1:
             fewer = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
             token[u[reveal] >= fewer] = model.mask_id
@@ -346,7 +341,7 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         if reveal.any():  # always before a token is masked again, so that there are logits
             logits = model(x, level, where=reveal)  # (M, V), M to reveal
             logits[:, -1] = -torch.inf
-            x[reveal], _ = sample_token(logits, x, reveal, rng, **sampling)
+            x[reveal] = sample_token(logits, x, reveal, rng, **sampling)
         x[remask] = model.mask_id
         yield reveal, logits if reveal.any() else logits[:0]
 

@@ -138,11 +138,12 @@ def tally(x):
 
 
 def draw(logits, seen=None, *, generator, **sampling):
-    """sample_token, for rows of text that hold the tokens `seen` (M, V) bool and masks."""
+    """A token and the model's probability of it; rows hold the tokens `seen` (M, V) and masks."""
     M, V = logits.shape
     x = torch.full((M, V), V - 1) if seen is None else torch.where(seen, torch.arange(V), V - 1)
     where = torch.arange(V).expand(M, V) == 0
-    return sample.sample_token(logits, x, where, generator, **sampling)
+    token = sample.sample_token(logits, x, where, generator, **sampling)
+    return token, sample.confidence('max_prob', logits, token, generator)
 
 
 
@@ -1229,7 +1230,7 @@ def leftmost(model, x, to_generate, rng, *, order, **sampling):
     while (is_mask := to_generate & (x == model.mask_id)).any():
         first = is_mask & (is_mask.cumsum(1) == 1)
         logits = model(x, is_mask.float().mean(1, keepdim=True), where=first)
-        x[first], _ = sample.sample_token(logits, x, first, rng, **sampling)
+        x[first] = sample.sample_token(logits, x, first, rng, **sampling)
         yield first, logits
 
 
