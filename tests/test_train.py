@@ -392,13 +392,15 @@ def test_trackers_get_the_losses_or_one_line_says_what_to_install(verse, monkeyp
     ('auto', 'cuda', 'rows', 0.0, 1e6, False, 'many widths'),
     ('auto', 'cuda', 'stream', 0.5, 1e6, False, 'many widths'),
     ('auto', 'mps', 'stream', 0.0, 1e6, False, 'no compiler'),
-    ('auto', 'cuda', 'stream', 0.0, 239, False, 'a quarter of 239 s'),
-    ('auto', 'cpu', 'stream', 0.0, 241, True, 'a quarter of 241 s')])
+    ('auto', 'cuda', 'stream', 0.0, 297, False, 'saves about 99 s'),
+    ('auto', 'cpu', 'stream', 0.0, 303, True, 'saves about 101 s')])
 def test_compiling_is_decided_by_what_it_saves(asked, device, layout, random_length, seconds, on,
                                                why):
     data = types.SimpleNamespace(meta={'layout': layout}, random_length=random_length)
-    decided, reason = script.compile_or_not(asked, device, data, seconds)
+    decided, reason = script.compile_or_not(asked, device, 'bfloat16', data, seconds)
     assert decided == on and why in reason
+    on, why = script.compile_or_not('auto', 'cpu', 'float32', data, 900)
+    assert not on
 
 
 def test_training_goes_on_without_a_compiler_that_fails(verse, monkeypatch):
