@@ -370,7 +370,8 @@ def noise_fraction(p_noise, given):
 
         p_noise * mean over i of ~given[i],   p_noise (B, 1) = P(a token that is not given is noise)
 
-    The network reads this and not t, because a decoder can count it: it is the fraction of masks.
+    The network reads this and not t, because a decoder can count it: on average it is the fraction
+    of masks.
     """
     return p_noise * (~given).float().mean(1, keepdim=True)
 

@@ -54,7 +54,7 @@ out_dir = 'out/shakespeare_mdm'  # the run's folder; a config file sets out/<its
 resume = False              # continue the run in out_dir, with the settings that it has
 overwrite = False           # delete the run in out_dir and begin anew
 init_from = ''              # begin with the weights of this run, of the same shape and vocabulary:
-                            # a short ar run saves masked diffusion a slow start, see README
+                            # a short ar run saves masked diffusion a slow start, see RESULTS
 seed = 1337
 device = 'auto'             # cuda, mps, cpu; auto takes the first available
 dtype = 'auto'              # float32, bfloat16 (autocast); auto is bfloat16 where that is fast
@@ -83,7 +83,7 @@ n_embd = 192
 pos = 'rope'                # rope, learned
 norm = 'rmsnorm'            # rmsnorm, layernorm
 mlp = 'relu2'               # relu2, swiglu, gelu
-n_conv = 0                  # local mixing over so many neighbours in every block; 0 = none
+n_conv = 0                  # local mixing over so many neighbours in every layer; 0 = none
 n_hidden = 0                # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
 qk_norm = True
 bias = False
