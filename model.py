@@ -234,7 +234,7 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def forward(self, x, level=None, *, where=None, hidden=False, cache=None, clean=None,
-                block_length=0, mixture=None):
+                block_length=0):
         """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
         x (B, T) int64: tokens, mask_id among them.
@@ -243,8 +243,6 @@ class Transformer(nn.Module):
         cache: a KVCache with the tokens before x, for decoding; those of x are appended to it.
         clean (B, T), block_length: read [x ; clean] as block_mask says, for BlockDiffusion; level
         may then be (B, T).
-        mixture: (ids, weights), each (B, T, J), for Uniform: the input is the sum over j of
-        weights[j] * embed(ids[j]) instead of embed(x).
         """
         B, T = x.shape
         start = cache.length if cache is not None else 0
@@ -257,10 +255,7 @@ class Transformer(nn.Module):
             level = None if level is None else torch.cat(
                 [level.expand(B, T), torch.zeros_like(clean)], dim=1)
             x = torch.cat([x, clean], dim=1)
-        if mixture is None:
-            h = self.embed(x)  # (B, T, C)
-        else:
-            h = (self.embed(mixture[0]) * mixture[1][..., None]).sum(2)  # (B, T, C)
+        h = self.embed(x)  # (B, T, C)
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
         h = self.drop(h)
@@ -422,9 +417,9 @@ class Noised(NamedTuple):
     scored: torch.Tensor  # (B, T) bool, the M positions that have a loss
     weight: torch.Tensor  # (B, T) or (B, 1), of the losses
     level: torch.Tensor   # (B, 1), or (B, T) in blocks: noise_fraction, for time_cond
-    inputs: dict = {}     # what else the network reads: keywords of Transformer.forward
     token_loss: Callable = cross_entropy  # (logits (M, V), x0 (M,), *extra (M,)) -> (M,)
     extra: tuple = ()     # what else token_loss reads: tensors (B, T) or (B, 1)
+    inputs: dict = {}     # what else the network reads, in blocks: keywords of Transformer.forward
 
 
 @dataclass
@@ -434,9 +429,9 @@ class Objective:
         loss    what training minimises; loss_weight and mask_range shape it
         bound   what evaluation reports: over all levels, and with less variance
 
-    A subclass defines corrupt(model, x0, given, rng, progress) -> Noised, what training samples,
-    and corrupt_evenly(model, x0, given, rng) -> Noised, what evaluation samples. train.py,
-    sample.py and eval.py read the attributes below and never compare names.
+    A subclass defines corrupt(model, x0, given, rng) -> Noised, what training samples, and
+    corrupt_evenly(model, x0, given, rng) -> Noised, what evaluation samples. train.py, sample.py
+    and eval.py read the attributes below and never compare names.
     """
     # annotated: settings
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
@@ -460,17 +455,17 @@ class Objective:
                 and 0 <= self.mask_range[0] <= self.mask_range[1] <= 1,
                 '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0')
 
-    def loss(self, model, x0, rng, given=None, progress=0.0):
+    def loss(self, model, x0, rng, given=None):
         """(sum of weighted losses in nats, number of tokens); train.py divides the sum over
         all micro-batches of the one by that of the other, so that every token counts the same.
 
-        x0 (B, T) int64, clean tokens; rng: a torch.Generator; progress: the fraction of training
-        that is done. With loss_weight='elbo' and the whole mask_range the quotient is, in
-        expectation, an upper bound on the nll per token. The other weights have the same optimum
-        (every level's conditionals), but weight the levels differently.
+        x0 (B, T) int64, clean tokens; rng: a torch.Generator. With loss_weight='elbo' and the whole
+        mask_range the quotient is, in expectation, an upper bound on the nll per token. The other
+        weights have the same optimum (every level's conditionals), but weight the levels
+        differently.
         """
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
-        noised = self.corrupt(model, x0, given, rng, progress)
+        noised = self.corrupt(model, x0, given, rng)
         nats = self.weighted_losses(model, x0, noised).sum()
         return nats, noised.scored.sum() if self.loss_weight == 'masked_mean' else (~given).sum()
 
@@ -482,7 +477,7 @@ class Objective:
 
     def weighted_losses(self, model, x0, noised):
         """Weighted losses (M,) of predicting x0 from one sample of its corruption."""
-        xt, scored, weight, level, inputs, token_loss, extra = noised
+        xt, scored, weight, level, token_loss, extra, inputs = noised
         h = model(xt, level, where=scored, hidden=True, **inputs)  # (M, C)
         rows = [row.expand_as(x0)[scored] for row in (x0, *extra)]  # (M,) each
         return weight.expand_as(x0)[scored] * in_slices(token_loss, model, h, *rows)
@@ -516,7 +511,7 @@ class MaskedDiffusion(Objective):
     any_order = True
     token_weight = None  # (V,) weight of each kind of token in the loss; train.py sets it for rows
 
-    def corrupt(self, model, x0, given, rng, progress=0.0):
+    def corrupt(self, model, x0, given, rng):
         t = self.draw_levels(len(x0), rng, x0.device)[:, None]  # (B, 1)
         alpha, w = noise(t, self.schedule)  # linear: 1 - t and 1 / t
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
@@ -544,7 +539,7 @@ class Autoregression(Objective):
     exact, causal, masks = True, True, False
     decoders, measured = ('ar',), 'nll'
 
-    def loss(self, model, x0, rng=None, given=None, progress=0.0):
+    def loss(self, model, x0, rng=None, given=None):
         return self.token_nll(model, x0, given).sum(), \
             torch.ones_like(x0).sum() if given is None else (~given).sum()
 
@@ -590,10 +585,6 @@ def evaluate(model, objective, batches, seed=0, repeats=1):
 
 # --------------------------------------------------------------------------- further objectives
 
-DIVERGENCES = ('elbo', 'symmetric_kl', 'scaled_kl')
-SOFT_RANGE = (0.25, 0.5)  # of lam, the weight of the Gaussian noise in soft_tokens
-SMOOTHING = 1e-3  # label smoothing, so that a divergence from a one-hot target is finite
-
 
 def with_one(chosen, given, rng):
     """chosen (B, T) bool and one token more in each row, uniform over the L that are not given.
@@ -632,7 +623,7 @@ class D3PM(Objective):
         c = F.pad(m.diff() / m[1:], (1, 0))
         return m.float().to(device), c.float().to(device)
 
-    def corrupt(self, model, x0, given, rng, progress=0.0):
+    def corrupt(self, model, x0, given, rng):
         t = self.draw_levels(len(x0), rng, x0.device)[:, None]  # (B, 1)
         step = (t * self.diffusion_steps).ceil().long()  # (B, 1), 1..N
         m, c = self.grid(x0.device)
@@ -652,7 +643,7 @@ class D3PM(Objective):
     def noised(self, model, x0, given, is_mask, weight, m_t, m_s, c):
         """m_t, m_s = 1 - alpha and c, (B, 1): those of the step from t to s."""
         xt = torch.where(is_mask, model.mask_id, x0)
-        return Noised(xt, is_mask, weight, noise_fraction(m_t, given), {}, d3pm_token_loss,
+        return Noised(xt, is_mask, weight, noise_fraction(m_t, given), d3pm_token_loss,
                       (m_t, m_s, c))
 
 
@@ -681,54 +672,16 @@ class Uniform(Objective):
     A token that is not kept becomes any of the V' real ones, perhaps itself. The network cannot
     know which tokens are noise, so all are scored, and any of them may still change in decoding.
     The best prediction is p(x0[i] | xt without its i-th token).
-
-    Two options are for training only; evaluation reports the nelbo above whatever they are.
-    soft_inputs: the network reads soft_tokens, mixtures of embeddings, and xt is their argmax. The
-    weight lam of their Gaussian noise is uniform in SOFT_RANGE and replaces the schedule. Their
-    temperature tau falls from 1e-3 to 1e-8 [after Duo; the linear mixture, its range and the
-    annealing are those of a small recipe, not Duo's].
-    divergence: what a token costs. 'elbo': as above. symmetric_kl: that, with weight 1 instead of
-    loss_weight. scaled_kl: symmetric_kl with weight lam / (V' (1 - lam) + lam), where lam is
-    1 - alpha without soft inputs.
     """
-    divergence: str = 'elbo'
-    soft_inputs: bool = False
-
     masks = False
     decoders = ('uniform',)
 
-    def __post_init__(self):
-        super().__post_init__()
-        one_of('divergence', self.divergence, DIVERGENCES)
-
-    def corrupt(self, model, x0, given, rng, progress=0.0):
+    def corrupt(self, model, x0, given, rng):
         t = self.draw_levels(len(x0), rng, x0.device)[:, None]  # (B, 1)
-        if self.soft_inputs:
-            return self.corrupt_softly(model, x0, given, rng, t, tau=1e-3 * 1e-5 ** progress)
         alpha, w = noise(t, self.schedule)
         is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
-        xt = torch.where(is_noise, random_tokens(model, x0, rng), x0)
-        return self.noised(model, given, xt, {}, alpha, w, lam=1 - alpha)
-
-    def corrupt_softly(self, model, x0, given, rng, t, tau):
-        low, high = SOFT_RANGE
-        lam = low + (high - low) * t
-        alpha, slope = soft_noise(lam, model.mask_id)
-        ids, weights = soft_tokens(x0, lam, tau, model.mask_id, rng)  # 2 x (B, T, 3)
-        weights[given] = torch.tensor([1.0, 0.0, 0.0], device=x0.device)
-        xt = ids.gather(2, weights.argmax(2, keepdim=True))[..., 0]
-        w = slope * (high - low) / (1 - alpha)
-        return self.noised(model, given, xt, {'mixture': (ids, weights)}, alpha, w, lam)
-
-    def noised(self, model, given, xt, inputs, alpha, w, lam):
-        """How training scores xt: as `divergence` says."""
-        level = noise_fraction(1 - alpha, given)
-        if self.divergence == 'elbo':
-            weight = self.training_weight(w) * (1 - alpha)  # (B, 1)
-            return Noised(xt, ~given, weight, level, inputs, uniform_token_loss, (xt, alpha))
-        scale = lam / (model.mask_id * (1 - lam) + lam)  # (B, 1)
-        weight = scale if self.divergence == 'scaled_kl' else torch.ones_like(lam)
-        return Noised(xt, ~given, weight, level, inputs, symmetric_kl)
+        weight = self.training_weight(w) * (1 - alpha)  # (B, 1)
+        return self.noised(model, x0, given, is_noise, weight, alpha, rng)
 
     def corrupt_evenly(self, model, x0, given, rng):
         """Half of the rows sample their noise independently, half then add a token by with_one.
@@ -743,14 +696,13 @@ class Uniform(Objective):
         is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) < t) & ~given
         is_noise = torch.where(u < 1, is_noise, with_one(is_noise, given, rng))
         weight = 2 / (1 + is_noise.sum(1, keepdim=True) / (L * t))  # (B, 1)
-        xt = torch.where(is_noise, random_tokens(model, x0, rng), x0)
-        level = noise_fraction(t, given)
-        return Noised(xt, ~given, weight, level, {}, uniform_token_loss, (xt, 1 - t))
+        return self.noised(model, x0, given, is_noise, weight, 1 - t, rng)
 
-
-def random_tokens(model, x0, rng):
-    """Uniformly random real tokens, (B, T)."""
-    return torch.randint(model.mask_id, x0.shape, generator=rng, device=x0.device)
+    def noised(self, model, x0, given, is_noise, weight, alpha, rng):
+        random = torch.randint(model.mask_id, x0.shape, generator=rng, device=x0.device)  # (B, T)
+        xt = torch.where(is_noise, random, x0)
+        return Noised(xt, ~given, weight, noise_fraction(1 - alpha, given), uniform_token_loss,
+                      (xt, alpha))
 
 
 def uniform_token_loss(logits, x0, xt, alpha):
@@ -771,51 +723,6 @@ def uniform_token_loss(logits, x0, xt, alpha):
     return (r * (y - 1 - y.log())).sum(1) / a[:, 0]
 
 
-def symmetric_kl(logits, x0):
-    """KL(p || q) + KL(q || p), (M,): p is the prediction, q onehot(x0) with label smoothing."""
-    logp = logits[:, :-1].log_softmax(-1)  # (M, V')
-    q = (1 - SMOOTHING) * F.one_hot(x0, logp.size(1)) + SMOOTHING / logp.size(1)
-    return ((q - logp.exp()) * (q.log() - logp)).sum(1)
-
-
-def soft_noise(lam, n_real):
-    """alpha, the level of noise of the argmax of soft_tokens, and -d alpha / d lam; 2 x (B, 1).
-
-        P(x0 is the argmax) = E over g ~ N(0, 1) of  Phi(g + (1 - lam) / lam)^(V' - 1)
-        alpha = (V' P - 1) / (V' - 1)
-
-    [Duo's formula, for this mixture.] All other tokens are equally likely, so the argmax is
-    distributed as uniform noise with this alpha.
-    """
-    lam64 = lam.cpu().double()  # MPS has no float64
-    g, dg = torch.linspace(-9, 9, 1001, dtype=torch.float64), 18 / 1000  # grid of the integral
-    normal = torch.distributions.Normal(0.0, 1.0)
-    p, shifted = normal.log_prob(g).exp() * dg, g + (1 - lam64) / lam64  # (1001,), (B, 1001)
-    kept = (p * normal.cdf(shifted) ** (n_real - 1)).sum(1, keepdim=True)
-    density = p * normal.cdf(shifted) ** (n_real - 2) * normal.log_prob(shifted).exp()
-    alpha, slope = (n_real * kept - 1) / (n_real - 1), n_real * density.sum(1, keepdim=True)
-    return alpha.to(lam), (slope / lam64 ** 2).to(lam)
-
-
-def soft_tokens(x0, lam, tau, n_real, rng):
-    """softmax(((1 - lam) * onehot(x0) + lam * gauss) / tau) as its 3 largest: ids and weights,
-    2 x (B, T, 3). tau is so small that others have no weight.
-
-    Beside x0 these are the two of the n = V' - 1 other tokens with the largest noise: the largest
-    of n Gaussians is Phi^-1(u^(1/n)), the second Phi^-1(u^(1/n) * v^(1/(n - 1))), u and v uniform.
-    So the work does not depend on V'. For V' = 2 there is no second: it is -inf and has no weight.
-    """
-    how, n = {'generator': rng, 'device': x0.device}, n_real - 1
-    log_u, log_v = torch.rand(2, *x0.shape, **how).log()
-    first = -torch.special.ndtri(-torch.expm1(log_u / n))  # (B, T)
-    second = -torch.special.ndtri(-torch.expm1(log_u / n + log_v / (n - 1)))
-    one = 1 + torch.randint(n, x0.shape, **how)  # distance of the first id from x0, modulo V'
-    two = 1 + (one + torch.randint(max(1, n - 1), x0.shape, **how)) % n  # any other distance
-    ids = (x0[..., None] + torch.stack([torch.zeros_like(x0), one, two], dim=2)) % n_real
-    own = (1 - lam) / lam + torch.randn(x0.shape, **how)
-    return ids, (torch.stack([own, first, second], dim=2) * lam[..., None] / tau).softmax(2)
-
-
 @dataclass
 class BlockDiffusion(Objective):
     """Blocks from left to right, masked diffusion inside each [BD3-LM].
@@ -828,7 +735,7 @@ class BlockDiffusion(Objective):
     """
     block_length: int = 16
 
-    def corrupt(self, model, x0, given, rng, progress=0.0):
+    def corrupt(self, model, x0, given, rng):
         (B, T), n = x0.shape, math.ceil(x0.size(1) / self.block_length)
         t = self.draw_levels(B * n, rng, x0.device).view(B, n)
         t = t.repeat_interleave(self.block_length, dim=1)[:, :T]  # (B, T)
@@ -848,7 +755,7 @@ class BlockDiffusion(Objective):
         xt, n = torch.where(is_mask, model.mask_id, x0), self.block_length
         level = torch.cat([noise_fraction(*of_block) for of_block
                            in zip(p_noise.split(n, dim=1), given.split(n, dim=1))], dim=1)  # (B, T)
-        return Noised(xt, is_mask, weight, level, {'clean': x0, 'block_length': n})
+        return Noised(xt, is_mask, weight, level, inputs={'clean': x0, 'block_length': n})
 
 
 OBJECTIVES = {'ar': Autoregression, 'mdm': MaskedDiffusion, 'd3pm': D3PM, 'uniform': Uniform,
@@ -1021,7 +928,7 @@ class LengthLoss:
 
     exact, measured = True, 'loss of the length'
 
-    def loss(self, model, x0, rng, given, progress=0.0):
+    def loss(self, model, x0, rng, given):
         return self.bound(model, x0, rng, given).sum(), (~given).sum()
 
     def bound(self, model, x0, rng, given):

@@ -100,8 +100,6 @@ mask_range = (0.15, 0.99)   # levels t that are trained; below, a row has few ma
 diffusion_steps = 1000      # d3pm: N, from all masks to none
 subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
 block_length = 16           # block: tokens per block
-soft_inputs = False         # uniform: train on mixtures of tokens, ever closer to a single one
-divergence = 'elbo'         # uniform: elbo, symmetric_kl, scaled_kl; for training alone
 # length prediction: train a head that predicts the length of an answer on the frozen run init_from
 length_head = ''            # regress_mean, regress_concat, classify, encoder_regress,
                             # encoder_classify; see LengthHead in model.py
@@ -210,7 +208,6 @@ def check_settings(s):
             ('score_prompt', not s.score_prompt or objective.causal,
              'False: it is for objective=ar alone'),
             ('subs', s.subs or s.objective == 'd3pm', 'True (d3pm alone may use the mask)'),
-            ('soft_inputs', not s.soft_inputs or s.objective == 'uniform', 'False but for uniform'),
             ('token_weights', len(s.token_weights) == 3 and (set(s.token_weights) == {1.0} or (
                 hasattr(objective, 'token_weight') and not s.length_head)),
              'three numbers of 0 or more (1, 1, 1 but for mdm without a length_head)'),
@@ -562,7 +559,7 @@ def update(run, s, factor):
         x0, given = on_device(run.data.batch(run.iteration, part, run.parts), run.device)
         run.tokens += x0.numel() * run.world  # the others' batches are about as wide
         with run.autocast():
-            nats, count = run.objective.loss(run.model, x0, rng, given, run.iteration / s.max_iters)
+            nats, count = run.objective.loss(run.model, x0, rng, given)
         nats.backward()  # of a sum, not a mean: see below
         sums[:2] += torch.stack([nats.detach(), count])
     learned = [p for p in run.model.parameters() if p.grad is not None]
@@ -673,6 +670,9 @@ def main():
     checkpoint = load_checkpoint(out_dir) if resume else None
     if resume:  # the settings of the run, changed by those on this command line
         before = checkpoint['config']
+        if before.get('soft_inputs') or before.get('divergence', 'elbo') != 'elbo':
+            raise UserError(f'{out_dir} was trained with soft_inputs or divergence, which train.py '
+                            'has no more: sample from it as it is, or train anew with --overwrite')
         # in older runs, each tracker is a setting of its own, and compile a bool
         before.setdefault('track', ','.join(filter(before.get, ('tensorboard', 'wandb'))))
         globals().update({name: config.convert(name, before[name], value, from_text=False)

@@ -20,7 +20,7 @@ from config import UserError
 from model import LENGTH_HEADS, OBJECTIVES, SCHEDULES, Autoregression, BlockDiffusion, KVCache, \
     LengthLoss, ModelConfig, Noised, Objective, Transformer, Uniform, evaluate, first_to_hold, \
     load_checkpoint, load_model, make_objective, noise, noise_fraction, pick_device, pick_dtype, \
-    rope_angles, rotate, soft_noise, soft_tokens, symmetric_kl, uniform_token_loss
+    rope_angles, rotate, uniform_token_loss
 from prepare import open_data
 
 GPT2_STYLE = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
@@ -43,10 +43,10 @@ def tokens(B, T, V=12, seed=0):
 
 def loss_with(name):
     """The loss of an objective, the settings of which are keywords."""
-    def loss(model, x0, rng, given=None, progress=0.0, token_weight=None, **settings):
+    def loss(model, x0, rng, given=None, token_weight=None, **settings):
         objective = OBJECTIVES[name](**settings)
         objective.token_weight = token_weight
-        return objective.loss(model, x0, rng, given, progress)
+        return objective.loss(model, x0, rng, given)
     return loss
 
 
@@ -98,7 +98,7 @@ class ContextFree(nn.Module):
         self.asked = []
 
     def forward(self, x, level=None, where=None, cache=None, hidden=False, clean=None,
-                block_length=0, mixture=None):
+                block_length=0):
         self.asked.append((x, level))
         n = x.shape if where is None else (int(where.sum()),)
         h = torch.zeros(*n, 1)
@@ -611,7 +611,7 @@ class LeaveOneOut(ContextFree):
         super().__init__(torch.zeros(joint.shape[0]), joint.ndim)
         self.joint = torch.from_numpy(joint)
 
-    def forward(self, x, t=None, where=None, hidden=False, mixture=None):
+    def forward(self, x, t=None, where=None, hidden=False):
         K, T = self.joint.size(0), self.joint.dim()
         eye = torch.eye(K, dtype=torch.float64)[x]  # (B, T, K)
         likely = (1 - t.double())[..., None] * eye + t.double()[..., None] / K
@@ -682,87 +682,6 @@ def test_uniform_cost_is_precise_in_float32():
             exact = uniform_token_loss(logits.double(), x0, xt, alpha.double())
             found = uniform_token_loss(logits, x0, xt, alpha)
             torch.testing.assert_close(found.double(), exact, atol=2e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize('K', [3, 40])
-def test_soft_tokens_are_the_largest_of_a_noisy_onehot(K):
-    """Against all K Gaussians; at K = 3 three entries are all, so the weights are compared too."""
-    generator, n, lam = torch.Generator().manual_seed(0), 100_000, torch.tensor([[0.25], [0.45]])
-    x0 = torch.full((2, n), 2)
-    tau = 0.05 if K == 3 else 0.01
-    ids, share = soft_tokens(x0, lam, tau, K, generator)
-    assert (ids.sort(2).values.diff(dim=2) > 0).all() and ids.max() < K and (ids[..., 0] == 2).all()
-    logits = lam[..., None] * torch.randn(2, n, K, generator=generator)
-    logits[..., 2] += 1 - lam
-    brute = (logits / tau).softmax(2)
-    kept = (share.argmax(2) == 0).double().mean(1, keepdim=True)
-    alpha, slope = soft_noise(lam, K)
-    assert (kept - ((K - 1) * alpha + 1) / K).abs().max() < 4 * 0.5 / n ** 0.5
-    assert (kept[:, 0] - (brute.argmax(2) == 2).double().mean(1)).abs().max() < 6 * 0.5 / n ** 0.5
-    h = 1e-3
-    ahead, behind = (soft_noise(lam.double() + d, K)[0] for d in (h, -h))
-    torch.testing.assert_close(-slope.double(), (ahead - behind) / (2 * h), atol=1e-3, rtol=1e-3)
-    largest = torch.stack([s.sort(2).values[..., -3:].mean(1) for s in (share, brute)])
-    assert (largest[0] - largest[1]).abs().max() < (0.003 if K == 3 else 0.02)
-    changed = ids.gather(2, share.argmax(2, keepdim=True))[share.argmax(2) > 0].flatten()
-    counts = torch.bincount(changed, minlength=K)[torch.arange(K) != 2].double()
-    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < {3: 10.8, 40: 71.0}[K]
-    assert soft_tokens(x0, lam, 1e-8, K, generator)[1].amax(2).mean() > 0.9999
-
-
-def test_soft_tokens_of_a_vocabulary_of_two_have_one_other():
-    generator = torch.Generator().manual_seed(0)
-    ids, share = soft_tokens(torch.ones(4, 50, dtype=torch.long), torch.full((4, 1), 0.45), 0.1, 2,
-                             generator)
-    assert (ids[..., 0] == 1).all() and (ids[..., 1:] == 0).all() and (share[..., 2] == 0).all()
-    assert 0 < (share[..., 1] > share[..., 0]).float().mean() < 0.5
-
-
-def test_soft_inputs_integrate_the_same_density():
-    """Of a context-free predictor, the soft loss is the hard bound between its two alphas."""
-    K, logits = 4, torch.tensor([1.0, 0.0, -2.0, 0.5])
-    high, low = (soft_noise(torch.tensor([[lam]]), K)[0].item() for lam in (0.25, 0.5))
-    a = low + (high - low) * (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-    exact = 0.0
-    for xt in range(K):
-        cost = uniform_token_loss(F.pad(logits, (0, 1), value=-torch.inf).double().expand(2000, -1),
-                            torch.full((2000,), 2), torch.full((2000,), xt), a)
-        exact += ((a * (xt == 2) + (1 - a) / K) * cost).mean().item() * (high - low)
-    model, generator = ContextFree(logits, 20), torch.Generator().manual_seed(0)
-    known = torch.arange(20).expand(50, 20) < 5
-    x0 = torch.full((50, 20), 2)
-    mean, error = average(lambda: uniform_loss(model, x0, generator, known, soft_inputs=True)[0]
-                          / 750, 200)
-    assert abs(mean - exact) < 4 * error < 0.05 * exact
-    assert all((xt[known] == 2).all() for xt, _ in model.asked)
-
-
-def test_a_mixture_of_one_token_is_that_token():
-    m, x = tiny(), tokens(2, 8)
-    ids, share = torch.stack([x, (x + 1) % 11], 2), torch.zeros(2, 8, 2)
-    share[..., 0] = 1
-    torch.testing.assert_close(m(x, mixture=(ids, share)), m(x))
-    share[:] = 0.5  # half of each: the rows of another table
-    half = m.embed.weight.detach()[ids].mean(2).flatten(0, 1)
-    mixed = m(x, mixture=(ids, share))
-    m.embed.weight = nn.Parameter(half)
-    torch.testing.assert_close(m(torch.arange(16).view(2, 8)), mixed)
-
-
-def test_symmetric_kl_is_that_of_torch_and_scaled_as_stated():
-    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
-    x0 = torch.tensor([0, 1, 2, 3, 0, 1])
-    q = torch.full((6, 4), 1e-3 / 4, dtype=torch.float64)
-    q[torch.arange(6), x0] += 1 - 1e-3
-    p, q = (torch.distributions.Categorical(probs=x) for x in (logits[:, :-1].softmax(1), q))
-    kl = torch.distributions.kl_divergence
-    torch.testing.assert_close(symmetric_kl(logits, x0), kl(p, q) + kl(q, p))
-    model, x0 = ContextFree(torch.zeros(4), 7), tokens(1, 7, V=5)
-    for how, lam in ((dict(mask_range=(0.3, 0.3)), 0.3),
-                     (dict(mask_range=(0.6, 0.6), soft_inputs=True), 0.4)):
-        plain, scaled = (uniform_loss(model, x0, torch.Generator().manual_seed(0), divergence=name,
-                                      **how)[0] for name in ('symmetric_kl', 'scaled_kl'))
-        torch.testing.assert_close(scaled / plain, torch.tensor(lam / (4 * (1 - lam) + lam)))
 
 
 @pytest.mark.parametrize('time_cond, n_conv', [(False, 0), (True, 0), (True, 5)])
@@ -886,21 +805,11 @@ def test_levels_are_one_for_each_block():
         torch.testing.assert_close(part, is_mask.float().mean(1, keepdim=True).expand_as(part))
 
 
-def test_soft_inputs_harden_as_training_goes_on(monkeypatch):
-    """tau falls from 1e-3 to 1e-8, evenly in its logarithm."""
-    taus, x0 = [], tokens(2, 16)
-    monkeypatch.setattr(model, 'soft_tokens', lambda x0, lam, tau, *rest: taus.append(tau)
-                        or soft_tokens(x0, lam, tau, *rest))
-    for progress in (0.0, 0.5, 1.0):
-        Uniform(soft_inputs=True).loss(tiny(), x0, torch.Generator().manual_seed(0), None, progress)
-    assert taus == pytest.approx([1e-3, 10 ** -5.5, 1e-8])
-
-
 class Erasure(Objective):
     """A toy: every second token is a mask, whatever t; it costs what cross-entropy says, twice."""
     decoders = ('confidence',)
 
-    def corrupt(self, model, x0, given, rng, progress=0.0):
+    def corrupt(self, model, x0, given, rng):
         return self.corrupt_evenly(model, x0, given, rng)
 
     def corrupt_evenly(self, model, x0, given, rng):
