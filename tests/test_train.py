@@ -520,7 +520,7 @@ def test_configurations_have_the_parameters_they_say(path):
     s = settings_of(path)
     recipe = prepare.load_recipe(s['dataset'])
     V = {'gpt2': 50_257, 'bpe': recipe['vocab_size']}.get(recipe['tokenizer']) or {
-        'shakespeare_char': 65, 'reversal': 38}[s['dataset']]
+        'shakespeare_char': 65, 'text8': 27, 'reversal': 38}[s['dataset']]
     with torch.device('meta'):
         model = Transformer(model_config(s, {'vocab_size': V}))
     assert model.count_parameters() == header_count(path)
@@ -542,7 +542,7 @@ def test_twins_differ_in_the_objective_alone():
             if path.name.startswith(('scarce', 'reversal')):  # each at its best
                 differ -= {'dropout', 'weight_decay', 'learning_rate', 'muon_lr', 'lr_schedule',
                            'max_iters', 'eval_interval'}
-            only = {'objective', 'score_prompt', 'mask_range'}  # of use to one of them alone
+            only = {'objective', 'score_prompt', 'mask_range', 'loss_weight'}  # of use to one of them alone
             assert differ <= only, f'{path.name}: {differ}'
 
 
