@@ -48,7 +48,7 @@ from config import UserError, one_of, require, write_atomically
 from model import Autoregression, cross_entropy, evaluate, in_slices, make_objective, peak_memory, \
     pick_device
 from prepare import SURROGATE, download, load_meta, load_split, mixed_seed, open_data, \
-    row_batches, row_widths
+    open_run_data, row_batches, row_widths
 from sample import PLAIN, Run, load_run
 
 # what is measured
@@ -547,8 +547,7 @@ def curves(runs, settings):
     tokens, seconds = (min(log[key][-1] for log in logs) for key in ('tokens', 'seconds'))
     scarce = any(run.settings.get('train_tokens') for run in runs)
     for run, log in zip(runs, logs):
-        text = run.meta['counts']['train']['tokens']
-        epochs = log['tokens'] / min(run.settings.get('train_tokens') or text, text)
+        epochs = log['tokens'] / open_run_data(run.settings).tokens_per_epoch
         best, minutes, millions = log['val'].argmin(), log['seconds'] / 60, log['tokens'] / 1e6
         x = {'x: epochs': epochs.tolist()} if scarce else {'x: tokens': millions.tolist()}
         rows.append({

@@ -43,6 +43,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, partial
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -892,6 +893,12 @@ def open_data(dataset, block_size, batch_size, seed=0, *, random_length=0.0, tra
         raise UserError('predict_pad, score_prompt, row_share, length_curriculum and '
                         f'token_weights are for rows, but data/{dataset} is a stream of text')
     return Stream(*common, train_tokens)
+
+
+def open_run_data(settings):
+    """The Stream or Rows on which a run with these settings of train.py is trained."""
+    names = signature(open_data).parameters  # each is a setting; an older run may lack some
+    return open_data(**{name: settings[name] for name in names if name in settings})
 
 
 def main():

@@ -33,7 +33,6 @@ import sys
 import time
 from contextlib import suppress
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,7 +46,7 @@ import sample
 from config import UserError, one_of, require, write_atomically
 from model import LengthLoss, Transformer, evaluate, load_checkpoint, make_objective, \
     model_config, peak_memory, pick_device, pick_dtype
-from prepare import mixed_seed, open_data, prepare, recipe_names
+from prepare import mixed_seed, open_run_data, prepare, recipe_names
 
 # the run
 out_dir = 'out/shakespeare_mdm'  # the run's folder; a config file sets out/<its name>
@@ -280,8 +279,7 @@ def open_training_data(s, rank, world):
         prepare(s.dataset)
     if world > 1:
         dist.barrier()  # the data is complete, and all processes have seen that out_dir is free
-    # every parameter of open_data() is a setting of the same name
-    data = open_data(**{name: vars(s)[name] for name in signature(open_data).parameters})
+    data = open_run_data(vars(s))
     if s.decode_rows and data.meta['sep_id'] is None:
         raise UserError(f'decode_rows is for prompts and answers, but data/{s.dataset} has none')
     data.check()

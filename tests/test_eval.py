@@ -773,6 +773,29 @@ def test_epochs_are_those_of_the_tokens_that_were_trained_on(runs, settings):
         [pytest.approx(30 * 8 * 16 / text)] for text in (n, 100)]
     assert 'epochs.png' in evaluation.plot_curves(rows, runs / 'epochs.png')
     assert (runs / 'epochs.png').stat().st_size > 10_000
+
+
+@pytest.mark.parametrize('word, share', [('--row_share=1.0', 1), ('--row_share=0.5', 0.5),
+                                         ('--predict_pad', 1)])
+def test_train_and_curves_count_the_same_epochs(runs, settings, monkeypatch, word, share):
+    """Of rows, an epoch has no PAD unless PAD is predicted, and only the rows that are kept."""
+    monkeypatch.chdir(runs)
+    pairs = [('x' * (1 + i % 3), 'y' * (1 + i % 5)) for i in range(100)]
+    Path('xy.csv').write_text('a,b\n' + ''.join(f'{a},{b}\n' for a, b in pairs))
+    prepare('xy.csv', fields='a,b')
+    rows = sorted(len(a + b) for a, b in pairs[:90])[:int(90 * share)]
+    if word == '--predict_pad':
+        rows = [len(a) + 5 for a, _ in pairs[:90]]
+    n = len(set(rows))  # batches of an epoch: one for every width
+    done = run('train.py', *TRAIN, '--dataset=xy', word, f'--max_iters={3 * n}', '--batch_size=99',
+               '--out_dir=out/xy', '--overwrite', cwd=runs)
+    assert done.returncode == 0 and '= 3.0 epochs' in done.stdout, done.stderr + done.stdout
+    run_, log = evaluation.load_log('out/xy')
+    assert log['tokens'][-1] == 3 * sum(width + 2 for width in rows), 'with SEP and EOS'
+    (row,), _ = evaluation.curves([run_], settings)
+    assert row['epochs'] == pytest.approx(3)
+
+
 # Length before decoding
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 122, 'prepare.py': 589, 'model.py': 579, 'train.py': 492,
-           'sample.py': 763, 'eval.py': 879, 'data/*.py': 109}
+BUDGETS = {'config/__init__.py': 122, 'prepare.py': 593, 'model.py': 579, 'train.py': 491,
+           'sample.py': 763, 'eval.py': 878, 'data/*.py': 109}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 

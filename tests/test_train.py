@@ -542,7 +542,8 @@ def test_twins_differ_in_the_objective_alone():
             if path.name.startswith(('scarce', 'reversal')):  # each at its best
                 differ -= {'dropout', 'weight_decay', 'learning_rate', 'muon_lr', 'lr_schedule',
                            'max_iters', 'eval_interval'}
-            only = {'objective', 'score_prompt', 'mask_range', 'loss_weight'}  # of use to one of them alone
+            # of use to one of them alone
+            only = {'objective', 'score_prompt', 'mask_range', 'loss_weight'}
             assert differ <= only, f'{path.name}: {differ}'
 
 
