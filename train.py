@@ -666,16 +666,12 @@ def main():
         raise UserError(f'{out_dir} holds a run already: --resume goes on with it, --overwrite '
                         'starts anew, --out_dir=... puts the new one elsewhere')
     checkpoint = load_checkpoint(out_dir) if resume else None
-    if resume:  # the settings of the run, changed by those on this command line
+    if resume:  # with the settings of the run, but for those on this command line
         before = checkpoint['config']
         if before.get('soft_inputs') or before.get('divergence', 'elbo') != 'elbo':
             raise UserError(f'{out_dir} was trained with soft_inputs or divergence, which train.py '
                             'has no more: sample from it as it is, or train anew with --overwrite')
-        # in older runs, each tracker is a setting of its own, and compile a bool
-        before.setdefault('track', ','.join(filter(before.get, ('tensorboard', 'wandb'))))
-        globals().update({name: config.convert(name, before[name], value, from_text=False)
-                          for name, value in settings.items() if name in before})
-        settings = config.override(globals())  # this command line once more, on top of those
+        settings = config.override(globals(), earlier=before)
         require('objective', objective, objective == before['objective'], 'that of the run')
     s = SimpleNamespace(**settings)
     check_settings(s)

@@ -90,19 +90,21 @@ def names_of(settings):
             and isinstance(v, (bool, int, float, str, tuple))]
 
 
-def override(settings, argv=None, inherited=None, names=()):
+def override(settings, argv=None, inherited=None, names=(), earlier={}):
     """Applies config files and --name=value words to `settings`, the globals() of a script.
 
     argv: the words, by default those of the command line. A config file also sets out_dir to
     out/<its name>, unless it or a later word sets out_dir. inherited, names: another script, as a
     module, and those of its settings that this script takes, too; they are returned, but not
-    written into its globals. Returns {name: value} of all settings. Also installs show_one_line.
+    written into its globals. earlier: {name: value} of a run that goes on; the words change these.
+    Returns {name: value} of all settings. Also installs show_one_line.
     """
     sys.excepthook = show_one_line
     for stream in filter(lambda s: hasattr(s, 'reconfigure'), (sys.stdout, sys.stderr)):
         stream.reconfigure(errors='replace')  # a console without some character shows a '?'
     own = names_of(settings)
     found = {n: settings[n] for n in own} | {n: vars(inherited)[n] for n in names}
+    found |= {n: convert(n, v, found[n], False) for n, v in earlier.items() if n in found}
     for word in sys.argv[1:] if argv is None else argv:
         if word in ('--help', '-h'):
             print(help_text(settings['__file__'], own))

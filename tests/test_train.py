@@ -437,7 +437,7 @@ def test_training_goes_on_without_a_compiler_that_fails(verse, monkeypatch):
 
 
 def test_a_checkpoint_with_settings_of_another_kind_resumes(verse):
-    """Trackers were settings of their own, and compile was a bool."""
+    """It has fewer settings, some that are gone, and compile was a bool."""
     train(verse, *TINY, '--out_dir=out/bools', '--max_iters=1', '--overwrite')
     path = verse / 'out/bools/ckpt.pt'
     checkpoint = torch.load(path, weights_only=True)
