@@ -106,6 +106,7 @@ length_quantile = 0.95      # regress: the share of answers that are no longer t
 # optimiser
 optimizer = 'muon'          # muon: Muon for matrices in blocks, AdamW for the rest; adamw: for all
 max_iters = 1200            # updates
+epochs = 0.0                # another way to say max_iters: so many times all of the training text
 learning_rate = 6e-3        # AdamW's
 muon_lr = 0.02              # Muon's
 lr_schedule = 'wsd'         # wsd (constant, then linear over the last fifth), cosine, constant
@@ -233,6 +234,11 @@ class Training:
         self.autocast = partial(torch.autocast, torch.device(self.device).type, torch.bfloat16,
                                 enabled=self.dtype == 'bfloat16')
         self.data = open_training_data(s, self.rank, self.world)  # a Stream or Rows
+        self.parts = s.gradient_accumulation_steps * self.world  # batches per update
+        self.tokens_per_update = round(self.parts * self.data.tokens_per_batch)
+        if s.epochs:
+            batches = s.epochs * self.data.tokens_per_epoch / self.data.tokens_per_batch
+            s.max_iters = round(batches / self.parts)
         torch.manual_seed(s.seed)
         self.model = Transformer(model_config(vars(s), self.data.meta)).to(self.device)
         if s.init_from and not checkpoint:
@@ -252,8 +258,6 @@ class Training:
             for p in self.model.parameters():
                 dist.broadcast(p.detach(), 0)
         self.trackers = open_out_dir(s) if self.rank == 0 and not s.bench else []
-        self.parts = s.gradient_accumulation_steps * self.world  # batches per update
-        self.tokens_per_update = round(self.parts * self.data.tokens_per_batch)
         self.flops_per_token = self.model.flops_per_token(self.data.mean_width)
         self.peak = self.world * fastest_flops(self.device, self.dtype)  # FLOP/s
 
@@ -678,8 +682,8 @@ def main():
     run = Training(s, checkpoint)
     print(run.data.describe())
     print(f'{objective}: {run.model.count_parameters():,} parameters, {run.tokens_per_update:,} '
-          f'tokens per update, {max_iters:,} updates = '
-          f'{max_iters * run.tokens_per_update / run.data.tokens_per_epoch:.1f} epochs, '
+          f'tokens per update, {s.max_iters:,} updates = '
+          f'{s.max_iters * run.tokens_per_update / run.data.tokens_per_epoch:.1f} epochs, '
           f'on {run.world} x {run.device} in {run.dtype}')
     compile_model(run, s)
     if bench:

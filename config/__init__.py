@@ -18,7 +18,7 @@ from pathlib import Path
 
 LIMITS = {  # {interval: names of the settings that must lie in it, whichever script has them}
     '[0, inf)': 'train_tokens length_curriculum pad_curriculum token_weights n_kv_head n_conv '
-                'n_hidden w_max block_length max_iters learning_rate muon_lr warmup_iters '
+                'n_hidden w_max block_length max_iters epochs learning_rate muon_lr warmup_iters '
                 'weight_decay grad_clip decode_rows bench steps guidance temperature top_k '
                 'length_line max_windows target_se answer_steps max_rows',
     '[1, inf)': 'batch_size gradient_accumulation_steps block_size n_layer n_head n_embd '
@@ -125,6 +125,10 @@ def override(settings, argv=None, inherited=None, names=(), earlier={}):
                 hint = f', did you mean {near[0]}?' if near else ' (--help lists them)'
                 raise UserError(f'no setting is called {name!r}{hint}')
             found[name] = convert(name, value, found[name], word.startswith('--'))
+            if name == 'epochs':
+                require(name, found[name], found[name] > 0, 'above 0')
+            elif name == 'max_iters':  # the other way to say it: of the two, the later counts
+                found['epochs'] = 0.0
     check_limits(found)
     settings.update({name: found[name] for name in own})
     return found

@@ -75,6 +75,22 @@ def test_the_last_word_wins():
     assert apply('a.py', 'b.py')['rate'] == 0.1
 
 
+def test_of_epochs_and_max_iters_the_later_counts():
+    block, run = {'max_iters': 9, 'epochs': 0.0}, {'max_iters': 7, 'epochs': 1.5, 'gone': 3}
+    write('a.py', 'max_iters = 3\nepochs = 3')
+    for words, epochs in (([], 0), (['--epochs=2'], 2), (['--epochs=2', '--max_iters=5'], 0),
+                          (['--max_iters=5', '--epochs=2'], 2), (['a.py'], 3),
+                          (['a.py', '--max_iters=5'], 0), (['--max_iters=5', 'a.py'], 3)):
+        assert config.override(dict(block), words)['epochs'] == epochs
+    for words, epochs in (([], 1.5), (['--max_iters=8'], 0), (['--epochs=2'], 2)):
+        found = config.override(dict(block), words, earlier=run)
+        assert found == {'max_iters': 8 if epochs == 0 else 7, 'epochs': epochs}
+    write('b.py', 'epochs = float("nan")')
+    for word in ('--epochs=0', '--epochs=-1', '--epochs=0.0', 'b.py'):
+        with pytest.raises(UserError, match='^epochs is .* must be above 0$'):
+            config.override(dict(block), [word])
+
+
 def test_an_int_does_for_a_float():
     write('a.py', 'rate = 3')
     for words in (['--rate=3'], ['a.py']):

@@ -787,9 +787,9 @@ def test_train_and_curves_count_the_same_epochs(runs, settings, monkeypatch, wor
     if word == '--predict_pad':
         rows = [len(a) + 5 for a, _ in pairs[:90]]
     n = len(set(rows))  # batches of an epoch: one for every width
-    done = run('train.py', *TRAIN, '--dataset=xy', word, f'--max_iters={3 * n}', '--batch_size=99',
+    done = run('train.py', *TRAIN, '--dataset=xy', word, '--epochs=3', '--batch_size=99',
                '--out_dir=out/xy', '--overwrite', cwd=runs)
-    assert done.returncode == 0 and '= 3.0 epochs' in done.stdout, done.stderr + done.stdout
+    assert f'{3 * n} updates = 3.0 epochs' in done.stdout, done.stderr + done.stdout
     run_, log = evaluation.load_log('out/xy')
     assert log['tokens'][-1] == 3 * sum(width + 2 for width in rows), 'with SEP and EOS'
     (row,), _ = evaluation.curves([run_], settings)

@@ -99,6 +99,21 @@ def test_a_run_leaves_what_it_promises(verse, objective):
         assert words in done.stdout
 
 
+def test_epochs_are_as_many_updates(verse):
+    """They are kept by a run that is resumed, unless it is told otherwise."""
+    n = json.loads((verse / 'data/verse/meta.json').read_text())['counts']['train']['tokens']
+    updates, twice = (round(epochs * n / (2 * 4 * 32)) for epochs in (0.25, 0.5))
+    said = train(verse, *TINY, '--epochs=0.25', '--gradient_accumulation_steps=2',
+                 '--out_dir=out/epochs')
+    assert f'{updates} updates = {updates * 2 * 4 * 32 / n:.1f} epochs' in said
+    checkpoint = load_checkpoint(verse / 'out/epochs')
+    assert checkpoint['iter'] == checkpoint['config']['max_iters'] == updates > 3
+    for word, until in (('--seed=1337', updates), (f'--max_iters={updates + 1}', updates + 1),
+                        ('--epochs=0.5', twice)):
+        train(verse, '--out_dir=out/epochs', '--resume', word)
+        assert load_checkpoint(verse / 'out/epochs')['iter'] == until
+
+
 def test_training_learns_the_text(verse):
     """The bound falls well below the entropy of single characters, so context is used.
 
@@ -570,6 +585,7 @@ def test_an_unknown_data_set_ends_in_one_line(tmp_path):
     (['--resume', '--out_dir=out/nowhere'], 'is not a run'), (['--device=tpu'], 'tpu'),
     (['--train_tokens=20'], 'only 20 training tokens'),
     (['--batch_size=0'], 'batch_size'), (['--max_iters=-1'], 'max_iters'),
+    (['--epochs=0'], 'above 0'), (['--epochs'], 'epochs=VALUE'),
     (['--dtype=int8'], 'dtype'),
     (['--subs=False'], 'd3pm alone'),
     (['--block_length=0', '--objective=block'], 'block_length'),
