@@ -122,6 +122,26 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
+def attend(q, k, v, mask, causal, dropout):
+    """softmax(q k' / sqrt(D)) v: (B, H, T, D). Queries read the keys that mask (T, S) allows.
+
+    On a GPU one fused kernel. On a CPU written out, since the backward pass of the fused kernel is
+    slow there (RESULTS, Speed); the scores, T x S for each head, are then held in memory.
+    """
+    gqa = k.size(1) < q.size(1)  # several heads of queries share one of keys and values
+    if q.device.type != 'cpu':
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                              dropout_p=dropout, enable_gqa=gqa)
+    if gqa:
+        k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+    if causal:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+    scores = q * q.size(-1) ** -0.5 @ k.transpose(2, 3)  # (B, H, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return F.dropout(scores.softmax(-1).type_as(v), dropout) @ v
+
+
 class Attention(nn.Module):
 
     def __init__(self, c, layer):
@@ -150,9 +170,7 @@ class Attention(nn.Module):
         causal = c.causal and T > 1  # ar only; a single query is the last token and sees all keys
         if causal and S > T:  # is_causal aligns query 0 with key 0, but query 0 stands at S - T
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and mask is None,
-            dropout_p=c.dropout if self.training else 0.0, enable_gqa=c.n_kv_head < c.n_head)
+        y = attend(q, k, v, mask, causal and mask is None, c.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 from config import UserError
 from model import LENGTH_HEADS, OBJECTIVES, SCHEDULES, Autoregression, BlockDiffusion, KVCache, \
-    LengthLoss, ModelConfig, Noised, Objective, Transformer, Uniform, evaluate, first_to_hold, \
-    load_checkpoint, load_model, make_objective, noise, noise_fraction, pick_device, pick_dtype, \
-    rope_angles, rotate, uniform_token_loss
+    LengthLoss, ModelConfig, Noised, Objective, Transformer, Uniform, attend, evaluate, \
+    first_to_hold, load_checkpoint, load_model, make_objective, noise, noise_fraction, \
+    pick_device, pick_dtype, rope_angles, rotate, uniform_token_loss
 from prepare import open_data
 
 GPT2_STYLE = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
@@ -186,6 +186,25 @@ def test_where_selects_logits():
     model, x = tiny(), tokens(3, 8)
     where = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) < 0.4
     torch.testing.assert_close(model(x, where=where), model(x)[where])
+
+
+@pytest.mark.parametrize('Hkv', [1, 2, 4])
+@pytest.mark.parametrize('T, S, kind', [(5, 5, 'all'), (5, 5, 'causal'), (3, 7, 'mask'),
+                                        (1, 4, 'all')])
+def test_attention_written_out_is_torchs(Hkv, T, S, kind):
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, H, n, 8, generator=rng) for H, n in ((4, T), (Hkv, S), (Hkv, S)))
+    mask = torch.ones(T, S, dtype=torch.bool).tril(S - T) if kind == 'mask' else None
+    expected = F.scaled_dot_product_attention(q, k, v, mask, is_causal=kind == 'causal',
+                                              enable_gqa=True)
+    torch.testing.assert_close(attend(q, k, v, mask, kind == 'causal', 0.0), expected)
+
+
+def test_dropout_in_attention_keeps_the_mean():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 4, 8) for _ in range(3))
+    mean = torch.stack([attend(q, k, v, None, True, 0.3) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, attend(q, k, v, None, True, 0.0), atol=0.06, rtol=0)
 
 
 @pytest.mark.parametrize('causal', [True, False])
