@@ -74,7 +74,7 @@ class ModelConfig:
     pos: str = 'rope'         # rope, learned
     norm: str = 'rmsnorm'     # rmsnorm, layernorm
     mlp: str = 'relu2'        # relu2, swiglu, gelu
-    n_conv: int = 0           # kernel width K of local mixing in every layer; 0 = none
+    n_conv: int = 0           # kernel width K of local mixing, twice in a layer; 0 = none
     n_hidden: int = 0         # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
     qk_norm: bool = True      # normalise queries and keys, so that attention logits stay small
     bias: bool = False        # biases in linear layers and in layernorm
@@ -200,31 +200,35 @@ def make_norm(c):
 
 
 class Block(nn.Module):
-    """A layer: local mixing if there is any, then x + attention(norm(x)) and x + mlp(norm(x)).
+    """A layer: x + attention(norm(x)), then x + mlp(norm(x)); with n_conv local mixing before each.
 
     With time_cond the noise level scales, shifts and gates both branches (adaLN) [DiT].
     """
 
     def __init__(self, c, layer):
         super().__init__()
-        self.mixing = LocalMixing(c, layer) if c.n_conv else None
+        n_mixing = 2 if c.n_conv else 0
+        self.mixing = nn.ModuleList(LocalMixing(c, 2 * layer + i) for i in range(n_mixing))
         self.norm1, self.attn = make_norm(c), Attention(c, layer)
         self.norm2, self.mlp = make_norm(c), MLP(c)
         self.drop = nn.Dropout(c.dropout)
         self.modulate = nn.Linear(c.n_embd, 6 * c.n_embd) if c.time_cond else None
 
     def forward(self, x, rope, cache, mask, time):
-        if self.mixing is not None:
-            x = self.mixing(x, cache, mask)
+        x = self.mix(0, x, cache, mask)
         if self.modulate is None:
             x = x + self.drop(self.attn(self.norm1(x), rope, cache, mask))
+            x = self.mix(1, x, cache, mask)
             return x + self.drop(self.mlp(self.norm2(x)))
         # zero at init as in DiT, but the gate is 1 + gate: an unconditional layer until it learns
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(time).chunk(6, dim=-1)
         h = self.attn(self.norm1(x) * (1 + scale1) + shift1, rope, cache, mask)
-        x = x + self.drop(h) * (1 + gate1)
+        x = self.mix(1, x + self.drop(h) * (1 + gate1), cache, mask)
         h = self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return x + self.drop(h) * (1 + gate2)
+
+    def mix(self, i, x, cache, mask):
+        return self.mixing[i](x, cache, mask) if self.mixing else x
 
 
 class Transformer(nn.Module):
@@ -308,7 +312,8 @@ class Transformer(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 nn.init.constant_(p, 1.0 if 'norm' in name and name.endswith('weight') else 0.0)
-            elif name.endswith(('proj.weight', 'modulate.weight', 'mixing.weight', 'head.weight')):
+            elif 'mixing' in name or \
+                    name.endswith(('proj.weight', 'modulate.weight', 'head.weight')):
                 nn.init.zeros_(p)
             elif 'embed' in name:
                 nn.init.normal_(p, std=0.02)
@@ -799,7 +804,7 @@ class KVCache:
     """Keys and values of the tokens read so far, so that later tokens need not recompute them.
 
     length: tokens held. Transformer.forward advances it; setting it back drops the newest tokens.
-    With local mixing the inputs of every layer are held too, after n_conv rows of zeros.
+    The inputs of every LocalMixing, two in a layer, are held too, after n_conv rows of zeros.
     """
 
     def __init__(self, config, B, device, dtype=torch.float32):
@@ -808,7 +813,7 @@ class KVCache:
                               **how)
         self.n_conv, self.length = c.n_conv, 0
         if c.n_conv:
-            self.inputs = torch.zeros(c.n_layer, B, c.n_conv + c.block_size, c.n_embd, **how)
+            self.inputs = torch.zeros(2 * c.n_layer, B, c.n_conv + c.block_size, c.n_embd, **how)
 
     def extend(self, layer, k, v):
         """Appends k, v (B, Hkv, T, D) of `layer`; returns all its keys and values."""
@@ -816,11 +821,11 @@ class KVCache:
         held[:, :, :, self.length:] = torch.stack([k, v])
         return held
 
-    def neighbours(self, layer, x, n):
-        """Appends x (B, T, C), the inputs of `layer`; returns the n inputs before, (B, n, C)."""
+    def neighbours(self, i, x, n):
+        """Appends x (B, T, C), inputs of the i-th LocalMixing; returns the n before, (B, n, C)."""
         begin = self.n_conv + self.length
-        self.inputs[layer, :, begin:begin + x.size(1)] = x
-        return self.inputs[layer, :, begin - n:begin]
+        self.inputs[i, :, begin:begin + x.size(1)] = x
+        return self.inputs[i, :, begin - n:begin]
 
 
 class LocalMixing(nn.Module):
@@ -833,9 +838,9 @@ class LocalMixing(nn.Module):
     [Primer 2109.08668; Canon layers, Allen-Zhu 2025].
     """
 
-    def __init__(self, c, layer):
+    def __init__(self, c, i):
         super().__init__()
-        self.layer, self.past = layer, c.n_conv - 1 if c.causal else c.n_conv // 2
+        self.i, self.past = i, c.n_conv - 1 if c.causal else c.n_conv // 2
         self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
 
     def forward(self, x, cache, mask):
@@ -849,7 +854,7 @@ class LocalMixing(nn.Module):
             shifted = [x[:, here.int().argmax(1)].where(here.any(1)[:, None], 0) for here in found]
         else:
             before = x.new_zeros(B, self.past, C) if cache is None else \
-                cache.neighbours(self.layer, x, self.past)
+                cache.neighbours(self.i, x, self.past)
             h = torch.cat([before, x, x.new_zeros(B, K - 1 - self.past, C)], dim=1)
             shifted = [h[:, k:k + T] for k in range(K)]
         return x + sum(w * h for w, h in zip(self.weight, shifted))  # K x (B, T, C)

@@ -82,7 +82,7 @@ n_embd = 192
 pos = 'rope'                # rope, learned
 norm = 'rmsnorm'            # rmsnorm, layernorm
 mlp = 'relu2'               # relu2, swiglu, gelu
-n_conv = 0                  # local mixing over so many neighbours in every layer; 0 = none
+n_conv = 0                  # local mixing over so many neighbours, twice in a layer; 0 = none
 n_hidden = 0                # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
 qk_norm = True
 bias = False

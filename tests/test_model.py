@@ -211,7 +211,7 @@ def test_dropout_in_attention_keeps_the_mean():
 @pytest.mark.parametrize('K', [1, 2, 5, 9])
 def test_local_mixing_is_torchs_depthwise_convolution(causal, K):
     model, x = tiny(causal=causal, n_conv=K, std=0.3), torch.randn(3, 7, 32)
-    mixing = model.blocks[1].mixing
+    mixing = model.blocks[1].mixing[1]
     conv = nn.Conv1d(32, 32, K, groups=32, bias=False)
     conv.weight.data = mixing.weight.data.T[:, None]
     past = K - 1 if causal else K // 2
@@ -223,8 +223,9 @@ def test_local_mixing_starts_as_the_identity_and_then_matters():
     plain, mixed = (Transformer(ModelConfig(12, 16, n_embd=32, n_conv=K)) for K in (0, 5))
     mixed.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(2, 8, 32)
-    assert all(torch.equal(block.mixing(x, None, None), x) for block in mixed.blocks)
-    assert mixed.count_parameters() - plain.count_parameters() == 4 * 5 * 32
+    assert all(torch.equal(block.mix(i, x, None, None), x)
+               for block in mixed.blocks for i in range(2))
+    assert mixed.count_parameters() - plain.count_parameters() == 4 * 2 * 5 * 32
     assert not torch.equal(tiny(n_conv=5, std=0.2)(tokens(2, 8)), tiny(std=0.2)(tokens(2, 8)))
 
 
