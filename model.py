@@ -55,6 +55,10 @@ import torch.utils.checkpoint
 from config import UserError, one_of, require
 from prepare import mixed_seed
 
+# oneDNN keeps a kernel for each of its last 1,024 shapes, and every number M of masked positions
+# is one: gigabytes that are never used again. It reads this at the first product.
+os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
+
 # ---------------------------------------------------------------------------- the transformer
 
 NORMS, POSITIONS, MLPS = ('rmsnorm', 'layernorm'), ('rope', 'learned'), ('relu2', 'swiglu', 'gelu')
