@@ -18,10 +18,11 @@ or [document EOS PAD...], and a model of rows learns where an answer or document
     python prepare.py path/to/any.jsonl --fields=question,answer
     python prepare.py path/to/any.txt --documents
 
-A data set has a recipe, data/<name>.py beside this file; data/__init__.py lists what a recipe may
-say. The times leave out the download, which happens once and is kept in data/downloads. Text is
-read in pieces, and the bins are flat uint16 ids that are read as memmaps, so a corpus may be larger
-than memory, both here and in training.
+Of a file of yours the last 10% are val; --val_share=0.05 draws 5% of its documents instead. A data
+set has a recipe, data/<name>.py beside this file; data/__init__.py lists what a recipe may say. The
+times leave out the download, which happens once and is kept in data/downloads. Text is read in
+pieces, and the bins are flat uint16 ids that are read as memmaps, so a corpus may be larger than
+memory, both here and in training.
 
 First half: prepare() and what it calls, from the download to the files. Second half, from
 load_meta() on: Stream and Rows, which training and evaluation read.
@@ -67,6 +68,11 @@ fields = ''        # of a .csv or .jsonl: PROMPT,ANSWER, two names of columns or
 documents = False  # a row for each text between EOTs; in a file without an EOT, for each line
 max_prompt = 128   # tokens; a pair with a longer side is dropped: half an answer is a wrong one
 max_answer = 128   # tokens; the same, but a longer document is cut
+truncate = False   # keep these pairs: a prompt loses its beginning, an answer its end
+# which part is val
+val_share = 0.0    # so large a random part of the documents; 0 = the splits of the recipe or, of a
+                   # file of yours, the last 10%
+seed = 0           # of val_share
 
 RECIPES = Path(__file__).parent / 'data'
 
@@ -276,10 +282,10 @@ def recut(chunks, where):
     yield rest
 
 
-def read_parts(file, separator='\n'):
-    """Yields a UTF-8 file in parts that each end in `separator`; the last may lack it."""
+def split_at(separator, chunks):
+    """Yields the same text in parts that each end in `separator`; the last may lack it."""
     rest = ''  # the beginning of the next part
-    for chunk in read_chunks(file):
+    for chunk in chunks:
         *parts, rest = (rest + chunk).split(separator)
         yield from (part + separator for part in parts)
     if rest:
@@ -288,7 +294,7 @@ def read_parts(file, separator='\n'):
 
 def read_pairs(prompts, answers):
     """Yields (line i of the one file, line i of the other). Raises UserError if one is longer."""
-    pairs = itertools.zip_longest(read_parts(prompts), read_parts(answers))
+    pairs = itertools.zip_longest(*(split_at('\n', read_chunks(f)) for f in (prompts, answers)))
     for i, pair in enumerate(pairs, start=1):
         if None in pair:
             longer, shorter = (answers, prompts) if pair[0] is None else (prompts, answers)
@@ -299,7 +305,7 @@ def read_pairs(prompts, answers):
 
 def read_fields(file, names):
     """Yields (prompt, answer): two named columns of a .csv, two keys of a .jsonl."""
-    lines = (line.removeprefix('\ufeff') for line in read_parts(file))
+    lines = (line.removeprefix('\ufeff') for line in split_at('\n', read_chunks(file)))
     records = csv.DictReader(lines) if file.suffix == '.csv' else map(
         json.loads, filter(str.strip, lines))
     try:
@@ -313,11 +319,16 @@ def read_fields(file, names):
         raise UserError(f'{file} is not a .csv or .jsonl of records: {e}') from e
 
 
+def cut_documents(read):
+    """Yields the documents of a stream, each with the EOT that ends it; without EOTs, its lines."""
+    has_eot = any(EOT in chunk for chunk in recut(read(), OUTSIDE_EOT))
+    yield from split_at(EOT if has_eot else '\n', read())
+
+
 def read_documents(file):
-    """Yields ('', document): a text between EOTs or, in a file without EOTs, a line."""
-    has_eot = any(EOT in chunk for chunk in recut(read_chunks(file), OUTSIDE_EOT))
-    for part in read_parts(file, EOT if has_eot else '\n'):
-        yield '', part.removesuffix(EOT)
+    """Yields ('', document) of each document of a text."""
+    for document in cut_documents(partial(read_chunks, file)):
+        yield '', document.removesuffix(EOT)
 
 
 READERS = {'stream': read_chunks, 'pairs': read_pairs, 'documents': read_documents}
@@ -342,14 +353,31 @@ def cut_splits(read, shares, stream):
             for split, start, stop in zip(shares, [0, *stops], stops)}
 
 
-def open_splits(recipe, texts, kind):
+def is_val(document, val_share, seed):
+    """Whether a document, a text or (prompt, answer), is in val, with probability val_share.
+
+    It is if a hash of seed and text, as a number in [0, 1), is below val_share; blanks and line
+    ends do not count. So a document is on the same side in every file, layout and order, and all
+    its copies are."""
+    text = ''.join(''.join(document).split()).removesuffix(EOT)
+    digest = hashlib.sha256(f'{seed} {text}'.encode()).digest()
+    return int.from_bytes(digest[:8], 'big') < val_share * 2 ** 64
+
+
+def open_splits(recipe, texts, kind, val_share, seed):
     """{split: function that yields its pieces of a stream, or its (prompt, answer)s}.
 
     The pieces are cut for this kind of tokenizer: each can be encoded on its own. Functions,
     because a split is read more than once: counted, learned from, encoded."""
     read, stream = recipe['read'] or READERS[recipe['layout']], recipe['layout'] == 'stream'
     splits = {split: partial(read, *files) for split, files in texts.items()}
-    if '' in splits:
+    if val_share:
+        require('val_share', val_share, '' in splits, '0 for data that has its own val')
+        whole = partial(cut_documents, splits['']) if stream else splits['']
+        drawn = partial(is_val, val_share=val_share, seed=seed)
+        splits = {'train': lambda: itertools.filterfalse(drawn, whole()),
+                  'val': lambda: filter(drawn, whole())}
+    elif '' in splits:
         shares = recipe['splits']
         splits = shares(splits['']) if callable(shares) else cut_splits(splits[''], shares, stream)
     if not stream:
@@ -477,20 +505,22 @@ def encode_stream(pieces, encoder, count):
             yield from pool.map(encoder.encode, batch)
 
 
-def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer):
+def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer, truncate):
     """Yields the rows of a split, lists of row_length ids. Afterwards count says what they hold.
 
     A pair with an empty or too long side is dropped, and so is an empty document; a long document
-    is cut. The entries of count:
+    is cut, and with truncate so are long pairs. The entries of count:
 
         rows, empty, long  how many were kept, were empty, were too long
+        lengths            {side: mean, median, 90% and 99% quantile and maximum of its tokens}, of
+                           all that were not empty, before any was dropped or cut
         scored             tokens of all answers or documents, EOS included
         longest            tokens of the longest of them, without EOS
         characters, bytes  of all of them
         answer_line        of pairs: (a, b) of the least-squares fit
                            tokens of the answer with EOS = a * tokens of the prompt + b
     """
-    is_pair, sizes = meta['sep_id'] is not None, []
+    is_pair, sizes, lengths = meta['sep_id'] is not None, [], []
     empty = long = 0
     for prompt, answer in pairs:
         prompt, answer = encoder.encode(prompt.strip()), encoder.encode(answer.strip())
@@ -498,9 +528,10 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer):
         is_long = not is_empty and (len(prompt) > max_prompt or len(answer) > max_answer)
         empty += is_empty
         long += is_long
-        if is_empty or (is_long and is_pair):
+        lengths += [] if is_empty else [(len(prompt), len(answer))]
+        if is_empty or (is_long and is_pair and not truncate):
             continue
-        answer = answer[:max_answer]
+        prompt, answer = prompt[-max_prompt:], answer[:max_answer]
         text = encoder.decode(answer)
         sizes.append((len(prompt), len(answer) + 1, len(text), len(text.encode('utf-8'))))
         row = [*prompt, meta['sep_id'], *answer] if is_pair else answer
@@ -511,6 +542,9 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer):
     longest = int(sizes[:, 1].max(initial=1)) - 1  # without EOS
     count |= {'rows': len(sizes), 'scored': scored, 'longest': longest, 'characters': characters,
               'bytes': n_bytes, 'empty': empty, 'long': long}
+    sides = zip(('prompt', 'answer' if is_pair else 'document'), np.transpose(lengths))  # (N,) each
+    count['lengths'] = {side: [n.mean(), *np.quantile(n, (0.5, 0.9, 0.99, 1)).tolist()]
+                        for side, n in sides if n.any()}
     if is_pair and len(sizes):
         prompts = np.column_stack([sizes[:, 0], np.ones(len(sizes))])  # (rows, 2)
         count['answer_line'] = np.linalg.lstsq(prompts, sizes[:, 1], rcond=None)[0].tolist()
@@ -542,12 +576,13 @@ def write_dataset(target, meta, encoded):
 
 
 def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', answers='',
-            fields='', documents=False, max_prompt=128, max_answer=128):
+            fields='', documents=False, max_prompt=128, max_answer=128, truncate=False,
+            val_share=0.0, seed=0):
     """Writes data/<name>/{train,val[,test]}.bin and meta.json, and returns what meta.json says.
 
     what: the name of a recipe, or a path, of which the first 90% of characters or rows are train
-    and the rest val; with prompts and answers, a name. The other arguments are the settings at the
-    top of this file. Raises UserError."""
+    and the rest val, unless val_share draws it; with prompts and answers, a name. The other
+    arguments are the settings at the top of this file. Raises UserError."""
     recipe = choose_recipe(what, prompts, answers, fields, documents)
     layout, kind = recipe['layout'], tokenizer or recipe['tokenizer']
     one_of('tokenizer', kind, TOKENIZER_KEYS)
@@ -557,14 +592,14 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
         raise UserError(f'{target} cannot be the folder of a data set: choose another --name')
     own = [prompts, answers] if prompts else [source or what]
     texts, origin = find_texts(what, recipe, own if source or not recipe['files'] else [])
-    splits = open_splits(recipe, texts, kind)
+    splits = open_splits(recipe, texts, kind, val_share, seed)
     vocabulary = make_vocabulary(kind, layout, splits, vocab_size or recipe['vocab_size'])
     row_length = (max_prompt + 1 if layout == 'pairs' else 0) + max_answer + 1  # with SEP and EOS
     meta = {'name': target.name, 'layout': 'stream' if layout == 'stream' else 'rows',
             'row_length': None if layout == 'stream' else row_length, **vocabulary, **origin,
             'counts': {split: {} for split in splits}}
     encode = encode_stream if layout == 'stream' else partial(
-        encode_rows, meta=meta, max_prompt=max_prompt, max_answer=max_answer)
+        encode_rows, meta=meta, max_prompt=max_prompt, max_answer=max_answer, truncate=truncate)
     encoder = load_tokenizer(meta)
     write_dataset(target, meta, {split: encode(read(), encoder, meta['counts'][split])
                                  for split, read in splits.items()})
@@ -909,7 +944,10 @@ def main():
         if meta['layout'] == 'rows':
             print(f'{split}: {count["rows"]:,} rows, {count["scored"]:,} tokens to predict; '
                   f'{count["empty"]:,} empty and dropped, {count["long"]:,} too long and '
-                  f'{"cut" if meta["sep_id"] is None else "dropped"}')
+                  f'{"cut" if truncate or meta["sep_id"] is None else "dropped"}')
+            for side, n in count['lengths'].items():
+                print(f'  tokens of each {side}: mean {n[0]:.1f}, median {n[1]:.0f}, '
+                      f'90% {n[2]:.0f}, 99% {n[3]:.0f}, longest {n[4]:.0f}')
     tokens = ', '.join(f'{split} {count["tokens"]:,}' for split, count in meta['counts'].items())
     print(f"data/{meta['name']}: {tokens} tokens of {meta['vocab_size']:,} kinds. {meta['source']}")
 

@@ -10,8 +10,8 @@ from prepare import EOT, read_chunks, recut
 mirrors = ['https://wikitext.smerity.com/',
            'https://s3.amazonaws.com/research.metamind.io/wikitext/']
 files = {'wikitext-2-v1.zip': '92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c'}
-text = {'train': ['wiki.train.tokens|train.txt'], 'val': ['wiki.valid.tokens|valid.txt'],
-        'test': ['wiki.test.tokens|test.txt']}
+text = {split: [f'wiki.{name}.tokens|wiki.{name}.raw|{name}.txt']  # raw: without <unk> and @-@
+        for split, name in {'train': 'train', 'val': 'valid', 'test': 'test'}.items()}
 tokenizer = 'gpt2'
 # The title of an article is a line ' = Title = ' between two empty lines, which in WikiText hold a
 # space; titles of sections have more `=`. The empty lines tell it from lines of tables that look

@@ -28,6 +28,7 @@ from hypothesis import given, settings, strategies as st
 
 import prepare
 from config import UserError
+from prepare import EOT
 
 REPOSITORY = Path(__file__).parents[1]
 REAL = REPOSITORY.parent / 'shared' / 'data'
@@ -173,10 +174,12 @@ def wikitext(folder, names, zipped=''):
     return texts
 
 
+@pytest.mark.parametrize('ending', ['tokens', 'raw'])
 @pytest.mark.parametrize('read_size', [1, 5, 1 << 18])
-def test_wikitext_articles_are_separated_by_end_of_text(read_size, monkeypatch):
+def test_wikitext_articles_are_separated_by_end_of_text(read_size, ending, monkeypatch):
     monkeypatch.setattr(prepare, 'READ_SIZE', read_size)
-    texts = wikitext('wt', ['wiki.train.tokens', 'wiki.valid.tokens', 'wiki.test.tokens'], 'w.zip')
+    texts = wikitext('wt', [f'wiki.{split}.{ending}' for split in ('train', 'valid', 'test')],
+                     'w.zip')
     for source in ('wt', 'w.zip'):
         meta = prepare.prepare('wikitext2', source=source, tokenizer='char')
         tokenizer = prepare.load_tokenizer(meta)
@@ -306,6 +309,10 @@ def test_pairs_round_trip_and_no_text_is_a_special_token(kind, V, end):
         line = np.polyfit(n, np.array(wanted) + 1, 1) if len(set(n)) > 1 else \
             np.array([n[0], 1]) * (np.mean(wanted) + 1) / (n[0] ** 2 + 1)  # the smallest that fits
         assert meta['counts'][split].pop('answer_line') == pytest.approx(line)
+        lengths = meta['counts'][split].pop('lengths')
+        for side, n in (('prompt', n), ('answer', np.array(wanted))):
+            assert lengths[side] == pytest.approx(
+                [np.mean(n), *(np.percentile(n, q) for q in (50, 90, 99, 100))])
         assert meta['counts'][split] == {
             'rows': len(pairs), 'tokens': len(pairs) * 258, 'empty': 0, 'long': 0,
             'scored': sum(len(tokenizer.encode(a)) + 1 for a in answers),
@@ -329,6 +336,77 @@ def test_sides_that_are_empty_or_too_long_are_dropped_and_counted():
     assert [count[k] for k in ('rows', 'empty', 'long')] == [36, 4, 2]
     assert texts_of(meta, 'train') == pairs[:30] + pairs[36:42]
     assert meta['row_length'] == 6 + 1 + 5 + 1 and meta['max_answer'] == 5
+
+
+def test_long_sides_are_cut_where_the_answer_begins_and_ends():
+    pairs = [('abcdefgh', 'ijklmn'), ('a', 'b'), ('', 'c'), ('abcdefg', 'h'), ('a', 'bcdefg')] * 5
+    meta = prepare.prepare('talk', max_prompt=6, max_answer=5, truncate=True, **write_pairs(pairs))
+    cut = [('cdefgh', 'ijklm'), ('a', 'b'), ('bcdefg', 'h'), ('a', 'bcdef')] * 5
+    assert texts_of(meta, 'train') + texts_of(meta, 'val') == cut
+    count = meta['counts']['train']
+    assert [count[k] for k in ('rows', 'empty', 'long')] == [18, 4, 13]
+    assert [count['lengths'][side][-1] for side in ('prompt', 'answer')] == [8, 6]  # before cuts
+
+
+def test_lengths_are_printed_before_rows_are_dropped(monkeypatch, capsys):
+    write_pairs([('x' * n, 'y' * (2 * n)) for n in range(1, 101)] * 2)
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', 'talk', '--prompts=p.txt', '--answers=a.txt',
+                                      '--max_answer=150', '--val_share=0.3'])
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # override() replaces it
+    prepare.main()
+    said = re.findall(r'tokens of each (\w+): mean ([\d.]+), median (\d+), 90% (\d+), 99% (\d+), '
+                      r'longest (\d+)', capsys.readouterr().out)
+    assert [line[0] for line in said] == ['prompt', 'answer'] * 2
+    train = [n for n in range(1, 101) if not prepare.is_val(('x' * n, 'y' * (2 * n)), 0.3, 0)]
+    for side, k, line in zip(('prompt', 'answer'), (1, 2), said):
+        assert line[1] == f'{k * np.mean(train):.1f}' and line[5] == str(k * max(train)), side
+        assert float(line[3]) == round(k * np.quantile(train * 2, 0.9))
+    write('lines.txt', 'a\nbb\n' * 20)
+    counts = prepare.prepare('lines.txt', documents=True)['counts']
+    assert [*counts['val']['lengths']] == ['document']
+
+
+# Which documents are val
+
+
+@pytest.mark.parametrize('share, seed', [(0.1, 0), (0.5, 0), (0.5, 1), (0.001, 7)])
+def test_val_has_its_share_of_documents_up_to_chance(share, seed):
+    n = sum(prepare.is_val(f'document {i}', share, seed) for i in range(20_000))
+    assert abs(n - 20_000 * share) < 4 * math.sqrt(20_000 * share * (1 - share))
+
+
+def test_a_document_is_on_one_side_in_every_layout_order_and_file():
+    texts = [f'text {i} of {i * i}' for i in range(300)]
+    kept, in_val = {'val_share': 0.2, 'seed': 3}, {}
+    for name, shown in (('a', texts), ('b', texts[::-1][50:] * 2)):
+        write(f'{name}.txt', EOT.join(shown) + EOT * (name == 'a'))
+        meta = prepare.prepare(f'{name}.txt', f'{name}_stream', **kept)
+        decode = prepare.load_tokenizer(meta).decode
+        in_val[name] = decode(ids_of(f'{name}_stream', 'val')).removesuffix(EOT).split(EOT)
+        train = decode(ids_of(f'{name}_stream', 'train')).removesuffix(EOT).split(EOT)
+        assert sorted(train + in_val[name]) == sorted(shown) and not {*train} & {*in_val[name]}
+        meta = prepare.prepare(f'{name}.txt', f'{name}_rows', documents=True, **kept)
+        assert [text for _, text in texts_of(meta, 'val')] == in_val[name]
+    assert {*in_val['b']} == {*in_val['a']} & {*texts[:250]}
+    write('lines.txt', '\n'.join(texts))  # without an EOT in all the text a line is a document
+    meta = prepare.prepare('lines.txt', **kept)
+    assert prepare.load_tokenizer(meta).decode(ids_of('lines', 'val')).split() == \
+        ' '.join(in_val['a']).split()
+    other = prepare.prepare('a.txt', 'other', documents=True, val_share=0.2, seed=4)
+    assert {text for _, text in texts_of(other, 'val')} != {*in_val['a']}
+
+
+def test_pairs_and_recipes_without_splits_of_their_own_take_a_share():
+    meta = prepare.prepare('talk', val_share=0.5, **write_pairs())
+    n = len(texts_of(meta, 'val'))
+    assert 0 < n < 40 and sorted(texts_of(meta, 'train') + texts_of(meta, 'val')) == sorted(PAIRS)
+    write('train.txt', 'a\n')
+    for split in ('valid', 'test'):
+        write(f'{split}.txt', 'a\n')
+    with pytest.raises(UserError, match='val_share is 0.5, but it must be 0 for data that has'):
+        prepare.prepare('wikitext2', source='.', val_share=0.5)
+    with pytest.raises(UserError, match='val split has 0 tokens'):
+        prepare.prepare(write('one.txt', 'one document without an end'), val_share=1e-9)
 
 
 @pytest.mark.parametrize('text, documents', [
@@ -894,7 +972,7 @@ def test_bad_choices_are_one_line():
             ('257 to', 'a.txt', {'tokenizer': 'bpe', 'vocab_size': 65_536}),
             ('another --name', 'a.txt', {'name': '../a'}), ('--name', 'a.txt', {'name': '..'}),
             ('--name', 'a.txt', {'name': 'downloads'}),
-            ('is not wikitext2: it has no wiki.train.tokens or train.txt', 'wikitext2',
+            ('is not wikitext2: it has no wiki.train.tokens or wiki.train.raw or t', 'wikitext2',
              {'source': 'a.txt'})]:
         with pytest.raises(UserError, match=message):
             prepare.prepare(what, **choices)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 127, 'prepare.py': 593, 'model.py': 595, 'train.py': 494,
+BUDGETS = {'config/__init__.py': 127, 'prepare.py': 616, 'model.py': 595, 'train.py': 494,
            'sample.py': 763, 'eval.py': 878, 'data/*.py': 109}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
