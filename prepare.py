@@ -21,8 +21,8 @@ or [document EOS PAD...], and a model of rows learns where an answer or document
 Of a file of yours the last 10% are val; --val_share=0.05 draws 5% of its documents instead. A data
 set has a recipe, data/<name>.py beside this file; data/__init__.py lists what a recipe may say. The
 times leave out the download, which happens once and is kept in data/downloads. Text is read in
-pieces, and the bins are flat uint16 ids that are read as memmaps, so a corpus may be larger than
-memory, both here and in training.
+pieces, and the bins are flat ids (uint16, or uint32 where a vocabulary needs it) that are read as
+memmaps, so a corpus may be larger than memory, both here and in training.
 
 First half: prepare() and what it calls, from the download to the files. Second half, from
 load_meta() on: Stream and Rows, which training and evaluation read.
@@ -95,7 +95,7 @@ BEFORE_BLANK = re.compile(r'(?s).*\S(?=[ \n])')
 # Characters: behind one that is not in an EOT, or is '>', with which an EOT ends.
 OUTSIDE_EOT = re.compile(r'(?s).*[^<|endoftx]')
 
-MAX_VOCAB_SIZE = 65_535  # V', so that all ids and mask_id = V' fit uint16
+DTYPES = {'uint16': '<u2', 'uint32': '<u4'}  # of the ids in a bin: {name in meta.json: on disk}
 READ_SIZE = 1 << 18      # bytes or characters that are read at a time
 MAX_UNCUT = 32_000_000   # characters without a place to cut, beyond which recut() gives up
 THREADS = os.cpu_count() or 1  # that tokenise a stream at the same time
@@ -104,7 +104,8 @@ TOKENIZER_KEYS = {'char': {'chars'}, 'gpt2': set(), 'bpe': {'pattern', 'ranks'}}
 META_TYPES = {
     'name': str, 'layout': str, 'row_length': int | None, 'max_answer': int | None,
     'vocab_size': int, 'mask_id': int, 'eos_id': int | None, 'sep_id': int | None,
-    'pad_id': int | None, 'tokenizer': dict, 'source': str, 'sha256': str, 'counts': dict}
+    'pad_id': int | None, 'dtype': str, 'tokenizer': dict, 'source': str, 'sha256': str,
+    'counts': dict}
 
 
 def recipe_names():
@@ -474,12 +475,9 @@ def make_vocabulary(kind, layout, splits, vocab_size):
             specials = []  # no EOT in the text, no id for it
         spec['chars'] = ''.join(sorted(chars - {SURROGATE}))
         n = len(spec['chars'])
-        if n + len(specials) > MAX_VOCAB_SIZE:
-            raise UserError(f'{n:,} different characters: too many, use --tokenizer=bpe')
     else:
         n = vocab_size - len(specials)
-        require('vocab_size', vocab_size, n >= 256 and vocab_size <= MAX_VOCAB_SIZE,
-                f'{256 + len(specials)} to {MAX_VOCAB_SIZE}')
+        require('vocab_size', vocab_size, n >= 256, f'{256 + len(specials)} or more')
         texts = tqdm(texts_of(layout, splits['train']), 'learning byte pairs', delay=1)
         parts = (part for text in texts for part in text.split(SURROGATE))  # without EOTs
         spec |= {'pattern': GPT2_PATTERN, 'ranks': learn_byte_pairs(parts, n)}
@@ -487,7 +485,7 @@ def make_vocabulary(kind, layout, splits, vocab_size):
     ids = {key: n + i for i, key in enumerate(specials)}
     mask_id = n + len(specials)
     return {'vocab_size': mask_id, 'mask_id': mask_id, **dict.fromkeys(SPECIALS), **ids,
-            'tokenizer': spec}
+            'dtype': 'uint16' if mask_id < 1 << 16 else 'uint32', 'tokenizer': spec}
 
 
 def encode_stream(pieces, encoder, count):
@@ -559,11 +557,12 @@ def write_dataset(target, meta, encoded):
     with tempfile.TemporaryDirectory(prefix='.preparing-', dir='data') as folder:
         work = Path(folder, 'new')
         work.mkdir()
+        dtype = np.dtype(DTYPES[meta['dtype']])
         for split, lists in encoded.items():
             with open(work / f'{split}.bin', 'wb') as f:
                 for ids in tqdm(lists, f'{target.name} {split}', delay=1):
-                    f.write(np.array(ids, '<u2').tobytes())
-                meta['counts'][split]['tokens'] = tokens = f.tell() // 2
+                    f.write(np.array(ids, dtype).tobytes())
+                meta['counts'][split]['tokens'] = tokens = f.tell() // dtype.itemsize
             if tokens < 2:
                 raise UserError(f'{target.name} is too short: its {split} split has {tokens} '
                                 'tokens')
@@ -614,10 +613,11 @@ def load_meta(dataset):
             'prepare.py makes a folder of data/ from a file, and dataset is its name'
         raise UserError(f'there is no {path}: {hint}')
     try:
-        meta = json.loads(path.read_text(encoding='utf-8'))
+        meta = {'dtype': 'uint16'} | json.loads(path.read_text(encoding='utf-8'))
         wrong = [key for key, kind in META_TYPES.items() if not isinstance(meta.get(key), kind)]
         if TOKENIZER_KEYS[meta['tokenizer']['kind']] != meta['tokenizer'].keys() - {'kind'}:
             wrong.append('tokenizer')
+        wrong += ['dtype'] * (meta['dtype'] not in DTYPES)
         wrong += [split for split, count in meta['counts'].items()
                   if [type(count[k]) for k in ('tokens', 'characters', 'bytes')] != [int] * 3]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -628,16 +628,16 @@ def load_meta(dataset):
 
 
 def load_split(dataset, split):
-    """The ids of a split (N,), a read-only uint16 memmap. Raises UserError."""
-    path = Path('data', dataset, f'{split}.bin')
-    counts = load_meta(dataset)['counts']
+    """The ids of a split (N,), a read-only memmap. Raises UserError."""
+    path, meta = Path('data', dataset, f'{split}.bin'), load_meta(dataset)
+    counts, dtype = meta['counts'], np.dtype(DTYPES[meta['dtype']])
     if split not in counts:
         raise UserError(f'{dataset} has no split {split!r}, only {", ".join(counts)}')
     tokens = counts[split]['tokens']
     size = path.stat().st_size if path.is_file() else 0
-    if tokens == 0 or size != 2 * tokens:
+    if tokens == 0 or size != dtype.itemsize * tokens:
         raise UserError(f'{path} has {size} bytes for {tokens} tokens: prepare {dataset} again')
-    return np.memmap(path, dtype='<u2', mode='r')
+    return np.memmap(path, dtype, mode='r')
 
 
 def gather(data, starts, length, vocab_size):

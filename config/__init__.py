@@ -30,7 +30,7 @@ LIMITS = {  # {interval: names of the settings that must lie in it, whichever sc
     '[0, 1)': 'beta1 beta2 val_share',
     '(0, 1]': 'length_quantile threshold top_p',
     '[0, 9e18]': 'seed',  # below 2^63
-    '[0, 65535]': 'vocab_size',
+    '[0, 1e9]': 'vocab_size',
     '[0, 999999]': 'gen_length',
     '[1, 1e6]': 'max_prompt max_answer discrete_steps grid_steps'}
 

@@ -456,7 +456,7 @@ def test_bad_rows_are_one_line():
             ('two names', 'c.csv', {'fields': 'from'}),
             ('records', 'd.jsonl', {'fields': 'from,to'}),
             ('records', 'e.jsonl', {'fields': 'from,to'}),
-            ('259 to', 'x', {'prompts': 'a.txt', 'answers': 'a.txt', 'tokenizer': 'bpe',
+            ('259 or more', 'x', {'prompts': 'a.txt', 'answers': 'a.txt', 'tokenizer': 'bpe',
                              'vocab_size': 258}),
             ('too short', 'b.txt', {'documents': True}),
             ('is not multi30k: it has no train.en', 'multi30k', {'source': '.'}),
@@ -625,7 +625,8 @@ def stream(n, V=50, **counts):
     """A data set of n random training tokens, and of 7 to validate, written without prepare()."""
     ids = {'train': np.random.default_rng(n).integers(0, V, n), 'val': np.arange(7)}
     meta = {**dict.fromkeys(prepare.META_TYPES), 'name': 's', 'layout': 'stream', 'vocab_size': V,
-            'mask_id': V, 'tokenizer': {'kind': 'gpt2'}, 'source': 'nowhere', 'sha256': '',
+            'mask_id': V, 'dtype': 'uint16', 'tokenizer': {'kind': 'gpt2'}, 'source': 'nowhere',
+            'sha256': '',
             'counts': {split: {'tokens': len(x), 'characters': 0, 'bytes': 0}
                        for split, x in ids.items()}}
     os.makedirs('data/s', exist_ok=True)
@@ -901,7 +902,7 @@ def test_a_missing_character_is_named():
 
 @pytest.mark.parametrize('damage', [
     '', '{', '[]', 'null', '{"name": "verse"}', '"tokens": "12"', '"vocab_size": "65"',
-    '"counts": []', '"kind": "nix"', '"chars": 1, "kind"'])
+    '"counts": []', '"dtype": "u8"', '"kind": "nix"', '"chars": 1, "kind"'])
 def test_damaged_meta_is_one_line(damage):
     prepare.prepare(write('verse.txt', VERSE))
     path = Path('data/verse/meta.json')
@@ -968,8 +969,7 @@ def test_bad_choices_are_one_line():
     for message, what, choices in [
             ('is not a text', '.', {'name': 'a'}), ('no file', 'b.txt', {}),
             ('one of char', 'a.txt', {'tokenizer': 'word'}), ('no file', 'text8', {'source': 'x'}),
-            ('257 to', 'a.txt', {'tokenizer': 'bpe', 'vocab_size': 256}),
-            ('257 to', 'a.txt', {'tokenizer': 'bpe', 'vocab_size': 65_536}),
+            ('257 or more', 'a.txt', {'tokenizer': 'bpe', 'vocab_size': 256}),
             ('another --name', 'a.txt', {'name': '../a'}), ('--name', 'a.txt', {'name': '..'}),
             ('--name', 'a.txt', {'name': 'downloads'}),
             ('is not wikitext2: it has no wiki.train.tokens or wiki.train.raw or t', 'wikitext2',
@@ -978,13 +978,24 @@ def test_bad_choices_are_one_line():
             prepare.prepare(what, **choices)
 
 
-def test_ids_that_do_not_fit_are_refused():
-    every = ''.join(chr(c) for c in range(0x10000, 0x10000 + 65_535))
-    meta = prepare.prepare(write('a.txt', every + 'z' * 10_000), tokenizer='bpe', vocab_size=300)
-    assert meta['vocab_size'] <= 300
-    with pytest.raises(UserError, match='65,536 different characters'):
-        prepare.prepare('a.txt')
-    assert prepare.prepare(write('b.txt', every))['mask_id'] == 65_535
+@pytest.mark.parametrize('V, dtype', [(65_535, np.uint16), (65_536, np.uint32)])
+def test_ids_are_as_wide_as_the_mask_needs(V, dtype):
+    every = [chr(c) for c in range(0x10000, 0x10000 + V)]
+    meta = prepare.prepare(write('a.txt', ''.join(every + every[::-1])))
+    assert meta['mask_id'] == V and meta['dtype'] == np.dtype(dtype).name
+    both = [*range(V), *reversed(range(V))]
+    n = int(0.9 * len(both))
+    assert ids_of('a', 'train') == both[:n] and ids_of('a', 'val') == both[n:]
+    assert np.array_equal(np.fromfile('data/a/train.bin', dtype), both[:n])
+    x0, _ = prepare.open_data('a', 8, 2).batches('val', 2)[0]()
+    assert x0.tolist() == [both[n:n + 8], both[n + 8:n + 16]]
+
+
+def test_a_data_set_that_does_not_say_its_dtype_has_uint16():
+    meta = prepare.prepare(write('verse.txt', VERSE))
+    before = ids_of('verse', 'val')
+    write('data/verse/meta.json', json.dumps({k: v for k, v in meta.items() if k != 'dtype'}))
+    assert ids_of('verse', 'val') == before and prepare.load_meta('verse') == meta
 
 
 def test_text_without_a_blank_is_refused_before_it_fills_the_memory(monkeypatch):
