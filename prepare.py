@@ -16,6 +16,7 @@ or [document EOS PAD...], and a model of rows learns where an answer or document
     python prepare.py opus_books             # 34 MB, a minute: sentences of novels, the same
     python prepare.py NAME --prompts=FILE --answers=FILE      # line by line
     python prepare.py path/to/any.jsonl --fields=question,answer
+    python prepare.py path/to/any.jsonl --fields=messages     # conversations, a row for each answer
     python prepare.py path/to/any.txt --documents
 
 Of a file of yours the last 10% are val; --val_share=0.05 draws 5% of its documents instead. A data
@@ -64,7 +65,8 @@ vocab_size = 0     # of bpe: 256 bytes, merges and special tokens; 0 = as the re
 # rows
 prompts = ''       # a file with a prompt in each line
 answers = ''       # a file whose line i answers line i of prompts
-fields = ''        # of a .csv or .jsonl: PROMPT,ANSWER, two names of columns or keys
+fields = ''        # of a .csv or .jsonl: PROMPT,ANSWER, two names of columns or keys; or one, of
+                   # conversations [{"role": "user", "content": ...}, {"role": "assistant", ...}]
 documents = False  # a row for each text between EOTs; in a file without an EOT, for each line
 max_prompt = 128   # tokens; a pair with a longer side is dropped: half an answer is a wrong one
 max_answer = 128   # tokens; the same, but a longer document is cut
@@ -95,7 +97,6 @@ BEFORE_BLANK = re.compile(r'(?s).*\S(?=[ \n])')
 # Characters: behind one that is not in an EOT, or is '>', with which an EOT ends.
 OUTSIDE_EOT = re.compile(r'(?s).*[^<|endoftx]')
 
-DTYPES = {'uint16': '<u2', 'uint32': '<u4'}  # of the ids in a bin: {name in meta.json: on disk}
 READ_SIZE = 1 << 18      # bytes or characters that are read at a time
 MAX_UNCUT = 32_000_000   # characters without a place to cut, beyond which recut() gives up
 THREADS = os.cpu_count() or 1  # that tokenise a stream at the same time
@@ -104,8 +105,7 @@ TOKENIZER_KEYS = {'char': {'chars'}, 'gpt2': set(), 'bpe': {'pattern', 'ranks'}}
 META_TYPES = {
     'name': str, 'layout': str, 'row_length': int | None, 'max_answer': int | None,
     'vocab_size': int, 'mask_id': int, 'eos_id': int | None, 'sep_id': int | None,
-    'pad_id': int | None, 'dtype': str, 'tokenizer': dict, 'source': str, 'sha256': str,
-    'counts': dict}
+    'pad_id': int | None, 'tokenizer': dict, 'source': str, 'sha256': str, 'counts': dict}
 
 
 def recipe_names():
@@ -130,8 +130,9 @@ def choose_recipe(what, prompts, answers, fields, documents):
     recipe = load_recipe(what if known else '__init__')
     if fields:
         names = fields.split(',')
-        require('fields', fields, len(names) == 2, "two names, as in 'question,answer'")
-        recipe |= {'layout': 'pairs', 'read': partial(read_fields, names=names)}
+        require('fields', fields, len(names) < 3, "two names, as in 'question,answer', or one")
+        recipe |= {'layout': 'pairs', 'read': partial(read_fields, names=names),
+                   'unfold': unfold_turns if len(names) == 1 else None}
     elif prompts or documents:
         recipe['layout'] = 'pairs' if prompts else 'documents'
     return recipe
@@ -237,8 +238,8 @@ def find_texts(what, recipe, sources):
         paths = [path]
     for path in paths:
         if not path.exists():
-            known = ', '.join(recipe_names())
-            raise UserError(f'there is no file {str(path)!r} (data sets: {known})')
+            raise UserError(f'there is no file {str(path)!r} '
+                            f'(data sets: {", ".join(recipe_names())})')
     files = [file for path in paths for file in members(path)]
     by_name = {file.name: file for file in files}
 
@@ -298,14 +299,13 @@ def read_pairs(prompts, answers):
     pairs = itertools.zip_longest(*(split_at('\n', read_chunks(f)) for f in (prompts, answers)))
     for i, pair in enumerate(pairs, start=1):
         if None in pair:
-            longer, shorter = (answers, prompts) if pair[0] is None else (prompts, answers)
-            raise UserError(f'{longer} has a line {i}, but {shorter} ends before it: they must '
-                            'correspond line by line')
+            raise UserError(f'{(prompts, answers)[pair.index(None)]} ends before line {i} of the '
+                            'other file: they must correspond line by line')
         yield pair
 
 
 def read_fields(file, names):
-    """Yields (prompt, answer): two named columns of a .csv, two keys of a .jsonl."""
+    """Yields [text of each named column of a .csv or key of a .jsonl]; what is no text, as JSON."""
     lines = (line.removeprefix('\ufeff') for line in split_at('\n', read_chunks(file)))
     records = csv.DictReader(lines) if file.suffix == '.csv' else map(
         json.loads, filter(str.strip, lines))
@@ -314,10 +314,28 @@ def read_fields(file, names):
             if missing := [name for name in names if record.get(name) is None]:
                 raise UserError(f'record {i} of {file} has no {missing[0]!r}, only '
                                 f'{", ".join(map(str, record))}')
+            texts = (v if isinstance(v := record[name], str) else json.dumps(v, ensure_ascii=False)
+                     for name in names)
             # JSON can hold half a surrogate pair, which is no text
-            yield [str(record[name]).encode('utf-8', 'replace').decode() for name in names]
+            yield [text.encode('utf-8', 'replace').decode() for text in texts]
     except (ValueError, AttributeError, csv.Error) as e:
         raise UserError(f'{file} is not a .csv or .jsonl of records: {e}') from e
+
+
+def chat_prompt(messages):
+    """The text of a conversation so far, [{'role': ..., 'content': ...}, ...]: a line for each."""
+    return '\n'.join(f'{message["role"]}: {message["content"].strip()}' for message in messages)
+
+
+def unfold_turns(document):
+    """[(prompt, answer)] of a document [conversation in JSON]: one for each answer in it."""
+    try:
+        messages = json.loads(document[0])
+        return [(chat_prompt(messages[:i]), message['content'].strip())
+                for i, message in enumerate(messages) if message['role'] == 'assistant']
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f'{document[0][:60]} is no list of {{"role": "user" or "assistant", '
+                        '"content": TEXT}') from e
 
 
 def cut_documents(read):
@@ -354,15 +372,21 @@ def cut_splits(read, shares, stream):
             for split, start, stop in zip(shares, [0, *stops], stops)}
 
 
-def is_val(document, val_share, seed):
-    """Whether a document, a text or (prompt, answer), is in val, with probability val_share.
+def split_of(document, shares, seed):
+    """The split of a document, a text or (prompt, answer): the first whose share is above its hash.
 
-    It is if a hash of seed and text, as a number in [0, 1), is below val_share; blanks and line
-    ends do not count. So a document is on the same side in every file, layout and order, and all
-    its copies are."""
+    The hash of seed and text is a number in [0, 1); blanks and line ends do not count. So a
+    document is in the same split in every file, layout and order, and all its copies are."""
     text = ''.join(''.join(document).split()).removesuffix(EOT)
-    digest = hashlib.sha256(f'{seed} {text}'.encode()).digest()
-    return int.from_bytes(digest[:8], 'big') < val_share * 2 ** 64
+    u = int(hashlib.sha256(f'{seed} {text}'.encode()).hexdigest()[:12], 16) / 2 ** 48
+    return next(split for split, share in shares.items() if u < share)
+
+
+def draw_splits(read, shares, seed):
+    """The same of documents, each in the split that split_of() says."""
+    return {split: lambda split=split: (document for document in read() if
+                                        split_of(document, shares, seed) == split)
+            for split in shares}
 
 
 def open_splits(recipe, texts, kind, val_share, seed):
@@ -372,15 +396,16 @@ def open_splits(recipe, texts, kind, val_share, seed):
     because a split is read more than once: counted, learned from, encoded."""
     read, stream = recipe['read'] or READERS[recipe['layout']], recipe['layout'] == 'stream'
     splits = {split: partial(read, *files) for split, files in texts.items()}
-    if val_share:
+    if val_share or recipe['drawn']:
         require('val_share', val_share, '' in splits, '0 for data that has its own val')
         whole = partial(cut_documents, splits['']) if stream else splits['']
-        drawn = partial(is_val, val_share=val_share, seed=seed)
-        splits = {'train': lambda: itertools.filterfalse(drawn, whole()),
-                  'val': lambda: filter(drawn, whole())}
+        shares = {'train': 1 - val_share, 'val': 1} if val_share else recipe['splits']
+        splits = draw_splits(whole, shares, seed)
     elif '' in splits:
-        shares = recipe['splits']
-        splits = shares(splits['']) if callable(shares) else cut_splits(splits[''], shares, stream)
+        splits = cut_splits(splits[''], recipe['splits'], stream)
+    if unfold := recipe['unfold']:
+        splits = {split: lambda read=read: itertools.chain.from_iterable(map(unfold, read()))
+                  for split, read in splits.items()}
     if not stream:
         return splits
     where = OUTSIDE_EOT if kind == 'char' else BEFORE_BLANK
@@ -541,7 +566,7 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer, truncate):
     count |= {'rows': len(sizes), 'scored': scored, 'longest': longest, 'characters': characters,
               'bytes': n_bytes, 'empty': empty, 'long': long}
     sides = zip(('prompt', 'answer' if is_pair else 'document'), np.transpose(lengths))  # (N,) each
-    count['lengths'] = {side: [n.mean(), *np.quantile(n, (0.5, 0.9, 0.99, 1)).tolist()]
+    count['lengths'] = {side: [n.mean().item(), *np.quantile(n, (0.5, 0.9, 0.99, 1)).tolist()]
                         for side, n in sides if n.any()}
     if is_pair and len(sizes):
         prompts = np.column_stack([sizes[:, 0], np.ones(len(sizes))])  # (rows, 2)
@@ -557,7 +582,7 @@ def write_dataset(target, meta, encoded):
     with tempfile.TemporaryDirectory(prefix='.preparing-', dir='data') as folder:
         work = Path(folder, 'new')
         work.mkdir()
-        dtype = np.dtype(DTYPES[meta['dtype']])
+        dtype = np.dtype(meta['dtype'])
         for split, lists in encoded.items():
             with open(work / f'{split}.bin', 'wb') as f:
                 for ids in tqdm(lists, f'{target.name} {split}', delay=1):
@@ -596,6 +621,7 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
     row_length = (max_prompt + 1 if layout == 'pairs' else 0) + max_answer + 1  # with SEP and EOS
     meta = {'name': target.name, 'layout': 'stream' if layout == 'stream' else 'rows',
             'row_length': None if layout == 'stream' else row_length, **vocabulary, **origin,
+            'is_chat': recipe['unfold'] is unfold_turns,  # prompts are written by chat_prompt()
             'counts': {split: {} for split in splits}}
     encode = encode_stream if layout == 'stream' else partial(
         encode_rows, meta=meta, max_prompt=max_prompt, max_answer=max_answer, truncate=truncate)
@@ -617,7 +643,7 @@ def load_meta(dataset):
         wrong = [key for key, kind in META_TYPES.items() if not isinstance(meta.get(key), kind)]
         if TOKENIZER_KEYS[meta['tokenizer']['kind']] != meta['tokenizer'].keys() - {'kind'}:
             wrong.append('tokenizer')
-        wrong += ['dtype'] * (meta['dtype'] not in DTYPES)
+        wrong += ['dtype'] * (meta['dtype'] not in ('uint16', 'uint32'))
         wrong += [split for split, count in meta['counts'].items()
                   if [type(count[k]) for k in ('tokens', 'characters', 'bytes')] != [int] * 3]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -630,7 +656,7 @@ def load_meta(dataset):
 def load_split(dataset, split):
     """The ids of a split (N,), a read-only memmap. Raises UserError."""
     path, meta = Path('data', dataset, f'{split}.bin'), load_meta(dataset)
-    counts, dtype = meta['counts'], np.dtype(DTYPES[meta['dtype']])
+    counts, dtype = meta['counts'], np.dtype(meta['dtype'])
     if split not in counts:
         raise UserError(f'{dataset} has no split {split!r}, only {", ".join(counts)}')
     tokens = counts[split]['tokens']

@@ -20,11 +20,12 @@ title = ''            # name of the text: with it, a --source of another sha256 
 text = {}             # the files in a zip or folder: {split: [text]}, or, of pairs, {split:
                       # [prompts, answers]}. 'a|b' is the file a or b. The only key '' means that
                       # `splits` cuts the text. {} = the download is that text itself
-splits = {'train': 0.9, 'val': 1}  # {split: share of the characters or rows at which it ends}, or
-                      # splits(read) -> {split: function}, where read() yields all rows, and each
-                      # function yields those of its split. train and val must be there
+splits = {'train': 0.9, 'val': 1}  # {split: share of the characters or rows at which it ends};
+                      # train and val must be there
+drawn = False         # rather draw the split of each document at random, with these shares
 layout = 'stream'     # stream, pairs, documents
 read = None           # generator: read(file) of pieces of a stream, or of ('', document) tuples;
                       # read(prompts, answers) of (prompt, answer) tuples. None = READERS[layout]
+unfold = None         # function: what `read` yields -> several (prompt, answer)s, all in one split
 tokenizer = 'char'    # char, gpt2, bpe
 vocab_size = 4096     # of bpe

@@ -348,6 +348,10 @@ def test_long_sides_are_cut_where_the_answer_begins_and_ends():
     assert [count['lengths'][side][-1] for side in ('prompt', 'answer')] == [8, 6]  # before cuts
 
 
+def is_val(document, share, seed):
+    return prepare.split_of(document, {'train': 1 - share, 'val': 1}, seed) == 'val'
+
+
 def test_lengths_are_printed_before_rows_are_dropped(monkeypatch, capsys):
     write_pairs([('x' * n, 'y' * (2 * n)) for n in range(1, 101)] * 2)
     monkeypatch.setattr(sys, 'argv', ['prepare.py', 'talk', '--prompts=p.txt', '--answers=a.txt',
@@ -357,7 +361,7 @@ def test_lengths_are_printed_before_rows_are_dropped(monkeypatch, capsys):
     said = re.findall(r'tokens of each (\w+): mean ([\d.]+), median (\d+), 90% (\d+), 99% (\d+), '
                       r'longest (\d+)', capsys.readouterr().out)
     assert [line[0] for line in said] == ['prompt', 'answer'] * 2
-    train = [n for n in range(1, 101) if not prepare.is_val(('x' * n, 'y' * (2 * n)), 0.3, 0)]
+    train = [n for n in range(1, 101) if not is_val(('x' * n, 'y' * (2 * n)), 0.3, 0)]
     for side, k, line in zip(('prompt', 'answer'), (1, 2), said):
         assert line[1] == f'{k * np.mean(train):.1f}' and line[5] == str(k * max(train)), side
         assert float(line[3]) == round(k * np.quantile(train * 2, 0.9))
@@ -371,7 +375,7 @@ def test_lengths_are_printed_before_rows_are_dropped(monkeypatch, capsys):
 
 @pytest.mark.parametrize('share, seed', [(0.1, 0), (0.5, 0), (0.5, 1), (0.001, 7)])
 def test_val_has_its_share_of_documents_up_to_chance(share, seed):
-    n = sum(prepare.is_val(f'document {i}', share, seed) for i in range(20_000))
+    n = sum(is_val(f'document {i}', share, seed) for i in range(20_000))
     assert abs(n - 20_000 * share) < 4 * math.sqrt(20_000 * share * (1 - share))
 
 
@@ -438,6 +442,39 @@ def test_fields_of_csv_and_jsonl():
     assert texts_of(prepare.prepare(half, fields='from,to'), 'val') == [('a?', '7')] * 2
 
 
+def said(role, text):
+    return {'role': role, 'content': text}
+
+
+def test_every_answer_of_a_conversation_is_a_row_with_what_was_said_before():
+    talks = [[said('system', 'be kind'), said('user', f' {i} \u20ac?'),
+              said('assistant', f'{i}!\n'), said('user', 'a\nb'), said('assistant', 'bye')]
+             for i in range(60)]
+    talks += [[said('user', 'x'), said('assistant', 'y')], [said('user', 'no answer')],
+              [said('assistant', 'no prompt')], []]
+    write('t.jsonl', '\n'.join(json.dumps({'n': 1, 'talk': talk}) for talk in talks))
+    meta = prepare.prepare('t.jsonl', fields='talk', val_share=0.4)
+    rows = {split: texts_of(meta, split) for split in ('train', 'val')}
+    first = [(f'system: be kind\nuser: {i} \u20ac?', f'{i}!') for i in range(60)]
+    second = [(f'{prompt}\nassistant: {answer}\nuser: a\nb', 'bye') for prompt, answer in first]
+    assert sorted(rows['train'] + rows['val']) == sorted([*first, *second, ('user: x', 'y')])
+    assert sum(count['empty'] for count in meta['counts'].values()) == 1
+    for split in rows.values():  # no conversation is in both
+        assert [first.index(row) for row in split if row in first] == \
+            [second.index(row) for row in split if row in second] != []
+    assert meta['is_chat'] and not prepare.prepare('talk', **write_pairs())['is_chat']
+    meta = prepare.prepare('t.jsonl', 'cut', fields='talk')  # the last 10%, of conversations
+    assert texts_of(meta, 'val')[:2] == [first[57], second[57]]
+
+
+@pytest.mark.parametrize('talk', ['"hi"', '3', '[1]', '[{"role": "assistant"}]', '{"a": 1}',
+                                  '[{"role": "assistant", "content": null}]'])
+def test_what_is_no_conversation_is_one_line(talk):
+    write('t.jsonl', f'{{"talk": {talk}}}\n' * 30)
+    with pytest.raises(UserError, match=r'^[^\n]* is no list of {"role": "user" or "assistant"'):
+        prepare.prepare('t.jsonl', fields='talk')
+
+
 def test_bad_rows_are_one_line():
     write('a.txt', 'a\nb\n')
     write('b.txt', 'a\n')
@@ -446,14 +483,14 @@ def test_bad_rows_are_one_line():
     write('e.jsonl', '[1, 2]\n')
     two = {'prompts': 'a.txt', 'answers': 'b.txt'}
     for message, what, choices in [
-            ('a.txt has a line 2, but b.txt ends before it', 'x', two),
+            ('^b.txt ends before line 2 of the other file', 'x', two),
             ('b.txt ends', 'x', {'prompts': 'b.txt', 'answers': 'a.txt'}),
             ('no file', 'x', two | {'answers': 'c.txt'}), ('--answers=FILE', 'x', {'prompts': 'a'}),
             ('--answers=FILE', 'c.csv', two | {'fields': 'from,to'}),
             ('--answers=FILE', 'multi30k', two), ('--answers=FILE', 'text8', {'documents': True}),
             ("record 2 of c.csv has no 'to'", 'c.csv', {'fields': 'from,to'}),
             ("no 'into', only from, to", 'c.csv', {'fields': 'from,into'}),
-            ('two names', 'c.csv', {'fields': 'from'}),
+            ('two names', 'c.csv', {'fields': 'from,to,n'}),
             ('records', 'd.jsonl', {'fields': 'from,to'}),
             ('records', 'e.jsonl', {'fields': 'from,to'}),
             ('259 or more', 'x', {'prompts': 'a.txt', 'answers': 'a.txt', 'tokenizer': 'bpe',
@@ -488,15 +525,16 @@ def test_multi30k_from_a_folder_and_from_the_servers_gzips(monkeypatch):
 
 
 def test_opus_books_are_split_at_random_but_always_the_same_way():
-    pairs = [(f'{i} en', f'{i} fr') for i in range(1000)]
+    pairs = [(f'{i} en', f'{i} fr') for i in range(10_000)]
     with zipfile.ZipFile('en-fr.txt.zip', 'w') as z:
         for side, language in enumerate(('en', 'fr')):
             z.writestr(f'Books.en-fr.{language}', '\n'.join(pair[side] for pair in pairs))
     first, again = (prepare.prepare('opus_books', name, 'en-fr.txt.zip', 'char') for name in 'ab')
     found = {split: texts_of(first, split) for split in ('train', 'val', 'test')}
-    assert [len(found[split]) for split in found] == [980, 10, 10]
     assert sorted(sum(found.values(), [])) == sorted(pairs)
-    assert max(int(p.split()[0]) for p, _ in found['test']) < 990, 'not the end'
+    for split in ('val', 'test'):  # 1% each, up to chance, from everywhere
+        assert 70 < len(found[split]) < 130
+        assert 4000 < np.mean([int(prompt.split()[0]) for prompt, _ in found[split]]) < 6000
     assert all(texts_of(again, split) == found[split] for split in found)
 
 
