@@ -5,6 +5,7 @@
     python sample.py --out_dir=out/shakespeare_mdm --template="To [___] or not to [___:9]"
     python sample.py --out_dir=out/shakespeare_mdm --prompt_file=prompts.txt --json
     python sample.py --out_dir=out/multi30k_mdm --start="A man is sleeping."
+    python sample.py --out_dir=out/talk --chat  # a run on prompts and answers; an empty line ends
     python sample.py --corrupt="What's in a name?"
 
 From a checkpoint to text in four steps:
@@ -30,7 +31,7 @@ import time
 from collections import Counter
 from functools import partial
 from inspect import getfullargspec
-from itertools import groupby
+from itertools import groupby, takewhile
 from json import dumps
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +45,7 @@ import config
 from config import UserError, one_of, require
 from model import SCHEDULES, KVCache, Objective, Transformer, first_to_hold, load_checkpoint, \
     load_model, make_objective, noise, pick_device
-from prepare import EOT, load_tokenizer, split_row
+from prepare import EOT, chat_prompt, load_tokenizer, split_row
 
 # what is read
 out_dir = 'out/shakespeare_mdm'  # the folder of the run whose model is used
@@ -53,6 +54,7 @@ device = 'auto'        # cuda, mps, cpu; auto takes the first that this machine 
 start = ''             # the text to continue; in a run on prompts and answers, the prompt
 template = ''          # a text with blanks to fill: [___] is 5 tokens wide, [___:9] is 9
 prompt_file = ''       # a prompt or a template on every line; - reads them from stdin
+chat = False           # answer each line of stdin; a run on conversations reads all turns before it
 corrupt = ''           # a text: show how the forward process masks it, and stop
 num_samples = 1        # of each prompt
 batch_size = 16        # rows at a time
@@ -972,6 +974,25 @@ def make_canvases(run, prompts, settings):
     return canvases, *cost
 
 
+def chat_with(run, settings, lines):
+    """Answers the lines up to an empty one. A run on conversations is shown all turns before, too.
+
+    Of these, the oldest are left out where no room would remain for the longest answer."""
+    require('chat', True, run.meta['sep_id'] is not None, 'False for a run without answers')
+    turns, room = [], run.settings['block_size'] - run.meta['max_answer'] - 2  # with SEP and EOS
+
+    def prompt():
+        return chat_prompt(turns) if run.meta.get('is_chat') else turns[-1]['content']
+
+    for line in takewhile(str.strip, lines):
+        turns.append({'role': 'user', 'content': line.strip()})
+        while len(ids := run.tokenizer.encode(prompt())) > room and len(turns) > 1:
+            del turns[:2]
+        text = run.tokenizer.decode(answer(run, [ids], settings)[0][0])
+        print(text, flush=True)
+        turns.append({'role': 'assistant', 'content': text})
+
+
 def show_corruption(text, out_dir, seed):
     """The forward process on one text: ever more of its tokens become masks, none comes back.
 
@@ -1003,6 +1024,10 @@ def main():
     if corrupt:
         return show_corruption(corrupt, out_dir, seed)
     run = load_run(out_dir, pick_device(device))
+    if chat:
+        alone = not (start or template or prompt_file or watch or save or json)
+        require('chat', chat, alone, 'alone: it reads stdin, so leave out start, save and the like')
+        return chat_with(run, settings, sys.stdin)
     name = decoder_name(decoder, run.objective)
     prompts = [prompt for prompt in read_prompts(start, template, prompt_file, gen_length)
                for _ in range(num_samples)]

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {'config/__init__.py': 127, 'prepare.py': 632, 'model.py': 595, 'train.py': 494,
-           'sample.py': 763, 'eval.py': 878, 'data/*.py': 105}
+           'sample.py': 780, 'eval.py': 878, 'data/*.py': 105}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 

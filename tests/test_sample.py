@@ -2085,6 +2085,44 @@ def test_prompts_are_answered_from_the_command_line(row_runs, run_main, name, wi
     assert found[:8] == [row['text'] for row in rows], 'spaces around a prompt mean nothing'
 
 
+@pytest.mark.parametrize('name', ['row_ar', 'row_mdm', 'row_head'])
+def test_a_chat_answers_line_by_line_until_an_empty_one(row_runs, run_main, monkeypatch, name):
+    words = (f'--out_dir={name}', '--temperature=1')
+    answers = [texts(run_main(f'--start={line}', *words)[1])[0][0] for line in ('abc h', 'ab')]
+    for given, lines in ((' abc h\nab\n\nb\n', answers), ('ab', answers[1:]), ('', [])):
+        monkeypatch.setattr(sys, 'stdin', io.StringIO(given))
+        assert run_main('--chat', *words) == (0, ''.join(line + '\n' for line in lines), '')
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('ab\nx\n'))
+    status, out, err = run_main('--chat', *words)
+    assert (status, out) == (2, answers[1] + '\n') and err.count('\n') == 1 and "know 'x'" in err
+
+
+@pytest.mark.parametrize('max_answer, kept', [(9, 5), (40, 3), (190, 1)])
+def test_a_chat_reads_the_turns_as_training_did_the_latest_that_fit(monkeypatch, max_answer, kept):
+    """Against the rows that prepare.py makes of the same conversation."""
+    turns = ['hi', 'Hello.', 'how  are you?', 'Well, and you?', 'fine, thanks']
+    whole = [{'role': ('user', 'assistant')[i % 2], 'content': turn}
+             for i, turn in enumerate([*turns, 'Good.'])]
+    chars = ''.join(map(chr, range(32, 127))) + '\n'
+    ids = {'eos_id': 96, 'sep_id': 97, 'pad_id': 98}
+    meta = {'tokenizer': {'kind': 'char', 'chars': chars}, 'max_answer': max_answer, **ids}
+    tokenizer = prepare.load_tokenizer(meta)
+    answers, asked = iter(turns[1::2] + ['Good.']), []
+
+    def answer(run, prompts, settings):
+        asked.append(tokenizer.decode(prompts[0]))
+        return [tokenizer.encode(next(answers))], {}, None
+
+    monkeypatch.setattr(sample, 'answer', answer)
+    run = types.SimpleNamespace(meta=meta | {'is_chat': True}, tokenizer=tokenizer,
+                                settings={'block_size': 120})
+    sample.chat_with(run, {}, [turn + '\n' for turn in turns[::2]])
+    rows = prepare.unfold_turns([json.dumps(whole[-1 - kept:])])
+    assert asked[-1] == rows[-1][0]
+    if kept == 5:
+        assert asked == [prompt for prompt, _ in rows]
+
+
 def test_the_most_confident_of_several_lengths_from_the_command_line(row_runs, run_main):
     words = ('--out_dir=row_mdm', '--start=abc h', '--decoder=confidence', '--temperature=0')
     words += ('--length=ratio', '--json')
@@ -2132,6 +2170,8 @@ def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main)
     (['--start=ab', '--length_candidates=0'], 'length_candidates is 0'),
     (['--start=ab', '--length_candidates=3', '--watch'], '1 to watch or save'),
     (['--start=ab', '--watch', '--json'], 'False with json'),
+    (['--chat', '--start=ab'], 'chat is True, but it must be alone'),
+    (['--chat', '--out_dir=mdm'], 'False for a run without answers'),
     (['--start=ab', '--length_candidates=3', '--out_dir=row_pad'], 'but for masks'),
     (['--start=a', '--length_candidates=3', '--out_dir=mdm'], 'without answers')])
 def test_bad_questions_are_one_line(row_runs, run_main, words, problem):
