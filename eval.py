@@ -4,6 +4,7 @@
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=likelihood
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=generation
     python eval.py --out_dir=out/shakespeare_ar,out/shakespeare_mdm --task=curves
+    python eval.py --out_dir=out/ar_1m,out/ar_4m,out/mdm_1m,out/mdm_4m --task=scaling
     python eval.py --out_dir=out/multi30k_ar,out/multi30k_mdm --task=translation --split=test
     python eval.py --out_dir=out/multi30k_ar,out/multi30k_mdm_pad,out/length_classify --task=length
 
@@ -45,16 +46,16 @@ from tqdm import tqdm
 import config
 import sample
 from config import UserError, one_of, require, write_atomically
-from model import Autoregression, cross_entropy, evaluate, in_slices, make_objective, peak_memory, \
-    pick_device
+from model import Autoregression, cross_entropy, evaluate, flops_per_token, in_slices, \
+    make_objective, peak_memory, pick_device
 from prepare import SURROGATE, download, load_meta, load_split, mixed_seed, open_data, \
     open_run_data, row_batches, row_widths
 from sample import PLAIN, Run, load_run
 
 # what is measured
 out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
-task = 'likelihood'    # likelihood, generation, speed, curves, infill, order, lambada, recover,
-                       # noises, translation, length, reversal; report: most, on one page
+task = 'likelihood'    # likelihood, generation, speed, curves, scaling, infill, order, lambada,
+                       # recover, noises, translation, length, reversal; report: most, on one page
 report_dir = 'out/report'  # where report.md, report.json and the pictures go
 split = 'val'          # train, val, test; likelihood: or several with commas; generation and
                        # speed: val, always
@@ -100,7 +101,7 @@ DIGITS = {             # digits after the point in a column; 3 in all others
     **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L', 'BERTScore', 'batches/s'), 2),
     **dict.fromkeys(('known words (%)', 'ms/pass', 'accuracy (%)', 's.e. (%)', 'minutes', 'nfe',
                      'fits (%)', 'too long by', 'masks', 'saved', 'ms/sentence', 'sentences/s'), 1),
-    'tokens/s': 0}
+    'seconds': 1, 'PFLOP': 4, 'tokens/s': 0}
 
 
 # --------------------------------------------------------------------------------- runs and data
@@ -119,7 +120,9 @@ def load_runs(out_dirs, device, one_data_set=True):
 
 
 def load_log(path):
-    """A run without its model, and its log: {'tokens', 'seconds', 'val': arrays, 'measured': name}.
+    """A run without its model, and its log: {'iter', 'tokens', 'seconds', 'val', 'measured'}.
+
+    All but 'measured' are arrays, with an entry for every evaluation.
 
     The evaluation before the first update is left out: most runs have log V' there, and it would
     stretch the axis of curves.png.
@@ -128,15 +131,14 @@ def load_log(path):
         settings = json.loads(Path(path, 'config.json').read_text())
         with open(Path(path, 'log.csv'), newline='') as f:
             rows = list(csv.DictReader(f))[1:]
-        log = {k: np.array([float(row[k]) for row in rows]) for k in ('tokens', 'seconds', 'val')}
+        log = {k: np.array([float(r[k]) for r in rows]) for k in 'iter tokens seconds val'.split()}
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise UserError(f'{path} has no whole log.csv and config.json: it is not a run, or one '
                         f'that is half written ({type(e).__name__})') from e
     if not rows:
         raise UserError(f'{path} was not evaluated on its validation text yet: train it further')
     return Run(Path(path).name, None, None, load_meta(settings['dataset']), None, settings,
-               log['tokens'][-1],  # in place of the updates, which the log does not have
-               path), log | {'measured': rows[0]['measured']}
+               log['iter'][-1], path), log | {'measured': rows[0]['measured']}
 
 
 def about(run):
@@ -582,6 +584,70 @@ def plot_curves(rows, path):
         axes[0].set_xscale('log', base=2)
         axes[0].set_xlabel('epochs over the training text (ring: lowest loss)')
         axes[0].xaxis.set_major_formatter('{x:g}')
+    return save_figure(fig, path)
+
+
+def power_law(C, L, with_floor):
+    """L_inf, a, b of L(C) = L_inf + a C^-b by least squares; L_inf = 0 unless with_floor.
+
+    C, L (n,). For each b of a fine grid, L is linear in the other two.
+    """
+    b = np.geomspace(0.01, 4, 1000)
+    x = C ** -b[:, None]  # (1000, n)
+    dx, dL = x - with_floor * x.mean(1, keepdims=True), L - with_floor * L.mean()
+    a = dx @ dL / (dx ** 2).sum(1)  # (1000,)
+    best = ((a[:, None] * dx - dL) ** 2).sum(1).argmin()
+    return with_floor * (L.mean() - a[best] * x[best].mean()), a[best], b[best]
+
+
+def scaling(runs, settings):
+    """How the loss of groups of runs falls with training compute, and how much more one needs.
+
+    val: the last loss of a run, nats per token (<= an upper bound). PFLOP: 10^15 multiplications
+    and additions of its updates, those of the head only where a token is scored; seconds: of the
+    same updates. Neither counts evaluations, nor the run that a run began with (init_from). fit:
+    L(C) = L_inf + a C^-b, C in PFLOP, by least squares; with fewer than four budgets of compute
+    L_inf is 0. val of a fit: the lowest loss that both its group and the first group have reached;
+    PFLOP: what this loss costs by the fit; times: that cost divided by the cost by the first
+    group's fit. +- of a fit: half of the central 68% of 200 fits to redrawn losses, which are the
+    curve with normal noise as large as the residuals; none where a group has no more runs than the
+    curve has parameters. The error does not include that the law may be another.
+    """
+    rows, seen, of_fit = [], [], dict.fromkeys(('L_inf', 'a', 'b', 'times'), '')
+    for run in runs:
+        s, log = run.settings, load_log(run.path)[1]
+        require('out_dir', run.path, run.meta == runs[0].meta and log['iter'][-1] == s['max_iters'],
+                'a run that is finished, on the data of the others')
+        rows.append({
+            'run': run.name, 'group': f'{s["objective"]}, n_conv {s.get("n_conv", 0)}',
+            'seconds': log['seconds'][-1], 'val': Number(log['val'][-1], '<=' in log['measured']),
+            'PFLOP': log['tokens'][-1] * flops_per_token(s, open_run_data(s)) / 1e15} | of_fit)
+    for i, group in enumerate(dict.fromkeys(row['group'] for row in rows)):
+        C, L = np.array(sorted((r['PFLOP'], r['val']) for r in rows if r['group'] == group)).T
+        n = int(1 + (np.diff(np.log(C)) > 0.05).sum())  # budgets; the compute of seeds differs less
+        require(f'budgets of {group}', n, n > 1 and L[0] > L[-1], '2 or more, with falling losses')
+        floor, a, b = power_law(C, L, n > 3)
+        curve = floor + a * C ** -b
+        noise = (((L - curve) ** 2).sum() / (len(L) - 2 - (n > 3) or np.inf)) ** 0.5
+        redraws = np.random.default_rng((settings['seed'], i)).normal(curve, noise, (200, len(L)))
+        fit = np.array([power_law(C, y, n > 3) for y in (L, *redraws)]).T  # (3, 201)
+        seen.append((L.min(), fit))
+        loss = max(L.min(), seen[0][0])
+        # the logarithm of the compute for this loss, of the group and of the first one: 2 x (201,)
+        own, one = (np.log(a / (loss - floor).clip(1e-9)) / b for floor, a, b in (fit, seen[0][1]))
+        rows.append(dict(run='fit', group=group, seconds='', val=loss, x=[*C], y=[*L]) | {
+            name: Number(x[0], spread=np.diff(np.percentile(x, (16, 84)))[0] / 2 or None)
+            for name, x in zip(('PFLOP', *of_fit), (np.exp(own), *fit, np.exp(own - one)))})
+    return rows, ''
+
+
+def plot_scaling(rows, path):
+    """scaling.png: the last loss of every run against its compute, and the fit of each group."""
+    fig, (ax,) = panels(1)
+    for i, fit in enumerate(row for row in rows if 'x' in row):
+        ax.plot(fit['x'], fit['y'], **style(i) | {'ls': ''}, label=fit['group'])
+        ax.plot(fit['x'], fit['L_inf'] + fit['a'] * np.array(fit['x']) ** -fit['b'], c=COLORS[i])
+    ax.set(xscale='log', xlabel='training compute (PFLOP)', ylabel='loss (nats per token)')
     return save_figure(fig, path)
 
 
@@ -1248,6 +1314,7 @@ def kind_of(meta):
 
 TASKS = {
     'curves': Task(curves, '', plot_curves, on=''),
+    'scaling': Task(scaling, 'seed', plot_scaling, on=''),
     'likelihood': Task(likelihood, 'split max_windows seed', plot_likelihood, on=''),
     'order': Task(orders, 'split repeats seed'),
     'generation': Task(generation, 'batch_size seed temperature decoder steps', side_by_side),
@@ -1308,7 +1375,7 @@ def save_report(sections, folder):
 def main():
     settings = config.override(globals(), inherited=sample, names=sample.DECODING)
     one_of('task', task, (*TASKS, 'report'))
-    if task == 'curves':  # reads logs, no models
+    if task in ('curves', 'scaling'):  # they read logs, no models
         runs = [load_log(path.strip())[0] for path in out_dir.split(',')]
     else:
         runs = load_runs(out_dir, pick_device(device), one_data_set=task != 'likelihood')

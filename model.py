@@ -332,19 +332,6 @@ class Transformer(nn.Module):
         """All numbers that are learned; a tied head is counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, T):
-        """Multiplications and additions of one update, per token [PaLM app. B].
-
-        6 for every weight, and 12 C per layer and position attended to: all T; half of them if
-        causal; in block diffusion a token's own block and half of the text. Looking up an embedding
-        costs none; the head is counted at every position.
-        """
-        c = self.config
-        weights = self.count_parameters() - (0 if c.tied else self.embed.weight.numel())
-        attended = (T + c.block_length) / 2 if self.config.causal or c.block_length else T
-        halves = 2 if c.block_length else 1  # [xt ; x0]
-        return halves * (6 * weights + 12 * c.n_layer * c.n_embd * attended)
-
 
 def time_features(t, size=256):
     """Sinusoids (..., size) of t (...) in [0, 1], wavelengths from 2 pi / 1000 up [DDPM, DiT]."""
@@ -513,6 +500,11 @@ class Objective:
         """n stratified noise levels in (lo, hi] = mask_range."""
         lo, hi = self.mask_range
         return lo + (hi - lo) * (1 - low_discrepancy(n, rng, device))
+
+    def scored_fraction(self):
+        """The fraction of the tokens of a training batch that is scored, if none are given."""
+        levels = torch.linspace(*self.mask_range, 1001)
+        return (1 - noise(levels, self.schedule)[0]).mean().item() if self.masks else 1.0
 
     def training_weight(self, w):
         """What a loss has instead of w(t), the weight of a level in the bound."""
@@ -1036,6 +1028,24 @@ def model_config(settings, meta):
     objective = make_objective(settings)
     return ModelConfig(vocab_size=meta['vocab_size'] + 1, **fields_in(ModelConfig, settings) | {
         'causal': objective.causal, 'block_length': objective.block_length})
+
+
+def flops_per_token(settings, data):
+    """Multiplications and additions of one update of a run, per token that is read [PaLM app. B].
+
+    6 for every weight of the layers, and of the head for the fraction of tokens that is scored;
+    12 C per layer and position attended to: all T; half of them if causal; in block diffusion a
+    token's own block and half of the text. An embedding is looked up, which costs none, and time
+    conditioning is computed once for a row: both are left out. data: a Stream or Rows.
+    """
+    with torch.device('meta'):  # shapes without numbers
+        model = Transformer(model_config(settings, data.meta))
+    c, T, scored = model.config, data.mean_width, make_objective(settings).scored_fraction()
+    layers = sum(p.numel() for name, p in model.blocks.named_parameters() if 'modulate' not in name)
+    attended = (T + c.block_length) / 2 if model.config.causal or c.block_length else T
+    halves = 2 if c.block_length else 1  # [xt ; x0], of which the head reads xt alone
+    return halves * (6 * layers + 12 * c.n_layer * c.n_embd * attended) \
+        + 6 * scored * model.head.weight.numel()
 
 
 def load_model(checkpoint, device):

@@ -44,8 +44,8 @@ from tqdm import tqdm
 import config
 import sample
 from config import UserError, one_of, require, write_atomically
-from model import LengthLoss, Transformer, evaluate, load_checkpoint, make_objective, \
-    model_config, peak_memory, pick_device, pick_dtype
+from model import LengthLoss, Transformer, evaluate, flops_per_token, load_checkpoint, \
+    make_objective, model_config, peak_memory, pick_device, pick_dtype
 from prepare import mixed_seed, open_run_data, prepare, recipe_names
 
 # the run
@@ -259,7 +259,7 @@ class Training:
             for p in self.model.parameters():
                 dist.broadcast(p.detach(), 0)
         self.trackers = open_out_dir(s) if self.rank == 0 and not s.bench else []
-        self.flops_per_token = self.model.flops_per_token(self.data.mean_width)
+        self.flops_per_token = flops_per_token(vars(s), self.data)
         self.peak = self.world * fastest_flops(self.device, self.dtype)  # FLOP/s
 
 

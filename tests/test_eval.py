@@ -23,7 +23,7 @@ import eval as evaluation
 import prepare as data
 import sample
 from config import UserError
-from model import ModelConfig, load_checkpoint, load_model, make_objective
+from model import ModelConfig, flops_per_token, load_checkpoint, load_model, make_objective
 from prepare import load_meta, load_split, load_tokenizer, prepare
 
 ROOT = Path(__file__).parents[1]
@@ -794,6 +794,84 @@ def test_train_and_curves_count_the_same_epochs(runs, settings, monkeypatch, wor
     assert log['tokens'][-1] == 3 * sum(width + 2 for width in rows), 'with SEP and EOS'
     (row,), _ = evaluation.curves([run_], settings)
     assert row['epochs'] == pytest.approx(3)
+
+
+# Loss over training compute
+
+
+def write_log(name, C, loss, seed=1, **settings):
+    """out/<name> as train.py leaves it, without weights: a run of C FLOPs that ends at `loss`."""
+    settings = dict(dataset='abc', block_size=16, batch_size=8, predict_pad=False, n_layer=1,
+                    n_head=2, n_embd=32, mask_range=[0.15, 0.99], max_iters=100, seed=seed,
+                    objective=name.split('_')[0]) | settings
+    tokens = C / flops_per_token(settings, data.open_run_data(settings))
+    folder = Path('out', name)
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text(json.dumps(settings))
+    measured = 'nll' if settings['objective'] == 'ar' else 'nelbo <='
+    (folder / 'log.csv').write_text('iter,tokens,measured,val,seconds\n' + ''.join(
+        f'{i},{tokens * i / 100},{measured},{loss + 1 - i / 100},{C / 1e9 * i / 100}\n'
+        for i in (0, 50, 100)))
+    return f'out/{name}'
+
+
+def scaling_of(paths, name='scaling'):
+    runs = [evaluation.load_log(path)[0] for path in paths]
+    settings = {'seed': 1, 'report_dir': 'r', 'out_dir': ','.join(paths)}
+    return evaluation.run_task(name, runs, settings, '...')
+
+
+@pytest.fixture
+def abc(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('abc.txt').write_text('abc ' * 99)
+    prepare('abc.txt')
+
+
+@pytest.mark.parametrize('L_inf, n_budgets, n_seeds', [(1.2, 5, 3), (0.0, 3, 3), (0.0, 2, 1)])
+def test_scaling_recovers_a_known_law_and_how_much_more_compute_a_group_needs(
+        abc, L_inf, n_budgets, n_seeds):
+    """MDM needs seven times the compute of AR; exactly, and with the noise of seeds."""
+    rng = np.random.default_rng(0)
+    for noise in (0.0, 0.01)[:n_seeds]:
+        paths = [write_log(f'{group}_{noise}_{k}_{seed}', C, rng.normal(
+                     L_inf + 0.3 * (C / 1e15 / times) ** -0.25, noise), seed, max_iters=100)
+                 for group, times in (('ar', 1), ('mdm', 7))
+                 for k, C in enumerate(np.geomspace(6e12, 1e14, n_budgets))
+                 for seed in range(n_seeds)]
+        section = scaling_of(paths)
+        ar, mdm = (row for row in section['rows'] if row['run'] == 'fit')
+        assert (ar['group'], mdm['group']) == ('ar, n_conv 0', 'mdm, n_conv 0')
+        truth = {'L_inf': L_inf, 'b': 0.25, 'times': 7.0, 'a': 0.3 * 7 ** 0.25}
+        for name, true in truth.items():
+            error = mdm[name].spread or 0.0
+            assert mdm[name] == pytest.approx(true, abs=4 * error if noise else 0.004 * true + 1e-3)
+        if noise:
+            assert 0.05 < mdm['times'].spread < 2
+        if n_seeds == 1:  # as many parameters as runs
+            assert mdm['times'].spread is None
+        assert ar['times'] == 1 and mdm['val'] == max(min(ar['y']), min(mdm['y']))
+        assert mdm['PFLOP'] == pytest.approx(max(mdm['x']), rel=0.2 if noise else 0.01)
+        first = section['rows'][0]
+        assert first['PFLOP'] == pytest.approx(6e-3) and first['seconds'] == pytest.approx(6e3)
+        assert section['markdown'].count('| fit') == 2 and 'scaling.png' in section['markdown']
+    assert Path('r/scaling.png').stat().st_size > 10_000
+
+
+def test_scaling_refuses_what_it_cannot_compare(abc):
+    good = [write_log(f'ar_{k}', C, loss) for k, (C, loss) in enumerate(((1e12, 2.0), (4e12, 1.5)))]
+    assert len(scaling_of(good)['rows']) == 3
+    one = write_log('mdm_0', 1e12, 2.0)
+    with pytest.raises(UserError, match='budgets of mdm, n_conv 0 is 1, but it must be 2 or more'):
+        scaling_of([*good, one])
+    with pytest.raises(UserError, match='falling losses'):
+        scaling_of([*good, one, write_log('mdm_1', 4e12, 2.1)])
+    with pytest.raises(UserError, match='out/ar_2.* finished'):
+        scaling_of([*good, write_log('ar_2', 8e12, 1.3, max_iters=101)])
+    Path('other.txt').write_text('xyz! ' * 99)
+    prepare('other.txt')
+    with pytest.raises(UserError, match='out/ar_3.* on the data'):
+        scaling_of([*good, write_log('ar_3', 8e12, 1.3, dataset='other')])
 
 
 # Length before decoding

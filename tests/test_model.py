@@ -19,8 +19,9 @@ import model
 from config import UserError
 from model import LENGTH_HEADS, OBJECTIVES, SCHEDULES, Autoregression, BlockDiffusion, KVCache, \
     LengthLoss, ModelConfig, Noised, Objective, Transformer, Uniform, attend, evaluate, \
-    first_to_hold, load_checkpoint, load_model, make_objective, noise, noise_fraction, \
-    pick_device, pick_dtype, rope_angles, rotate, uniform_token_loss
+    first_to_hold, flops_per_token, load_checkpoint, load_model, make_objective, model_config, \
+    noise, noise_fraction, pick_device, pick_dtype, rope_angles, rotate, time_features, \
+    uniform_token_loss
 from prepare import open_data
 
 GPT2_STYLE = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
@@ -271,17 +272,44 @@ def test_adaln_scales_shifts_and_gates_each_sublayer_by_its_own():
     torch.testing.assert_close(block(x, None, None, None, time), y)
 
 
-@pytest.mark.parametrize('tied', [True, False])
-def test_flops_are_those_that_torch_counts(tied):
-    """Bidirectional: every product of an update, attention among them, in torch's own count."""
-    B, T = 3, 24
-    m = Transformer(ModelConfig(50, T, n_embd=32, n_layer=2, n_head=2, tied=tied, norm='layernorm'))
-    x = torch.randint(0, 50, (B, T))
+@pytest.mark.parametrize('tied, pos, time_cond', [
+    (True, 'rope', False), (False, 'learned', False), (False, 'rope', True)])
+def test_flops_are_those_that_torch_counts(tied, pos, time_cond):
+    """Bidirectional: every product of an update, attention among them, in torch's own count.
+
+    Half of the tokens are scored, as with this mask_range they are on average.
+    """
+    B, T, meta = 3, 24, {'vocab_size': 49}
+    settings = dict(block_size=T, n_embd=32, n_layer=2, n_head=2, tied=tied, norm='layernorm',
+                    pos=pos, time_cond=time_cond, objective='mdm', mask_range=(0.25, 0.75))
+    m = Transformer(model_config(settings, meta))
+    x, level = torch.randint(0, 50, (B, T)), torch.full((B, 1), 0.5)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        m(x).clamp(min=-9).sum().backward()
-    vectors = sum(p.numel() for p in m.parameters() if p.dim() < 2)  # norms: no matrix products
-    ours = B * T * (m.flops_per_token(T) - 6 * vectors)
-    assert counter.get_total_flops() == ours
+        if time_cond:
+            time = m.time_mlp(time_features(level))
+            sum(block.modulate(time).sum() for block in m.blocks).backward()
+        once_a_row = counter.get_total_flops()
+        m(x, level, where=torch.arange(T).expand(B, T) % 2 == 0).clamp(min=-9).sum().backward()
+    vectors = sum(p.numel() for p in m.blocks.parameters() if p.dim() < 2)  # no matrix products
+    vectors -= time_cond * sum(block.modulate.bias.numel() for block in m.blocks)
+    data = SimpleNamespace(meta=meta, mean_width=T)
+    ours = B * T * (flops_per_token(settings, data) - 6 * vectors)
+    assert counter.get_total_flops() - 2 * once_a_row == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
+@pytest.mark.parametrize('name', OBJECTIVES)
+def test_the_head_is_counted_for_the_tokens_that_are_scored(name, schedule):
+    settings = dict(objective=name, schedule=schedule, mask_range=(0.1, 0.7), n_embd=32, n_head=2)
+    small, large = (flops_per_token(settings, SimpleNamespace(meta={'vocab_size': V}, mean_width=9))
+                    for V in (50, 60))
+    counted = (large - small) / (6 * 32 * 10)
+    if name == 'ar':
+        assert counted == 1
+        return
+    noised = make_objective(settings).corrupt(tiny(), tokens(4000, 16), torch.zeros(
+        4000, 16, dtype=torch.bool), torch.Generator().manual_seed(0))
+    assert noised.scored.float().mean().item() == pytest.approx(counted, abs=0.01)
 
 
 @pytest.mark.parametrize('wrong, said', [
