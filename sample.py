@@ -45,7 +45,7 @@ import config
 from config import UserError, one_of, require
 from model import SCHEDULES, KVCache, Objective, Transformer, first_to_hold, load_checkpoint, \
     load_model, make_objective, noise, pick_device
-from prepare import EOT, chat_prompt, load_tokenizer, split_row
+from prepare import EOT, SPECIALS, chat_prompt, load_tokenizer, split_row
 
 # what is read
 out_dir = 'out/shakespeare_mdm'  # the folder of the run whose model is used
@@ -74,7 +74,8 @@ guidance = 0.0         # above 0: follow the given text more closely, at two pas
 temperature = 0.7      # 0 takes the most likely token; see data/RESULTS.md
 top_k = 0              # sample among the k most likely tokens; 0 = all
 top_p = 1.0            # sample among the fewest tokens that hold this probability together
-repetition_penalty = 1.0  # above 1: tokens that the text has already become less likely
+repetition_penalty = 1.0  # above 1: tokens that the text has already become less likely, but not
+                       # EOS, SEP and PAD
 length = 'auto'        # masks for the answer to a prompt. full: as many as in training; fit: the
                        # average in training for so long a prompt; ratio: by length_line. Predicted
                        # in one pass by the model: argmax, quantile; by a head that
@@ -127,17 +128,19 @@ def filter_logits(logits, top_k, top_p):
     return logits
 
 
-def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
+def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+                  specials=()):
     """The distributions (M, V) float64 to sample from, given the model's logits (M, V).
 
     x, where (B, T): the canvas, and the M positions of the logits. repetition_penalty makes tokens
-    less likely that the row has already [CTRL 1909.05858, sec. 4.1].
+    less likely that the row has already [CTRL 1909.05858, sec. 4.1], but neither the mask nor the
+    ids `specials` (EOS, SEP, PAD), or one end in a row would delay the next.
     """
     logits = logits.double()
     if repetition_penalty != 1.0:
         seen = torch.zeros(x.size(0), logits.size(-1), dtype=torch.bool, device=x.device)
         seen = seen.scatter(1, x, True)[where.nonzero()[:, 0]].to(logits.device)  # (M, V)
-        seen[:, -1] = False  # of the mask
+        seen[:, [*specials, -1]] = False  # -1: the mask
         less = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, less, logits)
     if temperature == 0:
@@ -566,10 +569,11 @@ def greedy(objective, decoder='auto'):
     return {'temperature': 0.0, 'decoder': decoder_name(decoder, objective)}
 
 
-def make_decoder(objective, settings):
+def make_decoder(objective, settings, specials=()):
     """The decoder that the settings ask for, to be called as decoder(model, x, to_generate, rng).
 
-    A decoder takes the settings that its signature names, and those of probabilities().
+    A decoder takes the settings that its signature names, and those of probabilities(), as which
+    it also gets the ids `specials`.
     """
     s, name = settings, decoder_name(settings['decoder'], objective)
     size = objective.block_length or s['block_length']
@@ -587,7 +591,8 @@ def make_decoder(objective, settings):
     require('guidance', s['guidance'], not (s['guidance'] and cached),
             '0 with a cache: guidance reads finished text again, masked, and a cache reads it once')
     own = getfullargspec(DECODERS[name]).kwonlyargs
-    decoder = partial(DECODERS[name], **{setting: s[setting] for setting in (*own, *SAMPLING)})
+    decoder = partial(DECODERS[name], specials=specials,
+                      **{setting: s[setting] for setting in (*own, *SAMPLING)})
     if size:
         decoder = partial(decode_blocks, inner=decoder, block_length=size, cached=cached,
                           steps=s['steps'] if 'steps' in own else None)
@@ -741,7 +746,8 @@ def decode(run, rows, settings, eos_id=None, watch=None):
     if len(rows[0]) > context and not (run.objective.causal or run.objective.block_length):
         raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
                         f'block_size is {context}')
-    decoder = make_decoder(run.objective, settings)
+    specials = [run.meta[key] for key in SPECIALS if run.meta[key] is not None]
+    decoder = make_decoder(run.objective, settings, specials)
     rng = torch.Generator('cpu' if weight.device.type == 'mps' else weight.device)
     rng.manual_seed(settings['seed'])
     began, x = time.perf_counter(), torch.tensor(rows, device=weight.device)

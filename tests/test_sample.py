@@ -221,6 +221,18 @@ def test_temperature_0_takes_the_likeliest_token_after_the_penalty(seed, penalty
     assert torch.equal(plain, logits.argmax(-1))
 
 
+def test_specials_are_not_repeated_text():
+    """Neither less likely where the row has them, nor anything else where it has not."""
+    logits = torch.randn(40, 7, generator=noise_source(5))
+    seen = torch.rand(40, 7, generator=noise_source(6)) < 0.7
+    x, where = torch.where(seen, torch.arange(7), 6), torch.arange(7).expand(40, 7) == 0
+    p = sample.probabilities(logits, x, where, repetition_penalty=1.7, specials=[2, 4])
+    for row in range(40):
+        punished = [i in (0, 1, 3, 5) and bool(seen[row, i]) for i in range(7)]
+        wanted = distribution(logits[row], punished, 1.0, 0, 1.0, 1.7)
+        assert p[row].tolist() == pytest.approx([wanted[i] for i in range(7)])
+
+
 def test_the_probability_is_the_models_own():
     """Confidence is read off it, so no setting of the draw may change it."""
     logits = torch.randn(50, 7, generator=noise_source(3))
@@ -1367,6 +1379,7 @@ def run_of(model, meta=None, **settings):
     """A Run of a model that was trained with these settings."""
     settings = {'objective': 'mdm', 'predict_pad': True, 'block_size': 20} | settings
     tokenizer = prepare.load_tokenizer(meta) if meta else None
+    meta = meta or dict.fromkeys(prepare.SPECIALS)
     return sample.Run('run', model, make_objective(settings), meta, tokenizer, settings, 7, 'run')
 
 
@@ -1813,6 +1826,31 @@ class Phrasebook:
             logits[n, answer[column - middle - 1]] = 20 + 7 * column % 5  # not from the left
         logits[:, self.mask_id] = -math.inf
         return logits
+
+
+class Undecided(Phrasebook):
+    """Holds EOS, SEP and PAD for a little more likely than 'a', and 'a' than all else."""
+
+    def __call__(self, x, t=None, *, cache=None, where):
+        logits = torch.zeros(int(where.sum()), 13)
+        for i, logit in ((0, 1.0), *((META[key], 1.1) for key in prepare.SPECIALS)):
+            logits[:, i] = logit
+        return logits
+
+
+@pytest.mark.parametrize('objective, settings', [
+    ('ar', {'decoder': 'ar'}), ('uniform', {'decoder': 'uniform', 'steps': 3}),
+    *(('mdm', {'decoder': name, 'steps': 3} | more)
+      for name in ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')
+      for more in ({}, {'block_length': 2}, {'guidance': 0.5}))])
+def test_no_decoder_punishes_specials(objective, settings):
+    run = row_run(Undecided({}), objective=objective)
+    how = row_settings(repetition_penalty=2.0, **settings)
+    given = [META['eos_id'], META['sep_id'], META['pad_id']]
+    x, _, _ = sample.decode(run, [given + [12] * 4], how)
+    assert set(x[0].tolist()) <= set(given), "with the penalty 'a' would be more likely"
+    x, _, _ = sample.decode(run, [[1, 1, 1] + [12] * 4], how)
+    assert set(x[0].tolist()) <= {1, *given}, 'as in a row without them'
 
 
 def row_settings(**settings):
