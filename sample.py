@@ -29,11 +29,13 @@ import shutil
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from inspect import getfullargspec
 from itertools import groupby, takewhile
 from json import dumps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unicodedata import east_asian_width
 
@@ -43,9 +45,9 @@ import torch.nn.functional as F
 
 import config
 from config import UserError, one_of, require
-from model import SCHEDULES, KVCache, Objective, Transformer, first_to_hold, load_checkpoint, \
-    load_model, make_objective, noise, pick_device
-from prepare import EOT, SPECIALS, chat_prompt, load_tokenizer, split_row
+from model import SCHEDULES, KVCache, MaskedDiffusion, Objective, Transformer, first_to_hold, \
+    load_checkpoint, load_model, make_objective, noise, pick_device
+from prepare import EOT, SPECIALS, CharTokenizer, chat_prompt, load_tokenizer, split_row
 
 # what is read
 out_dir = 'out/shakespeare_mdm'  # the folder of the run whose model is used
@@ -55,7 +57,7 @@ start = ''             # the text to continue; in a run on prompts and answers, 
 template = ''          # a text with blanks to fill: [___] is 5 tokens wide, [___:9] is 9
 prompt_file = ''       # a prompt or a template on every line; - reads them from stdin
 chat = False           # answer each line of stdin; a run on conversations reads all turns before it
-corrupt = ''           # a text: show how the forward process masks it, and stop
+corrupt = ''           # a text: show what noise makes of it, and the run of that noise; then stop
 num_samples = 1        # of each prompt
 batch_size = 16        # rows at a time
 gen_length = 0         # tokens to write after start; 0 fills the model's context
@@ -999,21 +1001,39 @@ def chat_with(run, settings, lines):
         turns.append({'role': 'assistant', 'content': text})
 
 
-def show_corruption(text, out_dir, seed):
-    """The forward process on one text: ever more of its tokens become masks, none comes back.
+@torch.no_grad()
+def show_corruption(run, text, seed):
+    """Prints the noise that a run learns to undo, and what it makes of each level, side by side.
 
-    The tokens are those of the run in out_dir or, where there is no run, the characters.
+    Tokens are corrupted by the run's own forward process, at level t of its schedule; the random
+    numbers are the same at every level, so that no token comes back. The reconstruction takes one
+    pass, and the most likely token wherever the run predicts one: at the masks or, if noise is
+    random tokens, everywhere; in blocks, each is given the text before it. Without a run (None) the
+    tokens are characters, become masks, and stay corrupted.
     """
-    chars = ''.join(sorted(set(text)))
-    meta = {'tokenizer': {'kind': 'char', 'chars': chars}, 'eos_id': None, 'mask_id': len(chars)}
-    if (Path(out_dir) / 'ckpt.pt').is_file():
-        meta = load_checkpoint(out_dir)['meta']
-    tokenizer, mask_id = load_tokenizer(meta), meta['mask_id']
-    ids = torch.tensor(tokenizer.encode(text))
-    u = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
-    for t in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-        xt = torch.where(u < t, mask_id, ids)  # alpha_t = 1 - t
-        print(f't = {t:.1f}  {show(xt.tolist(), tokenizer, mask_id)}')
+    if run is None:
+        chars = ''.join(sorted(set(text)))
+        run = Run('', SimpleNamespace(mask_id=len(chars), device='cpu'), MaskedDiffusion(), {},
+                  CharTokenizer(chars, {}), {}, 0, '')
+    require('corrupt', text, not run.objective.exact, "'' for an ar run, which undoes no noise")
+    x0 = torch.tensor([run.tokenizer.encode(text)], device=run.model.device)  # (1, T)
+    given, rng = torch.zeros_like(x0, dtype=torch.bool), torch.Generator(x0.device)
+    rows = [('', 'original', 'corrupted', 'reconstructed') if run.settings else ('t = 0.0', text)]
+    for t in (0.2, 0.4, 0.6, 0.8, 1.0):
+        objective = replace(run.objective, mask_range=(t, t))
+        noised = objective.corrupt(run.model, x0, given, rng.manual_seed(seed))
+        columns = [noised.xt]
+        if run.settings:
+            logits = run.model(noised.xt, noised.level, where=noised.scored, **noised.inputs)
+            best = logits[:, :-1].argmax(1)  # (M,), not the mask
+            columns = [x0, noised.xt, noised.xt.masked_scatter(noised.scored, best)]
+        rows.append((f't = {t:.1f}', *(show(x[0].tolist(), run.tokenizer, run.model.mask_id)
+                                       for x in columns)))
+    width = COLUMNS // 3 if run.settings else len(text)
+    for name, *texts in rows:
+        for i in range(0, max(map(len, texts)), width):
+            cells = [visible(part[i:i + width]).ljust(width) for part in texts]
+            print('  '.join([f'{name if i == 0 else "":7}', *cells]).rstrip())
 
 
 def without_repeated_words(text):
@@ -1027,9 +1047,10 @@ def main():
     require('save', save, not save or Path(save).suffix in SAVERS,
             f'a file ending in one of {", ".join(SAVERS)}')
     require('watch', watch, not (watch and json), 'False with json')
+    is_run = not corrupt or (Path(out_dir) / 'ckpt.pt').is_file()
+    run = load_run(out_dir, pick_device(device)) if is_run else None
     if corrupt:
-        return show_corruption(corrupt, out_dir, seed)
-    run = load_run(out_dir, pick_device(device))
+        return show_corruption(run, corrupt, seed)
     if chat:
         alone = not (start or template or prompt_file or watch or save or json)
         require('chat', chat, alone, 'alone: it reads stdin, so leave out start, save and the like')

@@ -1431,8 +1431,8 @@ def test_show_decodes_runs_of_tokens_together():
 
 @pytest.mark.parametrize('seed', range(5))
 def test_corruption_only_ever_grows(capsys, seed):
-    text = 'To be or not to be ' * 60
-    sample.show_corruption(text, 'no run', seed)
+    text = ('To be or not to be ' * 60).strip()
+    sample.show_corruption(None, text, seed)
     lines = re.findall(r'^t = (\d\.\d)  (.*)$', capsys.readouterr().out, re.MULTILINE)
     assert [float(t) for t, _ in lines] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert lines[0][1] == text and lines[-1][1] == '█' * len(text)
@@ -1675,15 +1675,46 @@ def test_a_start_with_an_equals_sign_reaches_the_tokenizer_whole(run_main):
     assert status == 2 and err == "error: the tokenizer does not know '='\n"
 
 
-def test_corrupt_with_a_run_and_without(run_main):
-    cases = ((['--out_dir=mdm'], "What's in a name"), (['--out_dir=nowhere'], 'Zoë €5'))
-    for words, text in cases:
-        status, out, err = run_main(f'--corrupt={text}', *words)
-        lines = out.splitlines()
-        assert (status, err, len(lines)) == (0, '', 6)
-        assert lines[0] == f't = 0.0  {text}' and lines[5] == f't = 1.0  {"█" * len(text)}'
+def test_corrupt_without_a_run_needs_no_vocabulary(run_main):
+    text = 'Zoë €5'
+    status, out, err = run_main(f'--corrupt={text}', '--out_dir=nowhere')
+    lines = out.splitlines()
+    assert (status, err, len(lines)) == (0, '', 6)
+    assert lines[0] == f't = 0.0  {text}' and lines[5] == f't = 1.0  {"█" * len(text)}'
     status, out, err = run_main('--out_dir=mdm', '--corrupt=Zoë')
     assert (status, out) == (2, '') and 'does not know' in err
+
+
+@pytest.mark.parametrize('name', ['mdm', 'd3pm', 'uniform', 'block'])
+def test_corrupt_shows_the_noise_of_the_run_and_what_it_makes_of_it(run_main, runs, name):
+    """Against the forward process, written out, and the argmax of a pass over its result."""
+    text = "What's in a name"
+    status, out, err = run_main(f'--corrupt={text}', f'--out_dir={name}')
+    header, *lines = out.splitlines()
+    assert (status, err, len(lines)) == (0, '', 5) and header.split()[0] == 'original'
+    run, T = sample.load_run(runs / name, 'cpu'), len(text)
+    masks, block_length = run.objective.masks, run.objective.block_length
+    x0, rng = torch.tensor([run.tokenizer.encode(text)]), torch.Generator()
+    mask_id = run.model.mask_id
+    for k, line in enumerate(lines, 1):
+        shown, corrupted, guess = (line[9 + 28 * i:35 + 28 * i].ljust(T)[:T] for i in range(3))
+        assert line.startswith(f't = {k / 5}  ') and shown == text
+        rng.manual_seed(1337)
+        torch.rand(1, generator=rng)  # the common shift of the levels
+        is_noise = torch.rand(1, T, generator=rng) < k / 5  # schedule linear
+        noise = mask_id if masks else torch.randint(mask_id, (1, T), generator=rng)
+        xt = torch.where(is_noise, noise, x0)
+        assert corrupted == sample.visible(sample.show(xt[0].tolist(), run.tokenizer, mask_id))
+        more = {'clean': x0, 'block_length': block_length} if block_length else {}
+        with torch.no_grad():
+            logits = run.model(xt, torch.full((1, 1), k / 5), **more)
+        best = torch.where(is_noise | (not masks), logits[..., :-1].argmax(-1), xt)
+        assert guess == sample.visible(run.tokenizer.decode(best[0].tolist())).ljust(T)
+
+
+def test_ar_learns_to_undo_no_noise(run_main):
+    status, out, err = run_main('--out_dir=ar', '--corrupt=What')
+    assert (status, out) == (2, '') and 'undoes no noise' in err
 
 
 BAD = [
