@@ -461,6 +461,7 @@ class Objective:
     block_length = 0             # tokens per block, if there are blocks
     decoders = MASK_DECODERS     # names in sample.py, the default first
     measured = 'nelbo <='        # label of the bound: it is called a bound wherever it is printed
+    unit = ' nats/token'         # of the bound
 
     def __post_init__(self):
         one_of('schedule', self.schedule, SCHEDULES)
@@ -945,7 +946,7 @@ class LengthLoss:
     pad_id: int
     length_quantile: float = 0.95
 
-    exact, measured = True, 'loss of the length'
+    exact, measured, unit = True, 'loss of the length', ''  # of three kinds: no unit fits them all
 
     def loss(self, model, x0, rng, given):
         return self.bound(model, x0, rng, given).sum(), (~given).sum()

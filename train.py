@@ -470,8 +470,8 @@ def evaluate_now(run, s, learning_rate):
         draw_losses(run, s)
     for track in run.trackers:
         track({f'train {name}': train, f'val {name}': val, 'tokens/s': run.speed}, run.iteration)
-    return (f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {name} {val:.4f} nats/token '
-            f'on the validation split, {train:.4f} on training text')
+    return (f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {name} {val:.4f}'
+            f'{run.objective.unit} on the validation split, {train:.4f} on training text')
 
 
 def check_loss(run, s, kind, loss, highest, learning_rate):
@@ -506,7 +506,7 @@ def draw_losses(run, s):
     if not s.length_head:
         ax.axhline(math.log(run.data.meta['vocab_size']), c='0.5', ls=':', label="log V' (uniform)")
     ax.set(xlabel='updates', title=f'{s.length_head or s.objective} on {s.dataset}',
-           ylabel=run.objective.measured.replace('<=', '(upper bound on nll)') + ', nats per token')
+           ylabel=run.objective.measured.replace('<=', 'bound on the nll,') + run.objective.unit)
     millions = (run.tokens or run.tokens_per_update) / max(1, run.iteration) / 1e6  # per update
     ax.secondary_xaxis('top', xlabel='training tokens (millions)',
                        functions=(lambda n: n * millions, lambda n: n / millions))
@@ -646,9 +646,10 @@ def measure(run, s):
     nats, error = evaluate(run.model, run.objective, run.data.batches('val', s.batch_size), seed=1,
                            repeats=1 if run.objective.exact else s.eval_repeats)
     spread = '' if math.isnan(error) else f' +- {error:.4f}'
-    print(f'{run.objective.measured} {nats:.4f}{spread} nats/token, {nats / math.log(2):.4f} '
-          f'bits/token on the validation split ({run.data.size("val")} of '
-          f'{run.data.meta["source"]}), in float32')
+    unit = run.objective.unit
+    bits = f', {nats / math.log(2):.4f} bits/token' if unit else ''
+    print(f'{run.objective.measured} {nats:.4f}{spread}{unit}{bits} on the validation split '
+          f'({run.data.size("val")} of {run.data.meta["source"]}), in float32')
 
 
 def show_sample(run, s):

@@ -6,7 +6,7 @@
 init_from = 'out/multi30k_mdm_pad'
 dataset = 'multi30k'
 objective = 'mdm'
-length_head = 'encoder_classify'
+length_head = 'encoder_classify'  # or encoder_regress, a number in place of a distribution
 predict_pad = True
 block_size = 128
 batch_size = 64

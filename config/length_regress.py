@@ -6,7 +6,7 @@
 init_from = 'out/multi30k_mdm_pad'
 dataset = 'multi30k'
 objective = 'mdm'
-length_head = 'regress_concat'
+length_head = 'regress_concat'  # or regress_mean, from the mean of all hidden states
 predict_pad = True
 block_size = 128
 batch_size = 64

@@ -781,7 +781,7 @@ def test_a_run_begins_with_the_weights_of_another(verse, monkeypatch):
 
 
 def test_a_length_head_is_trained_on_a_run_that_stays_as_it_is(verse, monkeypatch):
-    """Of answers that are as long as the prompt says, by the three configurations."""
+    """Of answers that are as long as the prompt says, by the configurations and what they name."""
     monkeypatch.chdir(verse)
     prompts = [f'{a}{b}{c}' for a in 'ab' for b in 'abc' for c in 'abcdefgh']
     for name, lines in (('prompts', prompts), ('answers', ['x' * (1 + p.count('a') * 3)
@@ -792,10 +792,12 @@ def test_a_length_head_is_trained_on_a_run_that_stays_as_it_is(verse, monkeypatc
     words = [*tiny, '--init_from=out/ends', '--overwrite', '--tied']
     train(verse, *tiny, '--out_dir=out/ends', '--tied')
     frozen = weights('out/ends')
-    for name in ('classify', 'regress', 'encoder'):
-        out = Path(f'out/length_{name}')
-        train(verse, ROOT / f'config/length_{name}.py', *words, '--batch_size=16',
-              '--max_iters=40', '--eval_interval=20')
+    for name, other in (('classify', ''), ('regress', ''), ('encoder', ''),
+                        ('regress', 'regress_mean'), ('encoder', 'encoder_regress')):
+        out, more = Path(f'out/length_{other or name}'), [f'--length_head={other}'] * bool(other)
+        done = train(verse, ROOT / f'config/length_{name}.py', *words, '--batch_size=16', *more,
+                     f'--out_dir={out}', '--max_iters=40', '--eval_interval=20')
+        assert 'loss of the length' in done and '/token' not in done.split('compile')[1]
         once = weights(out)
         train(verse, f'--out_dir={out}', '--resume', '--max_iters=60')
         found, rows = weights(out), log_without_times(out)
