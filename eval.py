@@ -28,6 +28,7 @@ import re
 import shlex
 import sys
 import textwrap
+import time
 from bisect import bisect_left
 from collections import Counter
 from contextlib import suppress
@@ -48,8 +49,8 @@ import sample
 from config import UserError, one_of, require, write_atomically
 from model import Autoregression, cross_entropy, evaluate, flops_per_token, in_slices, \
     make_objective, peak_memory, pick_device
-from prepare import SURROGATE, download, load_meta, load_split, mixed_seed, open_data, \
-    open_run_data, row_batches, row_widths
+from prepare import EOT, SURROGATE, download, load_meta, load_split, load_tokenizer, mixed_seed, \
+    open_data, open_run_data, read_chunks, row_batches, row_widths
 from sample import PLAIN, Run, load_run
 
 # what is measured
@@ -74,6 +75,9 @@ gen_tokens = 100_000   # generation: tokens to write, in texts as long as the co
 gen_length = 64        # order: tokens of a text; an exact nll takes as many passes
 judge = ''             # generation, speed: an AR run, or a causal model of Hugging Face's
                        # transformers; '' = the first AR run of out_dir
+data = ''              # likelihood: score these texts in place of each run's own: files or names in
+                       # data/, with commas; bits/byte compare runs of different tokenizers
+skip_unknown = False   # data: leave out characters that a run's tokenizer lacks ("less" so many)
 lambada_file = ''      # lambada: a local copy of lambada_test.jsonl
 grid_steps = (4, 8, 16, 32, 64, 128, 256)  # speed: steps of each decoder
 # answers to prompts, for translation and length; --length, a setting of sample.py, may here also be
@@ -98,7 +102,7 @@ COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#00
 MARKERS = '*s^Dv<>Po'
 DIGITS = {             # digits after the point in a column; 3 in all others
     **dict.fromkeys(('nats/token', 's.e.', 'bits/token', 'bits/char', 'bits/byte'), 4),
-    **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L', 'BERTScore', 'batches/s'), 2),
+    **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L', 'BERTScore'), 2),
     **dict.fromkeys(('known words (%)', 'ms/pass', 'accuracy (%)', 's.e. (%)', 'minutes', 'nfe',
                      'fits (%)', 'too long by', 'masks', 'saved', 'ms/sentence', 'sentences/s'), 1),
     'seconds': 1, 'PFLOP': 4, 'tokens/s': 0}
@@ -326,7 +330,7 @@ def nll_by_place(run, x0, batch_size, seed):
     return np.array(table)
 
 
-def pace(run):
+def training_pace(run):
     """Batches per second of a run's training, evaluations not counted; '' without a log."""
     with suppress(UserError, KeyError):
         seconds = load_log(run.path)[1]['seconds'][-1]
@@ -382,45 +386,78 @@ def likelihood_curves(run, split, settings):
     return {'by share': np.nanmean(table, 1).tolist(), 'by position': np.nanmean(table, 0).tolist()}
 
 
+def texts_of(run, settings):
+    """[(data, split, batches, tokens that are scored, counts)] of the texts for likelihood()."""
+    splits = [word.strip() for word in settings['split'].split(',')]
+    if settings['data']:
+        return [foreign_text(run, name, split, settings)
+                for name in map(str.strip, settings['data'].split(','))
+                for split in ([''] if Path(name).is_file() else splits)]
+    data, size, most = data_of(run), settings['batch_size'], settings['max_windows']
+    return [(run.meta['name'], split, data.batches(split, size, most * (split == 'train')),
+             data.scored(split), run.meta['counts'][split]) for split in splits]
+
+
+def foreign_text(run, name, split, settings):
+    """The same of a file, or of a data set with any tokenizer, in the run's own tokens.
+
+    As in prepare.py an EOT is none of the characters that are counted.
+    """
+    is_file = Path(name).is_file()
+    layouts = {run.meta['layout'], 'stream' if is_file else load_meta(name)['layout']}
+    require('data', name, layouts == {'stream'}, 'a text or a stream, and that for a run on one')
+    text = ''.join(read_chunks(Path(name))) if is_file else \
+        load_tokenizer(load_meta(name)).decode(load_split(name, split).tolist())
+    parts, known = text.split(EOT), set(run.meta['tokenizer'].get('chars', text))
+    lacking = Counter(char for part in parts for char in part if char not in known)
+    require('skip_unknown', False, not lacking or settings['skip_unknown'],
+            f'True: {name} has {lacking.total():,} characters that {run.name} does not know, '
+            + ' '.join(sorted(map(repr, lacking))[:9]))
+    parts = [''.join(filter(known.__contains__, part)) for part in parts]
+    ids = run.tokenizer.encode(('' if run.meta['eos_id'] is None else EOT).join(parts))
+    require('data', name, ids, 'a text that is not empty')
+    data, text = data_of(run), ''.join(parts)
+    data.tokens = lambda split: np.array(ids)  # the run's Stream, but of this text
+    return (name + f' less {lacking.total():,}' * bool(lacking), split,
+            data.batches('all', settings['batch_size']), len(ids),
+            {'characters': len(text), 'bytes': len(text.encode())})
+
+
 def likelihood(runs, settings):
     """nll and nelbo of text: the nll is exact, a nelbo is an upper bound on it.
 
     All windows of the split (of train max_windows, evenly spread), each as long as the context and
-    read alone, in float32. draws: how many of the bound, each over the whole split; s.e.: the
-    standard error of their mean. nelbo in N steps: of the same network, in N diffusion steps.
+    read alone, in float32; of `data`, where it is given, in the tokens of each run. draws: how many
+    of the bound, each over the whole split; s.e.: the standard error of their mean. nelbo in N
+    steps: of the same network, in N diffusion steps. Training batches/s are those of the run's log,
+    at its own batch size; evaluation batches/s are those of this table, of one draw after another.
     """
-    rows, s, splits = [], settings, [word.strip() for word in settings['split'].split(',')]
-    for run, split in tqdm(list(itertools.product(runs, splits)), 'likelihood', disable=None):
-        data, points = data_of(run), likelihood_curves(run, split, s)
-        batches = data.batches(split, s['batch_size'], s['max_windows'] * (split == 'train'))
-        for measured, objective in objectives_of(run, s['discrete_steps']).items():
-            def draw(n, objective=objective):
-                return evaluate(run.model, objective, batches, mixed_seed(s['seed'], n))[0]
+    rows, s = [], settings
+    for run in tqdm(runs, 'likelihood', disable=None):
+        for data, split, batches, tokens, counts in texts_of(run, s):
+            points = {} if s['data'] else likelihood_curves(run, split, s)
+            for measured, objective in objectives_of(run, s['discrete_steps']).items():
+                def draw(n, objective=objective, batches=batches):
+                    return evaluate(run.model, objective, batches, mixed_seed(s['seed'], n))[0]
 
-            nats, error, draws = (draw(0), 'exact', '') if objective.exact else \
-                draw_until(s['target_se'], s['repeats'], draw)
-            rows.append({'run': run.name, 'data': run.meta['name'], 'split': split,
-                         'parameters': run.model.count_parameters(), 'updates': run.updates,
-                         'batches/s': pace(run), 'measured': measured, 'draws': draws}
-                        | in_units(nats, error, data.scored(split), run.meta['counts'][split])
-                        | points)
-            points = dict.fromkeys(points, [])  # they are of the run's own objective
+                began = time.perf_counter()
+                nats, error, draws = (draw(0), 'exact', '') if objective.exact else \
+                    draw_until(s['target_se'], s['repeats'], draw)
+                seconds = (time.perf_counter() - began) / (draws or 1)  # of one draw
+                rows.append({'run': run.name, 'data': data, 'split': split,
+                             'parameters': run.model.count_parameters(), 'updates': run.updates,
+                             'training batches/s': training_pace(run),
+                             'evaluation batches/s': len(batches) / seconds,
+                             'measured': measured, 'draws': draws}
+                            | in_units(nats, error, tokens, counts) | points)
+                points = dict.fromkeys(points, [])  # they are of the run's own objective
     sizes = ', '.join(sorted({str(run.model.config.block_size) for run in runs}))
-    return comparable(rows, runs, f'windows of {sizes} tokens')
-
-
-def comparable(rows, runs, note):
-    """(rows, note) with only the columns that can be compared between the data sets of the runs."""
-    if len({row['data'] for row in rows}) == 1:
-        return [{key: value for key, value in row.items() if key != 'data'} for row in rows], note
-    note += '; tokens differ, so only bits per byte can be compared'
-    if len({run.meta['sha256'] for run in runs}) > 1:
-        note += ', and the texts differ too, so not even those say which model is better'
-    for row in rows:
-        if row['s.e.'] != 'exact':  # from nats per token to bits per byte
-            row['s.e.'] *= row['bits/byte'] / row['nats/token']
-    kept = ('run', 'data', 'split', 'measured', 'draws', 'bits/byte', 's.e.')
-    return [{key: row[key] for key in kept} for row in rows], note
+    note = f'windows of {sizes} tokens'
+    if len({str(run.meta['tokenizer']) for run in runs}) > 1:
+        note += '; tokens differ, so only bits per byte can be compared'
+    if len({run.meta['sha256'] for run in runs}) > 1 and not s['data']:
+        note += '; the texts differ too, so not even those say which model is better: give --data'
+    return rows, note
 
 
 def plot_likelihood(rows, path):
@@ -447,7 +484,7 @@ def noises(runs, settings):
     The bounds are those of task=likelihood; s.e. in nats per token.
     """
     one_of('split', settings['split'], ('train', 'val', 'test'))
-    found, note = likelihood(runs, settings | {'discrete_steps': ()})  # one row for each run
+    found, note = likelihood(runs, settings | {'discrete_steps': (), 'data': ''})  # one row a run
     rows, exact = [], [row['bits/char'] for row in found if row['s.e.'] == 'exact']
     for run, row in zip(runs, found):
         objective, with_t = run.objective, run.settings['time_cond']
@@ -744,6 +781,7 @@ def load_judge(runs, settings):
 def judged(judge, run, texts, ids):
     """{column: -log p(texts) by the judge}, nats per token, or per character of another tokenizer.
 
+    perplexity: exp of the nats per token of the judge, the "generative perplexity" of the papers.
     ids: the tokens of each text. Texts are cut into windows as long as the judge's context. A text
     that repeats itself is likely too, so the entropy and the distinct n-grams belong beside it.
     """
@@ -756,7 +794,8 @@ def judged(judge, run, texts, ids):
         x0 = torch.tensor(list(group), device=judge.model.device)  # (N, T) or shorter
         nats += sum(judge.objective.bound(judge.model, part).sum().item() for part in x0.split(16))
     unit, parts = ('nll', ids) if same else ('nats/char', texts)
-    return {f'{unit} under {judge.name}': nats / sum(map(len, parts))}
+    return {f'{unit} under {judge.name}': nats / sum(map(len, parts)),
+            f'perplexity under {judge.name}': math.exp(nats / sum(map(len, rows)))}
 
 
 def write(run, settings):
@@ -784,7 +823,8 @@ def generation(runs, settings):
     """What runs write, beside as much of the validation split; texts are as long as the context.
 
     A word is known if it occurs in the training text; the longest copy is the longest piece of a
-    text that occurs there. nll under: nats per token that an autoregressive model gives to it.
+    text that occurs there. nll under: nats per token that an autoregressive model gives to it;
+    perplexity: exp of its nats per token of its own.
     """
     run, judge, training = runs[0], load_judge(runs, settings), training_text(runs[0])
     known, rows = set(words_of(training)), []
@@ -852,8 +892,7 @@ def speed(runs, settings):
 
 def plot_speed(rows, path):
     """speed.png: quality of text against passes, a line for every decoder."""
-    columns = [name for name in rows[0] if ' under ' in name
-               or name in ('known words (%)', 'unigram entropy (bits)')]
+    columns = [name for name in rows[0] if name.startswith(('nll', 'nats', 'known', 'unigram'))]
     fig, axes = panels(len(columns))
     for ax, column in zip(axes, columns):
         plot_by_passes(ax, rows[1:], column, ('run', 'decoder'))
@@ -927,12 +966,14 @@ def infill(runs, settings):
 def recover(runs, settings):
     """How many corrupted tokens are found, and corrected, where some were replaced at random.
 
-    A run is given the number of wrong tokens, but not their places. It scores every token, as
-    below, then replaces the least likely ones and leaves the others. found: share of the replaced
-    tokens that were among the least likely. accuracy: share of all tokens that are right; before:
-    in the text that the run was given; s.e. over windows. Scores are nll: of ar, given the tokens
-    before; of masked diffusion, given all tokens but an eighth of the positions, which is masked;
-    of uniform, given all tokens and the share that is noise.
+    A run scores every token, as below, then replaces suspects and leaves the others. It finds them
+    in two ways. number: it is given the number of wrong tokens, but not their places, and suspects
+    as many, those with the highest scores. threshold: it is not, and suspects those with a score
+    above log V', that of a uniform guess. found: share of the replaced tokens that are suspects;
+    precision: share of the suspects that were replaced. accuracy: share of all tokens that are
+    right; before: in the text that the run was given; s.e. over windows. Scores are nll: of ar,
+    given the tokens before; of masked diffusion, given all tokens but an eighth of the positions,
+    which is masked; of uniform, given all tokens and (in both ways) the share that is noise.
     """
     x0, rng = common_windows(runs, settings), torch.Generator().manual_seed(settings['seed'])
     V, everywhere, rows = runs[0].meta['vocab_size'], torch.ones_like(x0, dtype=torch.bool), []
@@ -945,12 +986,17 @@ def recover(runs, settings):
                 continue
             nll = torch.cat([token_by_token(run, part, rate)
                              for part in xt.split(settings['batch_size'])])  # (N, T)
-            suspect = nll.argsort(1, descending=True).argsort(1) < n
-            x, _ = fill(run, xt, suspect, settings)
-            found = (suspect & corrupted).sum().item() / n.sum().item()
-            rows.append({'run': run.name, 'replaced': f'{rate:.0%}', 'found (%)': 100 * found}
-                        | accuracy(x, x0, everywhere)
-                        | {'before (%)': accuracy(xt, x0, everywhere)['accuracy (%)']})
+            rank = nll.argsort(1, descending=True).argsort(1)  # (N, T)
+            # one suspect at least: a canvas without a mask cannot be decoded
+            for way, suspect in (('number', rank < n),
+                                 ('threshold', (nll > math.log(V)) | (rank == 0))):
+                x, _ = fill(run, xt, suspect, settings)
+                right = (suspect & corrupted).sum().item()
+                rows.append({'run': run.name, 'replaced': f'{rate:.0%}', 'found by': way,
+                             'found (%)': 100 * right / n.sum().item(),
+                             'precision (%)': 100 * right / suspect.sum().item()}
+                            | accuracy(x, x0, everywhere)
+                            | {'before (%)': 100 * (xt == x0).float().mean().item()})
     return rows, f'{len(x0)} windows of {x0.size(1)} tokens'
 
 

@@ -164,8 +164,13 @@ def test_lines_of_a_picture_differ():
     (['--grid_steps=()', '--task=speed'], 'grid_steps is ()'),
     (['--grid_steps=(4.5,)', '--task=speed'], 'grid_steps is (4.5,)'),
     (['--discrete_steps=(4.5,)'], 'discrete_steps is (4.5,)'),
-    (['--gen_length=0', '--task=order'], 'gen_length is 0')])
+    (['--gen_length=0', '--task=order'], 'gen_length is 0'),
+    (['--data=nothing'], 'there is no data/nothing/meta.json'),
+    (['--data=verse.txt,odd.txt'], "odd.txt has 3 characters that ar does not know, '#' 'é'"),
+    (['--data=empty.txt'], "data is 'empty.txt', but it must be a text that is not empty")])
 def test_bad_input_is_one_line(runs, words, said):
+    (runs / 'odd.txt').write_text('The cat# é#', encoding='utf-8')
+    (runs / 'empty.txt').write_text('')
     done = run('eval.py', '--out_dir=out/ar,out/mdm', *words, cwd=runs)
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
@@ -469,10 +474,50 @@ def test_characters_and_bytes_are_counted_apart(runs, settings):
     (row,), _ = evaluation.likelihood([a_run(blind, 'ar', 'accents')], settings)
     assert row['bits/char'] == pytest.approx(math.log2(5))
     assert 1.5 * row['bits/byte'] < row['bits/char'] < 1.7 * row['bits/byte'], '5 in 8 bytes'
+    assert row['evaluation batches/s'] > 0 and row['training batches/s'] == ''
     both, note = evaluation.likelihood([a_run(blind, 'ar', 'accents'), a_run(
         Knowing([0] * 16, load_meta('verse')['vocab_size'], 0.0), 'mdm')], settings)
     assert 'only bits per byte' in note and 'the texts differ' in note
-    assert not {'nats/token', 'perplexity', 'bits/char'} & set(both[0])
+    assert [row['data'] for row in both] == ['accents', 'verse']
+
+
+@pytest.mark.parametrize('text', ['abc ' * 33 + 'a', 'The cat\r\nsees.'])
+def test_any_text_is_scored_in_a_runs_own_tokens(runs, settings, text):
+    """Each window of 16 by itself, the last one shorter, against the model's own logits."""
+    (runs / 'any.txt').write_text(text, encoding='utf-8', newline='')
+    (run_,) = evaluation.load_runs('out/ar', 'cpu')
+    kept = [char for char in text if char in TEXT]
+    s = settings | {'data': 'any.txt', 'skip_unknown': True, 'split': 'val,train'}
+    (row,), _ = evaluation.likelihood([run_], s)
+    less = len(text) - len(kept)
+    assert row['data'] == 'any.txt' + (f' less {less}' if less else '') and row['split'] == ''
+    nats, ids = 0.0, run_.tokenizer.encode(''.join(kept))
+    for i in range(0, len(ids), 16):
+        x = torch.tensor(ids[i:i + 16])
+        with torch.no_grad():
+            logits = run_.model(torch.cat([torch.tensor([run_.model.mask_id]), x[:-1]])[None])[0]
+        nats += F.cross_entropy(logits, x, reduction='sum').item()
+    assert row['nats/token'] == pytest.approx(nats / len(ids), rel=1e-5)
+    assert row['bits/byte'] == pytest.approx(nats / math.log(2) / len(''.join(kept).encode()))
+
+
+def test_other_data_are_scored_byte_by_byte_whatever_their_tokens(runs, settings):
+    """Prepared as byte pairs, with EOTs; read by a run of characters and one of byte pairs."""
+    text = ('The cat sees the moon.\n' + '<|endoftext|>The rose\n') * 40
+    (runs / 'told.txt').write_text(text)
+    pytest.importorskip('rustbpe')
+    assert run('prepare.py', 'told.txt', '--tokenizer=bpe', '--vocab_size=270',
+               cwd=runs).returncode == 0
+    told = load_meta('told')
+    blind = [a_run(Knowing([0] * 16, load_meta(name)['vocab_size'], 0.0), 'ar', name)
+             for name in ('verse', 'told')]
+    rows, note = evaluation.likelihood(blind, settings | {'data': 'told'})
+    assert [row['data'] for row in rows] == ['told'] * 2 and 'only bits per byte' in note
+    count = told['counts']['val']
+    assert rows[0]['bits/byte'] == pytest.approx(math.log2(load_meta('verse')['vocab_size']))
+    assert rows[1]['bits/byte'] == pytest.approx(
+        math.log2(told['vocab_size']) * count['tokens'] / count['bytes'])
+    assert count['tokens'] == len(load_split('told', 'val'))
 
 
 def test_the_mean_of_the_curves_is_the_bound(settings):
@@ -637,11 +682,30 @@ def test_who_knows_the_text_fills_it_in(settings):
     rows, _ = evaluation.recover([*both, a_run(Knowing(text, V), 'uniform')], wide)
     assert {row['run'] for row in rows} == {'ar', 'mdm', 'uniform'}
     assert all(row['accuracy (%)'] == row['found (%)'] == 100 for row in rows)
+    assert {(row['found by'], row['precision (%)']) for row in rows} == {
+        ('number', 100), ('threshold', 100)}, 'only replaced tokens are less likely than by chance'
     other = wide | {'split': 'train'}  # of which they know nothing
     assert any(row['accuracy (%)'] < 100 for row in evaluation.recover(both, other)[0])
     hidden = evaluation.hide((5, 64), 0.25, 8, torch.Generator().manual_seed(0))
     assert hidden.sum(1).tolist() == [16] * 5
     assert (hidden.view(5, 8, 8).float().mean(2) % 1 == 0).all(), 'whole spans'
+
+
+def test_tokens_less_likely_than_by_chance_are_suspects(settings, monkeypatch):
+    """Which tokens are decoded anew, and what is counted of them; by a made-up score."""
+    run_, asked = a_run(Knowing([0] * 16, 12), 'mdm'), []
+    level = math.log(load_meta('verse')['vocab_size'])
+    monkeypatch.setattr(evaluation, 'token_by_token',
+                        lambda run, x, rate: level + torch.arange(16.).expand_as(x) - 12.5)
+    monkeypatch.setattr(evaluation, 'fill', lambda run, x, where, s: asked.append(where) or (x, 0))
+    rows, _ = evaluation.recover([run_], settings | {'max_windows': 3})
+    assert all(where.sum(1).eq(max(1, round(16 * rate))).all() and where[:, -1].all()
+               for where, rate in zip(asked[::2], (0.05, 0.1, 0.2)))
+    assert all(torch.equal(where, (torch.arange(16) >= 13).expand(3, 16)) for where in asked[1::2])
+    for row in rows:
+        both = row['found (%)'] * max(1, round(16 * float(row['replaced'][:-1]) / 100)) * 3
+        picked = {'number': max(1, round(16 * float(row['replaced'][:-1]) / 100)), 'threshold': 3}
+        assert row['precision (%)'] * picked[row['found by']] * 3 == pytest.approx(both)
 
 
 def test_a_fraction_of_correct_tokens_is_counted():
@@ -737,7 +801,8 @@ def test_a_judge_of_hugging_face(settings, runs):
         target = torch.tensor([vocabulary[c] for c in text])
         nats -= logits[torch.arange(len(text)), target].sum().item()
     assert evaluation.judged(judge, run_, texts, [[1]]) == {
-        'nats/char under gpt': pytest.approx(nats / 42, rel=1e-5)}
+        'nats/char under gpt': pytest.approx(nats / 42, rel=1e-5),
+        'perplexity under gpt': pytest.approx(math.exp(nats / 42), rel=1e-4)}
     with pytest.raises(UserError, match='neither a run nor a model'):
         evaluation.load_judge([], settings | {'judge': str(runs / 'no_gpt'), 'device': 'cpu'})
 
