@@ -63,6 +63,8 @@ split = 'val'          # train, val, test; likelihood: or several with commas; g
 max_windows = 64       # windows of the split, or texts, that a task reads, evenly spread; 0 = all;
                        # likelihood: for train only, it reads all of the other splits
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
+save_texts = ''        # generation, translation, infill, recover, reversal: a file, x.jsonl, to
+                       # which the texts are added: given, corrupted, written, right, score
 seed = 1
 batch_size = 16        # rows at a time
 repeats = 4            # independent draws of a bound, each with its own noise
@@ -160,6 +162,13 @@ def common_windows(runs, settings, most=math.inf):
     """Windows (N, T) of the split, as long as the shortest context of the runs, T <= most."""
     T = min(most, *(run.model.config.block_size for run in runs))
     return data_of(runs[0]).windows(settings['split'], T, settings['max_windows'])
+
+
+def records(run, score, **columns):
+    """[{'given', 'written', ..., 'score'}], lines of save_texts; columns: texts, or ids (N, T)."""
+    shown = [x if isinstance(x, list) else [sample.show(ids, run.tokenizer, run.model.mask_id)
+                                            for ids in x.tolist()] for x in columns.values()]
+    return [dict(zip([*columns, 'score'], values)) for values in zip(*shown, score)]
 
 
 def training_text(run):
@@ -832,9 +841,12 @@ def generation(runs, settings):
     written |= {each.name: write(each, settings) for each in runs}
     for name, (ids, cost) in written.items():
         texts = [run.tokenizer.decode(row) for row in ids]
+        scores = [text_row('', [text], [row], known)['known words (%)']
+                  for text, row in zip(texts, ids)]
         rows.append(text_row(name, texts, ids, known) | judged(judge, run, texts, ids) | {
             'longest copy (chars)': longest_copy(texts, training), 'passes per text': cost['nfe'],
-            'tokens/s': cost['tokens/s'], 'beginning': [texts[0]]})
+            'tokens/s': cost['tokens/s'], 'beginning': [texts[0]],
+            'texts': records(run, scores, written=texts)})
     return rows, ''
 
 
@@ -920,11 +932,15 @@ def hide(shape, share, width, rng):
     return (ranks < max(1, round(share * n))).repeat_interleave(width, 1)[:, :shape[1]]
 
 
-def accuracy(x, x0, where):
-    """{column: percent} of the tokens x (B, T) at `where` that equal x0; the s.e. is over rows."""
+def accuracy(run, x, x0, where, **given):
+    """{column: percent} of the tokens x (B, T) at `where` that equal x0; the s.e. is over rows.
+
+    texts: records() of them, with what was given. run: any that has their tokens.
+    """
     shares = 100 * ((x == x0) & where).sum(1) / where.sum(1).clamp(min=1)
     return {'accuracy (%)': shares.mean().item(),
-            's.e. (%)': shares.std().item() / len(x) ** 0.5 if len(x) > 1 else math.nan}
+            's.e. (%)': shares.std().item() / len(x) ** 0.5 if len(x) > 1 else math.nan,
+            'texts': records(run, shares.tolist(), **given, written=x, right=x0)}
 
 
 def rouge(texts, references):
@@ -948,7 +964,7 @@ def infill(runs, settings):
     accuracy: share of the masked tokens that are right, s.e. over windows. ROUGE (pip install -e
     '.[eval]'): F1 of the words of whole windows.
     """
-    decode, rows = runs[0].tokenizer.decode, []
+    decode, mask_id, rows = runs[0].tokenizer.decode, runs[0].model.mask_id, []
     x0, rng = common_windows(runs, settings), torch.Generator().manual_seed(settings['seed'])
     texts = [decode(row) for row in x0.tolist()]  # x0 (N, T)
     common = np.bincount(load_split(runs[0].settings['dataset'], 'train')[:KNOWN_TOKENS]).argmax()
@@ -958,8 +974,9 @@ def infill(runs, settings):
         for run in tqdm(runs, f'infill {share:.0%}', leave=False, disable=None):
             filled[run.name] = fill(run, x0, is_mask, settings)
         rows += [{'run': name, 'hidden': f'{share:.0%}, {"tokens" if width == 1 else "spans of 8"}'}
-                 | accuracy(x, x0, is_mask) | rouge([decode(row) for row in x.tolist()], texts)
-                 | {'nfe': nfe} for name, (x, nfe) in filled.items()]
+                 | accuracy(runs[0], x, x0, is_mask, given=x0.masked_fill(is_mask, mask_id))
+                 | rouge([decode(row) for row in x.tolist()], texts) | {'nfe': nfe}
+                 for name, (x, nfe) in filled.items()]
     return rows, f'{len(x0)} windows of {x0.size(1)} tokens'
 
 
@@ -995,7 +1012,7 @@ def recover(runs, settings):
                 rows.append({'run': run.name, 'replaced': f'{rate:.0%}', 'found by': way,
                              'found (%)': 100 * right / n.sum().item(),
                              'precision (%)': 100 * right / suspect.sum().item()}
-                            | accuracy(x, x0, everywhere)
+                            | accuracy(run, x, x0, everywhere, corrupted=xt)
                             | {'before (%)': 100 * (xt == x0).float().mean().item()})
     return rows, f'{len(x0)} windows of {x0.size(1)} tokens'
 
@@ -1093,7 +1110,7 @@ def reversal(runs, settings):
     """
     rows, a_is_b, b_is_a = [], '\n{0} is {1}.\n', '\n{1} is {0}.\n'
     for run in runs:
-        training, row = training_text(run), {'run': run.name}
+        training, row = training_text(run), {'run': run.name, 'texts': []}
         facts, turned = set(FACT.findall(training)), {(a, b) for b, a in TURNED.findall(training)}
         if not facts or not turned:
             raise UserError(f'{run.name} was not trained on facts: run python prepare.py reversal')
@@ -1106,8 +1123,10 @@ def reversal(runs, settings):
             templates = [text.replace(answer, f'[_:{len(answer)}]') for text, answer in asked]
             done, _ = sample.complete(run, [sample.template_canvas(
                 template, run.tokenizer, run.model.mask_id) for template in templates], how)
-            known = [run.tokenizer.decode(ids) == text for (ids, _), (text, _) in zip(done, asked)]
-            row[f'{column} (%)'] = 100 * sum(known) / len(known)
+            written, right = [run.tokenizer.decode(ids) for ids, _ in done], [a for a, _ in asked]
+            score = [100 * (text == other) for text, other in zip(written, right)]
+            row[f'{column} (%)'] = sum(score) / len(score)
+            row['texts'] += records(run, score, given=templates, written=written, right=right)
         rows.append(row)
     return rows, f'{len(facts)} facts, {len(turned)} of them stated in both directions'
 
@@ -1193,7 +1212,7 @@ def ways_to_answer(run, settings):
 
 
 def translation(runs, settings):
-    """Scores of answers to prompts, for each way to decode a run; those to a file are printed.
+    """Scores of answers to prompts, for each way to decode a run.
 
     length: how a masked model knows the number of tokens to write. length ratio: tokens of the
     answer over those of the reference, mean; no EOS, empty: shares of the answers; nfe: passes of
@@ -1204,7 +1223,6 @@ def translation(runs, settings):
     rows, path, n = [], settings['file'], settings['max_rows'] or None
     pairs = file_pairs(path)[:n] if path else row_pairs(runs[0], settings)
     levels, prompts, references = map(list, zip(*pairs))
-    texts = {'reference': references}
     for run in runs:
         for length, steps, how in ways_to_answer(run, settings):
             length += ' (oracle)' * (length == 'reference')
@@ -1215,10 +1233,10 @@ def translation(runs, settings):
             for level in filter(None, dict.fromkeys(levels)):
                 part = [(a, b) for a, b, its in zip(written, references, levels) if its == level]
                 rows[-1][f'BLEU {level}'] = score(*map(list, zip(*part)))['BLEU']
-            texts[' '.join(f'{run.name} {length} {steps}'.split())] = written
-    for i, prompt in enumerate(prompts if path else ()):
-        print(f'{levels[i]} {prompt}'.strip(),
-              *(f'    {name}: {written[i]}' for name, written in texts.items()), '', sep='\n')
+            if settings['save_texts']:
+                chrf = [score([a], [b])['chrF'] for a, b in zip(written, references)]
+                rows[-1]['texts'] = records(run, chrf, given=prompts, written=written,
+                                            right=references)
     return rows, f'{len(pairs):,} prompts of {path or "the split"}; {signatures}'
 
 
@@ -1393,6 +1411,11 @@ def run_task(name, runs, settings, command):
     rows, note = task.measure(runs, settings)
     if not rows:
         raise UserError(f'task {name} has nothing to say about objectives like those of these runs')
+    texts = [{'task': name} | {k: v for k, v in row.items() if isinstance(v, (str, int))} | text
+             for row in rows for text in row.pop('texts', [])]
+    if texts and settings['save_texts']:
+        with open(settings['save_texts'], 'a', encoding='utf-8') as f:
+            f.writelines(json.dumps(text, ensure_ascii=False) + '\n' for text in texts)
     rows = seeds_together(rows, runs)
     picture.unlink(missing_ok=True)
     said = [f'{setting} {settings[setting]}' for setting in task.settings.split()]
@@ -1430,6 +1453,8 @@ def main():
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]
     given = {word[2:].partition('=')[0] for word in words}
     work = REPORT if task == 'report' else {task: ALONE.get(task, {})}
+    if save_texts:
+        open(save_texts, 'a').close()  # what cannot be written is refused before the work
     for name, change in work.items():
         change = {key: value for key, value in change.items() if key not in given}
         command = shlex.join([*words, f'--task={name}', *(f'--{k}={v}' for k, v in change.items())])

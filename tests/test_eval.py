@@ -167,7 +167,9 @@ def test_lines_of_a_picture_differ():
     (['--gen_length=0', '--task=order'], 'gen_length is 0'),
     (['--data=nothing'], 'there is no data/nothing/meta.json'),
     (['--data=verse.txt,odd.txt'], "odd.txt has 3 characters that ar does not know, '#' 'é'"),
-    (['--data=empty.txt'], "data is 'empty.txt', but it must be a text that is not empty")])
+    (['--data=empty.txt'], "data is 'empty.txt', but it must be a text that is not empty"),
+    (['--task=infill', '--save_texts=nowhere/x.jsonl'], 'No such file'),
+    (['--task=infill', '--save_texts=out'], 'Is a directory')])
 def test_bad_input_is_one_line(runs, words, said):
     (runs / 'odd.txt').write_text('The cat# é#', encoding='utf-8')
     (runs / 'empty.txt').write_text('')
@@ -230,7 +232,10 @@ def test_reversal_asks_for_facts_as_stated_and_turned(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, 'complete', complete)
     model = SimpleNamespace(mask_id=meta['mask_id'])
     (row,), note = evaluation.reversal([row_run(model, meta, dataset='reversal')], {})
+    texts = row.pop('texts')
     assert list(row.values()) == ['run', 100, 100, 100, 0]
+    assert [text['score'] for text in texts] == [100] * 500 + [0] * 100
+    assert all((text['written'] == text['right']) == bool(text['score']) for text in texts)
     assert note.startswith('200 facts, 100 of them')
 
 
@@ -282,9 +287,9 @@ def test_who_knows_the_answers_has_full_marks(book, objective, settings, ways):
     assert '6 prompts' in note and 'nrefs:1|case:mixed' in note
 
 
-def test_scores_are_those_of_their_definitions(book, capsys):
-    """BLEU and chrF by sacrebleu's own functions; ROUGE-1 by counting; and all texts are shown."""
-    (row,), _ = translated(WRONG, 'ar')
+def test_scores_are_those_of_their_definitions(book):
+    """BLEU and chrF by sacrebleu's own functions; ROUGE-1 by counting; and all texts are kept."""
+    (row,), _ = translated(WRONG, 'ar', save_texts='x.jsonl')
     written, references = list(WRONG.values()), list(BOOK.values())
     assert float(row['BLEU']) == pytest.approx(corpus_bleu(written, [references]).score, abs=5e-3)
     assert float(row['chrF']) == pytest.approx(corpus_chrf(written, [references]).score, abs=5e-3)
@@ -299,8 +304,10 @@ def test_scores_are_those_of_their_definitions(book, capsys):
     ratios = [len(a) / len(b) for a, b in zip(written, references)]
     assert float(row['length ratio']) == pytest.approx(np.mean(ratios), abs=5e-4)
     assert row['empty'] == pytest.approx(1 / 6)
-    shown = capsys.readouterr().out.split('\n\n')
-    assert shown[1] == 'level 1 abc\n    reference: cab b\n    run: cab d'
+    assert [(text['given'], text['right'], text['written']) for text in row['texts']] == [
+        (prompt, BOOK[prompt], answer) for prompt, answer in WRONG.items()]
+    assert [text['score'] for text in row['texts']] == pytest.approx(
+        [corpus_chrf([answer], [[BOOK[prompt]]]).score for prompt, answer in WRONG.items()])
 
 
 def test_answers_of_several_lengths_are_one_row(book):
@@ -708,11 +715,40 @@ def test_tokens_less_likely_than_by_chance_are_suspects(settings, monkeypatch):
         assert row['precision (%)'] * picked[row['found by']] * 3 == pytest.approx(both)
 
 
-def test_a_fraction_of_correct_tokens_is_counted():
+def test_texts_are_saved_as_lines(runs):
+    for words in (['--task=infill', '--steps=4'], ['--task=recover', '--steps=4'],
+                  ['--task=generation', '--gen_tokens=20']):
+        done = run('eval.py', '--out_dir=out/ar,out/mdm', *words, '--max_windows=2',
+                   '--save_texts=x.jsonl', '--report_dir=texts', cwd=runs)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (runs / 'x.jsonl').read_text('utf-8').splitlines()]
+    count = Counter((row['task'], row['run']) for row in rows)
+    assert count['infill', 'mdm'] == 5 * 2 and count['recover', 'ar'] == 3 * 2 * 2
+    assert count['generation', 'ar'] == count['generation', 'validation text'] == 2
+    held_out = load_tokenizer(load_meta('verse')).decode(load_split('verse', 'val').tolist())
+    for row in rows:
+        assert len(row['written']) == 16
+        if row['task'] == 'generation':
+            assert row['run'] != 'validation text' or row['score'] > 50
+            continue
+        assert row['right'] in held_out
+        right = [a == b for a, b in zip(row['written'], row['right'])]
+        if row['task'] == 'infill':  # what was given stays; the score is of what was not
+            assert all(a in (b, sample.MASK_SHOWN) for a, b in zip(row['given'], row['right']))
+            right = [ok for ok, a in zip(right, row['given']) if a == sample.MASK_SHOWN]
+        else:
+            assert sum(a != b for a, b in zip(row['corrupted'], row['right'])) == max(
+                1, round(16 * float(row['replaced'][:-1]) / 100))
+        assert row['score'] == pytest.approx(100 * np.mean(right))
+    assert 'texts' not in (runs / 'texts/report.json').read_text()
+
+
+def test_a_fraction_of_correct_tokens_is_counted(settings):
     x0 = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])
     x = torch.tensor([[1, 2, 0, 0], [1, 0, 3, 0]])
     where = torch.tensor([[True, True, True, False], [False, False, True, True]])
-    found = evaluation.accuracy(x, x0, where)
+    found = evaluation.accuracy(a_run(Knowing([0], 5), 'ar'), x, x0, where, given=x0)
+    assert [text['score'] for text in found['texts']] == pytest.approx([200 / 3, 50])
     assert found['accuracy (%)'] == pytest.approx((200 / 3 + 50) / 2)
     assert found['s.e. (%)'] == pytest.approx((200 / 3 - 50) / 2)
 
