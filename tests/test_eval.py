@@ -715,7 +715,8 @@ def test_tokens_less_likely_than_by_chance_are_suspects(settings, monkeypatch):
         assert row['precision (%)'] * picked[row['found by']] * 3 == pytest.approx(both)
 
 
-def test_texts_are_saved_as_lines(runs):
+def test_texts_are_saved_as_lines(runs, monkeypatch):
+    monkeypatch.chdir(runs)
     for words in (['--task=infill', '--steps=4'], ['--task=recover', '--steps=4'],
                   ['--task=generation', '--gen_tokens=20']):
         done = run('eval.py', '--out_dir=out/ar,out/mdm', *words, '--max_windows=2',
@@ -725,11 +726,14 @@ def test_texts_are_saved_as_lines(runs):
     count = Counter((row['task'], row['run']) for row in rows)
     assert count['infill', 'mdm'] == 5 * 2 and count['recover', 'ar'] == 3 * 2 * 2
     assert count['generation', 'ar'] == count['generation', 'validation text'] == 2
-    held_out = load_tokenizer(load_meta('verse')).decode(load_split('verse', 'val').tolist())
+    training, held_out = (load_tokenizer(load_meta('verse')).decode(load_split('verse', split)
+                          .tolist()) for split in ('train', 'val'))
+    known = set(evaluation.words_of(training))
     for row in rows:
         assert len(row['written']) == 16
         if row['task'] == 'generation':
-            assert row['run'] != 'validation text' or row['score'] > 50
+            words = evaluation.words_of(row['written'])
+            assert row['score'] == pytest.approx(100 * np.mean([w in known for w in words]))
             continue
         assert row['right'] in held_out
         right = [a == b for a, b in zip(row['written'], row['right'])]
