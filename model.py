@@ -1021,6 +1021,7 @@ def load_checkpoint(out_dir, device='cpu'):
                         f'train again with --overwrite') from e
     if missing:
         raise UserError(f'{path} lacks {", ".join(sorted(missing))}: not written by train.py')
+    checkpoint['meta'] = {'dtype': 'uint16'} | checkpoint['meta']  # of ids; older runs lack it
     return checkpoint
 
 

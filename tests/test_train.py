@@ -447,11 +447,11 @@ def test_training_goes_on_without_a_compiler_that_fails(verse, monkeypatch):
 
 
 def test_a_checkpoint_with_settings_of_another_kind_resumes(verse):
-    """It has fewer settings, some that are gone, and compile was a bool."""
+    """It has fewer settings, some that are gone, compile was a bool, and meta had no dtype."""
     train(verse, *TINY, '--out_dir=out/bools', '--max_iters=1', '--overwrite')
     path = verse / 'out/bools/ckpt.pt'
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint['config']['track']
+    del checkpoint['config']['track'], checkpoint['meta']['dtype']
     checkpoint['config'] |= {'compile': True, 'tensorboard': False, 'wandb': False}
     torch.save(checkpoint, path)
     said = train(verse, '--out_dir=out/bools', '--resume', '--max_iters=2', '--compile=off')
