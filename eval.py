@@ -693,7 +693,7 @@ def plot_scaling(rows, path):
     for i, fit in enumerate(row for row in rows if 'x' in row):
         ax.plot(fit['x'], fit['y'], **style(i) | {'ls': ''}, label=fit['group'])
         ax.plot(fit['x'], fit['L_inf'] + fit['a'] * np.array(fit['x']) ** -fit['b'], c=COLORS[i])
-    ax.set(xscale='log', xlabel='training compute (PFLOP)', ylabel='loss (nats per token)')
+    ax.set(xscale='log', xlabel='compute (PFLOP)', ylabel='validation loss (nats per token)')
     return save_figure(fig, path)
 
 
