@@ -748,7 +748,7 @@ def decode(run, rows, settings, eos_id=None, watch=None):
     if len(rows[0]) > context and not (run.objective.causal or run.objective.block_length):
         raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
                         f'block_size is {context}')
-    specials = [run.meta[key] for key in SPECIALS if run.meta[key] is not None]
+    specials = [run.meta[key] for key in SPECIALS if run.meta.get(key) is not None]
     decoder = make_decoder(run.objective, settings, specials)
     rng = torch.Generator('cpu' if weight.device.type == 'mps' else weight.device)
     rng.manual_seed(settings['seed'])
