@@ -471,6 +471,8 @@ def likelihood(runs, settings):
 
 def plot_likelihood(rows, path):
     """likelihood.png: nll of a masked token against the share of masks, and against position."""
+    if not any(row.get('by share') for row in rows):  # rows, or texts of `data`
+        return ''
     fig, (by_share, by_position) = panels(2)
     for i, row in enumerate(row for row in rows if row.get('by share')):
         how = style(i) | {'label': f'{row["run"]}, {row["split"]}'}
