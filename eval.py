@@ -98,7 +98,7 @@ LENGTH_BLOCK = 8       # length: tokens per block of the decoding in blocks, for
 MOST_DRAWS = 64        # draws of a bound, even if its standard error is still above target_se
 LEVELS, PLACES = 16, 16  # points of the two curves of likelihood.png
 MAY_DIFFER = ('seed', 'out_dir', 'resume', 'overwrite', 'init_from', 'eval_interval',
-              'log_interval', 'eval_repeats')  # settings that seeds of one configuration may change
+              'log_interval', 'eval_repeats', 'wandb_run_name')  # among seeds of a configuration
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
           '#882255')   # distinct for the colour-blind; printed in grey, the markers are
 MARKERS = '*s^Dv<>Po'

@@ -10,7 +10,8 @@
 
 The first command takes about 12 minutes on 2 CPU cores. It prepares the data set if that is missing
 and writes a run to out_dir: ckpt.pt (the weights and all that resuming needs), config.json, log.csv
-and loss.png. An interrupted run goes on with --resume as if nothing had happened.
+(evaluations), steps.csv (training losses) and loss.png (both). An interrupted run goes on with
+--resume as if nothing had happened.
 
 In an update, each process of a torchrun works through batch_size * gradient_accumulation_steps
 windows of its own: 2 processes with 1 pass train as 1 process with 2 passes does. With several
@@ -117,10 +118,12 @@ beta2 = 0.99                # AdamW: decay of the average of its square
 grad_clip = 1.0             # largest norm of the gradient; 0 = no limit
 # evaluation
 eval_interval = 200         # updates between checkpoints, each with the full validation loss
-log_interval = 10           # updates between two training losses that are shown
+log_interval = 10           # updates between training losses, which go to steps.csv
 decode_rows = 0             # prompts to answer at each evaluation, greedily, into samples.csv
 eval_repeats = 4            # independent estimates of the final bound, for its standard error
-track = ''                  # tensorboard (curves in out_dir), wandb (project nanomdm), or both
+track = ''                  # tensorboard (curves in out_dir), wandb, or both
+wandb_project = 'nanomdm'   # wandb shows the run among those of this project
+wandb_run_name = ''         # and under this name; '' = the last part of out_dir
 bench = 0                   # only time this many updates and profile a few: nothing is written
 
 
@@ -250,7 +253,7 @@ class Training:
         self.tokens = 0         # read in these updates, by all processes
         self.seconds = 0.0      # spent on these updates, without evaluations
         self.speed = 0.0        # tokens/s of all processes, since the run was started or resumed
-        self.log = []           # rows of log.csv
+        self.log, self.steps = [], []  # rows of log.csv, of steps.csv
         self.saved_at = None    # the iteration of ckpt.pt
         self.caught = []        # numbers of the signals that asked this process to stop
         if checkpoint:
@@ -258,7 +261,7 @@ class Training:
         if self.world > 1:  # all processes begin with the same weights, on whatever machines
             for p in self.model.parameters():
                 dist.broadcast(p.detach(), 0)
-        self.trackers = open_out_dir(s) if self.rank == 0 and not s.bench else []
+        self.trackers = open_out_dir(s, self.steps) if self.rank == 0 and not s.bench else []
         self.flops_per_token = flops_per_token(vars(s), self.data)
         self.peak = self.world * fastest_flops(self.device, self.dtype)  # FLOP/s
 
@@ -337,17 +340,26 @@ def restore(run, s, checkpoint):
                         'for: resume without changing the model or the optimizer') from e
     run.iteration = run.saved_at = checkpoint['iter']
     try:
-        with open(Path(s.out_dir, 'log.csv'), newline='') as f:
-            run.log = [row for row in csv.DictReader(f)  # a line cut short has a None
-                       if None not in row.values() and int(row['iter']) <= run.iteration]
+        run.log, run.steps = (read_rows(Path(s.out_dir, name), run.iteration)
+                              for name in ('log.csv', 'steps.csv'))
         run.tokens = int(checkpoint.get('tokens', run.log[-1]['tokens']))
         run.seconds = float(checkpoint.get('seconds', run.log[-1]['seconds']))
-    except (OSError, ValueError, TypeError, LookupError) as e:
-        raise UserError(f'{s.out_dir}/log.csv is damaged or gone ({type(e).__name__})') from e
+    except (OSError, ValueError, TypeError, LookupError, csv.Error) as e:
+        raise UserError(f'{s.out_dir}: log.csv or steps.csv is damaged ({type(e).__name__})') from e
 
 
-def open_out_dir(s):
-    """Makes out_dir and config.json; returns the trackers, functions of (numbers, iteration)."""
+def read_rows(path, last):
+    """The rows of log.csv or steps.csv up to that of `last` updates; [] if there is no file."""
+    lines = path.read_text('utf-8').splitlines(keepends=True) if path.exists() else []
+    return [row for row in csv.DictReader(lines)  # a line cut short has a None
+            if None not in row.values() and int(row['iter']) <= last]
+
+
+def open_out_dir(s, steps):
+    """Makes out_dir, config.json and steps.csv, which holds `steps` of a resumed run at first.
+
+    Returns the trackers, functions of (numbers, iteration).
+    """
     out = Path(s.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     # a tracker may be missing: that is found out before anything is deleted
@@ -356,6 +368,7 @@ def open_out_dir(s):
         for name in ('ckpt.pt', 'samples.csv'):  # of a run that --overwrite throws away
             (out / name).unlink(missing_ok=True)
     write_atomically(out / 'config.json', json.dumps(vars(s), indent=2).encode())
+    write_rows(out / 'steps.csv', steps)
     return trackers
 
 
@@ -368,7 +381,8 @@ def make_tracker(name, s):
             writer = SummaryWriter(s.out_dir)
             return lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]
         from wandb import init
-        return init(project='nanomdm', name=Path(s.out_dir).name, config=vars(s)).log
+        return init(project=s.wandb_project, name=s.wandb_run_name or Path(s.out_dir).name,
+                    config=vars(s)).log
     except ImportError as e:
         raise UserError(f"{e}: python -m pip install -e '.[track]'") from e
 
@@ -466,10 +480,10 @@ def evaluate_now(run, s, learning_rate):
         'val': f'{val:.6f}', 'lr': f'{learning_rate:.3e}', 'data': run.data.meta['source'],
         'seconds': f'{run.seconds:.1f}', 'tokens_per_second': f'{run.speed:.0f}'})
     if run.rank == 0:
-        write_log(run, s)
+        write_rows(Path(s.out_dir, 'log.csv'), run.log)
         draw_losses(run, s)
     for track in run.trackers:
-        track({f'train {name}': train, f'val {name}': val, 'tokens/s': run.speed}, run.iteration)
+        track({f'train {name}': train, f'val {name}': val}, run.iteration)
     return (f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {name} {val:.4f}'
             f'{run.objective.unit} on the validation split, {train:.4f} on training text')
 
@@ -487,20 +501,44 @@ def check_loss(run, s, kind, loss, highest, learning_rate):
                         f'has the weights after {run.saved_at} updates')
 
 
-def write_log(run, s):
-    """log.csv: a row for every evaluation."""
+def write_rows(path, rows):
+    """Writes log.csv or steps.csv: a header, and a line for each of the dicts `rows`."""
     text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, run.log[0])
-    writer.writeheader()
-    writer.writerows(run.log)
-    write_atomically(Path(s.out_dir, 'log.csv'), text.getvalue().encode())
+    csv.writer(text).writerows([*rows[:1], *(row.values() for row in rows)])  # a dict as its keys
+    write_atomically(path, text.getvalue().encode())
+
+
+def record_step(run, s, loss):
+    """Appends an update to steps.csv, and reports it to the trackers.
+
+    loss: of its batches, in nats per token, weighted as in training (loss_weight, token_weights):
+    of all objectives but ar it is not the bound, which log.csv has.
+    """
+    rates = {f'lr_{type(o).__name__.lower()}': o.param_groups[0]['lr'] for o in run.optimizers}
+    numbers = {'weighted_loss': loss, 'gradient_norm': run.gradient_norm.item(), **rates,
+               'tokens_per_second': run.speed}
+    row = {'iter': run.iteration, 'tokens': run.tokens}
+    row |= {name: f'{number:.6g}' for name, number in numbers.items()}
+    run.steps.append(row)
+    for track in run.trackers:
+        track(numbers, run.iteration)
+    if run.rank == 0:
+        with open(Path(s.out_dir, 'steps.csv'), 'a', newline='') as f:
+            csv.writer(f).writerows([row] * (f.tell() == 0) + [row.values()])  # keys: the header
 
 
 def draw_losses(run, s):
-    """loss.png: the losses in the log over updates and tokens; log V', that of a uniform guess."""
+    """loss.png: losses of evaluations and, pale, of batches; log V', that of a uniform guess."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 4.5), layout='constrained')
     ax, x = fig.subplots(), [int(row['iter']) for row in run.log]
+    if run.steps:  # behind the others; smoothed: the mean over a twentieth of them
+        steps = [int(row['iter']) for row in run.steps]
+        loss = torch.tensor([[float(row['weighted_loss']) for row in run.steps]])  # (1, N)
+        half = len(steps) // 40
+        smooth = torch.avg_pool1d(loss, 2 * half + 1, 1, half, count_include_pad=False)  # (1, N)
+        ax.plot(steps, loss[0], c='0.85', lw=0.8)
+        ax.plot(steps, smooth[0], c='0.6', label='batches, weighted as in training')
     for key, label in (('val', 'validation text'), ('train', 'training text')):
         ax.plot(x, [float(row[key]) for row in run.log], 'o-', ms=4, label=label)
     if not s.length_head:
@@ -579,7 +617,7 @@ def update(run, s, factor):
     # would depend on how an update is cut into batches and processes.
     for p in learned:
         p.grad *= 1 / sums[1].clamp(min=1)
-    torch.nn.utils.clip_grad_norm_(learned, s.grad_clip or math.inf)
+    run.gradient_norm = torch.nn.utils.clip_grad_norm_(learned, s.grad_clip or math.inf)
     for o in run.optimizers:
         for group in o.param_groups:
             group['lr'] = factor * (s.muon_lr if isinstance(o, Muon) else s.learning_rate)
@@ -612,23 +650,26 @@ def train(run, s):
 
         began = time.perf_counter()
         sums = update(run, s, factor)
+        run.iteration += 1
         # all processes have the same sum, and so stop after the same update
         stop = sums[2].item() > 0 if run.world > 1 else bool(run.caught)
         run.seconds += time.perf_counter() - began
         run.speed = (run.tokens - tokens) / (run.seconds - seconds)
         bar.update()
 
-        if run.iteration % s.log_interval == 0 or stop:
+        to_record = run.iteration % s.log_interval == 0
+        if to_record or stop:
             loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: now and then
             check_loss(run, s, 'training', loss, 10, factor * s.learning_rate)
+        if to_record:
+            record_step(run, s, loss)
             state = (f'loss {loss:.4f}, {run.speed:,.0f} tokens/s, '
                      f'{100 * run.speed * run.flops_per_token / run.peak:.0f}% of torch.mm')
             bar.set_postfix_str(state)
             if bar.disable and run.iteration % (10 * s.log_interval) == 0:  # no terminal: lines
-                left = (s.max_iters - run.iteration - 1) * run.tokens_per_update / run.speed / 60
+                left = (s.max_iters - run.iteration) * run.tokens_per_update / run.speed / 60
                 print(f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {state}, '
                       f'{left:.1f} minutes left', flush=True)
-        run.iteration += 1
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
         signal.signal(number, signal.SIG_DFL)
@@ -654,7 +695,7 @@ def measure(run, s):
 
 def show_sample(run, s):
     """Prints what the model in ckpt.pt writes (a text, or two answers) and what to try next."""
-    print(f'\nThe run is in {s.out_dir}: ckpt.pt, log.csv, loss.png. A sample of it:\n')
+    print(f'\nThe run is in {s.out_dir}: ckpt.pt, log.csv, steps.csv, loss.png. A sample of it:\n')
     trained, how = sample.load_run(s.out_dir, run.device), sample.defaults() | {'seed': s.seed}
     if trained.meta['sep_id'] is None:
         task, start = 'likelihood', '--num_samples=3'

@@ -69,8 +69,8 @@ def weights(out_dir):
     return load_checkpoint(out_dir)['model']
 
 
-def log_without_times(out_dir):
-    with open(out_dir / 'log.csv', newline='') as f:
+def log_without_times(out_dir, name='log.csv'):
+    with open(out_dir / name, newline='') as f:
         return [{k: v for k, v in row.items() if 'second' not in k} for row in csv.DictReader(f)]
 
 
@@ -80,7 +80,8 @@ def test_a_run_leaves_what_it_promises(verse, objective):
     done = run_alone('train.py', *words, cwd=verse)
     assert done.returncode == 0, done.stderr
     out = verse / 'out' / objective
-    assert {p.name for p in out.iterdir()} == {'ckpt.pt', 'config.json', 'log.csv', 'loss.png'}
+    assert {p.name for p in out.iterdir()} == {'ckpt.pt', 'config.json', 'log.csv', 'steps.csv',
+                                               'loss.png'}
     assert (out / 'loss.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
     rows = log_without_times(out)
     assert [int(row['iter']) for row in rows] == [0, 3, 6]
@@ -149,8 +150,12 @@ def test_resumed_runs_end_in_the_same_bits(verse, words):
                             env=os.environ | {'PYTHONPATH': str(ROOT)})
     assert killed.returncode == -signal.SIGKILL
     assert load_checkpoint(parts)['iter'] == 3 and len(log_without_times(parts)) == 3
+    assert len(log_without_times(parts, 'steps.csv')) == 6
+    with open(parts / 'steps.csv', 'a') as f:
+        f.write('7,89')  # as if it had been killed while it wrote
     train(verse, '--out_dir=out/parts', '--resume')
-    assert log_without_times(parts) == log_without_times(whole)
+    for name in ('log.csv', 'steps.csv'):
+        assert log_without_times(parts, name) == log_without_times(whole, name)
     a, b = weights(whole), weights(parts)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     if words[0] not in ('--objective=ar', '--objective=mdm'):
@@ -179,6 +184,28 @@ def test_a_signal_saves_and_says_how_to_go_on(verse, number):
     done = run('train.py', f'--out_dir={out}', '--resume', f'--max_iters={saved + 2}', cwd=verse)
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(out)['iter'] == saved + 2
+
+
+def test_steps_have_the_rates_and_tokens_of_their_updates(verse):
+    """Every second update, though a stop after the third is not one of them."""
+    words = [*TINY, '--log_interval=2', '--lr_schedule=cosine', '--out_dir=out/steps']
+    for optimizer, rates in (('muon', {'lr_muon': 0.02, 'lr_adamw': 6e-3}),
+                             ('adamw', {'lr_adamw': 6e-3})):
+        train(verse, *words, f'--optimizer={optimizer}', '--overwrite')
+        rows = log_without_times(verse / 'out/steps', 'steps.csv')
+        assert [(int(row['iter']), int(row['tokens'])) for row in rows] == [
+            (n, n * 4 * 32) for n in (2, 4, 6)]
+        assert rows[0].keys() == {'iter', 'tokens', 'weighted_loss', 'gradient_norm', *rates}
+        for row in rows:
+            factor = script.lr_factor(int(row['iter']) - 1, 6, 2, 'cosine')
+            for name, peak in rates.items():
+                assert float(row[name]) == pytest.approx(factor * peak, rel=1e-5)
+    path = verse / 'out/steps/steps.csv'
+    path.unlink()  # older runs have none
+    train(verse, '--out_dir=out/steps', '--resume', '--max_iters=8')
+    assert [row['iter'] for row in log_without_times(path.parent, 'steps.csv')] == ['8']
+    path.write_text(path.read_text().replace('8,', '?,', 1))
+    assert_one_line(run('train.py', '--out_dir=out/steps', '--resume', cwd=verse), 'steps.csv is')
 
 
 def test_a_signal_in_the_last_evaluation_stops_the_run(verse, monkeypatch):
@@ -230,7 +257,8 @@ def test_a_run_killed_twenty_times_ends_in_the_same_bits(verse, words):
     assert len(set(reached)) > 3, f'killed at {reached}, hardly anywhere'
     done = run('train.py', '--out_dir=out/broken', '--resume', cwd=verse)
     assert done.returncode == 0, done.stderr
-    assert log_without_times(parts) == log_without_times(whole)
+    for name in ('log.csv', 'steps.csv'):
+        assert log_without_times(parts, name) == log_without_times(whole, name)
     a, b = weights(whole), weights(parts)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -357,8 +385,10 @@ def test_the_picture_shows_losses_over_updates_and_over_the_tokens_that_were_rea
     drawn, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, 'savefig',
                         lambda fig, *a, **k: (drawn.append(fig), savefig(fig, *a, **k)))
+    losses = torch.linspace(4.2, 3.0, 100) + 0.1 * torch.arange(100) % 0.3
+    steps = [{'iter': str(2 * i), 'weighted_loss': str(x.item())} for i, x in enumerate(losses)]
     done = types.SimpleNamespace(
-        log=[], iteration=0, tokens=0, tokens_per_update=4000,
+        log=[], steps=steps, iteration=0, tokens=0, tokens_per_update=4000,
         objective=MaskedDiffusion(), data=types.SimpleNamespace(meta={'vocab_size': 65}))
     for done.iteration, val in ((0, 4.2), (100, 3.5), (200, 3.0)):
         done.tokens = 3000 * done.iteration
@@ -366,7 +396,11 @@ def test_the_picture_shows_losses_over_updates_and_over_the_tokens_that_were_rea
         script.draw_losses(done, types.SimpleNamespace(
             out_dir=tmp_path, objective='mdm', dataset='verse', length_head=''))
     ax, = drawn[-1].axes
-    val, train, uniform = ax.lines
+    batches, smooth, val, train, uniform = ax.lines
+    assert batches.get_xydata() == pytest.approx(np.column_stack([range(0, 200, 2), losses]))
+    for i in (0, 1, 50, 99):  # the mean of up to two neighbours on each side
+        assert smooth.get_xydata()[i] == pytest.approx(
+            [2 * i, losses[max(0, i - 2):i + 3].mean().item()])
     assert val.get_xydata().tolist() == [[0, 4.2], [100, 3.5], [200, 3.0]]
     assert train.get_ydata() == pytest.approx([4.1, 3.4, 2.9])
     assert uniform.get_ydata() == pytest.approx([math.log(65)] * 2)
@@ -379,11 +413,12 @@ def test_the_picture_shows_losses_over_updates_and_over_the_tokens_that_were_rea
                                           ('wandb', 'wandb')])
 def test_trackers_get_the_losses_or_one_line_says_what_to_install(verse, monkeypatch, name,
                                                                   module):
-    words, tracked = [*TINY, '--out_dir=out/tracked', '--overwrite', f'--track={name}'], []
+    words = [*TINY, '--out_dir=out/tracked', '--overwrite', f'--track={name}']
+    tracked, named = [], []
 
     class Writer:
-        def __init__(self, *a, **k):
-            pass
+        def __init__(self, *a, config=None, **k):
+            named.append((a, k))
 
         def add_scalar(self, k, v, i):
             tracked.append((i, k, v))
@@ -395,6 +430,12 @@ def test_trackers_get_the_losses_or_one_line_says_what_to_install(verse, monkeyp
                                                                    init=Writer))
     train(verse, *words)
     assert [i for i, k, v in tracked if k == 'val nelbo <=' and v > 0] == [0, 3, 6]
+    for key in ('weighted_loss', 'gradient_norm', 'lr_muon', 'lr_adamw', 'tokens_per_second'):
+        assert [i for i, k, v in tracked if k == key and v > 0] == [1, 2, 3, 4, 5, 6]
+    train(verse, *words, '--wandb_project=poems', '--wandb_run_name=first')
+    assert named == ([(('out/tracked',), {})] * 2 if name == 'tensorboard' else [
+        ((), {'project': 'nanomdm', 'name': 'tracked'}), ((), {'project': 'poems',
+                                                               'name': 'first'})])
     monkeypatch.setitem(sys.modules, module, None)
     assert_one_line(run('train.py', *words, cwd=verse), "'.[track]'")
     assert load_checkpoint(verse / 'out/tracked')['iter'] == 6, 'thrown away for nothing'
@@ -608,7 +649,8 @@ def test_a_run_is_not_overwritten_unasked(verse):
     assert run('train.py', '--out_dir=out/kept', '--resume', cwd=verse).returncode == 0
     assert len(log.read_text().splitlines()) == 3
     log.write_text(log.read_text().replace('0,0,', '?,0,'))
-    assert_one_line(run('train.py', '--out_dir=out/kept', '--resume', cwd=verse), 'log.csv is dam')
+    assert_one_line(run('train.py', '--out_dir=out/kept', '--resume', cwd=verse),
+                    'log.csv or steps.csv is damaged')
 
 
 def test_damaged_data_and_checkpoints_end_in_one_line(verse, tmp_path):
@@ -661,14 +703,13 @@ def rows_of(folder, split, answer_width=None):
     return rows
 
 
-@torch.no_grad()
 def nll_by_hand(model, rows):
     """-log p per token from the logits at all positions; rows: [(ids, the first that counts)]."""
     nats = 0.0
     for ids, first in rows:
         logits = model(torch.tensor([[model.mask_id, *ids[:-1]]]))[0, first:]
         nats += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[first:]),
-                                                  reduction='sum').item()
+                                                  reduction='sum')
     return nats / sum(len(ids) - first for ids, first in rows)
 
 
@@ -684,12 +725,16 @@ def test_the_losses_of_rows_are_those_by_hand(pairs, word):
     assert done.returncode == 0, done.stderr
     model = load_model(load_checkpoint(pairs / 'out/loss'), 'cpu')
     for row in log_without_times(pairs / 'out/loss'):
-        assert float(row['val']) == pytest.approx(nll_by_hand(model, val), abs=2e-5)
-        assert float(row['train']) == pytest.approx(nll_by_hand(model, train), abs=2e-5)
+        assert float(row['val']) == pytest.approx(nll_by_hand(model, val).item(), abs=2e-5)
+        assert float(row['train']) == pytest.approx(nll_by_hand(model, train).item(), abs=2e-5)
     if word == '--score_prompt':  # when training, but what is measured is the answer
         train = [(ids, 0) for ids, _ in train]
-    loss = float(re.search(r'loss ([\d.]+)', done.stdout)[1])
-    assert loss == pytest.approx(nll_by_hand(model, train), abs=6e-5)
+    (step,), nll = log_without_times(pairs / 'out/loss', 'steps.csv'), nll_by_hand(model, train)
+    nll.backward()
+    assert float(step['weighted_loss']) == pytest.approx(nll.item(), abs=2e-5)
+    assert float(step['gradient_norm']) == pytest.approx(
+        math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()
+                      if p.grad is not None)), rel=1e-4)
     computed = sum(len(ids) for ids, _ in train)
     tokens = sum(len(p) + len(a) + 2 for p, a in PAIRS[:len(train)])
     assert f'{computed:,} training tokens' in done.stdout
