@@ -55,6 +55,7 @@ from sample import PLAIN, Run, load_run
 
 # what is measured
 out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
+ckpt = 'last'          # their weights: last; or best, of the lowest validation loss (keep_best)
 task = 'likelihood'    # likelihood, generation, speed, curves, scaling, infill, order, lambada,
                        # recover, noises, translation, length, reversal; report: most, on one page
 report_dir = 'out/report'  # where report.md, report.json and the pictures go
@@ -97,8 +98,9 @@ EOS_SHARES = (0.25, 0.5, 0.75, 1.0)  # length.png: shares of an answer's window 
 LENGTH_BLOCK = 8       # length: tokens per block of the decoding in blocks, for comparison
 MOST_DRAWS = 64        # draws of a bound, even if its standard error is still above target_se
 LEVELS, PLACES = 16, 16  # points of the two curves of likelihood.png
-MAY_DIFFER = ('seed', 'out_dir', 'resume', 'overwrite', 'init_from', 'eval_interval',
-              'log_interval', 'eval_repeats', 'wandb_run_name')  # among seeds of a configuration
+# settings that seeds of one configuration may change
+MAY_DIFFER = ('seed', 'out_dir', 'resume', 'overwrite', 'init_from', 'eval_interval', 'keep_best',
+              'log_interval', 'eval_repeats', 'wandb_run_name')
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
           '#882255')   # distinct for the colour-blind; printed in grey, the markers are
 MARKERS = '*s^Dv<>Po'
@@ -113,9 +115,9 @@ DIGITS = {             # digits after the point in a column; 3 in all others
 # --------------------------------------------------------------------------------- runs and data
 
 
-def load_runs(out_dirs, device, one_data_set=True):
+def load_runs(out_dirs, device, one_data_set=True, ckpt='last'):
     """[Run] of the folders, with commas between them; all on one data set if that is asked."""
-    runs = [load_run(path.strip(), device) for path in out_dirs.split(',')]
+    runs = [load_run(path.strip(), device, ckpt) for path in out_dirs.split(',')]
     for run in runs:
         if run.meta != load_meta(run.settings['dataset']):
             raise UserError(f'data/{run.settings["dataset"]} is not what {run.name} was trained on')
@@ -1449,7 +1451,7 @@ def main():
     if task in ('curves', 'scaling'):  # they read logs, no models
         runs = [load_log(path.strip())[0] for path in out_dir.split(',')]
     else:
-        runs = load_runs(out_dir, pick_device(device), one_data_set=task != 'likelihood')
+        runs = load_runs(out_dir, pick_device(device), task != 'likelihood', ckpt)
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f'{out_dir} has runs of the same name, which no table could tell apart')
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]

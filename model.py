@@ -1008,11 +1008,16 @@ def peak_memory(device):
     return f', {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB at most'
 
 
-def load_checkpoint(out_dir, device='cpu'):
-    """The dict that train.py saved in out_dir/ckpt.pt: model, optimizer, config, meta, iter, ..."""
-    path = Path(out_dir) / 'ckpt.pt'
+def load_checkpoint(out_dir, device='cpu', ckpt='last'):
+    """The dict that train.py saved in out_dir: model, optimizer, config, meta, iter, ...
+
+    ckpt: last, that of ckpt.pt; best, that of the lowest validation loss (keep_best), in best.pt.
+    """
+    one_of('ckpt', ckpt, ('last', 'best'))
+    path = Path(out_dir) / ('best.pt' if ckpt == 'best' else 'ckpt.pt')
     if not os.path.isfile(path):  # Path.is_file raises for names that are too long
-        raise UserError(f'{out_dir} is not a run: it holds no ckpt.pt (train.py writes one)')
+        raise UserError(f'{out_dir} is not a run{" with keep_best" * (ckpt == "best")}: it holds '
+                        f'no {path.name} (train.py writes one)')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         missing = {'model', 'optimizer', 'config', 'meta', 'iter', 'rng', 'best'} - set(checkpoint)

@@ -51,6 +51,7 @@ from prepare import EOT, SPECIALS, CharTokenizer, chat_prompt, load_tokenizer, s
 
 # what is read
 out_dir = 'out/shakespeare_mdm'  # the folder of the run whose model is used
+ckpt = 'last'          # its weights: last; or best, of the lowest validation loss (keep_best)
 device = 'auto'        # cuda, mps, cpu; auto takes the first that this machine has
 # what is to be generated
 start = ''             # the text to continue; in a run on prompts and answers, the prompt
@@ -659,9 +660,9 @@ class Run(NamedTuple):
     path: str             # the folder, out_dir
 
 
-def load_run(out_dir, device):
-    """The Run that train.py saved in out_dir."""
-    checkpoint = load_checkpoint(out_dir, device)
+def load_run(out_dir, device, ckpt='last'):
+    """The Run that train.py saved in out_dir; ckpt: last, best."""
+    checkpoint = load_checkpoint(out_dir, device, ckpt)
     settings, meta = checkpoint['config'], checkpoint['meta']
     return Run(Path(out_dir).name, load_model(checkpoint, device), make_objective(settings), meta,
                load_tokenizer(meta), settings, checkpoint['iter'], out_dir)
@@ -1048,7 +1049,7 @@ def main():
             f'a file ending in one of {", ".join(SAVERS)}')
     require('watch', watch, not (watch and json), 'False with json')
     is_run = not corrupt or (Path(out_dir) / 'ckpt.pt').is_file()
-    run = load_run(out_dir, pick_device(device)) if is_run else None
+    run = load_run(out_dir, pick_device(device), ckpt) if is_run else None
     if corrupt:
         return show_corruption(run, corrupt, seed)
     if chat:

@@ -118,6 +118,7 @@ beta2 = 0.99                # AdamW: decay of the average of its square
 grad_clip = 1.0             # largest norm of the gradient; 0 = no limit
 # evaluation
 eval_interval = 200         # updates between checkpoints, each with the full validation loss
+keep_best = False           # also keep, in best.pt, the weights of the lowest validation loss
 log_interval = 10           # updates between training losses, which go to steps.csv
 decode_rows = 0             # prompts to answer at each evaluation, greedily, into samples.csv
 eval_repeats = 4            # independent estimates of the final bound, for its standard error
@@ -365,7 +366,7 @@ def open_out_dir(s, steps):
     # a tracker may be missing: that is found out before anything is deleted
     trackers = [make_tracker(name, s) for name in filter(None, s.track.split(','))]
     if not s.resume:
-        for name in ('ckpt.pt', 'samples.csv'):  # of a run that --overwrite throws away
+        for name in ('ckpt.pt', 'best.pt', 'samples.csv'):  # of a run that --overwrite throws away
             (out / name).unlink(missing_ok=True)
     write_atomically(out / 'config.json', json.dumps(vars(s), indent=2).encode())
     write_rows(out / 'steps.csv', steps)
@@ -555,13 +556,19 @@ def draw_losses(run, s):
 
 
 def save(run, s):
-    """Writes ckpt.pt. `rng` is the seed: it and the iteration determine all random draws."""
+    """Writes ckpt.pt and, with keep_best after an evaluation that is the best so far, best.pt.
+
+    `rng` is the seed: it and the iteration determine all random draws.
+    """
     if run.rank == 0:
-        buffer = io.BytesIO()
+        buffer, best = io.BytesIO(), min(run.log, key=lambda row: float(row['val']))
         torch.save({'model': run.model.state_dict(), 'config': vars(s), 'meta': run.data.meta,
                     'optimizer': [o.state_dict() for o in run.optimizers], 'rng': s.seed,
                     'iter': run.iteration, 'tokens': run.tokens, 'seconds': run.seconds,
-                    'best': min(float(row['val']) for row in run.log)}, buffer)
+                    'best': float(best['val'])}, buffer)
+        # best.pt first: a run that is killed in between comes here again when it is resumed
+        if s.keep_best and int(best['iter']) == run.iteration:
+            write_atomically(Path(s.out_dir, 'best.pt'), buffer.getbuffer())
         write_atomically(Path(s.out_dir, 'ckpt.pt'), buffer.getbuffer())
     run.saved_at = run.iteration
 

@@ -187,7 +187,7 @@ def test_a_signal_saves_and_says_how_to_go_on(verse, number):
 
 
 def test_steps_have_the_rates_and_tokens_of_their_updates(verse):
-    """Every second update, though a stop after the third is not one of them."""
+    """Of every second update."""
     words = [*TINY, '--log_interval=2', '--lr_schedule=cosine', '--out_dir=out/steps']
     for optimizer, rates in (('muon', {'lr_muon': 0.02, 'lr_adamw': 6e-3}),
                              ('adamw', {'lr_adamw': 6e-3})):
@@ -206,6 +206,34 @@ def test_steps_have_the_rates_and_tokens_of_their_updates(verse):
     assert [row['iter'] for row in log_without_times(path.parent, 'steps.csv')] == ['8']
     path.write_text(path.read_text().replace('8,', '?,', 1))
     assert_one_line(run('train.py', '--out_dir=out/steps', '--resume', cwd=verse), 'steps.csv is')
+
+
+def test_the_best_weights_are_kept(verse, monkeypatch):
+    """Those of 3 updates, by losses that are made up: they fall, rise and stay."""
+    losses = iter([4.0, 0, 3.0, 0, 3.5, 0, 3.0, 0, 0])  # validation, training, ..., and at the end
+    monkeypatch.setattr('model.evaluate', lambda *args, **options: (next(losses), math.nan))
+    train(verse, *TINY, '--max_iters=9', '--keep_best', '--out_dir=out/best')
+    monkeypatch.undo()
+    out = verse / 'out/best'
+    best, last = (load_checkpoint(out, ckpt=ckpt) for ckpt in ('best', 'last'))
+    assert (best['iter'], best['best'], last['iter'], last['best']) == (3, 3.0, 9, 3.0)
+    assert best.keys() == last.keys()
+    shutil.copytree(out, verse / 'out/third')
+    (verse / 'out/third/best.pt').rename(verse / 'out/third/ckpt.pt')
+    words = ['--gen_length=20', '--device=cpu', '--seed=3']
+    third, of_best, of_last = (
+        run('sample.py', f'--out_dir=out/{name}', f'--ckpt={ckpt}', *words, cwd=verse).stdout
+        for name, ckpt in (('third', 'last'), ('best', 'best'), ('best', 'last')))
+    assert third.splitlines()[:-1] == of_best.splitlines()[:-1] != of_last.splitlines()[:-1]
+    for ckpt, updates in (('best', 3), ('last', 9)):
+        done = run('eval.py', '--out_dir=out/best', f'--ckpt={ckpt}', '--repeats=2',
+                   '--target_se=0', cwd=verse)
+        assert re.search(rf'\| best .*\| +{updates} \|', done.stdout), done.stderr
+    train(verse, *TINY, '--max_iters=1', '--out_dir=out/best', '--overwrite')
+    for name in ('sample.py', 'eval.py'):
+        done = run(name, '--out_dir=out/best', '--ckpt=best', cwd=verse)
+        assert_one_line(done, 'not a run with keep_best: it holds no best.pt')
+        assert_one_line(run(name, '--out_dir=out/best', '--ckpt=b', cwd=verse), 'last, best')
 
 
 def test_a_signal_in_the_last_evaluation_stops_the_run(verse, monkeypatch):
