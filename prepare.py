@@ -19,6 +19,12 @@ or [document EOS PAD...], and a model of rows learns where an answer or document
     python prepare.py path/to/any.jsonl --fields=messages     # conversations, a row for each answer
     python prepare.py path/to/any.txt --documents
 
+Either is made from a data set of Hugging Face's hub, or from a folder or file of Parquet and the
+like; what is read of it is kept in data/downloads, as JSON lines:
+
+    python prepare.py hf:roneneldan/TinyStories --text_field=text --max_docs=10_000 --tokenizer=bpe
+    python prepare.py hf:FOLDER --fields=messages --val_share=0.05
+
 Of a file of yours the last 10% are val; --val_share=0.05 draws 5% of its documents instead. A data
 set has a recipe, data/<name>.py beside this file; data/__init__.py lists what a recipe may say. The
 times leave out the download, which happens once and is kept in data/downloads. Text is read in
@@ -44,6 +50,7 @@ import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, lru_cache, partial
 from inspect import signature
 from pathlib import Path
@@ -62,6 +69,8 @@ tokenizer = ''     # char, gpt2, bpe (learned from the train split); '' = as the
                    # char for a file of yours
 vocab_size = 0     # of bpe: 256 bytes, merges and special tokens; 0 = as the recipe says, or 4096
                    # for a file of yours
+text_field = ''    # of a .csv or .jsonl: the column or key of a text; EOTs come between the texts
+max_docs = 0       # of hf:NAME: only the first so many records; 0 = all
 # rows
 prompts = ''       # a file with a prompt in each line
 answers = ''       # a file whose line i answers line i of prompts
@@ -121,15 +130,19 @@ def load_recipe(name):
     return own if name == '__init__' else load_recipe(own.get('base', '__init__')) | own
 
 
-def choose_recipe(what, prompts, answers, fields, documents):
-    """The recipe called `what`; if there is none, one for the user's own files."""
-    known = what in recipe_names()
-    if sum(map(bool, (known, prompts, fields, documents))) > 1 or bool(prompts) != bool(answers):
+def choose_recipe(what, prompts, answers, fields, documents, text_field, max_docs):
+    """The recipe called `what`; if there is none, one for the user's own files or for hf:NAME."""
+    known, names = what in recipe_names(), (fields or text_field).split(',')
+    ways = known, prompts, fields, documents or text_field
+    if sum(map(bool, ways)) > 1 or bool(prompts) != bool(answers):
         raise UserError('rows are made from --prompts=FILE --answers=FILE, or from a file with '
-                        '--fields=PROMPT,ANSWER, or from a text with --documents')
+                        '--fields=PROMPT,ANSWER, or from a text or --text_field with --documents')
     recipe = load_recipe(what if known else '__init__')
+    if what.startswith('hf:'):
+        recipe |= {'files': {what: None}, 'make': partial(stream_hub, what, names, max_docs)}
+    if text_field:
+        recipe['read'] = partial(read_texts, name=text_field, rows=documents)
     if fields:
-        names = fields.split(',')
         require('fields', fields, len(names) < 3, "two names, as in 'question,answer', or one")
         recipe |= {'layout': 'pairs', 'read': partial(read_fields, names=names),
                    'unfold': unfold_turns if len(names) == 1 else None}
@@ -214,6 +227,36 @@ def fetch(recipe):
         raise
     place = recipe['folder'] or file
     return DOWNLOADS / place, recipe['mirrors'][0] + place
+
+
+def stream_hub(what, columns, max_docs, folder):
+    """(path, source in words) of hf:NAME, hf:NAME:SUBSET or hf:NAME:SUBSET:SPLIT, as JSON lines.
+
+    NAME is a data set of Hugging Face's hub, or the path of a folder or file in one of its formats.
+    The library `datasets` streams the columns of its first max_docs records (0 = all) to a file in
+    folder, so that neither the download nor the file must fit the memory. A stopped run begins
+    anew, for `datasets` would read again what it is to skip. Raises UserError."""
+    name, subset, split = (what.split(':')[1:] + ['', ''])[:3]
+    path, licence = Path(name), 'not stated'
+    place, file = (str(path.resolve().parent), path.name) if path.is_file() else (name, None)
+    target = folder / f'{path.stem}.jsonl'
+    try:
+        import fsspec
+        from datasets import load_dataset_builder
+        builder = load_dataset_builder(place, subset or None, data_files=file)
+        records = builder.as_streaming_dataset(split or 'train').select_columns(columns)
+        with open(target, 'w', encoding='utf-8') as f:
+            for record in tqdm(itertools.islice(records, max_docs or None), path.name, delay=1):
+                f.write(json.dumps(record) + '\n')
+        card = f'{builder.base_path}/README.md'
+        with suppress(FileNotFoundError, TypeError), fsspec.open(card, 'rt') as f:
+            licence = re.search(r'(?m)^license:\s*(?:- *)?(\S.*)', f.read())[1]
+    except Exception as e:  # of many kinds, for want of a package, of a network, of a known format
+        reason = f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'
+        raise UserError(f"{what} cannot be read ({reason}): hf: needs pip install -e '.[hf]', and "
+                        'a network or the path of a folder or file of Parquet') from e
+    revision = builder.base_path.partition('@')[2] or 'of a local file'
+    return target, f'{what}, revision {revision}, licence {licence}'
 
 
 def members(path):
@@ -320,6 +363,12 @@ def read_fields(file, names):
             yield [text.encode('utf-8', 'replace').decode() for text in texts]
     except (ValueError, AttributeError, csv.Error) as e:
         raise UserError(f'{file} is not a .csv or .jsonl of records: {e}') from e
+
+
+def read_texts(file, name, rows):
+    """Yields the texts of one column or key, as rows of documents or as a stream with EOTs."""
+    for text, in read_fields(file, [name]):
+        yield ('', text) if rows else text + EOT
 
 
 def chat_prompt(messages):
@@ -601,16 +650,16 @@ def write_dataset(target, meta, encoded):
 
 def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', answers='',
             fields='', documents=False, max_prompt=128, max_answer=128, truncate=False,
-            val_share=0.0, seed=0):
+            val_share=0.0, seed=0, text_field='', max_docs=0):
     """Writes data/<name>/{train,val[,test]}.bin and meta.json, and returns what meta.json says.
 
     what: the name of a recipe, or a path, of which the first 90% of characters or rows are train
     and the rest val, unless val_share draws it; with prompts and answers, a name. The other
     arguments are the settings at the top of this file. Raises UserError."""
-    recipe = choose_recipe(what, prompts, answers, fields, documents)
+    recipe = choose_recipe(what, prompts, answers, fields, documents, text_field, max_docs)
     layout, kind = recipe['layout'], tokenizer or recipe['tokenizer']
     one_of('tokenizer', kind, TOKENIZER_KEYS)
-    target = Path('data', name or Path(what).stem)
+    target = Path('data', name or Path(what.removeprefix('hf:')).stem.replace(':', '-'))
     foreign = target.exists() and not (target / 'meta.json').exists()  # not written by prepare()
     if foreign or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
         raise UserError(f'{target} cannot be the folder of a data set: choose another --name')

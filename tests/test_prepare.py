@@ -442,6 +442,97 @@ def test_fields_of_csv_and_jsonl():
     assert texts_of(prepare.prepare(half, fields='from,to'), 'val') == [('a?', '7')] * 2
 
 
+# Data sets in the formats of the hub, read by its library
+
+
+@pytest.fixture
+def hub_folder():
+    """A folder as people upload it: Parquet in two splits, and a card that names the licence."""
+    pa, pq = (pytest.importorskip(module) for module in ('pyarrow', 'pyarrow.parquet'))
+    pytest.importorskip('datasets')
+    os.makedirs('set/data')
+    write('set/README.md', '---\nlanguage: en\nlicense: odc-by\n---\n# A data set\n')
+    for split, n in (('train', 40), ('validation', 20)):
+        texts = [f'{split} {i}\nof {i * i} \u20ac' for i in range(n)]
+        talks = [[said('user', text), said('assistant', text[::-1])] for text in texts]
+        table = pa.table({'text': texts, 'n': [*range(n)], 'talk': talks})
+        pq.write_table(table, f'set/data/{split}-00000-of-00001.parquet', row_group_size=7)
+    return 'set'
+
+
+def test_a_hub_data_set_is_the_stream_of_its_texts(hub_folder):
+    texts = [f'train {i}\nof {i * i} \u20ac' for i in range(40)]
+    oracle = prepare.prepare(write('o.txt', ''.join(text + EOT for text in texts)), val_share=0.3)
+    for what in ('hf:set', 'hf:set:default:train', 'hf:set/data/train-00000-of-00001.parquet'):
+        meta = prepare.prepare(what, 's', text_field='text', val_share=0.3)
+        assert meta['tokenizer'] == oracle['tokenizer'] and meta['counts'] == oracle['counts']
+        for split in ('train', 'val'):
+            assert ids_of('s', split) == ids_of('o', split)
+        licence = 'not stated' if 'parquet' in what else 'odc-by'
+        assert meta['source'] == f'{what}, revision of a local file, licence {licence}'
+    kept = (Path('data') / 'downloads' / 'set.jsonl').read_text(encoding='utf-8').splitlines()
+    assert [json.loads(line) for line in kept] == [{'text': text} for text in texts]
+    write('a.jsonl', ''.join(line + '\n' for line in kept))  # what was kept is read without it
+    for what in ('a.jsonl', 'hf:a.jsonl'):
+        prepare.prepare(what, 'again', text_field='text', val_share=0.3)
+        assert ids_of('again', 'val') == ids_of('o', 'val')
+    meta = prepare.prepare('hf:set::validation', text_field='text', max_docs=5, documents=True)
+    assert meta['name'] == 'set--validation'
+    assert texts_of(meta, 'train') + texts_of(meta, 'val') == [
+        ('', f'validation {i}\nof {i * i} \u20ac') for i in range(5)]
+
+
+def test_a_hub_data_set_is_rows_of_its_columns_or_conversations(hub_folder):
+    texts = [f'train {i}\nof {i * i} \u20ac' for i in range(40)]
+    meta = prepare.prepare('hf:set', 'a', fields='text,n')
+    assert texts_of(meta, 'train') == [(text, f'{i}') for i, text in enumerate(texts[:36])]
+    meta = prepare.prepare('hf:set', 'b', fields='talk')
+    assert texts_of(meta, 'val') == [(f'user: {text}', text[::-1]) for text in texts[36:]]
+
+
+def test_a_hub_data_set_is_read_no_further_than_asked(monkeypatch):
+    datasets, read = pytest.importorskip('datasets'), []
+
+    class Builder:
+        base_path = 'who/what@abc123'
+
+        def as_streaming_dataset(self, split):
+            def records():
+                for i in range(10 ** 9):
+                    read.append(i)
+                    yield {'text': f'{i} words', 'other': 1}
+            return datasets.IterableDataset.from_generator(records)
+
+    monkeypatch.setattr(datasets, 'load_dataset_builder', lambda *_, **__: Builder())
+    meta = prepare.prepare('hf:who/what', text_field='text', max_docs=30)
+    assert meta['name'] == 'what' and len(read) <= 31
+    assert meta['source'] == 'hf:who/what, revision abc123, licence not stated'
+
+
+def test_what_the_hub_cannot_give_is_one_line(hub_folder, monkeypatch):
+    datasets = pytest.importorskip('datasets')
+    for what, choices, message in (
+            ('hf:set', {'text_field': 'nix'}, "nix.*'text', 'n', 'talk'"),
+            ('hf:set', {}, r'\.\[hf\]'), ('hf:set::nix', {'text_field': 'n'}, 'train.*validation'),
+            ('hf:set:nix', {'text_field': 'n'}, 'default'), ('hf:', {'text_field': 'n'}, '--name'),
+            ('hf:set', {'text_field': 'text', 'fields': 'a,b'}, 'rows are made from'),
+            ('hf:set', {'text_field': 'text', 'prompts': 'a'}, 'rows are made from')):
+        with pytest.raises(UserError, match=message) as e:
+            prepare.prepare(what, **choices)
+        assert '\n' not in str(e.value)
+
+    def unreachable(*words, **settings):
+        raise ConnectionError("Couldn't reach\nthe Hub")
+
+    monkeypatch.setattr(datasets, 'load_dataset_builder', unreachable)
+    with pytest.raises(UserError, match="reach the Hub.*path of a folder or file of Parquet"):
+        prepare.prepare('hf:who/what', text_field='text')
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[hf\]'"):
+        prepare.prepare('hf:who/what', text_field='text')
+    assert not Path('data/what').exists()
+
+
 def said(role, text):
     return {'role': role, 'content': text}
 
