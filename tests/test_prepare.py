@@ -354,6 +354,8 @@ def is_val(document, share, seed):
 
 def test_lengths_are_printed_before_rows_are_dropped(monkeypatch, capsys):
     write_pairs([('x' * n, 'y' * (2 * n)) for n in range(1, 101)] * 2)
+    for name in ('prompts', 'answers', 'max_answer', 'val_share'):  # override() changes them
+        monkeypatch.setattr(prepare, name, vars(prepare)[name])
     monkeypatch.setattr(sys, 'argv', ['prepare.py', 'talk', '--prompts=p.txt', '--answers=a.txt',
                                       '--max_answer=150', '--val_share=0.3'])
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # override() replaces it
