@@ -32,6 +32,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from inspect import getdoc
 from pathlib import Path
@@ -56,8 +57,9 @@ from sample import PLAIN, Run, load_run
 # what is measured
 out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
 ckpt = 'last'          # their weights: last; or best, of the lowest validation loss (keep_best)
-task = 'likelihood'    # likelihood, generation, speed, curves, scaling, infill, order, lambada,
-                       # recover, noises, translation, length, reversal; report: most, on one page
+task = 'likelihood'    # likelihood, parts, generation, speed, curves, scaling, infill, order,
+                       # lambada, recover, noises, translation, length, reversal; report: most, on
+                       # one page
 report_dir = 'out/report'  # where report.md, report.json and the pictures go
 split = 'val'          # train, val, test; likelihood: or several with commas; generation and
                        # speed: val, always
@@ -73,6 +75,7 @@ target_se = 0.005      # likelihood, order: 8 draws, or as many more as bring th
                        # a bound down to this (nats); 0: only repeats
 discrete_steps = ()    # likelihood: also the bounds of mdm and d3pm in these numbers of diffusion
                        # steps, as (10, 1000)
+levels = (0.15, 0.3, 0.5, 0.7, 0.9)  # parts: shares of noise at which the loss is measured
 gen_tokens = 100_000   # generation: tokens to write, in texts as long as the context; speed and
                        # report write fewer unless it is given
 gen_length = 64        # order: tokens of a text; an exact nll takes as many passes
@@ -489,6 +492,39 @@ def plot_likelihood(rows, path):
     by_position.set(xlabel='position in the window (share of its length)', xlim=(0, 1),
                     ylabel='nll, or bound on it (nats per token)')
     return save_figure(fig, path)
+
+
+def parts(runs, settings):
+    """What a bound consists of: that of d3pm of three parts, and others of the loss at each level.
+
+    prior: how far q(x_N | x0) is from masks alone, 0 under every schedule; last step: of writing
+    the text from level 1/N; other steps: the KL divergences of the steps before. The three sum to
+    the nelbo. at P% noise: the mean loss of a corrupted token where each token is noise with
+    probability P, for P of `levels`; the mean over all P in (0, 1] is the nelbo. In max_windows.
+    """
+    rows, s = [], settings
+    for run in [run for run in runs if not run.objective.exact]:
+        batches = data_of(run).batches(s['split'], s['batch_size'], s['max_windows'])
+        own, N = run.objective, getattr(run.objective, 'diffusion_steps', 0)
+        found = {'nelbo': (own.bound, 1)}
+        for t in [0.5 / N] if N else s['levels']:  # 0.5 / N lies in the last step
+            how = {'loss_weight': 'elbo'} if N else {'loss_weight': 'flat', 'schedule': 'linear'}
+            loss = replace(own, mask_range=(t, t), **how).loss
+            # of N steps one has the weight N; where a share t is noise, the others have no loss
+            found['last step' if N else f'at {t:.0%} noise'] = (
+                lambda *inputs, loss=loss: loss(*inputs)[0]), N or t
+        for part, (bound, share) in found.items():
+            objective = SimpleNamespace(bound=bound)
+            nats, error, _ = draw_until(s['target_se'], s['repeats'], lambda n: evaluate(
+                run.model, objective, batches, mixed_seed(s['seed'], n))[0] / share)
+            rows.append({'run': run.name, 'part': part,
+                         'nats/token': Number(nats, bound=part == 'nelbo'), 's.e.': error})
+        if N:
+            total, last = rows[-2:]
+            rows += [last | {'part': 'other steps', 's.e.': math.hypot(total['s.e.'], last['s.e.']),
+                             'nats/token': total['nats/token'] - last['nats/token']},
+                     last | {'part': 'prior', 'nats/token': 0.0, 's.e.': 'exact'}]
+    return rows, ''
 
 
 def noises(runs, settings):
@@ -1384,6 +1420,7 @@ TASKS = {
     'curves': Task(curves, '', plot_curves, on=''),
     'scaling': Task(scaling, 'seed', plot_scaling, on=''),
     'likelihood': Task(likelihood, 'split max_windows seed', plot_likelihood, on=''),
+    'parts': Task(parts, 'split max_windows seed', on=''),
     'order': Task(orders, 'split repeats seed'),
     'generation': Task(generation, 'batch_size seed temperature decoder steps', side_by_side),
     'infill': Task(infill, 'split steps seed'),

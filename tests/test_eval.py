@@ -550,6 +550,32 @@ def test_the_bound_in_one_step_is_the_cost_of_writing_all_at_once(settings):
     assert rows[1]['nats/token'] == pytest.approx(nats / len(val), rel=1e-5)
 
 
+def test_the_parts_of_a_bound(settings):
+    """For a blind model in closed form; for one that has learned, the loss at a level by hand."""
+    V = load_meta('verse')['vocab_size']
+    s = settings | {'max_windows': 8, 'repeats': 40, 'target_se': 0, 'levels': (0.3, 1.0)}
+    blind = [a_run(Knowing([0] * 16, V, sure=0.0), name, diffusion_steps=4)
+             for name in ('ar', 'mdm', 'd3pm')]
+    rows, _ = evaluation.parts(blind, s)
+    wanted = {('mdm', 'nelbo'): 1, ('mdm', 'at 30% noise'): 1, ('mdm', 'at 100% noise'): 1,
+              ('d3pm', 'nelbo'): 1, ('d3pm', 'last step'): 1 / 4, ('d3pm', 'other steps'): 3 / 4,
+              ('d3pm', 'prior'): 0}
+    found = {(row['run'], row['part']): row for row in rows}
+    assert found.keys() == wanted.keys()
+    for key, share in wanted.items():
+        error = 0 if found[key]['s.e.'] == 'exact' else found[key]['s.e.']
+        assert found[key]['nats/token'] == pytest.approx(share * math.log(V), abs=5 * error + 1e-5)
+        assert error < 0.05 * math.log(V)
+    (run_,) = evaluation.load_runs('out/mdm', 'cpu')
+    (_, row, _), _ = evaluation.parts([run_], s)
+    x0, rng = evaluation.data_of(run_).windows('val', 16, 8).repeat(200, 1), torch.Generator()
+    is_mask = torch.rand(x0.shape, generator=rng.manual_seed(3)) < 0.3
+    with torch.no_grad():
+        logits = run_.model(torch.where(is_mask, run_.model.mask_id, x0))
+    nll = F.cross_entropy(logits[is_mask], x0[is_mask]).item()
+    assert row['nats/token'] == pytest.approx(nll, abs=5 * row['s.e.'] + 0.03)
+
+
 def test_noises_stand_beside_ar(runs, settings):
     both = evaluation.load_runs('out/ar,out/mdm', 'cpu')
     both[1].settings['time_cond'] = True
