@@ -68,6 +68,8 @@ max_windows = 64       # windows of the split, or texts, that a task reads, even
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 save_texts = ''        # generation, translation, infill, recover, reversal: a file, x.jsonl, to
                        # which the texts are added: given, corrupted, written, right, score
+cleanup = False        # generation, translation, length, reversal: drop words that repeat the one
+                       # before, and then score
 seed = 1
 batch_size = 16        # rows at a time
 repeats = 4            # independent draws of a bound, each with its own noise
@@ -167,6 +169,12 @@ def common_windows(runs, settings, most=math.inf):
     """Windows (N, T) of the split, as long as the shortest context of the runs, T <= most."""
     T = min(most, *(run.model.config.block_size for run in runs))
     return data_of(runs[0]).windows(settings['split'], T, settings['max_windows'])
+
+
+def decoded(run, rows, settings):
+    """The texts of rows, lists of ids; with `cleanup` without words that repeat the one before."""
+    texts = [run.tokenizer.decode(ids) for ids in rows]
+    return [*map(sample.without_repeated_words, texts)] if settings['cleanup'] else texts
 
 
 def records(run, score, **columns):
@@ -880,7 +888,8 @@ def generation(runs, settings):
     written = {'validation text': held_out(run, settings)}
     written |= {each.name: write(each, settings) for each in runs}
     for name, (ids, cost) in written.items():
-        texts = [run.tokenizer.decode(row) for row in ids]
+        texts = decoded(run, ids, settings)
+        ids = [*map(run.tokenizer.encode, texts)] if settings['cleanup'] else ids
         scores = [text_row('', [text], [row], known)['known words (%)']
                   for text, row in zip(texts, ids)]
         rows.append(text_row(name, texts, ids, known) | judged(judge, run, texts, ids) | {
@@ -1163,7 +1172,8 @@ def reversal(runs, settings):
             templates = [text.replace(answer, f'[_:{len(answer)}]') for text, answer in asked]
             done, _ = sample.complete(run, [sample.template_canvas(
                 template, run.tokenizer, run.model.mask_id) for template in templates], how)
-            written, right = [run.tokenizer.decode(ids) for ids, _ in done], [a for a, _ in asked]
+            written = decoded(run, [ids for ids, _ in done], settings)
+            right = [text for text, _ in asked]
             score = [100 * (text == other) for text, other in zip(written, right)]
             row[f'{column} (%)'] = sum(score) / len(score)
             row['texts'] += records(run, score, given=templates, written=written, right=right)
@@ -1205,7 +1215,7 @@ def answers_of(run, pairs, settings):
     """sample.answer's (answers, figures, sizes (3, N)) for N pairs; the answers as texts."""
     prompts, references = ([run.tokenizer.encode(pair[i]) for pair in pairs] for i in (1, 2))
     answers, figures, sizes = sample.answer(run, prompts, settings, references)
-    return [run.tokenizer.decode(ids) for ids in answers], figures, sizes
+    return decoded(run, answers, settings), figures, sizes
 
 
 def make_score():

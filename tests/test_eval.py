@@ -231,7 +231,8 @@ def test_reversal_asks_for_facts_as_stated_and_turned(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sample, 'complete', complete)
     model = SimpleNamespace(mask_id=meta['mask_id'])
-    (row,), note = evaluation.reversal([row_run(model, meta, dataset='reversal')], {})
+    (row,), note = evaluation.reversal([row_run(model, meta, dataset='reversal')],
+                                       {'cleanup': False})
     texts = row.pop('texts')
     assert list(row.values()) == ['run', 100, 100, 100, 0]
     assert [text['score'] for text in texts] == [100] * 500 + [0] * 100
@@ -308,6 +309,15 @@ def test_scores_are_those_of_their_definitions(book):
         (prompt, BOOK[prompt], answer) for prompt, answer in WRONG.items()]
     assert [text['score'] for text in row['texts']] == pytest.approx(
         [corpus_chrf([answer], [[BOOK[prompt]]]).score for prompt, answer in WRONG.items()])
+
+
+def test_words_that_repeat_the_one_before_are_dropped_before_scoring(book):
+    twice = {prompt: f'{answer} {answer}' for prompt, answer in BOOK.items()
+             if ' ' not in answer and len(answer) < 4}
+    Path('twice.tsv').write_text(''.join(f'{a}\t{BOOK[a]}\n' for a in twice))
+    plain, clean = (translated(twice, 'ar', file='twice.tsv', cleanup=cleanup)[0][0]
+                    for cleanup in (False, True))
+    assert plain['chrF'] < 99 and clean['chrF'] == pytest.approx(100)
 
 
 def test_answers_of_several_lengths_are_one_row(book):
