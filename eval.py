@@ -21,13 +21,11 @@ read this file, begin with likelihood(), the task that matters most, and run_tas
 """
 
 import csv
-import itertools
 import json
 import math
 import re
 import shlex
 import sys
-import textwrap
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -50,8 +48,8 @@ import sample
 from config import UserError, one_of, require, write_atomically
 from model import Autoregression, cross_entropy, evaluate, flops_per_token, in_slices, \
     make_objective, peak_memory, pick_device
-from prepare import EOT, SURROGATE, download, load_meta, load_split, load_tokenizer, mixed_seed, \
-    open_data, open_run_data, read_chunks, row_batches, row_widths
+from prepare import EOT, SURROGATE, download, evenly, load_meta, load_split, load_tokenizer, \
+    mixed_seed, open_data, open_run_data, read_chunks, row_batches, row_widths
 from sample import PLAIN, Run, load_run
 
 # what is measured
@@ -73,8 +71,8 @@ cleanup = False        # generation, translation, length, reversal: drop words t
 seed = 1
 batch_size = 16        # rows at a time
 repeats = 4            # independent draws of a bound, each with its own noise
-target_se = 0.005      # likelihood, order: 8 draws, or as many more as bring the standard error of
-                       # a bound down to this (nats); 0: only repeats
+target_se = 0.005      # likelihood, parts, order, lambada: 8 draws, or as many more as bring the
+                       # standard error of a bound down to this (nats/token); 0: only repeats
 discrete_steps = ()    # likelihood: also the bounds of mdm and d3pm in these numbers of diffusion
                        # steps, as (10, 1000)
 levels = (0.15, 0.3, 0.5, 0.7, 0.9)  # parts: shares of noise at which the loss is measured
@@ -232,11 +230,11 @@ def seeds_together(rows, runs):
 
 
 def mean_row(rows):
-    """The mean of the rows of several seeds; words, and texts as `beginning`, are the first's."""
+    """The mean of the rows of several seeds; words and texts are the first's."""
     mean = dict(rows[0], run=f'{rows[0]["run"]} ({len(rows)} seeds)')
     for key, value in rows[0].items():
         values = [row[key] for row in rows]
-        if isinstance(value, list) and key != 'beginning':
+        if isinstance(value, list) and key != 'texts':
             mean[key] = np.mean(values, axis=0).tolist()
         elif all(isinstance(v, (int, float)) for v in values) and len(set(values)) > 1:
             mean[key] = Number(np.mean(values), getattr(value, 'bound', False),
@@ -318,6 +316,16 @@ def draw_until(target_se, repeats, draw):
     return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5), len(values)
 
 
+def nll_or_bound(run, objective, batches, settings):
+    """(nats per token of all batches, standard error, draws); ('exact', '') for an exact nll."""
+    def draw(n):
+        return evaluate(run.model, objective, batches, mixed_seed(settings['seed'], n))[0]
+
+    if objective.exact:
+        return draw(0), 'exact', ''
+    return draw_until(settings['target_se'], settings['repeats'], draw)
+
+
 def token_nll(model, x0, is_mask, scored, level=None):
     """-log p(x0_i | xt) at every scored position i, (B, T) nats; 0 at the others.
 
@@ -395,17 +403,18 @@ def objectives_of(run, discrete_steps):
 
 
 def likelihood_curves(run, split, settings):
-    """The two curves of likelihood.png; without points where there is nothing to draw.
+    """The two curves of likelihood.png, {} where there is nothing to draw.
 
     They are of the validation split alone, and of objectives with a nelbo that is the mean over
     masked tokens: those of any order, and AR.
     """
     if split != 'val' or run.meta['layout'] != 'stream' or not (
             run.objective.exact or run.objective.any_order):
-        return {'by share': [], 'by position': []}
+        return {}
     x0 = data_of(run).windows(split, run.model.config.block_size, 64)
     table = nll_by_place(run, x0, settings['batch_size'], settings['seed'])
-    return {'by share': np.nanmean(table, 1).tolist(), 'by position': np.nanmean(table, 0).tolist()}
+    by_share = np.nanmean(table, 1).tolist() * (LEVELS // len(table))  # of AR the same everywhere
+    return {'by share': by_share, 'by position': np.nanmean(table, 0).tolist()}
 
 
 def texts_of(run, settings):
@@ -457,22 +466,18 @@ def likelihood(runs, settings):
     rows, s = [], settings
     for run in tqdm(runs, 'likelihood', disable=None):
         for data, split, batches, tokens, counts in texts_of(run, s):
-            points = {} if s['data'] else likelihood_curves(run, split, s)
             for measured, objective in objectives_of(run, s['discrete_steps']).items():
-                def draw(n, objective=objective, batches=batches):
-                    return evaluate(run.model, objective, batches, mixed_seed(s['seed'], n))[0]
-
                 began = time.perf_counter()
-                nats, error, draws = (draw(0), 'exact', '') if objective.exact else \
-                    draw_until(s['target_se'], s['repeats'], draw)
+                nats, error, draws = nll_or_bound(run, objective, batches, s)
                 seconds = (time.perf_counter() - began) / (draws or 1)  # of one draw
                 rows.append({'run': run.name, 'data': data, 'split': split,
                              'parameters': run.model.count_parameters(), 'updates': run.updates,
                              'training batches/s': training_pace(run),
                              'evaluation batches/s': len(batches) / seconds,
                              'measured': measured, 'draws': draws}
-                            | in_units(nats, error, tokens, counts) | points)
-                points = dict.fromkeys(points, [])  # they are of the run's own objective
+                            | in_units(nats, error, tokens, counts))
+                if objective is run.objective and not s['data']:
+                    rows[-1] |= likelihood_curves(run, split, s)
     sizes = ', '.join(sorted({str(run.model.config.block_size) for run in runs}))
     note = f'windows of {sizes} tokens'
     if len({str(run.meta['tokenizer']) for run in runs}) > 1:
@@ -484,18 +489,15 @@ def likelihood(runs, settings):
 
 def plot_likelihood(rows, path):
     """likelihood.png: nll of a masked token against the share of masks, and against position."""
-    if not any(row.get('by share') for row in rows):  # rows, or texts of `data`
+    rows = [row for row in rows if 'by share' in row]
+    if not rows:  # they are of prompts and answers, or of texts of `data`
         return ''
     fig, (by_share, by_position) = panels(2)
-    for i, row in enumerate(row for row in rows if row.get('by share')):
-        how = style(i) | {'label': f'{row["run"]}, {row["split"]}'}
-        if len(row['by share']) == 1:
-            by_share.axhline(row['by share'][0], **how | {'marker': '', 'ls': '--'})
-        else:
-            by_share.plot((np.arange(LEVELS) + 0.5) / LEVELS, row['by share'], **how)
-        n = len(row['by position'])
-        by_position.plot((np.arange(n) + 0.5) / n, row['by position'], **how)
-    by_share.set(xlabel='share of tokens that are masked (dashed: AR, no masks)', xlim=(0, 1),
+    for i, row in enumerate(rows):
+        for ax, nats in (by_share, row['by share']), (by_position, row['by position']):
+            n = len(nats)
+            ax.plot((np.arange(n) + 0.5) / n, nats, label=row['run'], **style(i))
+    by_share.set(xlabel='share of tokens that are masked (AR: no masks)', xlim=(0, 1),
                  ylabel='nats per masked token')
     by_position.set(xlabel='position in the window (share of its length)', xlim=(0, 1),
                     ylabel='nll, or bound on it (nats per token)')
@@ -503,35 +505,35 @@ def plot_likelihood(rows, path):
 
 
 def parts(runs, settings):
-    """What a bound consists of: that of d3pm of three parts, and others of the loss at each level.
+    """What a bound consists of, by noise level, and in d3pm by step.
 
-    prior: how far q(x_N | x0) is from masks alone, 0 under every schedule; last step: of writing
-    the text from level 1/N; other steps: the KL divergences of the steps before. The three sum to
-    the nelbo. at P% noise: the mean loss of a corrupted token where each token is noise with
-    probability P, for P of `levels`; the mean over all P in (0, 1] is the nelbo. In max_windows.
+    other steps, last step: the parts of d3pm's nelbo, the KL divergences of its steps and, of the
+    last one, from level 1/N to the text, the nll. The two and the prior, how far q(x_N | x0) is
+    from masks alone, sum to the nelbo but for their errors. at P% noise: the mean loss of a
+    corrupted token where each token is noise with probability P, for P of `levels`; the mean over
+    all P in (0, 1] is the nelbo. Of max_windows of the split, evenly spread.
     """
     rows, s = [], settings
     for run in [run for run in runs if not run.objective.exact]:
         batches = data_of(run).batches(s['split'], s['batch_size'], s['max_windows'])
         own, N = run.objective, getattr(run.objective, 'diffusion_steps', 0)
-        found = {'nelbo': (own.bound, 1)}
-        for t in [0.5 / N] if N else s['levels']:  # 0.5 / N lies in the last step
-            how = {'loss_weight': 'elbo'} if N else {'loss_weight': 'flat', 'schedule': 'linear'}
-            loss = replace(own, mask_range=(t, t), **how).loss
-            # of N steps one has the weight N; where a share t is noise, the others have no loss
-            found['last step' if N else f'at {t:.0%} noise'] = (
-                lambda *inputs, loss=loss: loss(*inputs)[0]), N or t
-        for part, (bound, share) in found.items():
-            objective = SimpleNamespace(bound=bound)
-            nats, error, _ = draw_until(s['target_se'], s['repeats'], lambda n: evaluate(
-                run.model, objective, batches, mixed_seed(s['seed'], n))[0] / share)
-            rows.append({'run': run.name, 'part': part,
-                         'nats/token': Number(nats, bound=part == 'nelbo'), 's.e.': error})
+
+        def between(lo, hi, schedule, own=own):
+            """The objective, but of levels in (lo, hi] alone, which have their weights in it."""
+            part = replace(own, mask_range=(lo, hi), schedule=schedule, loss_weight='elbo')
+            part.corrupt_evenly = part.corrupt  # the one that reads mask_range
+            return part
+
+        found = {'nelbo': (own, 1)}  # {part: (objective, its share of the levels)}
         if N:
-            total, last = rows[-2:]
-            rows += [last | {'part': 'other steps', 's.e.': math.hypot(total['s.e.'], last['s.e.']),
-                             'nats/token': total['nats/token'] - last['nats/token']},
-                     last | {'part': 'prior', 'nats/token': 0.0, 's.e.': 'exact'}]
+            found |= {'other steps': (between(1 / N, 1, own.schedule), 1 - 1 / N),
+                      'last step': (between(0, 1 / N, own.schedule), 1 / N)}
+            rows.append({'run': run.name, 'part': 'prior', 'nats/token': 0.0, 's.e.': 'exact'})
+        found |= {f'at {100 * t:g}% noise': (between(t, t, 'linear'), 1) for t in s['levels']}
+        for part, (objective, share) in found.items():
+            nats, error, _ = nll_or_bound(run, objective, batches, s)
+            rows.append({'run': run.name, 'part': part, 's.e.': share * error,
+                         'nats/token': Number(share * nats, bound=part == 'nelbo')})
     return rows, ''
 
 
@@ -544,28 +546,19 @@ def noises(runs, settings):
     found, note = likelihood(runs, settings | {'discrete_steps': (), 'data': ''})  # one row a run
     rows, exact = [], [row['bits/char'] for row in found if row['s.e.'] == 'exact']
     for run, row in zip(runs, found):
-        objective, with_t = run.objective, run.settings['time_cond']
-        kind = f'{run.settings["objective"]} {objective.block_length or ""}'.strip()
-        chain = objective.exact or objective.any_order or objective.block_length
-        rows.append({'run': run.name, 'objective': kind + ' with t' * with_t,
+        kind = f'{run.settings["objective"]} {run.objective.block_length or ""}'.strip()
+        rows.append({'run': run.name, 'objective': kind + ' with t' * run.settings['time_cond'],
                      'updates': row['updates'],
                      'minutes': load_log(run.path)[1]['seconds'][-1] / 60,
                      'bits/char': row['bits/char'], 's.e.': row['s.e.'],
-                     'over ar (%)': 100 * (row['bits/char'] / exact[0] - 1) if exact else '',
-                     'chain': [1] if chain and not with_t else []})  # a list: not in the table
+                     'over ar (%)': 100 * (row['bits/char'] / exact[0] - 1) if exact else ''})
     return rows, note
 
 
 def plot_noises(rows, path):
-    """noises.png: bits per character of each run, from left to right as they were named.
-
-    A grey line joins a chain of block lengths: 1 of AR, that of block diffusion, all of masked
-    diffusion.
-    """
+    """noises.png: bits per character of each run, from left to right as they were named."""
     fig, (ax,) = panels(1)
     kinds, y = [row['objective'].split()[0] for row in rows], [row['bits/char'] for row in rows]
-    chain = [i for i, row in enumerate(rows) if row['chain']]
-    ax.plot(chain, [y[i] for i in chain], color='0.8', lw=1.3, zorder=0)
     for i, bits in enumerate(y):
         ax.plot(i, bits, **style(kinds.index(kinds[i])) | {'ms': 9})  # named by its tick
         ax.annotate(f'{bits:.2f}', (i, bits), xytext=(0, 8), textcoords='offset points',
@@ -577,19 +570,17 @@ def plot_noises(rows, path):
     return save_figure(fig, path)
 
 
-def ordered_nll(model, x0, order, given=None):
+def ordered_nll(model, x0, order):
     """-log p(x0) of each row, (B,) nats, exact: masked diffusion that reveals in one order.
 
         sum over i of  -log p(x0[order[i]] | x0[order[:i]])
 
-    x0 int64, order, given bool: (B, T). order: a permutation of the positions, and order[0] is
-    revealed first. One pass per token. The mean over all orders is mdm's nelbo [2110.02037].
+    x0, order int64 (B, T). order: a permutation of the positions, and order[0] is revealed first.
+    One pass per token. The mean over all orders is mdm's nelbo [2110.02037].
     """
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
     rank, nats = order.argsort(dim=1), 0.0  # rank (B, T): when each position is revealed
     for i in range(x0.size(1)):
-        is_mask, now = (rank >= i) & ~given, (rank == i) & ~given
-        nats += token_nll(model, x0, is_mask, now).sum(1)
+        nats += token_nll(model, x0, rank >= i, rank == i).sum(1)
     return nats
 
 
@@ -606,24 +597,23 @@ def orders(runs, settings):
     left = torch.arange(x0.size(1)).expand_as(x0)  # (N, T)
     rng = torch.Generator().manual_seed(s['seed'])
     random = [torch.rand(x0.shape, generator=rng).argsort(1) for _ in range(s['repeats'])]
+    batches = [lambda part=part: (part, None) for part in x0.split(s['batch_size'])]
+
+    def mean(model, order):
+        """The mean nll of a token of x0, revealed in the order (N, T), batch by batch."""
+        both = (each.to(model.device).split(s['batch_size']) for each in (x0, order))
+        return sum(ordered_nll(model, *part).sum().item() for part in zip(*both)) / x0.numel()
+
     for run in tqdm(runs, desc='order', disable=None):
-        model, found = run.model, {}
-        rng = torch.Generator(model.device).manual_seed(s['seed'])
-        bound = partial(run.objective.bound, rng=rng)
-
-        def mean(nats, *order):
-            """Nats per token by nats(model, x0 (B, T), *order) -> (B,), batch by batch."""
-            parts = zip(*(each.to(model.device).split(s['batch_size']) for each in (x0, *order)))
-            return sum(nats(model, *part).sum().item() for part in parts) / x0.numel()
-
+        found = {}
         if run.objective.exact:
-            found = {'left to right': (mean(bound), 'exact')}
+            found = {'left to right': nll_or_bound(run, run.objective, batches, s)[:2]}
         elif run.objective.any_order:
-            each = [mean(ordered_nll, order) for order in random]
+            each = [mean(run.model, order) for order in random]
             spread = Number(np.mean(each), spread=np.std(each, ddof=1))
-            nelbo, error, _ = draw_until(s['target_se'], s['repeats'], lambda n: mean(bound))
-            found = {'left to right': (mean(ordered_nll, left), 'exact'),
-                     'right to left': (mean(ordered_nll, left.flip(1)), 'exact'),
+            nelbo, error, _ = nll_or_bound(run, run.objective, batches, s)
+            found = {'left to right': (mean(run.model, left), 'exact'),
+                     'right to left': (mean(run.model, left.flip(1)), 'exact'),
                      f'{len(random)} random orders': (spread, 'exact'),
                      'all orders': (Number(nelbo, bound=True), error)}
         rows += [{'run': run.name, 'order': order, 'measured': 'nll' if error == 'exact' else
@@ -847,16 +837,16 @@ def judged(judge, run, texts, ids):
     T, same = judge.model.config.block_size, judge.meta['tokenizer'] == run.meta['tokenizer']
     rows, nats = ids if same else [judge.tokenizer.encode(text) for text in texts], 0.0
     windows = [row[i:i + T] for row in rows for i in range(0, len(row), T)]
-    for _, group in itertools.groupby(sorted(windows, key=len), key=len):
-        x0 = torch.tensor(list(group), device=judge.model.device)  # (N, T) or shorter
-        nats += sum(judge.objective.bound(judge.model, part).sum().item() for part in x0.split(16))
+    for batch in row_batches(np.array([*map(len, windows)]), 16):
+        x0 = torch.tensor([windows[i] for i in batch], device=judge.model.device)  # (B, <= T)
+        nats += judge.objective.bound(judge.model, x0).sum().item()
     unit, parts = ('nll', ids) if same else ('nats/char', texts)
     return {f'{unit} under {judge.name}': nats / sum(map(len, parts)),
             f'perplexity under {judge.name}': math.exp(nats / sum(map(len, rows)))}
 
 
 def write(run, settings):
-    """(ids of texts, cost): at least gen_tokens, in texts as long as the context.
+    """(name, ids of texts, cost): at least gen_tokens, in texts as long as the context.
 
     cost: {column: figure}. nfe: passes of a text, mean over texts; a pass serves a whole batch.
     """
@@ -864,7 +854,7 @@ def write(run, settings):
     how = settings | PLAIN | {'decoder': 'auto'} if run.objective.exact else settings
     canvases = [[run.model.mask_id] * T] * math.ceil(settings['gen_tokens'] / T)
     done, (written, passes, seconds) = sample.complete(run, canvases, how)
-    return [ids for ids, _ in done], {
+    return run.name, [ids for ids, _ in done], {
         'nfe': float(np.mean([figures['nfe'] for _, figures in done])),
         'tokens/s': written / seconds, 'ms/pass': 1000 * seconds / passes}
 
@@ -873,7 +863,7 @@ def held_out(run, settings):
     """As write(), but the texts are of the validation split, and the figures of the cost ''."""
     T = run.model.config.block_size
     windows = data_of(run).windows('val', T, math.ceil(settings['gen_tokens'] / T))
-    return windows.tolist(), dict.fromkeys(('nfe', 'tokens/s', 'ms/pass'), '')
+    return 'validation text', windows.tolist(), dict.fromkeys(('nfe', 'tokens/s', 'ms/pass'), '')
 
 
 def generation(runs, settings):
@@ -885,29 +875,22 @@ def generation(runs, settings):
     """
     run, judge, training = runs[0], load_judge(runs, settings), training_text(runs[0])
     known, rows = set(words_of(training)), []
-    written = {'validation text': held_out(run, settings)}
-    written |= {each.name: write(each, settings) for each in runs}
-    for name, (ids, cost) in written.items():
+    written = [held_out(run, settings), *(write(each, settings) for each in runs)]
+    for name, ids, cost in written:
         texts = decoded(run, ids, settings)
         ids = [*map(run.tokenizer.encode, texts)] if settings['cleanup'] else ids
         scores = [text_row('', [text], [row], known)['known words (%)']
                   for text, row in zip(texts, ids)]
-        rows.append(text_row(name, texts, ids, known) | judged(judge, run, texts, ids) | {
-            'longest copy (chars)': longest_copy(texts, training), 'passes per text': cost['nfe'],
-            'tokens/s': cost['tokens/s'], 'beginning': [texts[0]],
-            'texts': records(run, scores, written=texts)})
+        rows.append(text_row(name, texts, ids, known) | judged(judge, run, texts, ids)
+                    | {'longest copy (chars)': longest_copy(texts, training)} | cost
+                    | {'texts': records(run, scores, written=texts)})
     return rows, ''
 
 
-def side_by_side(rows, path, lines=16, columns=100):
-    """The beginning of each row's first text, in columns of plain text; path is not used."""
-    width = columns // len(rows) - 2
-    blocks = [[row['run'], '-' * len(row['run']), *itertools.chain.from_iterable(
-        textwrap.wrap(line, width) or [''] for line in row['beginning'][0].splitlines())][:lines]
-        for row in rows]
-    text = '\n'.join('  '.join(cell.ljust(width) for cell in line).rstrip()
-                     for line in itertools.zip_longest(*blocks, fillvalue=''))
-    return f'```text\n{text}\n```'
+def first_texts(rows, path, characters=300):
+    """The beginning of each row's first text, one below the other; path is not used."""
+    return '\n\n'.join(f'{row["run"]}:\n\n```text\n{row["texts"][0]["written"][:characters]}\n```'
+                       for row in rows)
 
 
 def decoders_of(objective, T, steps):
@@ -936,18 +919,16 @@ def speed(runs, settings):
     """
     run, judge, known = runs[0], load_judge(runs, settings), set(words_of(training_text(runs[0])))
     rows, steps = [], whole_numbers('grid_steps', settings['grid_steps'])
-    written = [('validation text', '', '', held_out(run, settings))]
+    written = [('', '', *held_out(run, settings))]
     for each in runs:
         T = each.model.config.block_size
         write(each, settings | {'gen_tokens': T, 'steps': 4})  # warm-up
-        written += [(each.name, decoder, setting, write(each, settings | how))
+        written += [(decoder, setting, *write(each, settings | how))
                     for decoder, setting, how in decoders_of(each.objective, T, steps)]
-    for name, decoder, setting, (ids, cost) in written:
+    for decoder, setting, name, ids, cost in written:
         texts = [run.tokenizer.decode(row) for row in ids]
-        row = {'run': name, 'decoder': decoder, 'setting': setting} | cost \
-            | judged(judge, run, texts, ids) | text_row(name, texts, ids, known)
-        rows.append({key: value for key, value in row.items()
-                     if key not in ('tokens', 'distinct-1', 'distinct-3')})
+        rows.append({'run': name, 'decoder': decoder, 'setting': setting} | cost
+                    | judged(judge, run, texts, ids) | text_row(name, texts, ids, known))
     return rows, peak_memory(pick_device(settings['device'])).strip(', ')
 
 
@@ -1047,9 +1028,8 @@ def recover(runs, settings):
         corrupted = hide(x0.shape, rate, 1, rng)  # (N, T)
         other = (x0 + torch.randint(1, V, x0.shape, generator=rng)) % V
         xt, n = torch.where(corrupted, other, x0), corrupted.sum(1, keepdim=True)  # (N, T), (N, 1)
-        for run in runs:
-            if run.objective.block_length:  # it never reads the blocks that follow
-                continue
+        # a run on blocks never reads the blocks that follow
+        for run in [run for run in runs if not run.objective.block_length]:
             nll = torch.cat([token_by_token(run, part, rate)
                              for part in xt.split(settings['batch_size'])])  # (N, T)
             rank = nll.argsort(1, descending=True).argsort(1)  # (N, T)
@@ -1091,9 +1071,7 @@ def lambada_texts(path, n):
         texts = [json.loads(line)['text'] for line in Path(path).read_text('utf-8').splitlines()]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f'{path} is not lambada_test.jsonl ({type(e).__name__})') from e
-    if not 0 < n < len(texts):
-        return texts
-    return [texts[i] for i in np.linspace(0, len(texts) - 1, n).astype(int)]
+    return [texts[i] for i in evenly(len(texts), n)]
 
 
 def last_words(run, texts, batch_size):
@@ -1101,19 +1079,17 @@ def last_words(run, texts, batch_size):
 
     Texts of equal length share a batch; is_word is True in the last word and the space before it.
     """
-    groups = {}
+    found = []  # (ids of the text, number of the word's tokens)
     for text in texts:
         before, _, word = text.rstrip().rpartition(' ')
         with suppress(UserError):  # a character that the training text does not have
             ids, target = run.tokenizer.encode(before), run.tokenizer.encode(f' {word}')
-            ids = (ids + target)[-run.model.config.block_size:]
-            groups.setdefault(len(ids), []).append((ids, len(target)))
-    if not groups:
+            found.append(((ids + target)[-run.model.config.block_size:], len(target)))
+    if not found:
         raise UserError(f'{run.name} can read no text: its tokenizer lacks some of the characters')
-    for T, group in groups.items():
-        x0, n = map(torch.tensor, zip(*group))  # (N, T), (N,)
-        is_word = torch.arange(T) >= T - n[:, None]  # (N, T)
-        yield from zip(x0.split(batch_size), is_word.split(batch_size))
+    for batch in row_batches(np.array([len(ids) for ids, _ in found]), batch_size):
+        x0, n = map(torch.tensor, zip(*(found[i] for i in batch)))  # (B, T), (B,)
+        yield x0, torch.arange(x0.size(1)) >= x0.size(1) - n[:, None]
 
 
 def lambada(runs, settings):
@@ -1121,28 +1097,24 @@ def lambada(runs, settings):
 
     A run is given what fits into the context before the word, and the number of the word's tokens
     (which ar has no use for). accuracy: share of the words whose tokens are all right, decoded
-    greedily; s.e. over texts. Perplexity is that of the word. skipped: texts with characters that
+    greedily; s.e. over words. Perplexity is that of the word. skipped: texts with characters that
     the tokenizer lacks.
     """
     s, rows = settings, []
     texts = lambada_texts(s['lambada_file'], s['max_windows'])
-    for run in runs:
-        device, exact = run.model.device, run.objective.exact
-        rng, nats, known = torch.Generator(device).manual_seed(s['seed']), [], []
+    for run in tqdm(runs, 'lambada', disable=None):
         how = s | {'steps': 0} if run.objective.masks else s  # one token a step
-        batches = last_words(run, texts, s['batch_size'])
-        for x0, is_word in tqdm(batches, run.name, leave=False, disable=None):
-            bounds = [run.objective.bound(run.model, x0.to(device), rng, ~is_word.to(device))
-                      for _ in range(1 if exact else s['repeats'])]
-            nats += torch.stack(bounds).mean(0).tolist()
-            x, _ = fill(run, x0, is_word, how)
-            known += (x == x0).all(1).tolist()
-        n, mean = len(known), np.mean(nats)
-        rows.append({'run': run.name, 'texts': n, 'skipped': len(texts) - n,
-                     'accuracy (%)': 100 * np.mean(known),
-                     's.e. (%)': 100 * np.std(known) / n ** 0.5,
-                     'nats/word': Number(mean, bound=not exact),
-                     'perplexity': Number(math.exp(mean), bound=not exact)})
+        batches = [*last_words(run, texts, s['batch_size'])]
+        known = torch.cat([(fill(run, *batch, how)[0] == batch[0]).all(1) for batch in batches])
+        nats, error, _ = nll_or_bound(run, run.objective, [
+            lambda x0=x0, is_word=is_word: (x0, ~is_word) for x0, is_word in batches], s)
+        n = len(known)
+        nats *= sum(is_word.sum().item() for _, is_word in batches) / n  # tokens of a word
+        rows.append({'run': run.name, 'words': n, 'skipped': len(texts) - n,
+                     'accuracy (%)': 100 * known.float().mean().item(),
+                     's.e. (%)': 100 * known.float().std(correction=0).item() / n ** 0.5,
+                     'nats/word': Number(nats, bound=error != 'exact'),
+                     'perplexity': Number(math.exp(nats), bound=error != 'exact')})
     return rows, ''
 
 
@@ -1430,9 +1402,9 @@ TASKS = {
     'curves': Task(curves, '', plot_curves, on=''),
     'scaling': Task(scaling, 'seed', plot_scaling, on=''),
     'likelihood': Task(likelihood, 'split max_windows seed', plot_likelihood, on=''),
-    'parts': Task(parts, 'split max_windows seed', on=''),
     'order': Task(orders, 'split repeats seed'),
-    'generation': Task(generation, 'batch_size seed temperature decoder steps', side_by_side),
+    'parts': Task(parts, 'split max_windows seed', on=''),
+    'generation': Task(generation, 'batch_size seed temperature decoder steps', first_texts),
     'infill': Task(infill, 'split steps seed'),
     'recover': Task(recover, 'split steps seed'),
     'speed': Task(speed, 'gen_tokens batch_size seed temperature', plot_speed),
@@ -1463,7 +1435,7 @@ def run_task(name, runs, settings, command):
     if not rows:
         raise UserError(f'task {name} has nothing to say about objectives like those of these runs')
     texts = [{'task': name} | {k: v for k, v in row.items() if isinstance(v, (str, int))} | text
-             for row in rows for text in row.pop('texts', [])]
+             for row in rows for text in row.get('texts', [])]
     if texts and settings['save_texts']:
         with open(settings['save_texts'], 'a', encoding='utf-8') as f:
             f.writelines(json.dumps(text, ensure_ascii=False) + '\n' for text in texts)
@@ -1473,8 +1445,9 @@ def run_task(name, runs, settings, command):
     note = [*dict.fromkeys(map(about, runs)), note, f'{torch.get_num_threads()} threads', *said]
     parts = [markdown(rows), task.show(rows, picture) if task.show else '', getdoc(task.measure),
              f'{"; ".join(filter(None, note))}. Command: python eval.py {command}\n']
-    rows = [row | {f'{column} s.d.': value.spread for column, value in row.items()
-                   if getattr(value, 'spread', None) is not None} for row in rows]
+    rows = [{key: value for key, value in row.items() if key != 'texts'}
+            | {f'{column} s.d.': value.spread for column, value in row.items()
+               if getattr(value, 'spread', None) is not None} for row in rows]
     return {'markdown': '\n\n'.join(filter(None, parts)), 'command': command, 'rows': rows,
             'settings': settings}
 
