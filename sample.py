@@ -777,8 +777,8 @@ def complete(run, canvases, settings, eos_id=None, watch=None, log_p=False):
     """Fills canvases of any lengths, batch by batch: ([(ids, figures)] in their order, totals).
 
     ids: the canvas, filled, up to the first eos_id that was generated.
-    figures: nfe, seconds and tokens_per_second of the whole batch. With log_p also `ended`, whether
-    an eos_id was generated, and `log_p`, the mean log probability of the generated tokens.
+    figures: nfe, seconds and tokens_per_second of the whole batch; `ended`, whether an eos_id was
+    generated. With log_p also `log_p`, the mean log probability of the generated tokens.
     totals: (generated tokens, with the first eos_id of each row; nfe; seconds).
     watch sees the first batch, whose row 0 is the first canvas. With log_p it is not called.
     """
@@ -794,9 +794,8 @@ def complete(run, canvases, settings, eos_id=None, watch=None, log_p=False):
         written = [canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends)]
         figures = {'nfe': nfe, 'seconds': seconds, 'tokens_per_second': sum(written) / seconds}
         for k, (i, end) in enumerate(zip(batch, ends)):
-            done[i] = x[k, :end].tolist(), figures.copy()
+            done[i] = x[k, :end].tolist(), figures | {'ended': end < len(canvases[i])}
             if log_p:
-                done[i][1]['ended'] = end < len(canvases[i])
                 done[i][1]['log_p'] = kept[k, :end + 1].sum().item() / written[k]
         totals = tuple(a + b for a, b in zip(totals, (sum(written), nfe, seconds)))
     return done, totals
@@ -940,9 +939,8 @@ def answer(run, prompts, settings, references=None):
     answers = [split_row(ids, run.meta)[1] for ids, _ in done]
     masks = [canvas.count(run.model.mask_id) for canvas in canvases]
     sizes = [masks, predicted or masks]
-    no_eos = [not figures.get('ended', len(ids) < len(canvas))
-              for (ids, figures), canvas in zip(done, canvases)]
-    figures = {'no EOS': np.mean(no_eos), 'empty': np.mean([not ids for ids in answers]),
+    figures = {'no EOS': np.mean([not figures['ended'] for _, figures in done]),
+               'empty': np.mean([not ids for ids in answers]),
                'nfe': np.mean([figures['nfe'] for _, figures in done]) + (predicted is not None),
                'sentences/s': len(prompts) / (seconds + took)}
     if references is not None:

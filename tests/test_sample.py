@@ -1614,7 +1614,7 @@ def test_json_lines_say_what_was_done(run_main, runs):
         tokenizer = prepare.load_tokenizer(meta)
         for row in rows:
             assert set(row) == {'prompt', 'text', 'tokens', 'nfe', 'seconds', 'tokens_per_second',
-                                'seed', 'decoder'}
+                                'ended', 'seed', 'decoder'}
             assert row['prompt'] == 'ROMEO:' and row['text'] == tokenizer.decode(row['tokens'])
             assert row['decoder'] == decoder and row['nfe'] in passes
             assert row['seed'] == (4 if how == ['--seed=4'] else 1337)
