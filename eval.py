@@ -507,11 +507,11 @@ def plot_likelihood(rows, path):
 def parts(runs, settings):
     """What a bound consists of, by noise level, and in d3pm by step.
 
-    other steps, last step: the parts of d3pm's nelbo, the KL divergences of its steps and, of the
-    last one, from level 1/N to the text, the nll. The two and the prior, how far q(x_N | x0) is
-    from masks alone, sum to the nelbo but for their errors. at P% noise: the mean loss of a
-    corrupted token where each token is noise with probability P, for P of `levels`; the mean over
-    all P in (0, 1] is the nelbo. Of max_windows of the split, evenly spread.
+    The nelbo of d3pm is the sum of three parts, each measured by itself. prior: how far q(x_N | x0)
+    is from masks alone; last step: the nll of writing the text from level 1/N; other steps: the KL
+    divergences of the steps before. at P% noise: the mean loss of a token that is noise where each
+    token is noise with probability P, for P of `levels`; the mean over all P in (0, 1] is the nelbo
+    of mdm, uniform and block. All in max_windows of the split, evenly spread.
     """
     rows, s = [], settings
     for run in [run for run in runs if not run.objective.exact]:
@@ -524,16 +524,17 @@ def parts(runs, settings):
             part.corrupt_evenly = part.corrupt  # the one that reads mask_range
             return part
 
-        found = {'nelbo': (own, 1)}  # {part: (objective, its share of the levels)}
+        found = {}  # {part: (objective, its share of the levels)}
         if N:
-            found |= {'other steps': (between(1 / N, 1, own.schedule), 1 - 1 / N),
-                      'last step': (between(0, 1 / N, own.schedule), 1 / N)}
             rows.append({'run': run.name, 'part': 'prior', 'nats/token': 0.0, 's.e.': 'exact'})
-        found |= {f'at {100 * t:g}% noise': (between(t, t, 'linear'), 1) for t in s['levels']}
+            found = {'other steps': (between(1 / N, 1, own.schedule), 1 - 1 / N),
+                     'last step': (between(0, 1 / N, own.schedule), 1 / N)}
+        found |= {'nelbo': (own, 1)} | {
+            f'at {100 * t:g}% noise': (between(t, t, 'linear'), 1) for t in s['levels']}
         for part, (objective, share) in found.items():
             nats, error, _ = nll_or_bound(run, objective, batches, s)
-            rows.append({'run': run.name, 'part': part, 's.e.': share * error,
-                         'nats/token': Number(share * nats, bound=part == 'nelbo')})
+            rows.append({'run': run.name, 'part': part, 'nats/token': Number(
+                share * nats, bound=part == 'nelbo'), 's.e.': share * error})
     return rows, ''
 
 
@@ -1327,22 +1328,6 @@ def ways_to_know_length(run, settings):
                    for length, steps, how in ways if length == 'full' and not how['block_length']]
 
 
-def length_row(run, pairs, way, full, score):
-    """The row of one way to decode; full: the masks that an answer gets if nothing is predicted."""
-    length, steps, how = way
-    written, figures, (masks, predicted, needed) = answers_of(run, pairs, how)  # 3 x (N,)
-    fits = masks >= needed
-    window = {'fits (%)': 100 * fits.mean(),
-              'too long by': (masks - needed)[fits].mean() if fits.any() else math.nan,
-              'masks': masks.mean(), 'saved': full - masks.mean(),
-              'RMSE': ((predicted - needed) ** 2).mean() ** 0.5}
-    if run.objective.exact:  # it writes its own end
-        window = dict.fromkeys(window, '')
-    return {'run': run.name, 'length': length} | window | {
-        'steps': steps, 'nfe': figures['nfe'], 'ms/sentence': 1000 / figures['sentences/s'],
-        'BLEU': score(written, [answer for *_, answer in pairs])['BLEU']}
-
-
 def lengths(runs, settings):
     """What it saves to know the length of an answer before decoding it, and what it costs.
 
@@ -1358,10 +1343,21 @@ def lengths(runs, settings):
     for run in runs:
         ways = ways_to_know_length(run, settings)
         answers_of(run, pairs[:4], ways[0][2])  # warm-up
-        found = [length_row(run, pairs, way, full, score) for way in ways]
         curves, said = eos_curves(run, len(pairs), settings)
-        found[0] |= curves  # they are of the run, not of a way to decode it
-        rows, notes = rows + found, notes + said
+        for length, steps, how in ways:
+            written, figures, (masks, predicted, needed) = answers_of(run, pairs, how)  # 3 x (N,)
+            fits = masks >= needed
+            window = {'fits (%)': 100 * fits.mean(),
+                      'too long by': (masks - needed)[fits].mean() if fits.any() else math.nan,
+                      'masks': masks.mean(), 'saved': full - masks.mean(),
+                      'RMSE': ((predicted - needed) ** 2).mean() ** 0.5}
+            if run.objective.exact:  # it writes its own end
+                window = dict.fromkeys(window, '')
+            rows.append({'run': run.name, 'length': length} | window | {
+                'steps': steps, 'nfe': figures['nfe'], 'ms/sentence': 1000 / figures['sentences/s'],
+                'BLEU': score(written, [answer for *_, answer in pairs])['BLEU']} | curves)
+            curves = {}  # they are of the run, not of a way to decode it
+        notes += said
     return rows, '; '.join([f'{len(pairs):,} prompts; full: {full} masks', *notes])
 
 
@@ -1434,8 +1430,8 @@ def run_task(name, runs, settings, command):
     rows, note = task.measure(runs, settings)
     if not rows:
         raise UserError(f'task {name} has nothing to say about objectives like those of these runs')
-    texts = [{'task': name} | {k: v for k, v in row.items() if isinstance(v, (str, int))} | text
-             for row in rows for text in row.get('texts', [])]
+    texts = [{'task': name, **{k: v for k, v in row.items() if v and isinstance(v, (str, int))},
+              **text} for row in rows for text in row.get('texts', [])]
     if texts and settings['save_texts']:
         with open(settings['save_texts'], 'a', encoding='utf-8') as f:
             f.writelines(json.dumps(text, ensure_ascii=False) + '\n' for text in texts)
