@@ -109,7 +109,7 @@ COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#00
 MARKERS = '*s^Dv<>Po'
 DIGITS = {             # digits after the point in a column; 3 in all others
     **dict.fromkeys(('nats/token', 's.e.', 'bits/token', 'bits/char', 'bits/byte'), 4),
-    **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L', 'BERTScore'), 2),
+    **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L'), 2),
     **dict.fromkeys(('known words (%)', 'ms/pass', 'accuracy (%)', 's.e. (%)', 'minutes', 'nfe',
                      'fits (%)', 'too long by', 'masks', 'saved', 'ms/sentence', 'sentences/s'), 1),
     'seconds': 1, 'PFLOP': 4, 'tokens/s': 0}
@@ -1192,30 +1192,19 @@ def answers_of(run, pairs, settings):
 
 
 def make_score():
-    """The function score(texts, references) -> {column: score}, and the signatures of its scores.
-
-    BERTScore is one of them where bert-score is installed and its model can be loaded.
-    """
+    """The function score(texts, references) -> {column: score}, and the signatures of its scores."""
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError as e:
         raise UserError(f"BLEU needs {e.name}: pip install -e '.[eval]'") from e
-    metrics, bert = {'BLEU': BLEU(), 'chrF': CHRF()}, None
-    with suppress(Exception):  # not installed, not on the disk, or of versions that do not fit
-        from bert_score import BERTScorer
-        bert = BERTScorer('bert-base-multilingual-cased')
+    metrics = {'BLEU': BLEU(), 'chrF': CHRF()}
 
     def score(texts, references):
-        row = {name: metric.corpus_score(texts, [references]).score
-               for name, metric in metrics.items()} | rouge(texts, references)
-        if bert is not None:
-            row['BERTScore'] = 100 * bert.score(texts, references)[2].mean().item()
-        return row
+        return {name: metric.corpus_score(texts, [references]).score
+                for name, metric in metrics.items()} | rouge(texts, references)
 
     score(['a'], ['a'])  # without a score there is no signature
-    return score, '; '.join([f'{name} {metric.get_signature()}' for name, metric in metrics.items()]
-                            + ['no BERTScore: no bert-score, or no model' if bert is None else
-                               'BERTScore: F1, bert-base-multilingual-cased'])
+    return score, '; '.join(f'{name} {each.get_signature()}' for name, each in metrics.items())
 
 
 def ways_to_answer(run, settings):

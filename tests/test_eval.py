@@ -383,21 +383,6 @@ def test_what_is_not_installed_is_named(monkeypatch):
         evaluation.make_score()
 
 
-def test_bertscore_is_a_column_where_it_is_installed(monkeypatch):
-    class Scorer:
-        def __init__(self, name):
-            assert name == 'bert-base-multilingual-cased'
-
-        def score(self, texts, references):
-            return None, None, torch.tensor([a == b for a, b in zip(texts, references)]).float()
-
-    assert 'BERTScore' not in evaluation.make_score()[0](['a', 'b'], ['a', 'c'])
-    monkeypatch.setitem(sys.modules, 'bert_score', SimpleNamespace(BERTScorer=Scorer))
-    score, note = evaluation.make_score()
-    assert score(['a', 'b'], ['a', 'c'])['BERTScore'] == pytest.approx(50)
-    assert 'F1, bert-base' in note
-
-
 def test_a_run_on_rows_is_translated(tmp_path, monkeypatch):
     """From files to scores and their picture."""
     monkeypatch.chdir(tmp_path)
