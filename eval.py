@@ -49,7 +49,7 @@ from config import UserError, one_of, require, write_atomically
 from model import Autoregression, cross_entropy, evaluate, flops_per_token, in_slices, \
     make_objective, peak_memory, pick_device
 from prepare import EOT, SURROGATE, download, evenly, load_meta, load_split, load_tokenizer, \
-    mixed_seed, open_data, open_run_data, read_chunks, row_batches, row_widths
+    mixed_seed, open_data, open_run_data, read_chunks, row_batches
 from sample import PLAIN, Run, load_run
 
 # what is measured
@@ -65,7 +65,8 @@ max_windows = 64       # windows of the split, or texts, that a task reads, even
                        # likelihood: for train only, it reads all of the other splits
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 save_texts = ''        # generation, translation, infill, recover, reversal: a file, x.jsonl, to
-                       # which the texts are added: given, corrupted, written, right, score
+                       # which the texts are added: given, corrupted, written, right, score (% of
+                       # known words; chrF of translation; else % of right tokens, or texts)
 cleanup = False        # generation, translation, length, reversal: drop words that repeat the one
                        # before, and then score
 seed = 1
@@ -108,11 +109,11 @@ COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#00
           '#882255')   # distinct for the colour-blind; printed in grey, the markers are
 MARKERS = '*s^Dv<>Po'
 DIGITS = {             # digits after the point in a column; 3 in all others
-    **dict.fromkeys(('nats/token', 's.e.', 'bits/token', 'bits/char', 'bits/byte'), 4),
-    **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L'), 2),
+    'tokens/s': 0, **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L'), 2),
+    **dict.fromkeys(('nats/token', 's.e.', 'bits/token', 'bits/char', 'bits/byte', 'PFLOP'), 4),
     **dict.fromkeys(('known words (%)', 'ms/pass', 'accuracy (%)', 's.e. (%)', 'minutes', 'nfe',
-                     'fits (%)', 'too long by', 'masks', 'saved', 'ms/sentence', 'sentences/s'), 1),
-    'seconds': 1, 'PFLOP': 4, 'tokens/s': 0}
+                     'fits (%)', 'too long by', 'masks', 'saved', 'ms/sentence', 'sentences/s',
+                     'seconds', 'found (%)', 'precision (%)', 'before (%)'), 1)}
 
 
 # --------------------------------------------------------------------------------- runs and data
@@ -801,8 +802,7 @@ class HuggingFace:
                             f"install -e '.[eval]') can load ({type(e).__name__})") from e
         bos, eos, c = tokenizer.bos_token_id, tokenizer.eos_token_id, self.model.config
         self.mask_id, self.device = eos if bos is None else bos, device
-        if self.mask_id is None:
-            raise UserError(f'judge {name} has no token that texts start or end with')
+        require('judge', name, self.mask_id is not None, 'a model with a start or an end token')
         self.encode = partial(tokenizer.encode, add_special_tokens=False)
         self.config = SimpleNamespace(vocab_size=c.vocab_size, block_size=c.max_position_embeddings)
 
@@ -1086,8 +1086,7 @@ def last_words(run, texts, batch_size):
         with suppress(UserError):  # a character that the training text does not have
             ids, target = run.tokenizer.encode(before), run.tokenizer.encode(f' {word}')
             found.append(((ids + target)[-run.model.config.block_size:], len(target)))
-    if not found:
-        raise UserError(f'{run.name} can read no text: its tokenizer lacks some of the characters')
+    require('out_dir', run.path, found, 'a run whose tokenizer has all characters of a text')
     for batch in row_batches(np.array([len(ids) for ids, _ in found]), batch_size):
         x0, n = map(torch.tensor, zip(*(found[i] for i in batch)))  # (B, T), (B,)
         yield x0, torch.arange(x0.size(1)) >= x0.size(1) - n[:, None]
@@ -1134,8 +1133,7 @@ def reversal(runs, settings):
     for run in runs:
         training, row = training_text(run), {'run': run.name, 'texts': []}
         facts, turned = set(FACT.findall(training)), {(a, b) for b, a in TURNED.findall(training)}
-        if not facts or not turned:
-            raise UserError(f'{run.name} was not trained on facts: run python prepare.py reversal')
+        require('out_dir', run.path, facts and turned, 'a run on facts: python prepare.py reversal')
         how = settings | sample.greedy(run.objective) | {'steps': 0}  # one token a step
         for column, asked, sentence, blank in (
                 ('A is __', facts, a_is_b, 1), ('__ is B', facts, a_is_b, 0),
@@ -1159,10 +1157,7 @@ def reversal(runs, settings):
 
 def file_pairs(path):
     """[[level, prompt, answer]], texts, of a file with tabs; '' is the level of lines without."""
-    try:
-        text = Path(path).read_text(encoding='utf-8-sig')
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f'file {path!r} cannot be read ({type(e).__name__})') from e
+    text = ''.join(read_chunks(Path(path))).removeprefix('\ufeff')  # a byte order mark
     rows = [[column.strip() for column in line.split('\t')]
             for line in text.split('\n') if line.strip()]
     bad = [row for row in rows if len(row) not in (2, 3) or not all(row[-2:])]
@@ -1274,16 +1269,15 @@ def saw_pad(run):
 
 
 def eos_probabilities(run, n, share, settings):
-    """(accuracy at EOS, {distance from EOS: mean P(EOS)}) of the first n rows of the split.
+    """(accuracy at EOS, {distance from EOS: mean P(EOS)}) of n rows of the split.
 
     A random share of each answer's window is masked, and EOS always is. accuracy: in which share of
     the rows EOS is the most likely token at its own place.
     """
-    model, data, eos_id = run.model, data_of(run), run.meta['eos_id']
-    rng, correct, found = torch.Generator().manual_seed(settings['seed']), 0, {}
-    widths = row_widths(data.rows(settings['split'])[:n], run.meta, predict_pad=True)
-    for batch in row_batches(widths, settings['batch_size']):
-        x0, given = data.read(settings['split'], batch)  # 2 x (B, T)
+    model, eos_id, correct, found = run.model, run.meta['eos_id'], 0, {}
+    rng = torch.Generator().manual_seed(settings['seed'])
+    for batch in data_of(run).batches(settings['split'], settings['batch_size'], n):
+        x0, given = batch()  # 2 x (B, T)
         is_eos = ~given & (x0 == eos_id)
         is_mask = ~given & (torch.rand(x0.shape, generator=rng) < share) | is_eos
         xt = torch.where(is_mask, model.mask_id, x0).to(model.device)
@@ -1293,7 +1287,7 @@ def eos_probabilities(run, n, share, settings):
         distance = torch.arange(x0.size(1)) - is_eos.long().argmax(1, keepdim=True)  # (B, T)
         for i, p in zip(distance[is_mask].tolist(), logits.softmax(1)[:, eos_id].tolist()):
             found.setdefault(i, []).append(p)
-    return correct / len(widths), {i: np.mean(found[i]) for i in sorted(found)}
+    return correct / n, {i: np.mean(found[i]) for i in sorted(found)}
 
 
 def eos_curves(run, n, settings):
@@ -1377,12 +1371,6 @@ class Task(NamedTuple):
     on: str = 'a stream of text'  # the kind of data that it is for; '' = any
 
 
-def kind_of(meta):
-    """What a data set consists of, in words."""
-    rows = 'documents' if meta['sep_id'] is None else 'prompts and answers'
-    return 'a stream of text' if meta['layout'] == 'stream' else rows
-
-
 TASKS = {
     'curves': Task(curves, '', plot_curves, on=''),
     'scaling': Task(scaling, 'seed', plot_scaling, on=''),
@@ -1412,7 +1400,8 @@ REPORT = {                 # the tasks of a report, and their defaults there, fo
 def run_task(name, runs, settings, command):
     """{'markdown', 'rows', 'settings', 'command'} of a task: a section of the report."""
     task, picture = TASKS[name], Path(settings['report_dir'], f'{name}.png')
-    kind = kind_of(runs[0].meta)  # runs on several kinds of data come only to tasks on any
+    of_rows = 'documents' if runs[0].meta['sep_id'] is None else 'prompts and answers'
+    kind = 'a stream of text' if runs[0].meta['layout'] == 'stream' else of_rows
     if task.on not in ('', kind):
         others = ', '.join(other for other in TASKS if TASKS[other].on in ('', kind))
         raise UserError(f'task {name} is for {task.on}; for {kind} there are {others}')

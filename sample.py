@@ -47,7 +47,8 @@ import config
 from config import UserError, one_of, require
 from model import SCHEDULES, KVCache, MaskedDiffusion, Objective, Transformer, first_to_hold, \
     load_checkpoint, load_model, make_objective, noise, pick_device
-from prepare import EOT, SPECIALS, CharTokenizer, chat_prompt, load_tokenizer, split_row
+from prepare import EOT, SPECIALS, CharTokenizer, chat_prompt, load_tokenizer, read_chunks, \
+    split_row
 
 # what is read
 out_dir = 'out/shakespeare_mdm'  # the folder of the run whose model is used
@@ -679,11 +680,8 @@ def read_prompts(start, template, prompt_file, gen_length):
             'alone, since it says what is given: leave out start and template')
     if not prompt_file:
         return [('template', template) if template else ('prompt', start)]
-    try:
-        text = sys.stdin.read() if prompt_file == '-' else Path(prompt_file).read_text('utf-8-sig')
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f'prompt_file {prompt_file!r} is no text in UTF-8 that can be read: {e} '
-                        '(- reads stdin)') from e
+    text = sys.stdin.read() if prompt_file == '-' else ''.join(read_chunks(Path(prompt_file)))
+    text = text.removeprefix('\ufeff').replace('\r\n', '\n')  # as Windows has them
     lines = [line for line in text.split('\n') if line.strip()]
     require('prompt_file', prompt_file, lines, 'a file with a prompt or a template on each line')
     return [('template' if BLANK.search(line) else 'prompt', line) for line in lines]
@@ -696,14 +694,11 @@ def template_canvas(template, tokenizer, mask_id):
     touches a blank may get other tokens than it has inside a text, so put blanks at spaces.
     """
     first, *pieces = BLANK.split(template)  # first text, then in turn a width and a text
-    if not pieces:
-        raise UserError(f'the template {template!r} has no blank: write [___], or [___:9] for 9 '
-                        'tokens')
+    require('template', template, pieces, 'one with a blank: [___], or [___:9] for 9 tokens')
     ids = tokenizer.encode(first)
     for width, text in zip(pieces[::2], pieces[1::2]):
         ids += [mask_id] * int(width or BLANK_WIDTH) + tokenizer.encode(text)
-    if mask_id not in ids:
-        raise UserError(f'all blanks of the template {template!r} are 0 tokens wide')
+    require('template', template, mask_id in ids, 'one with a blank that is not 0 tokens wide')
     return ids
 
 

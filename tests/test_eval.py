@@ -364,7 +364,7 @@ def test_files_have_two_columns_or_three(tmp_path):
 
 
 @pytest.mark.parametrize('settings, said', [
-    ({'file': 'nowhere.tsv'}, 'cannot be read'),
+    ({'file': 'nowhere.tsv'}, 'No such file'), ({'file': 'latin.tsv'}, 'not UTF-8 at byte 3'),
     ({'file': 'one.tsv'}, "has the line 'a': write (level TAB) prompt TAB answer"),
     ({'file': 'blank.tsv'}, 'is empty'), ({'file': 'gap.tsv'}, 'prompt TAB answer'),
     ({'answer_steps': ()}, 'answer_steps'),
@@ -373,7 +373,8 @@ def test_files_have_two_columns_or_three(tmp_path):
 def test_what_cannot_be_translated(book, settings, said):
     for name, text in (('one', 'a\n'), ('blank', '\n\n'), ('gap', 'a\t \n')):
         Path(f'{name}.tsv').write_text(text)
-    with pytest.raises(UserError, match=re.escape(said)):
+    Path('latin.tsv').write_text('a\tb\u00e9\n', 'latin-1')
+    with pytest.raises((UserError, OSError), match=re.escape(said)):
         translated(BOOK, **settings)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {'config/__init__.py': 127, 'prepare.py': 664, 'model.py': 605, 'train.py': 525,
-           'sample.py': 801, 'eval.py': 1003, 'data/*.py': 109}
+           'sample.py': 794, 'eval.py': 955, 'data/*.py': 109}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 
