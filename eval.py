@@ -1187,7 +1187,7 @@ def answers_of(run, pairs, settings):
 
 
 def make_score():
-    """The function score(texts, references) -> {column: score}, and the signatures of its scores."""
+    """The function score(texts, references) -> {column: score}, and its scores' signatures."""
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError as e:
