@@ -10,10 +10,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import model
 
 os.environ['OMP_NUM_THREADS'] = '1'
+os.environ['HF_HUB_OFFLINE'] = '1'  # transformers reads folders, and asks nobody
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 FEATURES = {'float32': {}, 'bfloat16': {'avx512_bf16': True}}
@@ -59,3 +61,25 @@ def run(script, *words, cwd):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+def save_tokenizer(folder, like, texts, size=300):
+    """A tokenizer like GPT-2's or BERT's, learned from texts; saved by transformers in a folder."""
+    from transformers import PreTrainedTokenizerFast
+    if like == 'gpt2':
+        made, specials = Tokenizer(models.BPE()), ['<|endoftext|>']
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        learn, roles = trainers.BpeTrainer, {'eos_token': specials[0], 'bos_token': specials[0]}
+        how = {'initial_alphabet': pre_tokenizers.ByteLevel.alphabet()}
+    else:
+        specials = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
+        made, how = Tokenizer(models.WordPiece(unk_token='[UNK]')), {}
+        made.normalizer = normalizers.BertNormalizer()
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        made.decoder, learn = decoders.WordPiece(), trainers.WordPieceTrainer
+        roles = {f'{text[1:-1].lower()}_token': text for text in specials}
+    made.train_from_iterator(texts, learn(vocab_size=size, special_tokens=specials,
+                                          show_progress=False, **how))
+    PreTrainedTokenizerFast(tokenizer_object=made, **roles).save_pretrained(folder)
+    return str(folder)

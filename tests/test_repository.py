@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 127, 'prepare.py': 664, 'model.py': 605, 'train.py': 525,
+BUDGETS = {'config/__init__.py': 127, 'prepare.py': 714, 'model.py': 605, 'train.py': 525,
            'sample.py': 801, 'eval.py': 971, 'data/*.py': 109}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
