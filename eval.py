@@ -66,6 +66,7 @@ max_windows = 64       # windows of the split, or texts, that a task reads, even
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 save_texts = ''        # generation, translation, infill, recover, reversal: a file, x.jsonl, to
                        # which the texts are added: given, corrupted, written, right, score
+trust_remote_code = False  # run the code that a model of the Hugging Face hub consists of
 seed = 1
 batch_size = 16        # rows at a time
 repeats = 4            # independent draws of a bound, each with its own noise
@@ -115,9 +116,10 @@ DIGITS = {             # digits after the point in a column; 3 in all others
 # --------------------------------------------------------------------------------- runs and data
 
 
-def load_runs(out_dirs, device, one_data_set=True, ckpt='last'):
+def load_runs(out_dirs, device, one_data_set=True, ckpt='last', trust_remote_code=False):
     """[Run] of the folders, with commas between them; all on one data set if that is asked."""
-    runs = [load_run(path.strip(), device, ckpt) for path in out_dirs.split(',')]
+    runs = [load_run(path.strip(), device, ckpt, trust_remote_code)
+            for path in out_dirs.split(',')]
     for run in runs:
         if run.meta != load_meta(run.settings['dataset']):
             raise UserError(f'data/{run.settings["dataset"]} is not what {run.name} was trained on')
@@ -753,7 +755,7 @@ def longest_copy(texts, source):
 class HuggingFace:
     """A causal model of transformers with the interface of a Transformer that a judge needs.
 
-    Like ours it reads a start token before every text; that is what mask_id is to a causal model.
+    Like ours it reads a start token before every text.
     """
 
     def __init__(self, name, device):
@@ -765,11 +767,12 @@ class HuggingFace:
             raise UserError(f'judge is {name!r}, neither a run nor a model that transformers (pip '
                             f"install -e '.[eval]') can load ({type(e).__name__})") from e
         bos, eos, c = tokenizer.bos_token_id, tokenizer.eos_token_id, self.model.config
-        self.mask_id, self.device = eos if bos is None else bos, device
-        if self.mask_id is None:
+        start_id, self.device = eos if bos is None else bos, device
+        if start_id is None:
             raise UserError(f'judge {name} has no token that texts start or end with')
         self.encode = partial(tokenizer.encode, add_special_tokens=False)
-        self.config = SimpleNamespace(vocab_size=c.vocab_size, block_size=c.max_position_embeddings)
+        self.config = SimpleNamespace(vocab_size=c.vocab_size, start_id=start_id,
+                                      block_size=c.max_position_embeddings)
 
     def __call__(self, x, where, hidden=True):
         return self.model(x).logits[where]  # (M, V)
@@ -1451,7 +1454,8 @@ def main():
     if task in ('curves', 'scaling'):  # they read logs, no models
         runs = [load_log(path.strip())[0] for path in out_dir.split(',')]
     else:
-        runs = load_runs(out_dir, pick_device(device), task != 'likelihood', ckpt)
+        runs = load_runs(out_dir, pick_device(device), task != 'likelihood', ckpt,
+                         trust_remote_code)
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f'{out_dir} has runs of the same name, which no table could tell apart')
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]

@@ -13,6 +13,8 @@ A first reading ends at evaluate. What follows is for later:
     KVCache, LocalMixing, LengthHead  options of the transformer: decoding that recomputes nothing,
                                       convolutions, and the length of an answer before it is written
     load_model                        devices and checkpoints
+    HubNetwork, load_hub_weights      models of the Hugging Face hub: GPT-2 in our transformer, and
+                                      masked models behind the same call
 
 Letters here, and in the papers:
 
@@ -20,7 +22,8 @@ Letters here, and in the papers:
     H, D      attention heads, channels of one head (C = H * D); Hkv, heads of keys and values
     K         neighbours that local mixing reads (n_conv)
     N, M      diffusion steps of D3PM; tokens of a batch that are scored, i.e. have a loss
-    V         rows of the embedding: V' real tokens, then one row for the mask, mask_id = V - 1
+    V         rows of the embedding: V' real tokens and the mask; mask_id = V - 1, but that of an
+              imported model may be any
     x0        clean tokens (B, T) int64                              x, z_0 in MDLM, x_0 in LLaDA
     xt        corrupted tokens: each of x0 kept, or replaced         z_t, x_t
     t         noise level (B, 1) in (0, 1]; at t = 1 all is noise    t
@@ -35,13 +38,17 @@ Losses are in nats (natural logarithms), summed over tokens unless a line says p
 
 Papers: MDLM arXiv 2406.07524, LLaDA 2502.09992, RoFormer 2104.09864, DiT 2212.09748 (adaLN),
 D3PM 2107.03006, UDLM 2412.10193, Duo 2506.10892, BD3-LM 2503.09573, autoregressive diffusion
-2110.02037, VDM 2107.00630, PaLM 2204.02311, DDPM 2006.11239, BERT 1810.04805.
+2110.02037, VDM 2107.00630, PaLM 2204.02311, DDPM 2006.11239, BERT 1810.04805, DiffuLLaMA
+2410.17891 (from AR to diffusion).
 """
 
+import json
 import math
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Callable, NamedTuple
@@ -53,7 +60,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from config import UserError, one_of, require
-from prepare import mixed_seed
+from prepare import from_hub, hub_vocabulary, mixed_seed, optional
 
 # oneDNN keeps a kernel for each of its last 1,024 shapes, and every number M of masked positions
 # is one: gigabytes that are never used again. It reads this at the first product.
@@ -61,14 +68,15 @@ os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
 
 # ---------------------------------------------------------------------------- the transformer
 
-NORMS, POSITIONS, MLPS = ('rmsnorm', 'layernorm'), ('rope', 'learned'), ('relu2', 'swiglu', 'gelu')
+NORMS, POSITIONS = ('rmsnorm', 'layernorm'), ('rope', 'learned')
+MLPS = ('relu2', 'swiglu', 'gelu', 'gelu_tanh')
 LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress', 'encoder_classify')
 
 
 @dataclass
 class ModelConfig:
     """The shape of a Transformer: every field but vocab_size is an architecture option."""
-    vocab_size: int           # V = V' + 1: the real tokens and, last, the mask
+    vocab_size: int           # V = V' + 1: the real tokens and the mask
     block_size: int = 256     # context length, the largest T
     causal: bool = False      # position i sees 0..i (ar); False: every position sees all (mdm)
     n_layer: int = 4
@@ -77,7 +85,7 @@ class ModelConfig:
     n_embd: int = 256
     pos: str = 'rope'         # rope, learned
     norm: str = 'rmsnorm'     # rmsnorm, layernorm
-    mlp: str = 'relu2'        # relu2, swiglu, gelu
+    mlp: str = 'relu2'        # relu2, swiglu, gelu, gelu_tanh (its approximation, GPT-2's)
     n_conv: int = 0           # kernel width K of local mixing, twice in a layer; 0 = none
     n_hidden: int = 0         # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
     qk_norm: bool = True      # normalise queries and keys, so that attention logits stay small
@@ -88,8 +96,14 @@ class ModelConfig:
     subs: bool = True         # MDLM's SUBS: the mask is never predicted; False: it may be (D3PM)
     block_length: int = 0     # tokens per block of block diffusion; 0 = none
     length_head: str = ''     # how the length of an answer is predicted, see LengthHead; '' = none
+    mask_id: int = -1         # -1: the last row, V - 1
+    start_id: int = -1        # read before the first token, by ar and with shift; -1: the mask
+    shift: bool = False       # token i is predicted where i - 1 is read, as ar does, though not ar
+    hub: str = ''             # JSON: the model of the hub that this is, see hub_settings
 
     def __post_init__(self):
+        self.mask_id = self.vocab_size - 1 if self.mask_id < 0 else self.mask_id
+        self.start_id = self.mask_id if self.start_id < 0 else self.start_id
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise UserError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, '
@@ -193,8 +207,8 @@ class MLP(nn.Module):
         h = self.fc(x)  # (B, T, hidden)
         if self.kind == 'swiglu':
             return self.proj(F.silu(self.gate(x)) * h)  # [GLU variants 2002.05202]
-        if self.kind == 'gelu':
-            return self.proj(F.gelu(h))
+        if self.kind in ('gelu', 'gelu_tanh'):
+            return self.proj(F.gelu(h, approximate='none' if self.kind == 'gelu' else 'tanh'))
         h = F.relu(h)  # relu2 [Primer 2109.08668]
         return self.proj(h * h)  # .square() has a three times slower backward on CPUs
 
@@ -235,15 +249,25 @@ class Block(nn.Module):
         return self.mixing[i](x, cache, mask) if self.mixing else x
 
 
+def after_start(model, x):
+    """x (B, T) behind a start token, (B, T + 1): where i is read there, token i of x is predicted.
+
+    AR reads its text so, and masked diffusion with shift its canvas: whatever a causal network has
+    learned stays where it was [DiffuLLaMA sec. 3.2]."""
+    return F.pad(x, (1, 0), value=model.config.start_id)
+
+
 class Transformer(nn.Module):
-    """Logits over V tokens at every position; the last row is the mask's."""
+    """Logits over V tokens, one of them the mask, at every position."""
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.mask_id = c.vocab_size - 1
+        self.mask_id = c.mask_id
+        self.visible = 1.0  # share of later positions that training sees: attn_anneal of train.py
+        places = c.block_size + c.shift  # with shift, the start token has one
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
-        self.embed_pos = nn.Embedding(c.block_size, c.n_embd) if c.pos == 'learned' else None
+        self.embed_pos = nn.Embedding(places, c.n_embd) if c.pos == 'learned' else None
         self.drop = nn.Dropout(c.dropout)
         self.time_mlp = nn.Sequential(nn.Linear(256, c.n_embd), nn.SiLU(),
                                       nn.Linear(c.n_embd, c.n_embd), nn.SiLU()) \
@@ -254,7 +278,7 @@ class Transformer(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
         self.length_head = LengthHead(c) if c.length_head else None
-        cos, sin = rope_angles(c.block_size, c.n_embd // c.n_head)
+        cos, sin = rope_angles(places, c.n_embd // c.n_head)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
         self.init_weights()
@@ -266,16 +290,22 @@ class Transformer(nn.Module):
         x (B, T) int64: tokens, mask_id among them.
         level (B, 1): the fraction of all tokens that is noise, see noise_fraction; for time_cond.
         hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
-        cache: a KVCache with the tokens before x, for decoding; those of x are appended to it.
+        cache: a KVCache with the tokens before x, for decoding; those of x are appended to it. With
+        shift x then begins with the token before `where`, which the cache lacks.
         clean (B, T), block_length: read [x ; clean] as block_mask says, for BlockDiffusion; level
         may then be (B, T).
         """
-        B, T = x.shape
         start = cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
+        if self.config.shift and start == 0:
+            x = after_start(self, x)
+        B, T = x.shape
+        if start + T > self.config.block_size + self.config.shift:
             raise UserError(f'{start + T} tokens do not fit into the context of this model, '
                             f'block_size is {self.config.block_size}')
         position, mask = torch.arange(start, start + T, device=x.device), None
+        if self.training and self.visible < 1:  # each later position by chance [DiffuLLaMA]
+            mask = torch.rand(T, T, device=x.device) < self.visible
+            mask |= torch.ones_like(mask).tril()
         if clean is not None:  # both halves stand at the same positions, and x0 has no noise
             position, mask = position.repeat(2), block_mask(T, block_length, x.device)
             level = None if level is None else torch.cat(
@@ -291,7 +321,7 @@ class Transformer(nn.Module):
             h = block(h, rope, cache, mask, time)
         if cache is not None:
             cache.length += T
-        h = h[:, :T]  # without the clean half, if there is one
+        h = h[:, :T - self.config.shift]  # without the clean half, if there is one
         if where is not None:
             h = h[where]  # (M, C): with a large V the head is most of the work
         h = self.norm(h)
@@ -553,8 +583,9 @@ class Autoregression(Objective):
 
         nll per token = mean over (b, i) of  -log p(x0[b, i] | x0[b, :i])
 
-    The network reads x0 shifted by one after a start token, mask_id, so that the first token is
-    scored too, from nothing: AR and diffusion are measured on the same T tokens of a window.
+    The network reads x0 shifted by one after a start token, so that the first token is scored too,
+    from nothing: AR and diffusion are measured on the same T tokens of a window. The start token is
+    the mask, or what a model of the hub has learned to begin with.
     """
     exact, causal, masks = True, True, False
     decoders, measured = ('ar',), 'nll'
@@ -569,8 +600,7 @@ class Autoregression(Objective):
     def token_nll(self, model, x0, given=None):
         """-log p(x_i | x_<i) at every position, 0 where given, (B, T), from one causal pass."""
         scored = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given
-        start = torch.full_like(x0[:, :1], model.mask_id)
-        h = model(torch.cat([start, x0[:, :-1]], dim=1), where=scored, hidden=True)  # (M, C)
+        h = model(after_start(model, x0[:, :-1]), where=scored, hidden=True)  # (M, C)
         return spread(in_slices(cross_entropy, model, h, x0[scored]), scored)
 
 
@@ -663,11 +693,12 @@ class D3PM(Objective):
     def noised(self, model, x0, given, is_mask, weight, m_t, m_s, c):
         """m_t, m_s = 1 - alpha and c, (B, 1): those of the step from t to s."""
         xt = torch.where(is_mask, model.mask_id, x0)
-        return Noised(xt, is_mask, weight, noise_fraction(m_t, given), d3pm_token_loss,
+        token_loss = partial(d3pm_token_loss, mask_id=model.mask_id)
+        return Noised(xt, is_mask, weight, noise_fraction(m_t, given), token_loss,
                       (m_t, m_s, c))
 
 
-def d3pm_token_loss(logits, target, m_t, m_s, c):
+def d3pm_token_loss(logits, target, m_t, m_s, c, mask_id=-1):
     """KL divergence of one reverse step at a masked token, divided by c, (M,).
 
         -log p(x0) + g(alpha_t) + (1 - c) / c * (g(alpha_t) - g(alpha_s))
@@ -676,7 +707,7 @@ def d3pm_token_loss(logits, target, m_t, m_s, c):
     With subs p(mask) is 0, and so is g.
     """
     logp = logits.log_softmax(-1)
-    p_mask = logp[:, -1].exp()
+    p_mask = logp[:, mask_id].exp()
     # at s = 0 g_s would be infinite (hence the clamp), and its factor 1 - c is 0
     g_t, g_s = (torch.log1p((1 - m) / m.clamp(min=1e-12) * p_mask) for m in (m_t, m_s))
     return -logp.gather(1, target[:, None])[:, 0] + g_t + (1 - c) / c * (g_t - g_s)
@@ -806,11 +837,12 @@ class KVCache:
 
     def __init__(self, config, B, device, dtype=torch.float32):
         c, how = config, {'device': device, 'dtype': dtype}
-        self.kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, c.block_size, c.n_embd // c.n_head,
-                              **how)
+        self.kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, c.block_size + c.shift,
+                              c.n_embd // c.n_head, **how)
         self.n_conv, self.length = c.n_conv, 0
         if c.n_conv:
-            self.inputs = torch.zeros(2 * c.n_layer, B, c.n_conv + c.block_size, c.n_embd, **how)
+            self.inputs = torch.zeros(2 * c.n_layer, B, c.n_conv + c.block_size + c.shift, c.n_embd,
+                                      **how)
 
     def extend(self, layer, k, v):
         """Appends k, v (B, Hkv, T, D) of `layer`; returns all its keys and values."""
@@ -1033,8 +1065,11 @@ def load_checkpoint(out_dir, device='cpu', ckpt='last'):
 def model_config(settings, meta):
     """The ModelConfig that a run's settings and its data set's meta describe."""
     objective = make_objective(settings)
+    require('objective', settings['objective'], objective.masks or objective.exact
+            or meta['mask_id'] == meta['vocab_size'], 'one of masks: this mask is not the last id')
     return ModelConfig(vocab_size=meta['vocab_size'] + 1, **fields_in(ModelConfig, settings) | {
-        'causal': objective.causal, 'block_length': objective.block_length})
+        'causal': objective.causal, 'block_length': objective.block_length,
+        'mask_id': meta['mask_id']})
 
 
 def flops_per_token(settings, data):
@@ -1055,12 +1090,183 @@ def flops_per_token(settings, data):
         + 6 * scored * model.head.weight.numel()
 
 
-def load_model(checkpoint, device):
-    """The Transformer of a checkpoint, on `device`, in evaluation mode."""
-    model = Transformer(model_config(checkpoint['config'], checkpoint['meta']))
+def load_model(checkpoint, device, trust_remote_code=False):
+    """The network of a checkpoint, on `device`, in evaluation mode."""
+    config = model_config(checkpoint['config'], checkpoint['meta'])
+    model = make_network(config, trust_remote_code)
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError as e:
         raise UserError('the weights of this checkpoint do not fit its own settings: '
                         + str(e).splitlines()[-1].strip()) from e
     return model.to(device).eval()
+
+
+# ------------------------------------------------------------------- models of the Hugging Face hub
+
+# {class of transformers: {its name of a part of the network: ours}}, replaced in this order
+HUB_NAMES = {
+    'gpt2': {'transformer.wte': 'embed', 'transformer.wpe': 'embed_pos',
+             'transformer.h.': 'blocks.', 'transformer.ln_f': 'norm', 'ln_1': 'norm1',
+             'ln_2': 'norm2', 'c_attn': 'qkv', 'c_proj': 'proj', 'c_fc': 'fc', 'lm_head': 'head'},
+    'llama': {'model.embed_tokens': 'embed', 'model.layers': 'blocks', 'model.norm': 'norm',
+              'input_layernorm': 'norm1', 'post_attention_layernorm': 'norm2', 'lm_head': 'head',
+              'self_attn.o_proj': 'attn.proj', 'self_attn': 'attn', 'mlp.up_proj': 'mlp.fc',
+              'mlp.down_proj': 'mlp.proj', '_proj': ''}}
+DIFFUGPT_NAMES = {'^denoise_model': 'transformer', '^embed_tokens': 'transformer.wte'}  # GPT-2's
+GELUS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}  # of GPT-2
+
+
+def hub_settings(name, trust_remote_code):
+    """The settings of train.py that hf:<name> determines: its shape and, in `hub`, what it is."""
+    c = from_hub('AutoConfig.from_pretrained', name, trust_remote_code=trust_remote_code)
+    is_folder, hub = Path(name).is_dir(), optional('huggingface_hub', extra='hf')
+    licence, revision = 'not stated', 'a folder' if is_folder else 'not known'
+    with suppress(Exception):  # no card, none that states a licence, or no network
+        if is_folder:
+            licence = hub.ModelCard.load(Path(name, 'README.md')).data.license
+        else:
+            revision, licence = hub.model_info(name).sha, hub.model_info(name).card_data.license
+    about = {'hub_name': name, 'licence': licence, 'revision': revision}
+    print('hf:{hub_name}: licence {licence}, revision {revision}'.format(**about))
+    found = {'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads,
+             'n_embd': c.hidden_size, 'tied': getattr(c, 'tie_word_embeddings', False),
+             'hub': json.dumps(json.loads(c.to_json_string()) | about)}
+    if c.model_type == 'gpt2':
+        require('init_from', f'hf:{name}', c.activation_function in GELUS and c.scale_attn_weights
+                and not c.scale_attn_by_inverse_layer_idx and c.layer_norm_epsilon == 1e-5,
+                'a GPT-2 with the usual GELU, attention and LayerNorm')
+        found |= {'pos': 'learned', 'norm': 'layernorm', 'mlp': GELUS[c.activation_function],
+                  'n_hidden': c.n_inner or 0, 'qk_norm': False, 'bias': True,
+                  'start_id': c.bos_token_id}
+    return found
+
+
+def hub_class(hub):
+    """The class of transformers that loads a model, by its config.json: causal only for GPT-2."""
+    names = ('AutoModelForMaskedLM', 'AutoModelForCausalLM', 'AutoModel')  # LLaDA's is the second
+    if hub['model_type'] in HUB_NAMES:
+        return names[1]
+    return next((name for name in names if name in hub.get('auto_map', {})), names[0])
+
+
+class HubNetwork(nn.Module):
+    """A masked language model of transformers behind the call that Transformer answers.
+
+    Its output layer is taken off, so that logits are computed only where they are read. It has its
+    own dropout. Its matrices have not our names, so AdamW trains them, whatever the optimizer.
+    """
+
+    def __init__(self, config, network):
+        super().__init__()
+        self.config, self.mask_id = config, config.mask_id
+        if config.causal or config.block_length or config.shift or config.time_cond:
+            raise UserError('a masked model of the hub has an objective of masks, mdm or d3pm, and '
+                            'neither shift nor time_cond')
+        if len(network.get_input_embeddings().weight) != config.vocab_size:
+            network.resize_token_embeddings(config.vocab_size)
+        self.embed, self.head = network.get_input_embeddings(), network.get_output_embeddings()
+        same = nn.Identity()
+        same.bias = None  # BERT's class asks for one
+        network.set_output_embeddings(same)
+        self.network = network
+        self.length_head = LengthHead(config) if config.length_head else None
+
+    def forward(self, x, level=None, *, where=None, hidden=False, cache=None):
+        """As Transformer.forward."""
+        require('prefix_cache', True, cache is None, 'False: this network has no cache')
+        h = self.network(x).logits  # (B, T, C): what the output layer reads
+        h = h if where is None else h[where]  # (M, C)
+        return h if hidden else self.logits(h)
+
+    logits, device = Transformer.logits, Transformer.device
+    count_parameters = Transformer.count_parameters
+
+
+def make_network(config, trust_remote_code=False):
+    """The network of a ModelConfig, with its first weights: a Transformer, or a HubNetwork."""
+    hub, how = json.loads(config.hub or '{}'), {'trust_remote_code': trust_remote_code}
+    if not hub or hub['model_type'] in HUB_NAMES:
+        return Transformer(config)
+    theirs = optional('transformers', extra='hf').AutoConfig.for_model(**hub) \
+        if 'auto_map' not in hub else from_hub('AutoConfig.from_pretrained', hub['hub_name'], **how)
+    return HubNetwork(config, from_hub(f'{hub_class(hub)}.from_config', hub['hub_name'], theirs,
+                                       dtype=torch.float32, **how))
+
+
+def by_our_names(network, kind):
+    """{our name: weight} of a GPT-2 or Llama of transformers: views, to be read or written."""
+    found = {}
+    for name, p in network.named_parameters():
+        for theirs, ours in HUB_NAMES[kind].items():
+            name = name.replace(theirs, ours)
+        p = p.detach().t() if kind == 'gpt2' and 'blocks.' in name else p.detach()
+        parts = zip('qkv', p.chunk(3)) if 'qkv' in name else [('', p)]
+        found |= {name.replace('qkv', part): piece for part, piece in parts}
+    return found
+
+
+@torch.no_grad()
+def load_hub_weights(model, meta, trust_remote_code):
+    """Gives model the weights of the model of the hub that its config names. Raises UserError.
+
+    Rows that GPT-2 lacks, the mask's among them, become the mean of its rows: such a token is read
+    as an average one. DiffuGPT's mask is a token of GPT-2's: our mask gets a copy of its row.
+    """
+    c, hub = model.config, json.loads(model.config.hub)
+    name, kind, places = hub['hub_name'], hub['model_type'], c.block_size + c.shift
+    vocabulary, names = hub_vocabulary(name, 'stream'), DIFFUGPT_NAMES if kind == 'gpt2' else None
+    network, report = from_hub(
+        f'{hub_class(hub)}.from_pretrained', name, dtype=torch.float32, use_safetensors=True,
+        output_loading_info=True, key_mapping=names, trust_remote_code=trust_remote_code)
+    rows, missing = network.get_input_embeddings().weight, sorted(report['missing_keys'])
+    longest = getattr(network.config, 'max_position_embeddings', places) - 2 * ('roberta' in kind)
+    same = meta['tokenizer'] in (vocabulary['tokenizer'], len(rows) == 50_257 and {'kind': 'gpt2'})
+    require('init_from', f'hf:{name}', not missing, f'a whole model, but this lacks {missing[:1]}')
+    require('block_size', c.block_size, places <= longest, f'less: it reads {longest} tokens')
+    require('dataset', meta['name'], same, f'prepared with --tokenizer=hf:{name}')
+    if isinstance(model, HubNetwork):
+        return model.load_state_dict(HubNetwork(c, network).state_dict())
+    weights = by_our_names(network, kind)
+    for name, p in model.named_parameters():
+        if name in weights:
+            w = weights[name][:len(p)]
+            p[:len(w)], p[len(w):] = w, w.mean(0)
+    if vocabulary['mask_id'] < len(rows):
+        model.embed.weight[c.mask_id] = rows[vocabulary['mask_id']]
+
+
+@torch.no_grad()
+def export_model(model, meta, tokenizer, folder):
+    """Writes an ar model to a new folder as a GPT-2 or Llama of transformers. Raises UserError.
+
+    The mask's row goes with it: it is the start token, bos_token_id there. A bias that ours lacks
+    is 0 in GPT-2. The tokenizer goes with it if it is one of the hub.
+    """
+    c = model.config
+    kind = {('learned', 'layernorm', 'gelu'): 'gpt2', ('rope', 'rmsnorm', 'swiglu'): 'llama'}.get(
+        (c.pos, c.norm, c.mlp.removesuffix('_tanh')))
+    require('export', folder, not Path(folder).exists(), 'a folder that is not there yet')
+    if not kind or not model.config.causal or c.qk_norm or c.n_conv or \
+            (kind == 'gpt2' and c.n_kv_head < c.n_head):
+        raise UserError('only ar models can be exported that have qk_norm=False, n_conv=0 and '
+                        'pos=learned, norm=layernorm, mlp=gelu or gelu_tanh, n_kv_head=0 (GPT-2), '
+                        'or pos=rope, norm=rmsnorm, mlp=swiglu (Llama)')
+    hidden, transformers = model.blocks[0].mlp.fc.out_features, optional('transformers', extra='hf')
+    own = {'gpt2': {'n_inner': hidden,
+                    'activation_function': 'gelu' if c.mlp == 'gelu' else 'gelu_new'},
+           'llama': {'intermediate_size': hidden, 'num_key_value_heads': c.n_kv_head,
+                     'mlp_bias': c.bias, 'attention_bias': c.bias,
+                     'rms_norm_eps': torch.finfo(torch.float32).eps}}[kind]
+    network = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(
+        kind, vocab_size=c.vocab_size, hidden_size=c.n_embd, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, max_position_embeddings=c.block_size,
+        tie_word_embeddings=c.tied, bos_token_id=c.start_id, eos_token_id=meta['eos_id'], **own))
+    weights = dict(model.named_parameters())
+    for name, w in by_our_names(network, kind).items():
+        w.copy_(weights.get(name, torch.zeros_like(w)))
+    network.save_pretrained(folder)
+    if meta['tokenizer']['kind'] == 'hf':
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.tokenizer, eos_token=tokenizer.decode([meta['eos_id']]),
+            chat_template=meta['tokenizer']['chat_template'] or None).save_pretrained(folder)

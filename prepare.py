@@ -571,16 +571,19 @@ def learn_byte_pairs(texts, n):
     return [base64.b64encode(bytes(token)).decode() for token, _ in tokens]
 
 
-def from_hub(what, name, **how):
-    """transformers.<what>(name, **how), name on the Hugging Face hub or a folder. UserError."""
+def from_hub(what, name, given=None, **how):
+    """transformers.<what>(given or name, **how), name on the hub or a folder. Raises UserError."""
     transformers = optional('transformers', extra='hf')
+    transformers.logging.set_verbosity_error()  # what is wrong is said below, in one line
+    transformers.logging.disable_progress_bar()
     try:
-        return attrgetter(what)(transformers)(name, **how)
+        return attrgetter(what)(transformers)(given or name, **how)
     except Exception as e:  # of many kinds: no network, no such name, a damaged or missing file
         why = ' '.join(str(e).split())[:150]
         raise UserError(f'hf:{name} cannot be loaded ({type(e).__name__}: {why}): without a '
                         'network, write hf:FOLDER, where config.json, model.safetensors and '
-                        'tokenizer.json are') from e
+                        'tokenizer.json are; code that comes with a model runs only with '
+                        '--trust_remote_code') from e
 
 
 def hub_vocabulary(name, layout):
@@ -588,7 +591,7 @@ def hub_vocabulary(name, layout):
 
     EOS is its own or, as in BERT, its sep token; SEP its sep, cls or bos token, if that is another.
     What it lacks follows behind all of its ids. PAD may be EOS, as in LLaDA."""
-    hub = from_hub('AutoTokenizer.from_pretrained', name)
+    hub = from_hub('AutoTokenizer.from_pretrained', name, trust_remote_code=False)
     require('tokenizer', f'hf:{name}', hub.is_fast, 'one that has a tokenizer.json')
     eos_id = hub.sep_token_id if hub.eos_token_id is None else hub.eos_token_id
     separators = (hub.sep_token_id, hub.cls_token_id, hub.bos_token_id)

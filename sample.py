@@ -45,14 +45,16 @@ import torch.nn.functional as F
 
 import config
 from config import UserError, one_of, require
-from model import SCHEDULES, KVCache, MaskedDiffusion, Objective, Transformer, first_to_hold, \
-    load_checkpoint, load_model, make_objective, noise, pick_device
+from model import SCHEDULES, KVCache, MaskedDiffusion, Objective, Transformer, after_start, \
+    export_model, first_to_hold, load_checkpoint, load_model, make_objective, noise, pick_device
 from prepare import EOT, SPECIALS, CharTokenizer, chat_prompt, load_tokenizer, split_row
 
 # what is read
 out_dir = 'out/shakespeare_mdm'  # the folder of the run whose model is used
 ckpt = 'last'          # its weights: last; or best, of the lowest validation loss (keep_best)
 device = 'auto'        # cuda, mps, cpu; auto takes the first that this machine has
+trust_remote_code = False  # run the code that a model of the Hugging Face hub consists of
+export = ''            # only write an ar model to this new folder, for transformers
 # what is to be generated
 start = ''             # the text to continue; in a run on prompts and answers, the prompt
 template = ''          # a text with blanks to fill: [___] is 5 tokens wide, [___:9] is 9
@@ -143,7 +145,7 @@ def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repe
     if repetition_penalty != 1.0:
         seen = torch.zeros(x.size(0), logits.size(-1), dtype=torch.bool, device=x.device)
         seen = seen.scatter(1, x, True)[where.nonzero()[:, 0]].to(logits.device)  # (M, V)
-        seen[:, [*specials, -1]] = False  # -1: the mask
+        seen[:, [*specials]] = False
         less = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, less, logits)
     if temperature == 0:
@@ -226,7 +228,7 @@ def propose(model, x, is_mask, order, rng, sampling):
     """
     level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), in place of 1 - alpha_t
     logits = model(x, level, where=is_mask)  # (M, V)
-    logits[:, -1] = -torch.inf  # with subs it is already; d3pm may predict the mask
+    logits[:, model.mask_id] = -torch.inf  # with subs it is already; d3pm may predict the mask
     token = sample_token(logits, x, is_mask, rng, **sampling)  # (M,)
     score = confidence(order, logits, token, rng).logit().float().to(x.device)  # (M,)
     scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
@@ -275,7 +277,7 @@ def decode_ar(model, x, to_generate, rng, **sampling):
 
     One pass per token, over that token alone: a KV cache holds the tokens before it. Rows may have
     their masks at different places. A canvas longer than the context is read through a window(),
-    the start token (which has the id of the mask) and the newest tokens.
+    the start token and the newest tokens.
     """
     cache, begin = empty_cache(model, len(x)), 0  # begin: where the window begins in the canvas
     for i in to_generate.any(0).nonzero()[:, 0].tolist():
@@ -285,7 +287,7 @@ def decode_ar(model, x, to_generate, rng, **sampling):
             begin, cache.length = new, 0  # positions have shifted, so all is read again
         unread = x[:, begin + max(cache.length - 1, 0):i]  # the cache also holds the start token
         if cache.length == 0:
-            unread = torch.cat([torch.full_like(x[:, :1], model.mask_id), unread], dim=1)
+            unread = after_start(model, unread)
         last = torch.zeros_like(unread, dtype=torch.bool)
         last[:, -1] = True  # the logits of token i are those behind token i - 1
         logits = model(unread, cache=cache, where=last)  # (B, V)
@@ -316,8 +318,8 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
         if not reveal.any():
             continue
         logits = model(x, level, where=reveal)  # (M, V), M to reveal
-        p = logits.float().softmax(-1)[:, -1]  # (M,), of the mask: 0 with subs
-        logits[:, -1] = -torch.inf
+        p = logits.float().softmax(-1)[:, model.mask_id]  # (M,), of the mask: 0 with subs
+        logits[:, model.mask_id] = -torch.inf
         token = sample_token(logits, x, reveal, rng, **sampling)  # (M,)
         if not model.config.subs and alpha_s < 1:
             fewer = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
@@ -348,7 +350,7 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
             continue
         if reveal.any():  # always before a token is masked again, so that there are logits
             logits = model(x, level, where=reveal)  # (M, V), M to reveal
-            logits[:, -1] = -torch.inf
+            logits[:, model.mask_id] = -torch.inf
             x[reveal] = sample_token(logits, x, reveal, rng, **sampling)
         x[remask] = model.mask_id
         yield reveal, logits if reveal.any() else logits[:0]
@@ -460,7 +462,8 @@ class PrefixCached:
 
     def __call__(self, x, level=None, *, where):
         begin = self.cache.length = min(self.cache.length, self.start)  # 0 in the first pass
-        return self.model(x[:, begin:], level, cache=self.cache, where=where[:, begin:])
+        x = x[:, max(0, begin - self.config.shift):]  # with shift, the cache has a start token too
+        return self.model(x, level, cache=self.cache, where=where[:, begin:])
 
 
 class BlockCached:
@@ -660,12 +663,13 @@ class Run(NamedTuple):
     path: str             # the folder, out_dir
 
 
-def load_run(out_dir, device, ckpt='last'):
+def load_run(out_dir, device, ckpt='last', trust_remote_code=False):
     """The Run that train.py saved in out_dir; ckpt: last, best."""
     checkpoint = load_checkpoint(out_dir, device, ckpt)
     settings, meta = checkpoint['config'], checkpoint['meta']
-    return Run(Path(out_dir).name, load_model(checkpoint, device), make_objective(settings), meta,
-               load_tokenizer(meta), settings, checkpoint['iter'], out_dir)
+    return Run(Path(out_dir).name, load_model(checkpoint, device, trust_remote_code),
+               make_objective(settings), meta, load_tokenizer(meta), settings,
+               checkpoint['iter'], out_dir)
 
 
 def read_prompts(start, template, prompt_file, gen_length):
@@ -1049,7 +1053,9 @@ def main():
             f'a file ending in one of {", ".join(SAVERS)}')
     require('watch', watch, not (watch and json), 'False with json')
     is_run = not corrupt or (Path(out_dir) / 'ckpt.pt').is_file()
-    run = load_run(out_dir, pick_device(device), ckpt) if is_run else None
+    run = load_run(out_dir, pick_device(device), ckpt, trust_remote_code) if is_run else None
+    if export:
+        return export_model(run.model, run.meta, run.tokenizer, export)
     if corrupt:
         return show_corruption(run, corrupt, seed)
     if chat:

@@ -45,8 +45,9 @@ from tqdm import tqdm
 import config
 import sample
 from config import UserError, one_of, require, write_atomically
-from model import LengthLoss, Transformer, evaluate, flops_per_token, load_checkpoint, \
-    make_objective, model_config, peak_memory, pick_device, pick_dtype
+from model import LengthLoss, evaluate, flops_per_token, hub_settings, load_checkpoint, \
+    load_hub_weights, make_network, make_objective, model_config, peak_memory, pick_device, \
+    pick_dtype
 from prepare import mixed_seed, open_run_data, prepare, recipe_names
 
 # the run
@@ -54,7 +55,11 @@ out_dir = 'out/shakespeare_mdm'  # the run's folder; a config file sets out/<its
 resume = False              # continue the run in out_dir, with the settings that it has
 overwrite = False           # delete the run in out_dir and begin anew
 init_from = ''              # begin with the weights of this run, of the same shape and vocabulary:
-                            # a short ar run saves masked diffusion a slow start, see RESULTS
+                            # a short ar run saves masked diffusion a slow start, see RESULTS; or
+                            # hf:NAME, hf:FOLDER: of a model of the Hugging Face hub, GPT-2 or a
+                            # masked one (BERT, ModernBERT), which brings its shape along
+trust_remote_code = False   # hf: run the code that such a model consists of
+hub = ''                    # hf: what the model is, with licence and revision; not to be set
 seed = 1337
 device = 'auto'             # cuda, mps, cpu; auto takes the first available
 dtype = 'auto'              # float32, bfloat16 (autocast); auto is bfloat16 where that is fast
@@ -82,13 +87,14 @@ n_kv_head = 0               # heads of keys and values; 0 = n_head
 n_embd = 192
 pos = 'rope'                # rope, learned
 norm = 'rmsnorm'            # rmsnorm, layernorm
-mlp = 'relu2'               # relu2, swiglu, gelu
+mlp = 'relu2'               # relu2, swiglu, gelu, gelu_tanh
 n_conv = 0                  # local mixing over so many neighbours, twice in a layer; 0 = none
 n_hidden = 0                # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
 qk_norm = True
 bias = False
 tied = False                # the head shares the embedding's matrix
 time_cond = False           # show the network the noise level
+start_id = -1               # read before the first token, by ar and with shift; -1: the mask
 dropout = 0.0
 # objective
 objective = 'mdm'           # ar, mdm, d3pm, uniform, block; what follows is for all but ar
@@ -99,6 +105,9 @@ w_max = 5.0                 # for loss_weight = clipped
 mask_range = (0.15, 0.99)   # levels t that are trained; below, a row has few masks to learn from
 diffusion_steps = 1000      # d3pm: N, from all masks to none
 subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
+shift = False               # mdm, d3pm: predict token i where token i - 1 is read, as ar does
+attn_anneal = 0             # mdm, d3pm: updates over which the attention of an ar run opens: later
+                            # tokens are visible with a growing probability; 0 = from the start
 block_length = 16           # block: tokens per block
 # length prediction: train a head that predicts the length of an answer on the frozen run init_from
 length_head = ''            # regress_mean, regress_concat, classify, encoder_regress,
@@ -212,6 +221,9 @@ def check_settings(s):
             ('score_prompt', not s.score_prompt or objective.causal,
              'False: it is for objective=ar alone'),
             ('subs', s.subs or s.objective == 'd3pm', 'True (d3pm alone may use the mask)'),
+            ('shift', not s.shift or all_masks, 'False but for mdm and d3pm'),
+            ('attn_anneal', not s.attn_anneal or (all_masks and not s.n_conv),
+             '0 but for mdm and d3pm without n_conv'),
             ('token_weights', len(s.token_weights) == 3 and (set(s.token_weights) == {1.0} or (
                 hasattr(objective, 'token_weight') and not s.length_head)),
              'three numbers of 0 or more (1, 1, 1 but for mdm without a length_head)'),
@@ -244,8 +256,11 @@ class Training:
             batches = s.epochs * self.data.tokens_per_epoch / self.data.tokens_per_batch
             s.max_iters = round(batches / self.parts)
         torch.manual_seed(s.seed)
-        self.model = Transformer(model_config(vars(s), self.data.meta)).to(self.device)
-        if s.init_from and not checkpoint:
+        shape = model_config(vars(s), self.data.meta)
+        self.model = make_network(shape, s.trust_remote_code).to(self.device)
+        if s.init_from.startswith('hf:') and not checkpoint:
+            load_hub_weights(self.model, self.data.meta, s.trust_remote_code)
+        elif s.init_from and not checkpoint:
             load_first_weights(self.model, s, self.data.meta)
         self.network = self.model  # what updates call: compile_model() may compile it
         self.objective = training_objective(s, self.data.meta, self.device)
@@ -295,6 +310,19 @@ def open_training_data(s, rank, world):
     return data
 
 
+def adopt_shape(s, usual):
+    """Gives s the settings that the model of the hub in init_from, or in its run, determines.
+
+    UserError for another value than that, or than the usual one."""
+    found = hub_settings(s.init_from[3:], s.trust_remote_code) if s.init_from[:3] == 'hf:' else \
+        {name: value for name, value in load_checkpoint(s.init_from)['config'].items()
+         if name in ('hub', 'start_id')}
+    for name, value in found.items():
+        asked = vars(s)[name]
+        require(name, asked, asked in (usual[name], value), f'{value!r}, as in {s.init_from}')
+        vars(s)[name] = value
+
+
 def load_first_weights(model, s, meta):
     """Gives model the weights of the run init_from; UserError if shapes or vocabulary differ.
 
@@ -303,14 +331,18 @@ def load_first_weights(model, s, meta):
     source = load_checkpoint(s.init_from, model.device)
     theirs, own = vars(model_config(source['config'], source['meta'])), vars(model.config)
     # causal, ... may differ: they change no shape, and training adapts the weights to them
-    other = [name for name in theirs if theirs[name] != own[name]
-             and name not in ('causal', 'dropout', 'subs', 'block_length', 'length_head')]
+    other = [name for name in theirs if theirs[name] != own[name] and name not in (
+        'causal', 'dropout', 'subs', 'block_length', 'length_head', 'shift', 'block_size')]
+    places, there = (c['block_size'] + c['shift'] for c in (own, theirs))
+    other += ['block_size'] * (places > there)
     other += [name for name in ('tokenizer', 'sep_id') if source['meta'][name] != meta[name]]
     other += [name for name in ('objective', 'predict_pad')
               if s.length_head and source['config'][name] != vars(s)[name]]
     if other:
         raise UserError(f'{s.init_from} cannot begin this run: it has another {", ".join(other)}')
     weights = {name: p for name, p in source['model'].items() if 'length_head.' not in name}
+    if 'embed_pos.weight' in weights:  # of a longer context, the first positions
+        weights['embed_pos.weight'] = weights['embed_pos.weight'][:places]
     model.load_state_dict(model.state_dict() | weights)
 
 
@@ -577,8 +609,8 @@ def write_answers(run, s):
     """Appends to samples.csv how ckpt.pt answers the first prompts; BLEU, if sacrebleu is there."""
     path, bleu = Path(s.out_dir, 'samples.csv'), ''
     rows = [] if path.exists() else [('iter', 'BLEU of all', 'prompt', 'reference', 'answer')]
-    answers = sample.first_answers(sample.load_run(s.out_dir, run.device), run.data, s.decode_rows,
-                                   sample.defaults())
+    answers = sample.first_answers(sample.load_run(s.out_dir, run.device, 'last', s.trust_remote_code),
+                                   run.data, s.decode_rows, sample.defaults())
     with suppress(ImportError):
         from sacrebleu import corpus_bleu
         _, references, texts = zip(*answers)
@@ -603,6 +635,7 @@ def update(run, s, factor):
     count, and signals caught (by all processes; alone, a process asks run.caught itself).
     """
     sums = torch.zeros(3, device=run.device)
+    run.model.visible = min(1.0, run.iteration / s.attn_anneal) if s.attn_anneal else 1.0
     for part in range(run.rank, run.parts, run.world):  # this process's batches of the update
         seed = mixed_seed(s.seed, run.iteration, part)
         torch.manual_seed(seed)  # for dropout
@@ -703,7 +736,8 @@ def measure(run, s):
 def show_sample(run, s):
     """Prints what the model in ckpt.pt writes (a text, or two answers) and what to try next."""
     print(f'\nThe run is in {s.out_dir}: ckpt.pt, log.csv, steps.csv, loss.png. A sample of it:\n')
-    trained, how = sample.load_run(s.out_dir, run.device), sample.defaults() | {'seed': s.seed}
+    trained = sample.load_run(s.out_dir, run.device, 'last', s.trust_remote_code)
+    how = sample.defaults() | {'seed': s.seed}
     if trained.meta['sep_id'] is None:
         task, start = 'likelihood', '--num_samples=3'
         canvas = [trained.model.mask_id] * s.block_size
@@ -719,6 +753,7 @@ def show_sample(run, s):
 
 
 def main():
+    usual = dict(globals())
     settings = config.override(globals())
     if Path(out_dir, 'ckpt.pt').exists() and not (resume or overwrite or bench):
         raise UserError(f'{out_dir} holds a run already: --resume goes on with it, --overwrite '
@@ -732,6 +767,8 @@ def main():
         settings = config.override(globals(), earlier=before)
         require('objective', objective, objective == before['objective'], 'that of the run')
     s = SimpleNamespace(**settings)
+    if init_from and not resume:
+        adopt_shape(s, usual)
     check_settings(s)
     run = Training(s, checkpoint)
     print(run.data.describe())

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 127, 'prepare.py': 714, 'model.py': 605, 'train.py': 525,
-           'sample.py': 801, 'eval.py': 971, 'data/*.py': 109}
+BUDGETS = {'config/__init__.py': 128, 'prepare.py': 717, 'model.py': 757, 'train.py': 554,
+           'sample.py': 807, 'eval.py': 975, 'data/*.py': 109}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 
