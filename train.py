@@ -609,8 +609,8 @@ def write_answers(run, s):
     """Appends to samples.csv how ckpt.pt answers the first prompts; BLEU, if sacrebleu is there."""
     path, bleu = Path(s.out_dir, 'samples.csv'), ''
     rows = [] if path.exists() else [('iter', 'BLEU of all', 'prompt', 'reference', 'answer')]
-    answers = sample.first_answers(sample.load_run(s.out_dir, run.device, 'last', s.trust_remote_code),
-                                   run.data, s.decode_rows, sample.defaults())
+    trained = sample.load_run(s.out_dir, run.device, 'last', s.trust_remote_code)
+    answers = sample.first_answers(trained, run.data, s.decode_rows, sample.defaults())
     with suppress(ImportError):
         from sacrebleu import corpus_bleu
         _, references, texts = zip(*answers)
