@@ -49,8 +49,8 @@ import sample
 from config import UserError, one_of, require, write_atomically
 from model import Autoregression, cross_entropy, evaluate, flops_per_token, in_slices, \
     make_objective, peak_memory, pick_device
-from prepare import EOT, SURROGATE, download, load_meta, load_split, load_tokenizer, mixed_seed, \
-    open_data, open_run_data, read_chunks, row_batches, row_widths
+from prepare import EOT, SURROGATE, download, from_hub, load_meta, load_split, load_tokenizer, \
+    mixed_seed, open_data, open_run_data, optional, read_chunks, row_batches, row_widths
 from sample import PLAIN, Run, load_run
 
 # what is measured
@@ -116,10 +116,9 @@ DIGITS = {             # digits after the point in a column; 3 in all others
 # --------------------------------------------------------------------------------- runs and data
 
 
-def load_runs(out_dirs, device, one_data_set=True, ckpt='last', trust_remote_code=False):
+def load_runs(out_dirs, device, one_data_set=True, **how):
     """[Run] of the folders, with commas between them; all on one data set if that is asked."""
-    runs = [load_run(path.strip(), device, ckpt, trust_remote_code)
-            for path in out_dirs.split(',')]
+    runs = [load_run(path.strip(), device, **how) for path in out_dirs.split(',')]
     for run in runs:
         if run.meta != load_meta(run.settings['dataset']):
             raise UserError(f'data/{run.settings["dataset"]} is not what {run.name} was trained on')
@@ -759,20 +758,14 @@ class HuggingFace:
     """
 
     def __init__(self, name, device):
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
-        except (ImportError, OSError, ValueError) as e:
-            raise UserError(f'judge is {name!r}, neither a run nor a model that transformers (pip '
-                            f"install -e '.[eval]') can load ({type(e).__name__})") from e
+        tokenizer = from_hub('AutoTokenizer', name)
+        self.model = from_hub('AutoModelForCausalLM', name).to(device).eval()
         bos, eos, c = tokenizer.bos_token_id, tokenizer.eos_token_id, self.model.config
-        start_id, self.device = eos if bos is None else bos, device
-        if start_id is None:
+        self.start_id, self.device = eos if bos is None else bos, device
+        if self.start_id is None:
             raise UserError(f'judge {name} has no token that texts start or end with')
         self.encode = partial(tokenizer.encode, add_special_tokens=False)
-        self.config = SimpleNamespace(vocab_size=c.vocab_size, start_id=start_id,
-                                      block_size=c.max_position_embeddings)
+        self.config = SimpleNamespace(vocab_size=c.vocab_size, block_size=c.max_position_embeddings)
 
     def __call__(self, x, where, hidden=True):
         return self.model(x).logits[where]  # (M, V)
@@ -1180,11 +1173,8 @@ def make_score():
 
     BERTScore is one of them where bert-score is installed and its model can be loaded.
     """
-    try:
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError as e:
-        raise UserError(f"BLEU needs {e.name}: pip install -e '.[eval]'") from e
-    metrics, bert = {'BLEU': BLEU(), 'chrF': CHRF()}, None
+    sacrebleu = optional('sacrebleu.metrics', extra='eval')
+    metrics, bert = {'BLEU': sacrebleu.BLEU(), 'chrF': sacrebleu.CHRF()}, None
     with suppress(Exception):  # not installed, not on the disk, or of versions that do not fit
         from bert_score import BERTScorer
         bert = BERTScorer('bert-base-multilingual-cased')
@@ -1454,8 +1444,8 @@ def main():
     if task in ('curves', 'scaling'):  # they read logs, no models
         runs = [load_log(path.strip())[0] for path in out_dir.split(',')]
     else:
-        runs = load_runs(out_dir, pick_device(device), task != 'likelihood', ckpt,
-                         trust_remote_code)
+        runs = load_runs(out_dir, pick_device(device), task != 'likelihood', ckpt=ckpt,
+                         trust_remote_code=trust_remote_code)
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f'{out_dir} has runs of the same name, which no table could tell apart')
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]

@@ -13,7 +13,7 @@ A first reading ends at evaluate. What follows is for later:
     KVCache, LocalMixing, LengthHead  options of the transformer: decoding that recomputes nothing,
                                       convolutions, and the length of an answer before it is written
     load_model                        devices and checkpoints
-    HubNetwork, load_hub_weights      models of the Hugging Face hub: GPT-2 in our transformer, and
+    HubNetwork, load_hub              models of the Hugging Face hub: GPT-2 in our transformer, and
                                       masked models behind the same call
 
 Letters here, and in the papers:
@@ -96,14 +96,12 @@ class ModelConfig:
     subs: bool = True         # MDLM's SUBS: the mask is never predicted; False: it may be (D3PM)
     block_length: int = 0     # tokens per block of block diffusion; 0 = none
     length_head: str = ''     # how the length of an answer is predicted, see LengthHead; '' = none
-    mask_id: int = -1         # -1: the last row, V - 1
-    start_id: int = -1        # read before the first token, by ar and with shift; -1: the mask
+    mask_id: int = -1         # -1: V - 1
+    start_id: int = -1        # read before the first token, by ar and with shift; -1: V - 1
     shift: bool = False       # token i is predicted where i - 1 is read, as ar does, though not ar
-    hub: str = ''             # JSON: the model of the hub that this is, see hub_settings
+    hub: str = ''             # the config.json of the model of the hub that this is, if it is one
 
     def __post_init__(self):
-        self.mask_id = self.vocab_size - 1 if self.mask_id < 0 else self.mask_id
-        self.start_id = self.mask_id if self.start_id < 0 else self.start_id
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise UserError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, '
@@ -254,7 +252,7 @@ def after_start(model, x):
 
     AR reads its text so, and masked diffusion with shift its canvas: whatever a causal network has
     learned stays where it was [DiffuLLaMA sec. 3.2]."""
-    return F.pad(x, (1, 0), value=model.config.start_id)
+    return F.pad(x, (1, 0), value=model.start_id)
 
 
 class Transformer(nn.Module):
@@ -263,8 +261,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.mask_id = c.mask_id
-        self.visible = 1.0  # share of later positions that training sees: attn_anneal of train.py
+        self.mask_id, self.start_id = c.mask_id % c.vocab_size, c.start_id % c.vocab_size
         places = c.block_size + c.shift  # with shift, the start token has one
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
         self.embed_pos = nn.Embedding(places, c.n_embd) if c.pos == 'learned' else None
@@ -284,7 +281,7 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def forward(self, x, level=None, *, where=None, hidden=False, cache=None, clean=None,
-                block_length=0):
+                block_length=0, visible=None):
         """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
         x (B, T) int64: tokens, mask_id among them.
@@ -294,6 +291,7 @@ class Transformer(nn.Module):
         shift x then begins with the token before `where`, which the cache lacks.
         clean (B, T), block_length: read [x ; clean] as block_mask says, for BlockDiffusion; level
         may then be (B, T).
+        visible: each position sees each later one with this probability, see attn_anneal.
         """
         start = cache.length if cache is not None else 0
         if self.config.shift and start == 0:
@@ -303,9 +301,8 @@ class Transformer(nn.Module):
             raise UserError(f'{start + T} tokens do not fit into the context of this model, '
                             f'block_size is {self.config.block_size}')
         position, mask = torch.arange(start, start + T, device=x.device), None
-        if self.training and self.visible < 1:  # each later position by chance [DiffuLLaMA]
-            mask = torch.rand(T, T, device=x.device) < self.visible
-            mask |= torch.ones_like(mask).tril()
+        if visible is not None:  # [DiffuLLaMA sec. 3.2]
+            mask = ~(torch.rand(T, T, device=x.device) >= visible).triu(1)
         if clean is not None:  # both halves stand at the same positions, and x0 has no noise
             position, mask = position.repeat(2), block_mask(T, block_length, x.device)
             level = None if level is None else torch.cat(
@@ -500,18 +497,18 @@ class Objective:
                 and 0 <= self.mask_range[0] <= self.mask_range[1] <= 1,
                 '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0')
 
-    def loss(self, model, x0, rng, given=None):
+    def loss(self, model, x0, rng, given=None, **inputs):
         """(sum of weighted losses in nats, number of tokens); train.py divides the sum over
         all micro-batches of the one by that of the other, so that every token counts the same.
 
         x0 (B, T) int64, clean tokens; rng: a torch.Generator. With loss_weight='elbo' and the whole
         mask_range the quotient is, in expectation, an upper bound on the nll per token. The other
         weights have the same optimum (every level's conditionals), but weight the levels
-        differently.
+        differently. inputs: what else the network reads, keywords of Transformer.forward.
         """
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt(model, x0, given, rng)
-        nats = self.weighted_losses(model, x0, noised).sum()
+        nats = self.weighted_losses(model, x0, noised, **inputs).sum()
         return nats, noised.scored.sum() if self.loss_weight == 'masked_mean' else (~given).sum()
 
     def bound(self, model, x0, rng, given=None):
@@ -520,10 +517,10 @@ class Objective:
         noised = self.corrupt_evenly(model, x0, given, rng)
         return spread(self.weighted_losses(model, x0, noised), noised.scored).sum(1)
 
-    def weighted_losses(self, model, x0, noised):
+    def weighted_losses(self, model, x0, noised, **more):
         """Weighted losses (M,) of predicting x0 from one sample of its corruption."""
         xt, scored, weight, level, token_loss, extra, inputs = noised
-        h = model(xt, level, where=scored, hidden=True, **inputs)  # (M, C)
+        h = model(xt, level, where=scored, hidden=True, **inputs, **more)  # (M, C)
         rows = [row.expand_as(x0)[scored] for row in (x0, *extra)]  # (M,) each
         return weight.expand_as(x0)[scored] * in_slices(token_loss, model, h, *rows)
 
@@ -693,9 +690,8 @@ class D3PM(Objective):
     def noised(self, model, x0, given, is_mask, weight, m_t, m_s, c):
         """m_t, m_s = 1 - alpha and c, (B, 1): those of the step from t to s."""
         xt = torch.where(is_mask, model.mask_id, x0)
-        token_loss = partial(d3pm_token_loss, mask_id=model.mask_id)
-        return Noised(xt, is_mask, weight, noise_fraction(m_t, given), token_loss,
-                      (m_t, m_s, c))
+        return Noised(xt, is_mask, weight, noise_fraction(m_t, given),
+                      partial(d3pm_token_loss, mask_id=model.mask_id), (m_t, m_s, c))
 
 
 def d3pm_token_loss(logits, target, m_t, m_s, c, mask_id=-1):
@@ -837,12 +833,11 @@ class KVCache:
 
     def __init__(self, config, B, device, dtype=torch.float32):
         c, how = config, {'device': device, 'dtype': dtype}
-        self.kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, c.block_size + c.shift,
-                              c.n_embd // c.n_head, **how)
+        T = c.block_size + c.shift  # with shift, the start token has a place, too
+        self.kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, T, c.n_embd // c.n_head, **how)
         self.n_conv, self.length = c.n_conv, 0
         if c.n_conv:
-            self.inputs = torch.zeros(2 * c.n_layer, B, c.n_conv + c.block_size + c.shift, c.n_embd,
-                                      **how)
+            self.inputs = torch.zeros(2 * c.n_layer, B, c.n_conv + T, c.n_embd, **how)
 
     def extend(self, layer, k, v):
         """Appends k, v (B, Hkv, T, D) of `layer`; returns all its keys and values."""
@@ -1069,7 +1064,7 @@ def model_config(settings, meta):
             or meta['mask_id'] == meta['vocab_size'], 'one of masks: this mask is not the last id')
     return ModelConfig(vocab_size=meta['vocab_size'] + 1, **fields_in(ModelConfig, settings) | {
         'causal': objective.causal, 'block_length': objective.block_length,
-        'mask_id': meta['mask_id']})
+        'mask_id': meta['mask_id'], 'start_id': meta['eos_id' if settings.get('hub') else 'mask_id']})
 
 
 def flops_per_token(settings, data):
@@ -1092,8 +1087,7 @@ def flops_per_token(settings, data):
 
 def load_model(checkpoint, device, trust_remote_code=False):
     """The network of a checkpoint, on `device`, in evaluation mode."""
-    config = model_config(checkpoint['config'], checkpoint['meta'])
-    model = make_network(config, trust_remote_code)
+    model = make_network(model_config(checkpoint['config'], checkpoint['meta']), trust_remote_code)
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError as e:
@@ -1104,169 +1098,134 @@ def load_model(checkpoint, device, trust_remote_code=False):
 
 # ------------------------------------------------------------------- models of the Hugging Face hub
 
-# {class of transformers: {its name of a part of the network: ours}}, replaced in this order
-HUB_NAMES = {
-    'gpt2': {'transformer.wte': 'embed', 'transformer.wpe': 'embed_pos',
-             'transformer.h.': 'blocks.', 'transformer.ln_f': 'norm', 'ln_1': 'norm1',
-             'ln_2': 'norm2', 'c_attn': 'qkv', 'c_proj': 'proj', 'c_fc': 'fc', 'lm_head': 'head'},
-    'llama': {'model.embed_tokens': 'embed', 'model.layers': 'blocks', 'model.norm': 'norm',
-              'input_layernorm': 'norm1', 'post_attention_layernorm': 'norm2', 'lm_head': 'head',
-              'self_attn.o_proj': 'attn.proj', 'self_attn': 'attn', 'mlp.up_proj': 'mlp.fc',
-              'mlp.down_proj': 'mlp.proj', '_proj': ''}}
+GPT2_NAMES = {'transformer.wte': 'embed', 'transformer.wpe': 'embed_pos', 'transformer.h': 'blocks',
+              'transformer.ln_f': 'norm', 'ln_1': 'norm1', 'ln_2': 'norm2', 'c_attn': 'qkv',
+              'c_proj': 'proj', 'c_fc': 'fc', 'lm_head': 'head'}  # theirs: ours
 DIFFUGPT_NAMES = {'^denoise_model': 'transformer', '^embed_tokens': 'transformer.wte'}  # GPT-2's
-GELUS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}  # of GPT-2
+GELUS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu'}
 
 
 def hub_settings(name, trust_remote_code):
-    """The settings of train.py that hf:<name> determines: its shape and, in `hub`, what it is."""
-    c = from_hub('AutoConfig.from_pretrained', name, trust_remote_code=trust_remote_code)
-    is_folder, hub = Path(name).is_dir(), optional('huggingface_hub', extra='hf')
-    licence, revision = 'not stated', 'a folder' if is_folder else 'not known'
-    with suppress(Exception):  # no card, none that states a licence, or no network
-        if is_folder:
-            licence = hub.ModelCard.load(Path(name, 'README.md')).data.license
-        else:
-            revision, licence = hub.model_info(name).sha, hub.model_info(name).card_data.license
-    about = {'hub_name': name, 'licence': licence, 'revision': revision}
-    print('hf:{hub_name}: licence {licence}, revision {revision}'.format(**about))
-    found = {'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads,
+    """{setting of train.py: value} of the model hf:<name>: its shape and, in `hub`, what it is."""
+    c = from_hub('AutoConfig', name, trust_remote_code=trust_remote_code)
+    is_causal = 'AutoModelForCausalLM' in getattr(c, 'auto_map', ())  # LLaDA is, by name alone
+    c.update({'name': name, 'licence': 'not stated', 'class': 'GPT2LMHeadModel' if c.model_type ==
+              'gpt2' else f'AutoModelFor{"Causal" if is_causal else "Masked"}LM',
+              'revision': getattr(c, '_commit_hash', None) or 'of a folder'})
+    with suppress(Exception):  # no README.md, none that states a licence, or no network
+        card = Path(name, 'README.md') if Path(name).is_dir() else name
+        c.licence = optional('huggingface_hub', extra='hf').ModelCard.load(card).data.license
+    found = {'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads, 'shift': False,
              'n_embd': c.hidden_size, 'tied': getattr(c, 'tie_word_embeddings', False),
-             'hub': json.dumps(json.loads(c.to_json_string()) | about)}
+             'block_size': getattr(c, 'max_position_embeddings', 1 << 20) -
+             2 * ('roberta' in c.model_type), 'pos': 'learned', 'hub': c.to_json_string()}
     if c.model_type == 'gpt2':
-        require('init_from', f'hf:{name}', c.activation_function in GELUS and c.scale_attn_weights
-                and not c.scale_attn_by_inverse_layer_idx and c.layer_norm_epsilon == 1e-5,
-                'a GPT-2 with the usual GELU, attention and LayerNorm')
-        found |= {'pos': 'learned', 'norm': 'layernorm', 'mlp': GELUS[c.activation_function],
-                  'n_hidden': c.n_inner or 0, 'qk_norm': False, 'bias': True,
-                  'start_id': c.bos_token_id}
+        usual = c.activation_function in GELUS and not c.scale_attn_by_inverse_layer_idx
+        require('init_from', f'hf:{name}', usual, 'a GPT-2 with its usual GELU and attention')
+        found |= {'norm': 'layernorm', 'mlp': GELUS[c.activation_function], 'bias': True,
+                  'n_hidden': c.n_inner or 0, 'qk_norm': False}
     return found
 
 
-def hub_class(hub):
-    """The class of transformers that loads a model, by its config.json: causal only for GPT-2."""
-    names = ('AutoModelForMaskedLM', 'AutoModelForCausalLM', 'AutoModel')  # LLaDA's is the second
-    if hub['model_type'] in HUB_NAMES:
-        return names[1]
-    return next((name for name in names if name in hub.get('auto_map', {})), names[0])
+def make_network(config, trust_remote_code=False):
+    """The network of a ModelConfig, with its first weights: a Transformer, or a HubNetwork."""
+    hub = json.loads(config.hub or '{"model_type": "gpt2"}')
+    if hub['model_type'] == 'gpt2':
+        return Transformer(config)
+    transformers = optional('transformers', extra='hf')
+    theirs = transformers.AutoConfig.for_model(**hub) if 'auto_map' not in hub else \
+        from_hub('AutoConfig', hub['name'], trust_remote_code=trust_remote_code)
+    return HubNetwork(config, getattr(transformers, hub['class']).from_config(
+        theirs, dtype=torch.float32, trust_remote_code=trust_remote_code))
 
 
 class HubNetwork(nn.Module):
     """A masked language model of transformers behind the call that Transformer answers.
 
-    Its output layer is taken off, so that logits are computed only where they are read. It has its
-    own dropout. Its matrices have not our names, so AdamW trains them, whatever the optimizer.
+    It computes its logits at all positions: they are what `hidden` returns.
     """
 
     def __init__(self, config, network):
         super().__init__()
-        self.config, self.mask_id = config, config.mask_id
-        if config.causal or config.block_length or config.shift or config.time_cond:
+        c, self.mask_id, self.network = config, config.mask_id, network
+        if c.causal or c.block_length or c.shift or c.time_cond or c.length_head:
             raise UserError('a masked model of the hub has an objective of masks, mdm or d3pm, and '
-                            'neither shift nor time_cond')
-        if len(network.get_input_embeddings().weight) != config.vocab_size:
-            network.resize_token_embeddings(config.vocab_size)
-        self.embed, self.head = network.get_input_embeddings(), network.get_output_embeddings()
-        same = nn.Identity()
-        same.bias = None  # BERT's class asks for one
-        network.set_output_embeddings(same)
-        self.network = network
-        self.length_head = LengthHead(config) if config.length_head else None
+                            'no shift, time_cond or length_head')
+        network.resize_token_embeddings(c.vocab_size)
+        self.config, self.embed, self.length_head = c, network.get_input_embeddings(), None
+        self.head = torch.clone  # of logits, in which that of the mask is then overwritten
 
-    def forward(self, x, level=None, *, where=None, hidden=False, cache=None):
-        """As Transformer.forward."""
-        require('prefix_cache', True, cache is None, 'False: this network has no cache')
-        h = self.network(x).logits  # (B, T, C): what the output layer reads
-        h = h if where is None else h[where]  # (M, C)
+    def forward(self, x, level=None, *, where=None, hidden=False, **other):
+        require('prefix_cache or attn_anneal', True, not other, 'off for a masked model of the hub')
+        h = self.network(x).logits  # (B, T, V)
+        h = h if where is None else h[where]  # (M, V)
         return h if hidden else self.logits(h)
 
     logits, device = Transformer.logits, Transformer.device
     count_parameters = Transformer.count_parameters
 
 
-def make_network(config, trust_remote_code=False):
-    """The network of a ModelConfig, with its first weights: a Transformer, or a HubNetwork."""
-    hub, how = json.loads(config.hub or '{}'), {'trust_remote_code': trust_remote_code}
-    if not hub or hub['model_type'] in HUB_NAMES:
-        return Transformer(config)
-    theirs = optional('transformers', extra='hf').AutoConfig.for_model(**hub) \
-        if 'auto_map' not in hub else from_hub('AutoConfig.from_pretrained', hub['hub_name'], **how)
-    return HubNetwork(config, from_hub(f'{hub_class(hub)}.from_config', hub['hub_name'], theirs,
-                                       dtype=torch.float32, **how))
-
-
-def by_our_names(network, kind):
-    """{our name: weight} of a GPT-2 or Llama of transformers: views, to be read or written."""
+def by_our_names(gpt2):
+    """{our name: weight} of a GPT2LMHeadModel: views, to be read or written."""
     found = {}
-    for name, p in network.named_parameters():
-        for theirs, ours in HUB_NAMES[kind].items():
+    for name, p in gpt2.state_dict().items():
+        for theirs, ours in GPT2_NAMES.items():
             name = name.replace(theirs, ours)
-        p = p.detach().t() if kind == 'gpt2' and 'blocks.' in name else p.detach()
-        parts = zip('qkv', p.chunk(3)) if 'qkv' in name else [('', p)]
-        found |= {name.replace('qkv', part): piece for part, piece in parts}
+        p = p.t() if 'blocks.' in name else p  # its linear layers hold (inputs, outputs)
+        for part, piece in zip('qkv', p.chunk(3)) if 'qkv' in name else [('', p)]:
+            found[name.replace('qkv', part)] = piece
     return found
 
 
 @torch.no_grad()
-def load_hub_weights(model, meta, trust_remote_code):
-    """Gives model the weights of the model of the hub that its config names. Raises UserError.
+def load_hub(s, meta):
+    """Like load_checkpoint(), of the model hf:... that the settings s begin with. Raises UserError.
 
-    Rows that GPT-2 lacks, the mask's among them, become the mean of its rows: such a token is read
-    as an average one. DiffuGPT's mask is a token of GPT-2's: our mask gets a copy of its row.
+    A row that it lacks, such as the mask's in GPT-2, is about the mean of its rows: such a token is
+    read as an average one. DiffuGPT's mask is a token of GPT-2's: our mask gets a copy of its row.
     """
-    c, hub = model.config, json.loads(model.config.hub)
-    name, kind, places = hub['hub_name'], hub['model_type'], c.block_size + c.shift
-    vocabulary, names = hub_vocabulary(name, 'stream'), DIFFUGPT_NAMES if kind == 'gpt2' else None
+    settings = vars(s) | hub_settings(s.init_from[3:], s.trust_remote_code)
+    hub, c = json.loads(settings['hub']), model_config(settings, meta)
+    vocabulary, is_gpt2 = hub_vocabulary(hub['name'], 'stream'), hub['model_type'] == 'gpt2'
     network, report = from_hub(
-        f'{hub_class(hub)}.from_pretrained', name, dtype=torch.float32, use_safetensors=True,
-        output_loading_info=True, key_mapping=names, trust_remote_code=trust_remote_code)
-    rows, missing = network.get_input_embeddings().weight, sorted(report['missing_keys'])
-    longest = getattr(network.config, 'max_position_embeddings', places) - 2 * ('roberta' in kind)
+        hub['class'], hub['name'], dtype=torch.float32, use_safetensors=True,
+        output_loading_info=True, key_mapping=DIFFUGPT_NAMES if is_gpt2 else None,
+        trust_remote_code=s.trust_remote_code)
+    missing, rows = sorted(report['missing_keys']), network.get_input_embeddings().weight
     same = meta['tokenizer'] in (vocabulary['tokenizer'], len(rows) == 50_257 and {'kind': 'gpt2'})
-    require('init_from', f'hf:{name}', not missing, f'a whole model, but this lacks {missing[:1]}')
-    require('block_size', c.block_size, places <= longest, f'less: it reads {longest} tokens')
-    require('dataset', meta['name'], same, f'prepared with --tokenizer=hf:{name}')
-    if isinstance(model, HubNetwork):
-        return model.load_state_dict(HubNetwork(c, network).state_dict())
-    weights = by_our_names(network, kind)
-    for name, p in model.named_parameters():
-        if name in weights:
-            w = weights[name][:len(p)]
-            p[:len(w)], p[len(w):] = w, w.mean(0)
-    if vocabulary['mask_id'] < len(rows):
-        model.embed.weight[c.mask_id] = rows[vocabulary['mask_id']]
+    require('init_from', s.init_from, not missing, f'a whole model, but this lacks {missing[:1]}')
+    require('dataset', meta['name'], same, f'prepared with --tokenizer={s.init_from}')
+    print('hf:{name}: licence {licence}, revision {revision}'.format(**hub))
+    rows = network.resize_token_embeddings(c.vocab_size).weight
+    rows[c.mask_id] = rows[vocabulary['mask_id']]
+    return {'config': settings, 'meta': meta, 'model': by_our_names(network) if is_gpt2 else
+            HubNetwork(c, network).state_dict()}
 
 
 @torch.no_grad()
-def export_model(model, meta, tokenizer, folder):
-    """Writes an ar model to a new folder as a GPT-2 or Llama of transformers. Raises UserError.
+def export_model(run, folder):
+    """Writes the model of an ar run to a new folder as a GPT-2 of transformers. Raises UserError.
 
-    The mask's row goes with it: it is the start token, bos_token_id there. A bias that ours lacks
-    is 0 in GPT-2. The tokenizer goes with it if it is one of the hub.
+    The mask's row goes with it: where it is the start token, it is bos_token_id there. A bias that
+    ours lacks is 0. The tokenizer goes with it if it is one of the hub. As a Llama (rope, rmsnorm,
+    swiglu) nothing is written.
     """
-    c = model.config
-    kind = {('learned', 'layernorm', 'gelu'): 'gpt2', ('rope', 'rmsnorm', 'swiglu'): 'llama'}.get(
-        (c.pos, c.norm, c.mlp.removesuffix('_tanh')))
+    c, transformers = run.model.config, optional('transformers', extra='hf')
     require('export', folder, not Path(folder).exists(), 'a folder that is not there yet')
-    if not kind or not model.config.causal or c.qk_norm or c.n_conv or \
-            (kind == 'gpt2' and c.n_kv_head < c.n_head):
-        raise UserError('only ar models can be exported that have qk_norm=False, n_conv=0 and '
-                        'pos=learned, norm=layernorm, mlp=gelu or gelu_tanh, n_kv_head=0 (GPT-2), '
-                        'or pos=rope, norm=rmsnorm, mlp=swiglu (Llama)')
-    hidden, transformers = model.blocks[0].mlp.fc.out_features, optional('transformers', extra='hf')
-    own = {'gpt2': {'n_inner': hidden,
-                    'activation_function': 'gelu' if c.mlp == 'gelu' else 'gelu_new'},
-           'llama': {'intermediate_size': hidden, 'num_key_value_heads': c.n_kv_head,
-                     'mlp_bias': c.bias, 'attention_bias': c.bias,
-                     'rms_norm_eps': torch.finfo(torch.float32).eps}}[kind]
-    network = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(
-        kind, vocab_size=c.vocab_size, hidden_size=c.n_embd, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, max_position_embeddings=c.block_size,
-        tie_word_embeddings=c.tied, bos_token_id=c.start_id, eos_token_id=meta['eos_id'], **own))
-    weights = dict(model.named_parameters())
-    for name, w in by_our_names(network, kind).items():
-        w.copy_(weights.get(name, torch.zeros_like(w)))
+    if not (c.causal and c.pos == 'learned' and c.norm == 'layernorm' and c.mlp in GELUS.values()) \
+            or c.qk_norm or c.n_conv or c.n_kv_head < c.n_head:
+        raise UserError('only ar models can be exported that are a GPT-2: pos=learned, qk_norm='
+                        'False, norm=layernorm, mlp=gelu or gelu_tanh, n_conv=0, n_kv_head=0')
+    network = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, n_inner=c.n_hidden or None, tie_word_embeddings=c.tied,
+        activation_function='gelu' if c.mlp == 'gelu' else 'gelu_new',
+        bos_token_id=run.model.start_id, eos_token_id=run.meta['eos_id']))
+    weights = run.model.state_dict()
+    for name, w in by_our_names(network).items():
+        w.copy_(weights.get(name, torch.zeros(1)))
     network.save_pretrained(folder)
-    if meta['tokenizer']['kind'] == 'hf':
+    if run.meta['tokenizer']['kind'] == 'hf':
+        end = run.tokenizer.decode([run.meta['eos_id']])
         transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer.tokenizer, eos_token=tokenizer.decode([meta['eos_id']]),
-            chat_template=meta['tokenizer']['chat_template'] or None).save_pretrained(folder)
+            tokenizer_object=run.tokenizer.tokenizer, eos_token=end).save_pretrained(folder)

@@ -54,7 +54,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, lru_cache, partial
 from inspect import signature
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -113,8 +112,8 @@ READ_SIZE = 1 << 18      # bytes or characters that are read at a time
 MAX_UNCUT = 32_000_000   # characters without a place to cut, beyond which recut() gives up
 THREADS = os.cpu_count() or 1  # that tokenise a stream at the same time
 DOWNLOADS = Path('data', 'downloads')
-TOKENIZER_KEYS = {'char': {'chars'}, 'gpt2': set(), 'bpe': {'pattern', 'ranks'},
-                  'hf': {'json', 'chat_template'}}  # in meta.json
+# of each kind, in meta.json
+TOKENIZER_KEYS = {'char': {'chars'}, 'gpt2': set(), 'bpe': {'pattern', 'ranks'}, 'hf': {'json'}}
 META_TYPES = {
     'name': str, 'layout': str, 'row_length': int | None, 'max_answer': int | None,
     'vocab_size': int, 'mask_id': int, 'eos_id': int | None, 'sep_id': int | None,
@@ -511,24 +510,21 @@ def optional(module, extra):
 class HubTokenizer:
     """The tokenizer of a model of the Hugging Face hub, from the text of its tokenizer.json.
 
-    As above, an EOT in the text is encoded as its id only in a stream. No text is encoded as any
-    other special token, nor as mask_id: where that is the id of an ordinary token, as in DiffuGPT,
-    the token is spelt in characters, which decode to the same text."""
+    As above, an EOT in the text is encoded as its id only in a stream, and no text as any other
+    special token. A mask that is an ordinary token, as DiffuGPT's, may occur in the text, and
+    gather() then refuses the data: prepare them with --tokenizer=gpt2, which has a mask of its own.
+    """
 
-    def __init__(self, json_text, specials, mask_id):
+    def __init__(self, json_text, specials):
         self.tokenizer = optional('tokenizers', extra='hf').Tokenizer.from_str(json_text)
         self.tokenizer.encode_special_tokens = True  # as ordinary text: '[MASK]' is no mask
         self.eos_id = specials[EOT] if specials.keys() == {EOT} else None
-        self.instead = {mask_id: [i for char in self.decode([mask_id]) for i in self.ids_of(char)]}
-
-    def ids_of(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode(self, text):
         ids = []
         for part in [text] if self.eos_id is None else text.split(EOT):
-            ids += [self.eos_id, *self.ids_of(part)]
-        return [j for i in ids[1:] for j in self.instead.get(i, [i])]
+            ids += [self.eos_id, *self.tokenizer.encode(part, add_special_tokens=False).ids]
+        return ids[1:]
 
     def decode(self, ids):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -541,7 +537,7 @@ def load_tokenizer(meta):
     if spec['kind'] == 'char':
         return CharTokenizer(spec['chars'], specials)
     if spec['kind'] == 'hf':
-        return HubTokenizer(spec['json'], specials, meta['mask_id'])
+        return HubTokenizer(spec['json'], specials)
     if spec['kind'] == 'bpe':
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec['ranks'])}
     else:
@@ -571,43 +567,34 @@ def learn_byte_pairs(texts, n):
     return [base64.b64encode(bytes(token)).decode() for token, _ in tokens]
 
 
-def from_hub(what, name, given=None, **how):
-    """transformers.<what>(given or name, **how), name on the hub or a folder. Raises UserError."""
+def from_hub(kind, name, **how):
+    """transformers.<kind>.from_pretrained(name, **how), of the hub or a folder. Raises UserError."""
     transformers = optional('transformers', extra='hf')
     transformers.logging.set_verbosity_error()  # what is wrong is said below, in one line
-    transformers.logging.disable_progress_bar()
     try:
-        return attrgetter(what)(transformers)(given or name, **how)
+        return getattr(transformers, kind).from_pretrained(name, **how)
     except Exception as e:  # of many kinds: no network, no such name, a damaged or missing file
         why = ' '.join(str(e).split())[:150]
-        raise UserError(f'hf:{name} cannot be loaded ({type(e).__name__}: {why}): without a '
-                        'network, write hf:FOLDER, where config.json, model.safetensors and '
-                        'tokenizer.json are; code that comes with a model runs only with '
-                        '--trust_remote_code') from e
+        raise UserError(f'hf:{name} cannot be loaded ({why}): without a network write hf:FOLDER; '
+                        'its own code runs only with --trust_remote_code') from e
 
 
 def hub_vocabulary(name, layout):
     """As make_vocabulary, but the ids are those of a tokenizer of the hub, as is its mask.
 
-    EOS is its own or, as in BERT, its sep token; SEP its sep, cls or bos token, if that is another.
-    What it lacks follows behind all of its ids. PAD may be EOS, as in LLaDA."""
-    hub = from_hub('AutoTokenizer.from_pretrained', name, trust_remote_code=False)
+    EOS is its own or, as in BERT, its sep token, and SEP its cls token. What it lacks follows
+    behind all of its ids. PAD may be EOS, as in LLaDA."""
+    hub = from_hub('AutoTokenizer', name)
     require('tokenizer', f'hf:{name}', hub.is_fast, 'one that has a tokenizer.json')
-    eos_id = hub.sep_token_id if hub.eos_token_id is None else hub.eos_token_id
-    separators = (hub.sep_token_id, hub.cls_token_id, hub.bos_token_id)
-    own = {'eos_id': eos_id, 'pad_id': hub.pad_token_id, 'mask_id': hub.mask_token_id,
-           'sep_id': next((i for i in separators if i not in (None, eos_id)), None)}
+    own = {'eos_id': hub.sep_token_id if hub.eos_token_id is None else hub.eos_token_id,
+           'sep_id': hub.cls_token_id, 'pad_id': hub.pad_token_id, 'mask_id': hub.mask_token_id}
     if own['mask_id'] is None:  # LLaDA's is in its config alone
-        config, _ = from_hub('PretrainedConfig.get_config_dict', name)
-        own['mask_id'] = config.get('mask_token_id')
-    n = max(hub.get_vocab().values()) + 1
-    ids = {key: own[key] for key in [*SPECIALS_OF[layout], 'mask_id']}
-    for key in [key for key in ids if ids[key] is None]:
-        ids[key], n = n, n + 1
-    return {'vocab_size': n - 1, **dict.fromkeys(SPECIALS), **ids,
-            'dtype': 'uint16' if n <= 1 << 16 else 'uint32',
-            'tokenizer': {'kind': 'hf', 'json': hub.backend_tokenizer.to_str(),
-                          'chat_template': hub.chat_template or ''}}
+        own['mask_id'] = getattr(from_hub('PretrainedConfig', name), 'mask_token_id', None)
+    ids, n = dict.fromkeys(SPECIALS), max(hub.get_vocab().values()) + 1
+    for key in [*SPECIALS_OF[layout], 'mask_id']:
+        ids[key], n = (n, n + 1) if own[key] is None else (own[key], n)
+    return {'vocab_size': n - 1, **ids, 'dtype': 'uint16' if n <= 1 << 16 else 'uint32',
+            'tokenizer': {'kind': 'hf', 'json': hub.backend_tokenizer.to_str()}}
 
 
 def make_vocabulary(kind, layout, splits, vocab_size):

@@ -54,7 +54,7 @@ out_dir = 'out/shakespeare_mdm'  # the folder of the run whose model is used
 ckpt = 'last'          # its weights: last; or best, of the lowest validation loss (keep_best)
 device = 'auto'        # cuda, mps, cpu; auto takes the first that this machine has
 trust_remote_code = False  # run the code that a model of the Hugging Face hub consists of
-export = ''            # only write an ar model to this new folder, for transformers
+export = ''            # only write an ar model to this new folder, as a GPT-2 of transformers
 # what is to be generated
 start = ''             # the text to continue; in a run on prompts and answers, the prompt
 template = ''          # a text with blanks to fill: [___] is 5 tokens wide, [___:9] is 9
@@ -1055,7 +1055,7 @@ def main():
     is_run = not corrupt or (Path(out_dir) / 'ckpt.pt').is_file()
     run = load_run(out_dir, pick_device(device), ckpt, trust_remote_code) if is_run else None
     if export:
-        return export_model(run.model, run.meta, run.tokenizer, export)
+        return export_model(run, export)
     if corrupt:
         return show_corruption(run, corrupt, seed)
     if chat:

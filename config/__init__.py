@@ -24,7 +24,6 @@ LIMITS = {  # {interval: names of the settings that must lie in it, whichever sc
     '[1, inf)': 'batch_size gradient_accumulation_steps block_size n_layer n_head n_embd '
                 'diffusion_steps eval_interval log_interval eval_repeats num_samples '
                 'length_candidates gen_tokens',
-    '[-1, inf)': 'start_id',
     '[2, inf)': 'repeats',  # fewer have no standard error
     '(0, inf)': 'repetition_penalty',
     '[0, 1]': 'random_length row_share dropout mask_range eta',

@@ -1212,17 +1212,6 @@ def test_end_of_text_in_a_stream_is_the_hub_tokenizers_own(hub):
         assert ids_of('s', 'train').count(eos) == text[:int(0.9 * len(text))].count('<|endoftext|>')
 
 
-def test_a_mask_that_is_an_ordinary_token_is_spelt_in_text(hub):
-    """As in DiffuGPT, whose mask is a token of GPT-2's: the text stays, the id does not occur."""
-    meta = prepare.prepare(write('verse.txt', VERSE), tokenizer='hf:' + hub['gpt2'])
-    plain = prepare.load_tokenizer(meta)
-    ids = plain.encode(VERSE)
-    mask_id = max(set(ids), key=lambda i: len(plain.decode([i])))
-    tokenizer = prepare.load_tokenizer(meta | {'mask_id': mask_id})
-    spelt = tokenizer.encode(VERSE)
-    assert mask_id in ids and mask_id not in spelt and tokenizer.decode(spelt) == VERSE
-
-
 def test_ids_above_65535_are_uint32():
     """A tokenizer of 80,000 words; the specials that it lacks follow its last id."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -985,21 +985,22 @@ def test_settings_that_contradict_a_model_of_the_hub_are_one_line(tmp_path):
     tiny = ['--max_iters=1', '--block_size=16', '--batch_size=2', '--device=cpu', '--compile=off',
             '--eval_repeats=2']
     words = ['--init_from=hf:hub', '--objective=ar', '--dataset=prose', '--out_dir=out/ar', *tiny]
-    for word, said in (('--n_layer=3', "n_layer is 3, but it must be 2, as in hf:hub"),
+    for word, said in (('--n_layer=3', 'hf:hub cannot begin this run: it has another n_layer'),
+                       ('--mlp=relu2', 'it has another mlp'),
                        ('--dataset=chars', 'must be prepared with --tokenizer=hf:hub'),
-                       ('--start_id=5', 'start_id is 5, but it must be 0'),
                        ('--shift', 'shift is True, but it must be False but for mdm and d3pm'),
                        ('--init_from=hf:nowhere', 'write hf:FOLDER')):
         assert_one_line(run('train.py', *words, word, cwd=tmp_path), said)
         assert not (tmp_path / 'out').exists()
     train(tmp_path, *words)
     config = load_checkpoint(tmp_path / 'out/ar')['config']
-    assert (config['start_id'], config['mlp'], config['tied']) == (0, 'gelu_tanh', True)
-    shape = [f'--{name}={config[name]}' for name in (
-        'n_layer', 'n_head', 'n_embd', 'pos', 'norm', 'mlp', 'qk_norm', 'bias', 'tied')]
-    train(tmp_path, '--init_from=out/ar', '--dataset=prose', '--out_dir=out/mdm', *tiny, *shape,
+    assert (config['mlp'], config['tied'], config['n_embd']) == ('gelu_tanh', True, 32)
+    train(tmp_path, '--init_from=out/ar', '--dataset=prose', '--out_dir=out/mdm', *tiny,
           '--block_size=15', '--shift', '--attn_anneal=1')
-    assert load_checkpoint(tmp_path / 'out/mdm')['config']['start_id'] == 0
+    for name, start in (('ar', 0), ('mdm', 0)):
+        saved = load_checkpoint(tmp_path / 'out' / name)
+        assert load_model(saved, 'cpu').start_id == start
+        assert saved['config']['hub'] == config['hub']
     done = run('sample.py', '--out_dir=out/ar', '--export=there', cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / 'there/model.safetensors').exists(), done.stderr
     assert_one_line(run('sample.py', '--out_dir=out/mdm', '--export=mdm', cwd=tmp_path),
