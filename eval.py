@@ -116,9 +116,9 @@ DIGITS = {             # digits after the point in a column; 3 in all others
 # --------------------------------------------------------------------------------- runs and data
 
 
-def load_runs(out_dirs, device, one_data_set=True, **how):
+def load_runs(out_dirs, device, one_data_set=True, ckpt='last', trust=False):
     """[Run] of the folders, with commas between them; all on one data set if that is asked."""
-    runs = [load_run(path.strip(), device, **how) for path in out_dirs.split(',')]
+    runs = [load_run(path.strip(), device, ckpt, trust) for path in out_dirs.split(',')]
     for run in runs:
         if run.meta != load_meta(run.settings['dataset']):
             raise UserError(f'data/{run.settings["dataset"]} is not what {run.name} was trained on')
@@ -761,11 +761,12 @@ class HuggingFace:
         tokenizer = from_hub('AutoTokenizer', name)
         self.model = from_hub('AutoModelForCausalLM', name).to(device).eval()
         bos, eos, c = tokenizer.bos_token_id, tokenizer.eos_token_id, self.model.config
-        self.start_id, self.device = eos if bos is None else bos, device
-        if self.start_id is None:
+        start_id, self.device = eos if bos is None else bos, device
+        if start_id is None:
             raise UserError(f'judge {name} has no token that texts start or end with')
         self.encode = partial(tokenizer.encode, add_special_tokens=False)
-        self.config = SimpleNamespace(vocab_size=c.vocab_size, block_size=c.max_position_embeddings)
+        self.config = SimpleNamespace(vocab_size=c.vocab_size, start_id=start_id,
+                                      block_size=c.max_position_embeddings)
 
     def __call__(self, x, where, hidden=True):
         return self.model(x).logits[where]  # (M, V)
@@ -1444,8 +1445,7 @@ def main():
     if task in ('curves', 'scaling'):  # they read logs, no models
         runs = [load_log(path.strip())[0] for path in out_dir.split(',')]
     else:
-        runs = load_runs(out_dir, pick_device(device), task != 'likelihood', ckpt=ckpt,
-                         trust_remote_code=trust_remote_code)
+        runs = load_runs(out_dir, pick_device(device), task != 'likelihood', ckpt, trust_remote_code)
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f'{out_dir} has runs of the same name, which no table could tell apart')
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]

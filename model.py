@@ -46,7 +46,6 @@ import json
 import math
 import os
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,7 +59,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from config import UserError, one_of, require
-from prepare import from_hub, hub_vocabulary, mixed_seed, optional
+from prepare import from_hub, hub_vocabulary, licence_of, mixed_seed, optional
 
 # oneDNN keeps a kernel for each of its last 1,024 shapes, and every number M of masked positions
 # is one: gigabytes that are never used again. It reads this at the first product.
@@ -102,6 +101,7 @@ class ModelConfig:
     hub: str = ''             # the config.json of the model of the hub that this is, if it is one
 
     def __post_init__(self):
+        self.mask_id, self.start_id = self.mask_id % self.vocab_size, self.start_id % self.vocab_size
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise UserError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, '
@@ -252,7 +252,7 @@ def after_start(model, x):
 
     AR reads its text so, and masked diffusion with shift its canvas: whatever a causal network has
     learned stays where it was [DiffuLLaMA sec. 3.2]."""
-    return F.pad(x, (1, 0), value=model.start_id)
+    return F.pad(x, (1, 0), value=model.config.start_id)
 
 
 class Transformer(nn.Module):
@@ -261,7 +261,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.mask_id, self.start_id = c.mask_id % c.vocab_size, c.start_id % c.vocab_size
+        self.mask_id = c.mask_id
         places = c.block_size + c.shift  # with shift, the start token has one
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
         self.embed_pos = nn.Embedding(places, c.n_embd) if c.pos == 'learned' else None
@@ -1064,7 +1064,8 @@ def model_config(settings, meta):
             or meta['mask_id'] == meta['vocab_size'], 'one of masks: this mask is not the last id')
     return ModelConfig(vocab_size=meta['vocab_size'] + 1, **fields_in(ModelConfig, settings) | {
         'causal': objective.causal, 'block_length': objective.block_length,
-        'mask_id': meta['mask_id'], 'start_id': meta['eos_id' if settings.get('hub') else 'mask_id']})
+        'mask_id': meta['mask_id'],
+        'start_id': meta['eos_id' if settings.get('hub') else 'mask_id']})  # as GPT-2 was trained
 
 
 def flops_per_token(settings, data):
@@ -1085,9 +1086,9 @@ def flops_per_token(settings, data):
         + 6 * scored * model.head.weight.numel()
 
 
-def load_model(checkpoint, device, trust_remote_code=False):
-    """The network of a checkpoint, on `device`, in evaluation mode."""
-    model = make_network(model_config(checkpoint['config'], checkpoint['meta']), trust_remote_code)
+def load_model(checkpoint, device, trust=False):
+    """The network of a checkpoint, on `device`, in evaluation mode; trust: trust_remote_code."""
+    model = make_network(model_config(checkpoint['config'], checkpoint['meta']), trust)
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError as e:
@@ -1101,42 +1102,39 @@ def load_model(checkpoint, device, trust_remote_code=False):
 GPT2_NAMES = {'transformer.wte': 'embed', 'transformer.wpe': 'embed_pos', 'transformer.h': 'blocks',
               'transformer.ln_f': 'norm', 'ln_1': 'norm1', 'ln_2': 'norm2', 'c_attn': 'qkv',
               'c_proj': 'proj', 'c_fc': 'fc', 'lm_head': 'head'}  # theirs: ours
-DIFFUGPT_NAMES = {'^denoise_model': 'transformer', '^embed_tokens': 'transformer.wte'}  # GPT-2's
+DIFFUGPT = {'^denoise_model': 'transformer', '^embed_tokens': 'transformer.wte'}  # GPT-2's
 GELUS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu'}
 
 
 def hub_settings(name, trust_remote_code):
     """{setting of train.py: value} of the model hf:<name>: its shape and, in `hub`, what it is."""
     c = from_hub('AutoConfig', name, trust_remote_code=trust_remote_code)
-    is_causal = 'AutoModelForCausalLM' in getattr(c, 'auto_map', ())  # LLaDA is, by name alone
-    c.update({'name': name, 'licence': 'not stated', 'class': 'GPT2LMHeadModel' if c.model_type ==
-              'gpt2' else f'AutoModelFor{"Causal" if is_causal else "Masked"}LM',
+    causal = c.model_type == 'gpt2' or 'AutoModelForCausalLM' in getattr(c, 'auto_map', ())
+    c.update({'name': name, 'class': f'AutoModelFor{"Causal" if causal else "Masked"}LM',  # LLaDA
+              'licence': licence_of(name if Path(name).is_dir() else f'hf://{name}'),
               'revision': getattr(c, '_commit_hash', None) or 'of a folder'})
-    with suppress(Exception):  # no README.md, none that states a licence, or no network
-        card = Path(name, 'README.md') if Path(name).is_dir() else name
-        c.licence = optional('huggingface_hub', extra='hf').ModelCard.load(card).data.license
-    found = {'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads, 'shift': False,
+    places = getattr(c, 'max_position_embeddings', 1 << 20) - 2 * ('roberta' in c.model_type)
+    found = {'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads, 'pos': 'learned',
              'n_embd': c.hidden_size, 'tied': getattr(c, 'tie_word_embeddings', False),
-             'block_size': getattr(c, 'max_position_embeddings', 1 << 20) -
-             2 * ('roberta' in c.model_type), 'pos': 'learned', 'hub': c.to_json_string()}
-    if c.model_type == 'gpt2':
-        usual = c.activation_function in GELUS and not c.scale_attn_by_inverse_layer_idx
-        require('init_from', f'hf:{name}', usual, 'a GPT-2 with its usual GELU and attention')
-        found |= {'norm': 'layernorm', 'mlp': GELUS[c.activation_function], 'bias': True,
-                  'n_hidden': c.n_inner or 0, 'qk_norm': False}
-    return found
+             'block_size': places, 'shift': False, 'hub': c.to_json_string()}
+    if c.model_type != 'gpt2':
+        return found
+    usual = c.activation_function in GELUS and not c.scale_attn_by_inverse_layer_idx
+    require('init_from', f'hf:{name}', usual, 'a GPT-2 with its usual GELU and attention')
+    return found | {'norm': 'layernorm', 'mlp': GELUS[c.activation_function], 'bias': True,
+                    'n_hidden': c.n_inner or 0, 'qk_norm': False}
 
 
-def make_network(config, trust_remote_code=False):
+def make_network(config, trust=False):
     """The network of a ModelConfig, with its first weights: a Transformer, or a HubNetwork."""
-    hub = json.loads(config.hub or '{"model_type": "gpt2"}')
-    if hub['model_type'] == 'gpt2':
+    hub, how = json.loads(config.hub or '{}'), {'trust_remote_code': trust}
+    if hub.get('model_type', 'gpt2') == 'gpt2':
         return Transformer(config)
     transformers = optional('transformers', extra='hf')
-    theirs = transformers.AutoConfig.for_model(**hub) if 'auto_map' not in hub else \
-        from_hub('AutoConfig', hub['name'], trust_remote_code=trust_remote_code)
-    return HubNetwork(config, getattr(transformers, hub['class']).from_config(
-        theirs, dtype=torch.float32, trust_remote_code=trust_remote_code))
+    theirs = from_hub('AutoConfig', hub['name'], **how) if 'auto_map' in hub else \
+        transformers.AutoConfig.for_model(**hub)
+    network = getattr(transformers, hub['class']).from_config(theirs, dtype=torch.float32, **how)
+    return HubNetwork(config, network)
 
 
 class HubNetwork(nn.Module):
@@ -1147,12 +1145,13 @@ class HubNetwork(nn.Module):
 
     def __init__(self, config, network):
         super().__init__()
-        c, self.mask_id, self.network = config, config.mask_id, network
-        if c.causal or c.block_length or c.shift or c.time_cond or c.length_head:
-            raise UserError('a masked model of the hub has an objective of masks, mdm or d3pm, and '
-                            'no shift, time_cond or length_head')
+        c = self.config = config
+        plain = not (c.causal or c.block_length or c.shift or c.time_cond or c.length_head)
+        require('init_from', 'a masked model', plain,
+                'trained by mdm or d3pm, without shift, time_cond and length_head')
         network.resize_token_embeddings(c.vocab_size)
-        self.config, self.embed, self.length_head = c, network.get_input_embeddings(), None
+        self.network, self.embed = network, network.get_input_embeddings()
+        self.mask_id, self.length_head = c.mask_id, None
         self.head = torch.clone  # of logits, in which that of the mask is then overwritten
 
     def forward(self, x, level=None, *, where=None, hidden=False, **other):
@@ -1188,9 +1187,8 @@ def load_hub(s, meta):
     hub, c = json.loads(settings['hub']), model_config(settings, meta)
     vocabulary, is_gpt2 = hub_vocabulary(hub['name'], 'stream'), hub['model_type'] == 'gpt2'
     network, report = from_hub(
-        hub['class'], hub['name'], dtype=torch.float32, use_safetensors=True,
-        output_loading_info=True, key_mapping=DIFFUGPT_NAMES if is_gpt2 else None,
-        trust_remote_code=s.trust_remote_code)
+        hub['class'], hub['name'], dtype=torch.float32, use_safetensors=True, key_mapping=DIFFUGPT,
+        output_loading_info=True, trust_remote_code=s.trust_remote_code)
     missing, rows = sorted(report['missing_keys']), network.get_input_embeddings().weight
     same = meta['tokenizer'] in (vocabulary['tokenizer'], len(rows) == 50_257 and {'kind': 'gpt2'})
     require('init_from', s.init_from, not missing, f'a whole model, but this lacks {missing[:1]}')
@@ -1220,7 +1218,7 @@ def export_model(run, folder):
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
         n_head=c.n_head, n_inner=c.n_hidden or None, tie_word_embeddings=c.tied,
         activation_function='gelu' if c.mlp == 'gelu' else 'gelu_new',
-        bos_token_id=run.model.start_id, eos_token_id=run.meta['eos_id']))
+        bos_token_id=c.start_id, eos_token_id=run.meta['eos_id']))
     weights = run.model.state_dict()
     for name, w in by_our_names(network).items():
         w.copy_(weights.get(name, torch.zeros(1)))

@@ -240,26 +240,30 @@ def stream_hub(what, columns, max_docs, folder):
     folder, so that neither the download nor the file must fit the memory. A stopped run begins
     anew, for `datasets` would read again what it is to skip. Raises UserError."""
     name, subset, split = (what.split(':')[1:] + ['', ''])[:3]
-    path, licence = Path(name), 'not stated'
+    path = Path(name)
     place, file = (str(path.resolve().parent), path.name) if path.is_file() else (name, None)
     target = folder / f'{path.stem}.jsonl'
     try:
-        import fsspec
         from datasets import load_dataset_builder
         builder = load_dataset_builder(place, subset or None, data_files=file)
         records = builder.as_streaming_dataset(split or 'train').select_columns(columns)
         with open(target, 'w', encoding='utf-8') as f:
             for record in tqdm(itertools.islice(records, max_docs or None), path.name, delay=1):
                 f.write(json.dumps(record) + '\n')
-        card = f'{builder.base_path}/README.md'
-        with suppress(FileNotFoundError, TypeError), fsspec.open(card, 'rt') as f:
-            licence = re.search(r'(?m)^license:\s*(?:- *)?(\S.*)', f.read())[1]
     except Exception as e:  # of many kinds, for want of a package, of a network, of a known format
         reason = f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'
         raise UserError(f"{what} cannot be read ({reason}): hf: needs pip install -e '.[hf]', and "
                         'a network or the path of a folder or file of Parquet') from e
     revision = builder.base_path.partition('@')[2] or 'of a local file'
-    return target, f'{what}, revision {revision}, licence {licence}'
+    return target, f'{what}, revision {revision}, licence {licence_of(builder.base_path)}'
+
+
+def licence_of(place):
+    """The licence that README.md of a folder, or of hf://REPOSITORY, states."""
+    with suppress(Exception):  # there is none, or it states none, or there is no network
+        with optional('fsspec', extra='hf').open(f'{place}/README.md', 'rt') as f:
+            return re.search(r'(?m)^license:\s*(?:- *)?(\S.*)', f.read())[1]
+    return 'not stated'
 
 
 def members(path):
@@ -568,7 +572,7 @@ def learn_byte_pairs(texts, n):
 
 
 def from_hub(kind, name, **how):
-    """transformers.<kind>.from_pretrained(name, **how), of the hub or a folder. Raises UserError."""
+    """transformers.<kind>.from_pretrained(name, **how), name on the hub or a folder."""
     transformers = optional('transformers', extra='hf')
     transformers.logging.set_verbosity_error()  # what is wrong is said below, in one line
     try:

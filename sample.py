@@ -663,13 +663,12 @@ class Run(NamedTuple):
     path: str             # the folder, out_dir
 
 
-def load_run(out_dir, device, ckpt='last', trust_remote_code=False):
-    """The Run that train.py saved in out_dir; ckpt: last, best."""
+def load_run(out_dir, device, ckpt='last', trust=False):
+    """The Run that train.py saved in out_dir; ckpt: last, best; trust: trust_remote_code."""
     checkpoint = load_checkpoint(out_dir, device, ckpt)
     settings, meta = checkpoint['config'], checkpoint['meta']
-    return Run(Path(out_dir).name, load_model(checkpoint, device, trust_remote_code),
-               make_objective(settings), meta, load_tokenizer(meta), settings,
-               checkpoint['iter'], out_dir)
+    return Run(Path(out_dir).name, load_model(checkpoint, device, trust), make_objective(settings),
+               meta, load_tokenizer(meta), settings, checkpoint['iter'], out_dir)
 
 
 def read_prompts(start, template, prompt_file, gen_length):

@@ -326,12 +326,10 @@ def load_first_weights(model, s, meta):
               if s.length_head and source['config'][name] != vars(s)[name]]
     if other:
         raise UserError(f'{s.init_from} cannot begin this run: it has another {", ".join(other)}')
-    weights = {name: p for name, p in source['model'].items() if 'length_head.' not in name}
-    if s.pos == 'learned':  # of more positions, the first
-        most = theirs['block_size'] + theirs['shift'] - s.shift
-        require('block_size', s.block_size, s.block_size <= most, f'{most} or less, as init_from')
-        if 'embed_pos.weight' in weights:
-            weights['embed_pos.weight'] = weights['embed_pos.weight'][:s.block_size + s.shift]
+    most = theirs['block_size'] + theirs['shift'] - s.shift  # of learned positions, the first
+    require('block_size', s.block_size, s.pos == 'rope' or s.block_size <= most, f'{most} or less')
+    weights = {name: p[:s.block_size + s.shift] if name == 'embed_pos.weight' else p
+               for name, p in source['model'].items() if 'length_head.' not in name}
     model.load_state_dict(model.state_dict() | weights)
 
 
@@ -593,7 +591,7 @@ def write_answers(run, s):
     """Appends to samples.csv how ckpt.pt answers the first prompts; BLEU, if sacrebleu is there."""
     path, bleu = Path(s.out_dir, 'samples.csv'), ''
     rows = [] if path.exists() else [('iter', 'BLEU of all', 'prompt', 'reference', 'answer')]
-    trained = sample.load_run(s.out_dir, run.device, trust_remote_code=s.trust_remote_code)
+    trained = sample.load_run(s.out_dir, run.device, trust=s.trust_remote_code)
     answers = sample.first_answers(trained, run.data, s.decode_rows, sample.defaults())
     with suppress(ImportError):
         from sacrebleu import corpus_bleu
@@ -722,7 +720,7 @@ def measure(run, s):
 def show_sample(run, s):
     """Prints what the model in ckpt.pt writes (a text, or two answers) and what to try next."""
     print(f'\nThe run is in {s.out_dir}: ckpt.pt, log.csv, steps.csv, loss.png. A sample of it:\n')
-    trained = sample.load_run(s.out_dir, run.device, trust_remote_code=s.trust_remote_code)
+    trained = sample.load_run(s.out_dir, run.device, trust=s.trust_remote_code)
     how = sample.defaults() | {'seed': s.seed}
     if trained.meta['sep_id'] is None:
         task, start = 'likelihood', '--num_samples=3'

@@ -94,8 +94,9 @@ class ContextFree(nn.Module):
     def __init__(self, logits, T):
         super().__init__()
         self.always = torch.cat([logits, torch.tensor([-torch.inf])])
-        self.mask_id = self.start_id = len(logits)
-        self.config = SimpleNamespace(block_size=T, vocab_size=len(logits) + 1)
+        self.mask_id = len(logits)
+        self.config = SimpleNamespace(block_size=T, vocab_size=len(logits) + 1,
+                                      start_id=self.mask_id)
         self.embed = nn.Embedding(1, 1)
         self.asked = []
 
@@ -1300,8 +1301,8 @@ def test_what_a_hub_model_cannot_be_is_one_line(tmp_path):
              lambda: imported(bert, 'mdm', False, other)),
             ('block_size is 65, but it must be 64 or less',
              lambda: imported(gpt2, 'ar', block_size=65)),
-            ('an objective of masks, mdm or d3pm', lambda: imported(bert, 'ar')),
-            ('an objective of masks, mdm or d3pm', lambda: imported(bert, 'block')),
+            ('must be trained by mdm or d3pm', lambda: imported(bert, 'ar')),
+            ('must be trained by mdm or d3pm', lambda: imported(bert, 'block')),
             ('this mask is not the last id', lambda: imported(bert, 'uniform')),
             ('another qk_norm', lambda: imported(gpt2, 'ar', qk_norm=True)),
             ('another n_layer', lambda: imported(gpt2, 'ar', n_layer=3)),

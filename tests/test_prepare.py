@@ -1212,6 +1212,21 @@ def test_end_of_text_in_a_stream_is_the_hub_tokenizers_own(hub):
         assert ids_of('s', 'train').count(eos) == text[:int(0.9 * len(text))].count('<|endoftext|>')
 
 
+def test_a_mask_that_is_an_ordinary_token_is_refused_in_text(hub, tmp_path):
+    """As in DiffuGPT, whose mask is a token of GPT-2's: such data are not trained on."""
+    plain = prepare.load_tokenizer(prepare.prepare(write('verse.txt', VERSE),
+                                                   tokenizer='hf:' + hub['gpt2']))
+    mask = plain.tokenizer.id_to_token(max(plain.encode(VERSE)))
+    shutil.copytree(hub['gpt2'], tmp_path / 'like')
+    described = json.loads((tmp_path / 'like/tokenizer_config.json').read_text())
+    (tmp_path / 'like/tokenizer_config.json').write_text(json.dumps(
+        described | {'mask_token': mask}))
+    meta = prepare.prepare(write('masked.txt', VERSE), tokenizer=f'hf:{tmp_path}/like')
+    assert meta['mask_id'] == max(plain.encode(VERSE)) == max(ids_of('masked', 'train'))
+    with pytest.raises(UserError, match=f'hold the id {meta["mask_id"]}, which is the mask'):
+        [read() for read in prepare.open_data('masked', 64, 2).batches('train', 2)]
+
+
 def test_ids_above_65535_are_uint32():
     """A tokenizer of 80,000 words; the specials that it lacks follow its last id."""
     from tokenizers import Tokenizer, models, pre_tokenizers

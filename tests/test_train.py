@@ -945,7 +945,7 @@ def test_a_model_of_the_hub_is_trained_resumed_sampled_and_measured(tmp_path, li
              '--eval_interval=10', '--block_size=32', '--batch_size=4', '--compile=off',
              '--dtype=float32', '--warmup_iters=2', '--learning_rate=1e-3', '--eval_repeats=2']
     said = train(tmp_path, *words, '--out_dir=out/whole')
-    assert 'hf:hub: licence not stated, revision a folder' in said
+    assert 'hf:hub: licence not stated, revision of a folder' in said
     rows = log_without_times(tmp_path / 'out/whole')
     assert float(rows[-1]['val']) < float(rows[0]['val']) - 0.2
     with pytest.MonkeyPatch.context() as patch:
@@ -999,7 +999,7 @@ def test_settings_that_contradict_a_model_of_the_hub_are_one_line(tmp_path):
           '--block_size=15', '--shift', '--attn_anneal=1')
     for name, start in (('ar', 0), ('mdm', 0)):
         saved = load_checkpoint(tmp_path / 'out' / name)
-        assert load_model(saved, 'cpu').start_id == start
+        assert load_model(saved, 'cpu').config.start_id == start
         assert saved['config']['hub'] == config['hub']
     done = run('sample.py', '--out_dir=out/ar', '--export=there', cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / 'there/model.safetensors').exists(), done.stderr
