@@ -1445,7 +1445,8 @@ def main():
     if task in ('curves', 'scaling'):  # they read logs, no models
         runs = [load_log(path.strip())[0] for path in out_dir.split(',')]
     else:
-        runs = load_runs(out_dir, pick_device(device), task != 'likelihood', ckpt, trust_remote_code)
+        runs = load_runs(out_dir, pick_device(device), task != 'likelihood', ckpt,
+                         trust_remote_code)
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f'{out_dir} has runs of the same name, which no table could tell apart')
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]

@@ -101,7 +101,8 @@ class ModelConfig:
     hub: str = ''             # the config.json of the model of the hub that this is, if it is one
 
     def __post_init__(self):
-        self.mask_id, self.start_id = self.mask_id % self.vocab_size, self.start_id % self.vocab_size
+        self.mask_id %= self.vocab_size
+        self.start_id %= self.vocab_size
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise UserError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, '
@@ -1099,10 +1100,11 @@ def load_model(checkpoint, device, trust=False):
 
 # ------------------------------------------------------------------- models of the Hugging Face hub
 
-GPT2_NAMES = {'transformer.wte': 'embed', 'transformer.wpe': 'embed_pos', 'transformer.h': 'blocks',
-              'transformer.ln_f': 'norm', 'ln_1': 'norm1', 'ln_2': 'norm2', 'c_attn': 'qkv',
-              'c_proj': 'proj', 'c_fc': 'fc', 'lm_head': 'head'}  # theirs: ours
-DIFFUGPT = {'^denoise_model': 'transformer', '^embed_tokens': 'transformer.wte'}  # GPT-2's
+# {GPT-2's name of a part: ours}, replaced in this order; of DiffuGPT {its name: GPT-2's}
+GPT2_NAMES = {'transformer.': '', 'wte': 'embed', 'wpe': 'embed_pos', 'h.': 'blocks.',
+              'ln_f': 'norm', 'ln_': 'norm', 'c_attn': 'qkv', 'c_proj': 'proj', 'c_fc': 'fc',
+              'lm_head': 'head'}
+DIFFUGPT = {'^denoise_model': 'transformer', '^embed_tokens': 'transformer.wte'}
 GELUS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu'}
 
 

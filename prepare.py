@@ -578,9 +578,8 @@ def from_hub(kind, name, **how):
     try:
         return getattr(transformers, kind).from_pretrained(name, **how)
     except Exception as e:  # of many kinds: no network, no such name, a damaged or missing file
-        why = ' '.join(str(e).split())[:150]
-        raise UserError(f'hf:{name} cannot be loaded ({why}): without a network write hf:FOLDER; '
-                        'its own code runs only with --trust_remote_code') from e
+        raise UserError(f'hf:{name} cannot be loaded ({" ".join(str(e).split())[:150]}): without a '
+                        'network write hf:FOLDER; its own code needs --trust_remote_code') from e
 
 
 def hub_vocabulary(name, layout):

@@ -20,8 +20,9 @@ from config import UserError
 from conftest import PROSE, save_hub_model, save_tokenizer
 from model import LENGTH_HEADS, OBJECTIVES, SCHEDULES, Autoregression, BlockDiffusion, KVCache, \
     LengthLoss, ModelConfig, Noised, Objective, Transformer, Uniform, attend, evaluate, \
-    export_model, first_to_hold, flops_per_token, hub_settings, load_checkpoint, load_model, make_network, make_objective, model_config, noise, \
-    noise_fraction, pick_device, pick_dtype, rope_angles, rotate, time_features, uniform_token_loss
+    export_model, first_to_hold, flops_per_token, hub_settings, load_checkpoint, load_model, \
+    make_network, make_objective, model_config, noise, noise_fraction, pick_device, pick_dtype, \
+    rope_angles, rotate, time_features, uniform_token_loss
 from prepare import hub_vocabulary, load_tokenizer, open_data
 from train import MAY_DIFFER, load_first_weights
 
@@ -1308,7 +1309,8 @@ def test_what_a_hub_model_cannot_be_is_one_line(tmp_path):
             ('another n_layer', lambda: imported(gpt2, 'ar', n_layer=3)),
             ('block_size is 64, but it must be 63 or less',
              lambda: imported(gpt2, 'mdm', block_size=64, shift=True)),
-            ('prefix_cache or attn_anneal is True', lambda: imported(bert, 'mdm')[0](tokens(1, 4), cache=1))):
+            ('prefix_cache or attn_anneal is True',
+             lambda: imported(bert, 'mdm')[0](tokens(1, 4), cache=1))):
         with pytest.raises(UserError, match=message):
             broken()
     weights = tmp_path / 'bert/model.safetensors'
