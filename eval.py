@@ -48,8 +48,8 @@ import sample
 from config import UserError, one_of, require, write_atomically
 from model import Autoregression, cross_entropy, evaluate, flops_per_token, in_slices, \
     make_objective, peak_memory, pick_device
-from prepare import EOT, SURROGATE, download, evenly, load_meta, load_split, load_tokenizer, \
-    mixed_seed, open_data, open_run_data, read_chunks, row_batches
+from prepare import EOT, SURROGATE, download, evenly, from_hub, load_meta, load_split, \
+    load_tokenizer, mixed_seed, open_data, open_run_data, optional, read_chunks, row_batches
 from sample import PLAIN, Run, load_run
 
 # what is measured
@@ -69,6 +69,7 @@ save_texts = ''        # generation, translation, infill, recover, reversal: a f
                        # known words; chrF of translation; else % of right tokens, or texts)
 cleanup = False        # generation, translation, length, reversal: drop words that repeat the one
                        # before, and then score
+trust_remote_code = False  # run the code that a model of the Hugging Face hub consists of
 seed = 1
 batch_size = 16        # rows at a time
 repeats = 4            # independent draws of a bound, each with its own noise
@@ -119,9 +120,9 @@ DIGITS = {             # digits after the point in a column; 3 in all others
 # --------------------------------------------------------------------------------- runs and data
 
 
-def load_runs(out_dirs, device, one_data_set=True, ckpt='last'):
+def load_runs(out_dirs, device, one_data_set=True, ckpt='last', trust=False):
     """[Run] of the folders, with commas between them; all on one data set if that is asked."""
-    runs = [load_run(path.strip(), device, ckpt) for path in out_dirs.split(',')]
+    runs = [load_run(path.strip(), device, ckpt, trust) for path in out_dirs.split(',')]
     for run in runs:
         if run.meta != load_meta(run.settings['dataset']):
             raise UserError(f'data/{run.settings["dataset"]} is not what {run.name} was trained on')
@@ -789,22 +790,18 @@ def longest_copy(texts, source):
 class HuggingFace:
     """A causal model of transformers with the interface of a Transformer that a judge needs.
 
-    Like ours it reads a start token before every text; that is what mask_id is to a causal model.
+    Like ours it reads a start token before every text.
     """
 
     def __init__(self, name, device):
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
-        except (ImportError, OSError, ValueError) as e:
-            raise UserError(f'judge is {name!r}, neither a run nor a model that transformers (pip '
-                            f"install -e '.[eval]') can load ({type(e).__name__})") from e
+        tokenizer = from_hub('AutoTokenizer', name)
+        self.model = from_hub('AutoModelForCausalLM', name).to(device).eval()
         bos, eos, c = tokenizer.bos_token_id, tokenizer.eos_token_id, self.model.config
-        self.mask_id, self.device = eos if bos is None else bos, device
-        require('judge', name, self.mask_id is not None, 'a model with a start or an end token')
+        start_id, self.device = eos if bos is None else bos, device
+        require('judge', name, start_id is not None, 'a model with a start or an end token')
         self.encode = partial(tokenizer.encode, add_special_tokens=False)
-        self.config = SimpleNamespace(vocab_size=c.vocab_size, block_size=c.max_position_embeddings)
+        self.config = SimpleNamespace(vocab_size=c.vocab_size, start_id=start_id,
+                                      block_size=c.max_position_embeddings)
 
     def __call__(self, x, where, hidden=True):
         return self.model(x).logits[where]  # (M, V)
@@ -1188,11 +1185,8 @@ def answers_of(run, pairs, settings):
 
 def make_score():
     """The function score(texts, references) -> {column: score}, and its scores' signatures."""
-    try:
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError as e:
-        raise UserError(f"BLEU needs {e.name}: pip install -e '.[eval]'") from e
-    metrics = {'BLEU': BLEU(), 'chrF': CHRF()}
+    sacrebleu = optional('sacrebleu.metrics', extra='eval')
+    metrics = {'BLEU': sacrebleu.BLEU(), 'chrF': sacrebleu.CHRF()}
 
     def score(texts, references):
         return {name: metric.corpus_score(texts, [references]).score
@@ -1445,7 +1439,8 @@ def main():
     if task in ('curves', 'scaling'):  # they read logs, no models
         runs = [load_log(path.strip())[0] for path in out_dir.split(',')]
     else:
-        runs = load_runs(out_dir, pick_device(device), task != 'likelihood', ckpt)
+        runs = load_runs(out_dir, pick_device(device), task != 'likelihood', ckpt,
+                         trust_remote_code)
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f'{out_dir} has runs of the same name, which no table could tell apart')
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]

@@ -13,6 +13,8 @@ A first reading ends at evaluate. What follows is for later:
     KVCache, LocalMixing, LengthHead  options of the transformer: decoding that recomputes nothing,
                                       convolutions, and the length of an answer before it is written
     load_model                        devices and checkpoints
+    HubNetwork, load_hub              models of the Hugging Face hub: GPT-2 in our transformer, and
+                                      masked models behind the same call
 
 Letters here, and in the papers:
 
@@ -20,7 +22,8 @@ Letters here, and in the papers:
     H, D      attention heads, channels of one head (C = H * D); Hkv, heads of keys and values
     K         neighbours that local mixing reads (n_conv)
     N, M      diffusion steps of D3PM; tokens of a batch that are scored, i.e. have a loss
-    V         rows of the embedding: V' real tokens, then one row for the mask, mask_id = V - 1
+    V         rows of the embedding: V' real tokens and the mask; mask_id = V - 1, but that of an
+              imported model may be any
     x0        clean tokens (B, T) int64                              x, z_0 in MDLM, x_0 in LLaDA
     xt        corrupted tokens: each of x0 kept, or replaced         z_t, x_t
     t         noise level (B, 1) in (0, 1]; at t = 1 all is noise    t
@@ -35,13 +38,16 @@ Losses are in nats (natural logarithms), summed over tokens unless a line says p
 
 Papers: MDLM arXiv 2406.07524, LLaDA 2502.09992, RoFormer 2104.09864, DiT 2212.09748 (adaLN),
 D3PM 2107.03006, UDLM 2412.10193, Duo 2506.10892, BD3-LM 2503.09573, autoregressive diffusion
-2110.02037, VDM 2107.00630, PaLM 2204.02311, DDPM 2006.11239, BERT 1810.04805.
+2110.02037, VDM 2107.00630, PaLM 2204.02311, DDPM 2006.11239, BERT 1810.04805, DiffuLLaMA
+2410.17891 (from AR to diffusion).
 """
 
+import json
 import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Callable, NamedTuple
@@ -53,7 +59,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from config import UserError, one_of, require
-from prepare import mixed_seed
+from prepare import from_hub, hub_vocabulary, licence_of, mixed_seed, optional
 
 # oneDNN keeps a kernel for each of its last 1,024 shapes, and every number M of masked positions
 # is one: gigabytes that are never used again. It reads this at the first product.
@@ -61,14 +67,15 @@ os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
 
 # ---------------------------------------------------------------------------- the transformer
 
-NORMS, POSITIONS, MLPS = ('rmsnorm', 'layernorm'), ('rope', 'learned'), ('relu2', 'swiglu', 'gelu')
+NORMS, POSITIONS = ('rmsnorm', 'layernorm'), ('rope', 'learned')
+MLPS = ('relu2', 'swiglu', 'gelu', 'gelu_tanh')
 LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress', 'encoder_classify')
 
 
 @dataclass
 class ModelConfig:
     """The shape of a Transformer: every field but vocab_size is an architecture option."""
-    vocab_size: int           # V = V' + 1: the real tokens and, last, the mask
+    vocab_size: int           # V = V' + 1: the real tokens and the mask
     block_size: int = 256     # context length, the largest T
     causal: bool = False      # position i sees 0..i (ar); False: every position sees all (mdm)
     n_layer: int = 4
@@ -77,7 +84,7 @@ class ModelConfig:
     n_embd: int = 256
     pos: str = 'rope'         # rope, learned
     norm: str = 'rmsnorm'     # rmsnorm, layernorm
-    mlp: str = 'relu2'        # relu2, swiglu, gelu
+    mlp: str = 'relu2'        # relu2, swiglu, gelu, gelu_tanh (its approximation, GPT-2's)
     n_conv: int = 0           # kernel width K of local mixing, twice in a layer; 0 = none
     n_hidden: int = 0         # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
     qk_norm: bool = True      # normalise queries and keys, so that attention logits stay small
@@ -88,8 +95,14 @@ class ModelConfig:
     subs: bool = True         # MDLM's SUBS: the mask is never predicted; False: it may be (D3PM)
     block_length: int = 0     # tokens per block of block diffusion; 0 = none
     length_head: str = ''     # how the length of an answer is predicted, see LengthHead; '' = none
+    mask_id: int = -1         # -1: V - 1
+    start_id: int = -1        # read before the first token, by ar and with shift; -1: V - 1
+    shift: bool = False       # token i is predicted where i - 1 is read, as ar does, though not ar
+    hub: str = ''             # the config.json of the model of the hub that this is, if it is one
 
     def __post_init__(self):
+        self.mask_id %= self.vocab_size
+        self.start_id %= self.vocab_size
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise UserError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, '
@@ -193,8 +206,8 @@ class MLP(nn.Module):
         h = self.fc(x)  # (B, T, hidden)
         if self.kind == 'swiglu':
             return self.proj(F.silu(self.gate(x)) * h)  # [GLU variants 2002.05202]
-        if self.kind == 'gelu':
-            return self.proj(F.gelu(h))
+        if self.kind in ('gelu', 'gelu_tanh'):
+            return self.proj(F.gelu(h, approximate='none' if self.kind == 'gelu' else 'tanh'))
         h = F.relu(h)  # relu2 [Primer 2109.08668]
         return self.proj(h * h)  # .square() has a three times slower backward on CPUs
 
@@ -235,15 +248,24 @@ class Block(nn.Module):
         return self.mixing[i](x, cache, mask) if self.mixing else x
 
 
+def after_start(model, x):
+    """x (B, T) behind a start token, (B, T + 1): where i is read there, token i of x is predicted.
+
+    AR reads its text so, and masked diffusion with shift its canvas: whatever a causal network has
+    learned stays where it was [DiffuLLaMA sec. 3.2]."""
+    return F.pad(x, (1, 0), value=model.config.start_id)
+
+
 class Transformer(nn.Module):
-    """Logits over V tokens at every position; the last row is the mask's."""
+    """Logits over V tokens, one of them the mask, at every position."""
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.mask_id = c.vocab_size - 1
+        self.mask_id = c.mask_id
+        places = c.block_size + c.shift  # with shift, the start token has one
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
-        self.embed_pos = nn.Embedding(c.block_size, c.n_embd) if c.pos == 'learned' else None
+        self.embed_pos = nn.Embedding(places, c.n_embd) if c.pos == 'learned' else None
         self.drop = nn.Dropout(c.dropout)
         self.time_mlp = nn.Sequential(nn.Linear(256, c.n_embd), nn.SiLU(),
                                       nn.Linear(c.n_embd, c.n_embd), nn.SiLU()) \
@@ -254,28 +276,34 @@ class Transformer(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
         self.length_head = LengthHead(c) if c.length_head else None
-        cos, sin = rope_angles(c.block_size, c.n_embd // c.n_head)
+        cos, sin = rope_angles(places, c.n_embd // c.n_head)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
         self.init_weights()
 
     def forward(self, x, level=None, *, where=None, hidden=False, cache=None, clean=None,
-                block_length=0):
+                block_length=0, visible=None):
         """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
         x (B, T) int64: tokens, mask_id among them.
         level (B, 1): the fraction of all tokens that is noise, see noise_fraction; for time_cond.
         hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
-        cache: a KVCache with the tokens before x, for decoding; those of x are appended to it.
+        cache: a KVCache with the tokens before x, for decoding; those of x are appended to it. With
+        shift x then begins with the token before `where`, which the cache lacks.
         clean (B, T), block_length: read [x ; clean] as block_mask says, for BlockDiffusion; level
         may then be (B, T).
+        visible: each position sees each later one with this probability, see attn_anneal.
         """
-        B, T = x.shape
         start = cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
+        if self.config.shift and start == 0:
+            x = after_start(self, x)
+        B, T = x.shape
+        if start + T > self.config.block_size + self.config.shift:
             raise UserError(f'{start + T} tokens do not fit into the context of this model, '
                             f'block_size is {self.config.block_size}')
         position, mask = torch.arange(start, start + T, device=x.device), None
+        if visible is not None:  # [DiffuLLaMA sec. 3.2]
+            mask = ~(torch.rand(T, T, device=x.device) >= visible).triu(1)
         if clean is not None:  # both halves stand at the same positions, and x0 has no noise
             position, mask = position.repeat(2), block_mask(T, block_length, x.device)
             level = None if level is None else torch.cat(
@@ -291,7 +319,7 @@ class Transformer(nn.Module):
             h = block(h, rope, cache, mask, time)
         if cache is not None:
             cache.length += T
-        h = h[:, :T]  # without the clean half, if there is one
+        h = h[:, :T - self.config.shift]  # without the clean half, if there is one
         if where is not None:
             h = h[where]  # (M, C): with a large V the head is most of the work
         h = self.norm(h)
@@ -470,18 +498,18 @@ class Objective:
                 and 0 <= self.mask_range[0] <= self.mask_range[1] <= 1,
                 '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0')
 
-    def loss(self, model, x0, rng, given=None):
+    def loss(self, model, x0, rng, given=None, **inputs):
         """(sum of weighted losses in nats, number of tokens); train.py divides the sum over
         all micro-batches of the one by that of the other, so that every token counts the same.
 
         x0 (B, T) int64, clean tokens; rng: a torch.Generator. With loss_weight='elbo' and the whole
         mask_range the quotient is, in expectation, an upper bound on the nll per token. The other
         weights have the same optimum (every level's conditionals), but weight the levels
-        differently.
+        differently. inputs: what else the network reads, keywords of Transformer.forward.
         """
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt(model, x0, given, rng)
-        nats = self.weighted_losses(model, x0, noised).sum()
+        nats = self.weighted_losses(model, x0, noised, **inputs).sum()
         return nats, noised.scored.sum() if self.loss_weight == 'masked_mean' else (~given).sum()
 
     def bound(self, model, x0, rng, given=None):
@@ -490,10 +518,10 @@ class Objective:
         noised = self.corrupt_evenly(model, x0, given, rng)
         return spread(self.weighted_losses(model, x0, noised), noised.scored).sum(1)
 
-    def weighted_losses(self, model, x0, noised):
+    def weighted_losses(self, model, x0, noised, **more):
         """Weighted losses (M,) of predicting x0 from one sample of its corruption."""
         xt, scored, weight, level, token_loss, extra, inputs = noised
-        h = model(xt, level, where=scored, hidden=True, **inputs)  # (M, C)
+        h = model(xt, level, where=scored, hidden=True, **inputs, **more)  # (M, C)
         rows = [row.expand_as(x0)[scored] for row in (x0, *extra)]  # (M,) each
         return weight.expand_as(x0)[scored] * in_slices(token_loss, model, h, *rows)
 
@@ -553,8 +581,9 @@ class Autoregression(Objective):
 
         nll per token = mean over (b, i) of  -log p(x0[b, i] | x0[b, :i])
 
-    The network reads x0 shifted by one after a start token, mask_id, so that the first token is
-    scored too, from nothing: AR and diffusion are measured on the same T tokens of a window.
+    The network reads x0 shifted by one after a start token, so that the first token is scored too,
+    from nothing: AR and diffusion are measured on the same T tokens of a window. The start token is
+    the mask, or what a model of the hub has learned to begin with.
     """
     exact, causal, masks = True, True, False
     decoders, measured = ('ar',), 'nll'
@@ -569,8 +598,7 @@ class Autoregression(Objective):
     def token_nll(self, model, x0, given=None):
         """-log p(x_i | x_<i) at every position, 0 where given, (B, T), from one causal pass."""
         scored = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given
-        start = torch.full_like(x0[:, :1], model.mask_id)
-        h = model(torch.cat([start, x0[:, :-1]], dim=1), where=scored, hidden=True)  # (M, C)
+        h = model(after_start(model, x0[:, :-1]), where=scored, hidden=True)  # (M, C)
         return spread(in_slices(cross_entropy, model, h, x0[scored]), scored)
 
 
@@ -663,11 +691,11 @@ class D3PM(Objective):
     def noised(self, model, x0, given, is_mask, weight, m_t, m_s, c):
         """m_t, m_s = 1 - alpha and c, (B, 1): those of the step from t to s."""
         xt = torch.where(is_mask, model.mask_id, x0)
-        return Noised(xt, is_mask, weight, noise_fraction(m_t, given), d3pm_token_loss,
-                      (m_t, m_s, c))
+        return Noised(xt, is_mask, weight, noise_fraction(m_t, given),
+                      partial(d3pm_token_loss, mask_id=model.mask_id), (m_t, m_s, c))
 
 
-def d3pm_token_loss(logits, target, m_t, m_s, c):
+def d3pm_token_loss(logits, target, m_t, m_s, c, mask_id=-1):
     """KL divergence of one reverse step at a masked token, divided by c, (M,).
 
         -log p(x0) + g(alpha_t) + (1 - c) / c * (g(alpha_t) - g(alpha_s))
@@ -676,7 +704,7 @@ def d3pm_token_loss(logits, target, m_t, m_s, c):
     With subs p(mask) is 0, and so is g.
     """
     logp = logits.log_softmax(-1)
-    p_mask = logp[:, -1].exp()
+    p_mask = logp[:, mask_id].exp()
     # at s = 0 g_s would be infinite (hence the clamp), and its factor 1 - c is 0
     g_t, g_s = (torch.log1p((1 - m) / m.clamp(min=1e-12) * p_mask) for m in (m_t, m_s))
     return -logp.gather(1, target[:, None])[:, 0] + g_t + (1 - c) / c * (g_t - g_s)
@@ -806,11 +834,11 @@ class KVCache:
 
     def __init__(self, config, B, device, dtype=torch.float32):
         c, how = config, {'device': device, 'dtype': dtype}
-        self.kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, c.block_size, c.n_embd // c.n_head,
-                              **how)
+        T = c.block_size + c.shift  # with shift, the start token has a place, too
+        self.kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, T, c.n_embd // c.n_head, **how)
         self.n_conv, self.length = c.n_conv, 0
         if c.n_conv:
-            self.inputs = torch.zeros(2 * c.n_layer, B, c.n_conv + c.block_size, c.n_embd, **how)
+            self.inputs = torch.zeros(2 * c.n_layer, B, c.n_conv + T, c.n_embd, **how)
 
     def extend(self, layer, k, v):
         """Appends k, v (B, Hkv, T, D) of `layer`; returns all its keys and values."""
@@ -1033,8 +1061,12 @@ def load_checkpoint(out_dir, device='cpu', ckpt='last'):
 def model_config(settings, meta):
     """The ModelConfig that a run's settings and its data set's meta describe."""
     objective = make_objective(settings)
+    require('objective', settings['objective'], objective.masks or objective.exact
+            or meta['mask_id'] == meta['vocab_size'], 'one of masks: this mask is not the last id')
     return ModelConfig(vocab_size=meta['vocab_size'] + 1, **fields_in(ModelConfig, settings) | {
-        'causal': objective.causal, 'block_length': objective.block_length})
+        'causal': objective.causal, 'block_length': objective.block_length,
+        'mask_id': meta['mask_id'],
+        'start_id': meta['eos_id' if settings.get('hub') else 'mask_id']})  # as GPT-2 was trained
 
 
 def flops_per_token(settings, data):
@@ -1055,12 +1087,145 @@ def flops_per_token(settings, data):
         + 6 * scored * model.head.weight.numel()
 
 
-def load_model(checkpoint, device):
-    """The Transformer of a checkpoint, on `device`, in evaluation mode."""
-    model = Transformer(model_config(checkpoint['config'], checkpoint['meta']))
+def load_model(checkpoint, device, trust=False):
+    """The network of a checkpoint, on `device`, in evaluation mode; trust: trust_remote_code."""
+    model = make_network(model_config(checkpoint['config'], checkpoint['meta']), trust)
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError as e:
         raise UserError('the weights of this checkpoint do not fit its own settings: '
                         + str(e).splitlines()[-1].strip()) from e
     return model.to(device).eval()
+
+
+# ------------------------------------------------------------------- models of the Hugging Face hub
+
+# {GPT-2's name of a part: ours}, replaced in this order; of DiffuGPT {its name: GPT-2's}
+GPT2_NAMES = {'transformer.': '', 'wte': 'embed', 'wpe': 'embed_pos', 'h.': 'blocks.',
+              'ln_f': 'norm', 'ln_': 'norm', 'c_attn': 'qkv', 'c_proj': 'proj', 'c_fc': 'fc',
+              'lm_head': 'head'}
+DIFFUGPT = {'^denoise_model': 'transformer', '^embed_tokens': 'transformer.wte'}
+GELUS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu'}
+
+
+def hub_settings(name, trust_remote_code):
+    """{setting of train.py: value} of the model hf:<name>: its shape and, in `hub`, what it is."""
+    c = from_hub('AutoConfig', name, trust_remote_code=trust_remote_code)
+    causal = c.model_type == 'gpt2' or 'AutoModelForCausalLM' in getattr(c, 'auto_map', ())
+    c.update({'name': name, 'class': f'AutoModelFor{"Causal" if causal else "Masked"}LM',  # LLaDA
+              'licence': licence_of(name if Path(name).is_dir() else f'hf://{name}'),
+              'revision': getattr(c, '_commit_hash', None) or 'of a folder'})
+    places = getattr(c, 'max_position_embeddings', 1 << 20) - 2 * ('roberta' in c.model_type)
+    found = {'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads, 'pos': 'learned',
+             'n_embd': c.hidden_size, 'tied': getattr(c, 'tie_word_embeddings', False),
+             'block_size': places, 'shift': False, 'hub': c.to_json_string()}
+    if c.model_type != 'gpt2':
+        return found
+    usual = c.activation_function in GELUS and not c.scale_attn_by_inverse_layer_idx
+    require('init_from', f'hf:{name}', usual, 'a GPT-2 with its usual GELU and attention')
+    return found | {'norm': 'layernorm', 'mlp': GELUS[c.activation_function], 'bias': True,
+                    'n_hidden': c.n_inner or 0, 'qk_norm': False}
+
+
+def make_network(config, trust=False):
+    """The network of a ModelConfig, with its first weights: a Transformer, or a HubNetwork."""
+    hub, how = json.loads(config.hub or '{}'), {'trust_remote_code': trust}
+    if hub.get('model_type', 'gpt2') == 'gpt2':
+        return Transformer(config)
+    transformers = optional('transformers', extra='hf')
+    theirs = from_hub('AutoConfig', hub['name'], **how) if 'auto_map' in hub else \
+        transformers.AutoConfig.for_model(**hub)
+    network = getattr(transformers, hub['class']).from_config(theirs, dtype=torch.float32, **how)
+    return HubNetwork(config, network)
+
+
+class HubNetwork(nn.Module):
+    """A masked language model of transformers behind the call that Transformer answers.
+
+    It computes its logits at all positions: they are what `hidden` returns.
+    """
+
+    def __init__(self, config, network):
+        super().__init__()
+        c = self.config = config
+        plain = not (c.causal or c.block_length or c.shift or c.time_cond or c.length_head)
+        require('init_from', 'a masked model', plain,
+                'trained by mdm or d3pm, without shift, time_cond and length_head')
+        network.resize_token_embeddings(c.vocab_size)
+        self.network, self.embed = network, network.get_input_embeddings()
+        self.mask_id, self.length_head = c.mask_id, None
+        self.head = torch.clone  # of logits, in which that of the mask is then overwritten
+
+    def forward(self, x, level=None, *, where=None, hidden=False, **other):
+        require('prefix_cache or attn_anneal', True, not other, 'off for a masked model of the hub')
+        h = self.network(x).logits  # (B, T, V)
+        h = h if where is None else h[where]  # (M, V)
+        return h if hidden else self.logits(h)
+
+    logits, device = Transformer.logits, Transformer.device
+    count_parameters = Transformer.count_parameters
+
+
+def by_our_names(gpt2):
+    """{our name: weight} of a GPT2LMHeadModel: views, to be read or written."""
+    found = {}
+    for name, p in gpt2.state_dict().items():
+        for theirs, ours in GPT2_NAMES.items():
+            name = name.replace(theirs, ours)
+        p = p.t() if 'blocks.' in name else p  # its linear layers hold (inputs, outputs)
+        for part, piece in zip('qkv', p.chunk(3)) if 'qkv' in name else [('', p)]:
+            found[name.replace('qkv', part)] = piece
+    return found
+
+
+@torch.no_grad()
+def load_hub(s, meta):
+    """Like load_checkpoint(), of the model hf:... that the settings s begin with. Raises UserError.
+
+    A row that it lacks, such as the mask's in GPT-2, is about the mean of its rows: such a token is
+    read as an average one. DiffuGPT's mask is a token of GPT-2's: our mask gets a copy of its row.
+    """
+    settings = vars(s) | hub_settings(s.init_from[3:], s.trust_remote_code)
+    hub, c = json.loads(settings['hub']), model_config(settings, meta)
+    vocabulary, is_gpt2 = hub_vocabulary(hub['name'], 'stream'), hub['model_type'] == 'gpt2'
+    network, report = from_hub(
+        hub['class'], hub['name'], dtype=torch.float32, use_safetensors=True, key_mapping=DIFFUGPT,
+        output_loading_info=True, trust_remote_code=s.trust_remote_code)
+    missing, rows = sorted(report['missing_keys']), network.get_input_embeddings().weight
+    same = meta['tokenizer'] in (vocabulary['tokenizer'], len(rows) == 50_257 and {'kind': 'gpt2'})
+    require('init_from', s.init_from, not missing, f'a whole model, but this lacks {missing[:1]}')
+    require('dataset', meta['name'], same, f'prepared with --tokenizer={s.init_from}')
+    print('hf:{name}: licence {licence}, revision {revision}'.format(**hub))
+    rows = network.resize_token_embeddings(c.vocab_size).weight
+    rows[c.mask_id] = rows[vocabulary['mask_id']]
+    return {'config': settings, 'meta': meta, 'model': by_our_names(network) if is_gpt2 else
+            HubNetwork(c, network).state_dict()}
+
+
+@torch.no_grad()
+def export_model(run, folder):
+    """Writes the model of an ar run to a new folder as a GPT-2 of transformers. Raises UserError.
+
+    The mask's row goes with it: where it is the start token, it is bos_token_id there. A bias that
+    ours lacks is 0. The tokenizer goes with it if it is one of the hub. As a Llama (rope, rmsnorm,
+    swiglu) nothing is written.
+    """
+    c, transformers = run.model.config, optional('transformers', extra='hf')
+    require('export', folder, not Path(folder).exists(), 'a folder that is not there yet')
+    if not (c.causal and c.pos == 'learned' and c.norm == 'layernorm' and c.mlp in GELUS.values()) \
+            or c.qk_norm or c.n_conv or c.n_kv_head < c.n_head:
+        raise UserError('only ar models can be exported that are a GPT-2: pos=learned, qk_norm='
+                        'False, norm=layernorm, mlp=gelu or gelu_tanh, n_conv=0, n_kv_head=0')
+    network = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, n_inner=c.n_hidden or None, tie_word_embeddings=c.tied,
+        activation_function='gelu' if c.mlp == 'gelu' else 'gelu_new',
+        bos_token_id=c.start_id, eos_token_id=run.meta['eos_id']))
+    weights = run.model.state_dict()
+    for name, w in by_our_names(network).items():
+        w.copy_(weights.get(name, torch.zeros(1)))
+    network.save_pretrained(folder)
+    if run.meta['tokenizer']['kind'] == 'hf':
+        end = run.tokenizer.decode([run.meta['eos_id']])
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=run.tokenizer.tokenizer, eos_token=end).save_pretrained(folder)

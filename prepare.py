@@ -39,6 +39,7 @@ import base64
 import csv
 import gzip
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -65,8 +66,9 @@ from config import UserError, one_of, override, require
 
 name = ''          # the folder in data/; '' = named as the data set, or as the file without .txt
 source = ''        # a local copy of the data set: the text, a zip, or a folder with its files
-tokenizer = ''     # char, gpt2, bpe (learned from the train split); '' = as the recipe says, or
-                   # char for a file of yours
+tokenizer = ''     # char, gpt2, bpe (learned from the train split), or hf:NAME, that of a model of
+                   # the Hugging Face hub, or of a folder; '' = as the recipe says, or char for a
+                   # file of yours
 vocab_size = 0     # of bpe: 256 bytes, merges and special tokens; 0 = as the recipe says, or 4096
                    # for a file of yours
 text_field = ''    # of a .csv or .jsonl: the column or key of a text; EOTs come between the texts
@@ -110,7 +112,8 @@ READ_SIZE = 1 << 18      # bytes or characters that are read at a time
 MAX_UNCUT = 32_000_000   # characters without a place to cut, beyond which recut() gives up
 THREADS = os.cpu_count() or 1  # that tokenise a stream at the same time
 DOWNLOADS = Path('data', 'downloads')
-TOKENIZER_KEYS = {'char': {'chars'}, 'gpt2': set(), 'bpe': {'pattern', 'ranks'}}  # in meta.json
+# of each kind, in meta.json
+TOKENIZER_KEYS = {'char': {'chars'}, 'gpt2': set(), 'bpe': {'pattern', 'ranks'}, 'hf': {'json'}}
 META_TYPES = {
     'name': str, 'layout': str, 'row_length': int | None, 'max_answer': int | None,
     'vocab_size': int, 'mask_id': int, 'eos_id': int | None, 'sep_id': int | None,
@@ -237,26 +240,30 @@ def stream_hub(what, columns, max_docs, folder):
     folder, so that neither the download nor the file must fit the memory. A stopped run begins
     anew, for `datasets` would read again what it is to skip. Raises UserError."""
     name, subset, split = (what.split(':')[1:] + ['', ''])[:3]
-    path, licence = Path(name), 'not stated'
+    path = Path(name)
     place, file = (str(path.resolve().parent), path.name) if path.is_file() else (name, None)
     target = folder / f'{path.stem}.jsonl'
     try:
-        import fsspec
         from datasets import load_dataset_builder
         builder = load_dataset_builder(place, subset or None, data_files=file)
         records = builder.as_streaming_dataset(split or 'train').select_columns(columns)
         with open(target, 'w', encoding='utf-8') as f:
             for record in tqdm(itertools.islice(records, max_docs or None), path.name, delay=1):
                 f.write(json.dumps(record) + '\n')
-        card = f'{builder.base_path}/README.md'
-        with suppress(FileNotFoundError, TypeError), fsspec.open(card, 'rt') as f:
-            licence = re.search(r'(?m)^license:\s*(?:- *)?(\S.*)', f.read())[1]
     except Exception as e:  # of many kinds, for want of a package, of a network, of a known format
         reason = f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'
         raise UserError(f"{what} cannot be read ({reason}): hf: needs pip install -e '.[hf]', and "
                         'a network or the path of a folder or file of Parquet') from e
     revision = builder.base_path.partition('@')[2] or 'of a local file'
-    return target, f'{what}, revision {revision}, licence {licence}'
+    return target, f'{what}, revision {revision}, licence {licence_of(builder.base_path)}'
+
+
+def licence_of(place):
+    """The licence that README.md of a folder, or of hf://REPOSITORY, states."""
+    with suppress(Exception):  # there is none, or it states none, or there is no network
+        with optional('fsspec', extra='hf').open(f'{place}/README.md', 'rt') as f:
+            return re.search(r'(?m)^license:\s*(?:- *)?(\S.*)', f.read())[1]
+    return 'not stated'
 
 
 def members(path):
@@ -496,12 +503,45 @@ class BytePairTokenizer:
         return self.encoding.decode([int(i) for i in ids])
 
 
+def optional(module, extra):
+    """A module that not everybody installs, only imported where it is needed. Raises UserError."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"{module} is needed: pip install -e '.[{extra}]'") from e
+
+
+class HubTokenizer:
+    """The tokenizer of a model of the Hugging Face hub, from the text of its tokenizer.json.
+
+    As above, an EOT in the text is encoded as its id only in a stream, and no text as any other
+    special token. A mask that is an ordinary token, as DiffuGPT's, may occur in the text, and
+    gather() then refuses the data: prepare them with --tokenizer=gpt2, which has a mask of its own.
+    """
+
+    def __init__(self, json_text, specials):
+        self.tokenizer = optional('tokenizers', extra='hf').Tokenizer.from_str(json_text)
+        self.tokenizer.encode_special_tokens = True  # as ordinary text: '[MASK]' is no mask
+        self.eos_id = specials[EOT] if specials.keys() == {EOT} else None
+
+    def encode(self, text):
+        ids = []
+        for part in [text] if self.eos_id is None else text.split(EOT):
+            ids += [self.eos_id, *self.tokenizer.encode(part, add_special_tokens=False).ids]
+        return ids[1:]
+
+    def decode(self, ids):
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
 def load_tokenizer(meta):
     """The tokenizer that meta describes: encode(text) -> list of ids, decode(ids) -> text."""
     spec = meta['tokenizer']
     specials = {text: meta[key] for key, text in SPECIALS.items() if meta.get(key) is not None}
     if spec['kind'] == 'char':
         return CharTokenizer(spec['chars'], specials)
+    if spec['kind'] == 'hf':
+        return HubTokenizer(spec['json'], specials)
     if spec['kind'] == 'bpe':
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec['ranks'])}
     else:
@@ -525,14 +565,39 @@ def texts_of(layout, *reads):
 
 def learn_byte_pairs(texts, n):
     """At most n tokens: the bytes of each, in base64, in the order of their ids."""
-    try:
-        import rustbpe  # only here: not everybody installs it
-    except ImportError as e:
-        raise UserError("--tokenizer=bpe needs rustbpe: pip install -e '.[bpe]'") from e
-    trainer = rustbpe.Tokenizer()
+    trainer = optional('rustbpe', extra='bpe').Tokenizer()
     trainer.train_from_iterator(texts, n, buffer_size=16, pattern=GPT2_PATTERN)
     tokens = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])  # (bytes, id)
     return [base64.b64encode(bytes(token)).decode() for token, _ in tokens]
+
+
+def from_hub(kind, name, **how):
+    """transformers.<kind>.from_pretrained(name, **how), name on the hub or a folder."""
+    transformers = optional('transformers', extra='hf')
+    transformers.logging.set_verbosity_error()  # what is wrong is said below, in one line
+    try:
+        return getattr(transformers, kind).from_pretrained(name, **how)
+    except Exception as e:  # of many kinds: no network, no such name, a damaged or missing file
+        raise UserError(f'hf:{name} cannot be loaded ({" ".join(str(e).split())[:150]}): without a '
+                        'network write hf:FOLDER; its own code needs --trust_remote_code') from e
+
+
+def hub_vocabulary(name, layout):
+    """As make_vocabulary, but the ids are those of a tokenizer of the hub, as is its mask.
+
+    EOS is its own or, as in BERT, its sep token, and SEP its cls token. What it lacks follows
+    behind all of its ids. PAD may be EOS, as in LLaDA."""
+    hub = from_hub('AutoTokenizer', name)
+    require('tokenizer', f'hf:{name}', hub.is_fast, 'one that has a tokenizer.json')
+    own = {'eos_id': hub.sep_token_id if hub.eos_token_id is None else hub.eos_token_id,
+           'sep_id': hub.cls_token_id, 'pad_id': hub.pad_token_id, 'mask_id': hub.mask_token_id}
+    if own['mask_id'] is None:  # LLaDA's is in its config alone
+        own['mask_id'] = getattr(from_hub('PretrainedConfig', name), 'mask_token_id', None)
+    ids, n = dict.fromkeys(SPECIALS), max(hub.get_vocab().values()) + 1
+    for key in [*SPECIALS_OF[layout], 'mask_id']:
+        ids[key], n = (n, n + 1) if own[key] is None else (own[key], n)
+    return {'vocab_size': n - 1, **ids, 'dtype': 'uint16' if n <= 1 << 16 else 'uint32',
+            'tokenizer': {'kind': 'hf', 'json': hub.backend_tokenizer.to_str()}}
 
 
 def make_vocabulary(kind, layout, splits, vocab_size):
@@ -540,6 +605,8 @@ def make_vocabulary(kind, layout, splits, vocab_size):
 
     The n ordinary tokens come first, then special tokens, then the mask. Characters are those of
     all splits; byte pairs are learned from train. Raises UserError."""
+    if kind.startswith('hf'):
+        return hub_vocabulary(kind[3:], layout)
     specials, spec = SPECIALS_OF[layout], {'kind': kind}
     if kind == 'gpt2':
         n = 50_256
@@ -658,7 +725,7 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
     arguments are the settings at the top of this file. Raises UserError."""
     recipe = choose_recipe(what, prompts, answers, fields, documents, text_field, max_docs)
     layout, kind = recipe['layout'], tokenizer or recipe['tokenizer']
-    one_of('tokenizer', kind, TOKENIZER_KEYS)
+    one_of('tokenizer', 'hf' if kind.startswith('hf:') else kind, TOKENIZER_KEYS)
     target = Path('data', name or Path(what.removeprefix('hf:')).stem.replace(':', '-'))
     foreign = target.exists() and not (target / 'meta.json').exists()  # not written by prepare()
     if foreign or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
@@ -715,16 +782,17 @@ def load_split(dataset, split):
     return np.memmap(path, dtype, mode='r')
 
 
-def gather(data, starts, length, vocab_size):
+def gather(data, starts, length, meta):
     """Windows (B, length) int64 of data (N,), in one read: window b begins at starts[b].
 
-    Raises UserError for ids outside the vocabulary; the mask's, V', is the first of these.
+    Raises UserError for ids outside the vocabulary, of V' real tokens and the mask, and for masks.
     """
     positions = np.asarray(starts)[:, None] + np.arange(length)  # (B, length)
     ids = data[positions].astype(np.int64)
-    if ids.max() >= vocab_size:
-        raise UserError(f'the data hold the id {ids.max()}, but the vocabulary ends at '
-                        f'{vocab_size - 1}: prepare them again')
+    bad = ids[(ids > meta['vocab_size']) | (ids == meta['mask_id'])]
+    if len(bad):
+        raise UserError(f'the data hold the id {bad.max()}, which is the mask or above all '
+                        f"{meta['vocab_size']:,} tokens: prepare them again")
     return ids
 
 
@@ -872,7 +940,7 @@ class Stream:
 
     def read(self, data, starts, T):
         """Windows x0 (B, T) int64 that begin at starts (B,)."""
-        return torch.from_numpy(gather(data, starts, T, self.meta['vocab_size']))
+        return torch.from_numpy(gather(data, starts, T, self.meta))
 
 
 class Rows:
@@ -963,8 +1031,7 @@ class Rows:
     def read(self, split, numbers):
         """x0 (B, T) int64 and given (B, T) bool of the rows `numbers`; T fits the widest."""
         length = self.meta['row_length']
-        x0 = gather(self.tokens(split), np.asarray(numbers) * length, length,
-                    self.meta['vocab_size'])
+        x0 = gather(self.tokens(split), np.asarray(numbers) * length, length, self.meta)
         T = row_widths(x0, self.meta, self.predict_pad).max()
         given = np.arange(T) < row_lengths(x0, self.meta)[0][:, None]  # (B, T)
         return torch.from_numpy(x0[:, :T]), torch.from_numpy(given)

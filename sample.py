@@ -8,7 +8,8 @@
     python sample.py --out_dir=out/talk --chat  # a run on prompts and answers; an empty line ends
     python sample.py --corrupt="What's in a name?"
 
-From a checkpoint to text in four steps:
+From a checkpoint to text: main() calls make_canvases, then complete, which calls decode for every
+batch of canvases, which calls make_decoder and run_decoder.
 
     canvas    make_canvases: the ids of a text, with mask_id wherever a token is to be generated.
               Continuing a prompt, infilling and writing from nothing differ in nothing else.
@@ -16,8 +17,9 @@ From a checkpoint to text in four steps:
     loop      run_decoder: runs a decoder, counts the passes of the network, ends rows at EOS
     text      complete: the ids of each canvas up to its EOS, which the tokenizer decodes
 
-At a first reading take "sampling a token", then decode_ar, decode_ancestral, decode_confidence and
-run_decoder. Skip blocks and guidance, the lengths of answers, and the pictures at the end.
+At a first reading take "sampling a token", the comment at the head of "decoders", then
+decode_ancestral with reverse_steps, decode_confidence with propose, run_decoder, and decode_ar.
+Skip blocks and guidance, the lengths of answers, and the pictures at the end.
 
 Letters are those of model.py: B rows of T tokens; V tokens in the vocabulary, the mask last. M is
 the number of positions, in all rows together, whose logits a pass returns.
@@ -45,8 +47,8 @@ import torch.nn.functional as F
 
 import config
 from config import UserError, one_of, require
-from model import SCHEDULES, KVCache, MaskedDiffusion, Objective, Transformer, first_to_hold, \
-    load_checkpoint, load_model, make_objective, noise, pick_device
+from model import SCHEDULES, KVCache, MaskedDiffusion, Objective, Transformer, after_start, \
+    export_model, first_to_hold, load_checkpoint, load_model, make_objective, noise, pick_device
 from prepare import EOT, SPECIALS, CharTokenizer, chat_prompt, load_tokenizer, read_chunks, \
     split_row
 
@@ -54,6 +56,8 @@ from prepare import EOT, SPECIALS, CharTokenizer, chat_prompt, load_tokenizer, r
 out_dir = 'out/shakespeare_mdm'  # the folder of the run whose model is used
 ckpt = 'last'          # its weights: last; or best, of the lowest validation loss (keep_best)
 device = 'auto'        # cuda, mps, cpu; auto takes the first that this machine has
+trust_remote_code = False  # run the code that a model of the Hugging Face hub consists of
+export = ''            # only write an ar model to this new folder, as a GPT-2 of transformers
 # what is to be generated
 start = ''             # the text to continue; in a run on prompts and answers, the prompt
 template = ''          # a text with blanks to fill: [___] is 5 tokens wide, [___:9] is 9
@@ -86,7 +90,7 @@ length = 'auto'        # masks for the answer to a prompt. full: as many as in t
                        # config/length_*.py train: regress, classify, encoder. auto: the head, if
                        # the run has one; else full, if it was trained with predict_pad; else fit
 length_line = (1.3, 2.0)  # ratio: so many masks for a token of the prompt, and so many more
-length_quantile = 0.9  # quantile, classify, encoder: the probability that the answer is no longer
+length_quantile = 0.9  # quantile, classify, encoder: P(the answer is at most as long as predicted)
 length_candidates = 1  # fit, ratio, reference: lengths to try; the most confident answer stays
 # how it is shown
 watch = False          # show the first sample step by step; the tokens/s include this
@@ -144,7 +148,7 @@ def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repe
     if repetition_penalty != 1.0:
         seen = torch.zeros(x.size(0), logits.size(-1), dtype=torch.bool, device=x.device)
         seen = seen.scatter(1, x, True)[where.nonzero()[:, 0]].to(logits.device)  # (M, V)
-        seen[:, [*specials, -1]] = False  # -1: the mask
+        seen[:, [*specials]] = False
         less = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, less, logits)
     if temperature == 0:
@@ -227,7 +231,7 @@ def propose(model, x, is_mask, order, rng, sampling):
     """
     level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), in place of 1 - alpha_t
     logits = model(x, level, where=is_mask)  # (M, V)
-    logits[:, -1] = -torch.inf  # with subs it is already; d3pm may predict the mask
+    logits[:, model.mask_id] = -torch.inf  # with subs it is already; d3pm may predict the mask
     token = sample_token(logits, x, is_mask, rng, **sampling)  # (M,)
     score = confidence(order, logits, token, rng).logit().float().to(x.device)  # (M,)
     scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
@@ -262,7 +266,9 @@ def masks_left(n, i, steps, counts):
 #
 #     x (B, T) int64        canvases, filled in place
 #     to_generate (B, T)    bool, the positions to fill; masks elsewhere are read and left as they
-#                           are. run_decoder() clears it in rows that have ended
+#                           are. run_decoder() clears it in rows that have ended, also between two
+#                           steps of a decoder; one that is to write after an EOS hides positions
+#                           by clearing them, and sets them again when its tokens are final
 #     rng                   the torch.Generator of everything random
 #     **sampling            the keywords of probabilities()
 #
@@ -276,7 +282,7 @@ def decode_ar(model, x, to_generate, rng, **sampling):
 
     One pass per token, over that token alone: a KV cache holds the tokens before it. Rows may have
     their masks at different places. A canvas longer than the context is read through a window(),
-    the start token (which has the id of the mask) and the newest tokens.
+    the start token and the newest tokens.
     """
     cache, begin = empty_cache(model, len(x)), 0  # begin: where the window begins in the canvas
     for i in to_generate.any(0).nonzero()[:, 0].tolist():
@@ -286,7 +292,7 @@ def decode_ar(model, x, to_generate, rng, **sampling):
             begin, cache.length = new, 0  # positions have shifted, so all is read again
         unread = x[:, begin + max(cache.length - 1, 0):i]  # the cache also holds the start token
         if cache.length == 0:
-            unread = torch.cat([torch.full_like(x[:, :1], model.mask_id), unread], dim=1)
+            unread = after_start(model, unread)
         last = torch.zeros_like(unread, dtype=torch.bool)
         last[:, -1] = True  # the logits of token i are those behind token i - 1
         logits = model(unread, cache=cache, where=last)  # (B, V)
@@ -317,8 +323,8 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
         if not reveal.any():
             continue
         logits = model(x, level, where=reveal)  # (M, V), M to reveal
-        p = logits.float().softmax(-1)[:, -1]  # (M,), of the mask: 0 with subs
-        logits[:, -1] = -torch.inf
+        p = logits.float().softmax(-1)[:, model.mask_id]  # (M,), of the mask: 0 with subs
+        logits[:, model.mask_id] = -torch.inf
         token = sample_token(logits, x, reveal, rng, **sampling)  # (M,)
         if not model.config.subs and alpha_s < 1:
             fewer = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
@@ -349,7 +355,7 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
             continue
         if reveal.any():  # always before a token is masked again, so that there are logits
             logits = model(x, level, where=reveal)  # (M, V), M to reveal
-            logits[:, -1] = -torch.inf
+            logits[:, model.mask_id] = -torch.inf
             x[reveal] = sample_token(logits, x, reveal, rng, **sampling)
         x[remask] = model.mask_id
         yield reveal, logits if reveal.any() else logits[:0]
@@ -461,7 +467,8 @@ class PrefixCached:
 
     def __call__(self, x, level=None, *, where):
         begin = self.cache.length = min(self.cache.length, self.start)  # 0 in the first pass
-        return self.model(x[:, begin:], level, cache=self.cache, where=where[:, begin:])
+        x = x[:, max(0, begin - self.config.shift):]  # with shift, the cache has a start token too
+        return self.model(x, level, cache=self.cache, where=where[:, begin:])
 
 
 class BlockCached:
@@ -481,7 +488,7 @@ class BlockCached:
         if stop - self.begin > c.block_size:
             begin = window(start // c.block_length, c.block_size // c.block_length or 1)
             self.begin, self.cache.length = begin * c.block_length, 0
-        clean = torch.zeros(len(x), 1, device=x.device)  # the noise level of a finished block
+        clean = torch.zeros(len(x), 1, device=x.device)  # the level of a finished block
         for k in range(self.begin + self.cache.length, start, c.block_length):
             self.model(x[:, k:k + c.block_length], clean, hidden=True, cache=self.cache)
 
@@ -497,11 +504,12 @@ def decode_blocks(model, x, to_generate, rng, *, inner, block_length, steps=None
     """Block by block from left to right, each by the decoder `inner` (semi-autoregressive).
 
     Blocks of block_length columns begin at the first column to be generated, and the last ends with
-    the last; all rows have the same blocks. What follows a block is read as masks. The steps (None:
-    inner takes none) are spread over the blocks by their lengths, at least one for each.
+    the last; all rows have the same blocks. What follows a block is read as it stands, masks mostly
+    (by BlockCached not at all). The steps (None: inner takes none) are spread over the blocks by
+    their lengths, at least one for each.
 
     cached: None, or the class PrefixCached or BlockCached, which wraps the model. The blocks of a
-    model that was trained on blocks [BD3-LM 2503.09573] begin at the beginning of the canvas.
+    model that was trained on blocks [BD3-LM 2503.09573] begin at multiples of block_length.
     """
     columns = to_generate.any(0).nonzero()[:, 0].tolist()
     first, end = (columns[0], columns[-1] + 1) if columns else (0, 0)
@@ -661,12 +669,12 @@ class Run(NamedTuple):
     path: str             # the folder, out_dir
 
 
-def load_run(out_dir, device, ckpt='last'):
-    """The Run that train.py saved in out_dir; ckpt: last, best."""
+def load_run(out_dir, device, ckpt='last', trust=False):
+    """The Run that train.py saved in out_dir; ckpt: last, best; trust: trust_remote_code."""
     checkpoint = load_checkpoint(out_dir, device, ckpt)
     settings, meta = checkpoint['config'], checkpoint['meta']
-    return Run(Path(out_dir).name, load_model(checkpoint, device), make_objective(settings), meta,
-               load_tokenizer(meta), settings, checkpoint['iter'], out_dir)
+    return Run(Path(out_dir).name, load_model(checkpoint, device, trust), make_objective(settings),
+               meta, load_tokenizer(meta), settings, checkpoint['iter'], out_dir)
 
 
 def read_prompts(start, template, prompt_file, gen_length):
@@ -754,7 +762,7 @@ def decode(run, rows, settings, eos_id=None, watch=None):
 
 
 def keep_log_p(log_p, x, nfe, where, logits):
-    """As a watch, with log_p (B, T) bound: keeps there the log probability of every new token.
+    """partial(keep_log_p, log_p) is a watch that keeps in log_p (B, T) that of every new token.
 
     Every pass overwrites what it predicted, and the last of these passes wrote what stands there.
     """
@@ -1042,7 +1050,9 @@ def main():
             f'a file ending in one of {", ".join(SAVERS)}')
     require('watch', watch, not (watch and json), 'False with json')
     is_run = not corrupt or (Path(out_dir) / 'ckpt.pt').is_file()
-    run = load_run(out_dir, pick_device(device), ckpt) if is_run else None
+    run = load_run(out_dir, pick_device(device), ckpt, trust_remote_code) if is_run else None
+    if export:
+        return export_model(run, export)
     if corrupt:
         return show_corruption(run, corrupt, seed)
     if chat:

@@ -45,16 +45,21 @@ from tqdm import tqdm
 import config
 import sample
 from config import UserError, one_of, require, write_atomically
-from model import LengthLoss, Transformer, evaluate, flops_per_token, load_checkpoint, \
-    make_objective, model_config, peak_memory, pick_device, pick_dtype
-from prepare import mixed_seed, open_run_data, prepare, recipe_names
+from model import LengthLoss, ModelConfig, evaluate, fields_in, flops_per_token, hub_settings, \
+    load_checkpoint, load_hub, make_network, make_objective, model_config, peak_memory, \
+    pick_device, pick_dtype
+from prepare import mixed_seed, open_run_data, optional, prepare, recipe_names
 
 # the run
 out_dir = 'out/shakespeare_mdm'  # the run's folder; a config file sets out/<its name>
 resume = False              # continue the run in out_dir, with the settings that it has
 overwrite = False           # delete the run in out_dir and begin anew
-init_from = ''              # begin with the weights of this run, of the same shape and vocabulary:
-                            # a short ar run saves masked diffusion a slow start, see RESULTS
+init_from = ''              # begin with the weights, and so the shape, of this run of the same
+                            # vocabulary: a short ar run saves masked diffusion a slow start, see
+                            # RESULTS; or hf:NAME, hf:FOLDER: of a model of the Hugging Face hub,
+                            # GPT-2 or a masked one (BERT, ModernBERT)
+trust_remote_code = False   # hf: run the code that such a model consists of
+hub = ''                    # hf: its config.json, licence and revision; init_from sets it
 seed = 1337
 device = 'auto'             # cuda, mps, cpu; auto takes the first available
 dtype = 'auto'              # float32, bfloat16 (autocast); auto is bfloat16 where that is fast
@@ -82,7 +87,7 @@ n_kv_head = 0               # heads of keys and values; 0 = n_head
 n_embd = 192
 pos = 'rope'                # rope, learned
 norm = 'rmsnorm'            # rmsnorm, layernorm
-mlp = 'relu2'               # relu2, swiglu, gelu
+mlp = 'relu2'               # relu2, swiglu, gelu, gelu_tanh
 n_conv = 0                  # local mixing over so many neighbours, twice in a layer; 0 = none
 n_hidden = 0                # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
 qk_norm = True
@@ -99,6 +104,9 @@ w_max = 5.0                 # for loss_weight = clipped
 mask_range = (0.15, 0.99)   # levels t that are trained; below, a row has few masks to learn from
 diffusion_steps = 1000      # d3pm: N, from all masks to none
 subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
+shift = False               # mdm, d3pm: predict token i where token i - 1 is read, as ar does
+attn_anneal = 0             # mdm, d3pm: updates over which the attention of an ar run opens: later
+                            # tokens are visible with a growing probability; 0 = from the start
 block_length = 16           # block: tokens per block
 # length prediction: train a head that predicts the length of an answer on the frozen run init_from
 length_head = ''            # regress_mean, regress_concat, classify, encoder_regress,
@@ -126,6 +134,11 @@ track = ''                  # tensorboard (curves in out_dir), wandb, or both
 wandb_project = 'nanomdm'   # wandb shows the run among those of this project
 wandb_run_name = ''         # and under this name; '' = the last part of out_dir
 bench = 0                   # only time this many updates and profile a few: nothing is written
+
+
+# fields of ModelConfig in which a run may differ from the one that it begins with: no weight of
+# theirs has another shape or meaning, and training adapts the weights to them
+MAY_DIFFER = ('block_size', 'causal', 'dropout', 'subs', 'block_length', 'length_head', 'shift')
 
 
 # ----------------------------------------------------------------------------------- the optimisers
@@ -212,6 +225,9 @@ def check_settings(s):
             ('score_prompt', not s.score_prompt or objective.causal,
              'False: it is for objective=ar alone'),
             ('subs', s.subs or s.objective == 'd3pm', 'True (d3pm alone may use the mask)'),
+            ('shift', not s.shift or all_masks, 'False but for mdm and d3pm'),
+            ('attn_anneal', not s.attn_anneal or all_masks and not (s.n_conv or s.length_head),
+             '0 but for mdm and d3pm, without n_conv and length_head'),
             ('token_weights', len(s.token_weights) == 3 and (set(s.token_weights) == {1.0} or (
                 hasattr(objective, 'token_weight') and not s.length_head)),
              'three numbers of 0 or more (1, 1, 1 but for mdm without a length_head)'),
@@ -244,7 +260,8 @@ class Training:
             batches = s.epochs * self.data.tokens_per_epoch / self.data.tokens_per_batch
             s.max_iters = round(batches / self.parts)
         torch.manual_seed(s.seed)
-        self.model = Transformer(model_config(vars(s), self.data.meta)).to(self.device)
+        config = model_config(vars(s), self.data.meta)
+        self.model = make_network(config, s.trust_remote_code).to(self.device)
         if s.init_from and not checkpoint:
             load_first_weights(self.model, s, self.data.meta)
         self.network = self.model  # what updates call: compile_model() may compile it
@@ -296,21 +313,23 @@ def open_training_data(s, rank, world):
 
 
 def load_first_weights(model, s, meta):
-    """Gives model the weights of the run init_from; UserError if shapes or vocabulary differ.
+    """Gives model the weights of init_from; UserError if shapes or vocabulary differ.
 
     A length head learns from a frozen model: then objective and predict_pad must be equal too.
     """
-    source = load_checkpoint(s.init_from, model.device)
+    source = load_hub(s, meta) if s.init_from.startswith('hf:') else \
+        load_checkpoint(s.init_from, model.device)
     theirs, own = vars(model_config(source['config'], source['meta'])), vars(model.config)
-    # causal, ... may differ: they change no shape, and training adapts the weights to them
-    other = [name for name in theirs if theirs[name] != own[name]
-             and name not in ('causal', 'dropout', 'subs', 'block_length', 'length_head')]
+    other = [name for name in theirs if theirs[name] != own[name] and name not in MAY_DIFFER]
     other += [name for name in ('tokenizer', 'sep_id') if source['meta'][name] != meta[name]]
     other += [name for name in ('objective', 'predict_pad')
               if s.length_head and source['config'][name] != vars(s)[name]]
     if other:
         raise UserError(f'{s.init_from} cannot begin this run: it has another {", ".join(other)}')
-    weights = {name: p for name, p in source['model'].items() if 'length_head.' not in name}
+    most = theirs['block_size'] + theirs['shift'] - s.shift  # of learned positions, the first
+    require('block_size', s.block_size, s.pos == 'rope' or s.block_size <= most, f'{most} or less')
+    weights = {name: p[:s.block_size + s.shift] if name == 'embed_pos.weight' else p
+               for name, p in source['model'].items() if 'length_head.' not in name}
     model.load_state_dict(model.state_dict() | weights)
 
 
@@ -376,16 +395,11 @@ def open_out_dir(s, steps):
 def make_tracker(name, s):
     """A function ({name: number}, iteration) that reports to TensorBoard or Weights & Biases."""
     one_of('track', name, ('tensorboard', 'wandb'))
-    try:
-        if name == 'tensorboard':
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(s.out_dir)
-            return lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]
-        from wandb import init
-        return init(project=s.wandb_project, name=s.wandb_run_name or Path(s.out_dir).name,
-                    config=vars(s)).log
-    except ImportError as e:
-        raise UserError(f"{e}: python -m pip install -e '.[track]'") from e
+    if name == 'tensorboard':
+        writer = optional('torch.utils.tensorboard', extra='track').SummaryWriter(s.out_dir)
+        return lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]
+    return optional('wandb', extra='track').init(
+        project=s.wandb_project, name=s.wandb_run_name or Path(s.out_dir).name, config=vars(s)).log
 
 
 # ------------------------------------------------------------------------------------------- speed
@@ -577,8 +591,8 @@ def write_answers(run, s):
     """Appends to samples.csv how ckpt.pt answers the first prompts; BLEU, if sacrebleu is there."""
     path, bleu = Path(s.out_dir, 'samples.csv'), ''
     rows = [] if path.exists() else [('iter', 'BLEU of all', 'prompt', 'reference', 'answer')]
-    answers = sample.first_answers(sample.load_run(s.out_dir, run.device), run.data, s.decode_rows,
-                                   sample.defaults())
+    trained = sample.load_run(s.out_dir, run.device, trust=s.trust_remote_code)
+    answers = sample.first_answers(trained, run.data, s.decode_rows, sample.defaults())
     with suppress(ImportError):
         from sacrebleu import corpus_bleu
         _, references, texts = zip(*answers)
@@ -603,6 +617,9 @@ def update(run, s, factor):
     count, and signals caught (by all processes; alone, a process asks run.caught itself).
     """
     sums = torch.zeros(3, device=run.device)
+    # a tensor, since torch.compile would compile anew for each number
+    inputs = {} if run.iteration >= s.attn_anneal else \
+        {'visible': torch.tensor(run.iteration / s.attn_anneal, device=run.device)}
     for part in range(run.rank, run.parts, run.world):  # this process's batches of the update
         seed = mixed_seed(s.seed, run.iteration, part)
         torch.manual_seed(seed)  # for dropout
@@ -611,7 +628,7 @@ def update(run, s, factor):
         x0, given = on_device(run.data.batch(run.iteration, part, run.parts), run.device)
         run.tokens += x0.numel() * run.world  # the others' batches are about as wide
         with run.autocast():
-            nats, count = run.objective.loss(run.network, x0, rng, given)
+            nats, count = run.objective.loss(run.network, x0, rng, given, **inputs)
         nats.backward()  # of a sum, not a mean: see below
         sums[:2] += torch.stack([nats.detach(), count])
     learned = [p for p in run.model.parameters() if p.grad is not None]
@@ -703,7 +720,8 @@ def measure(run, s):
 def show_sample(run, s):
     """Prints what the model in ckpt.pt writes (a text, or two answers) and what to try next."""
     print(f'\nThe run is in {s.out_dir}: ckpt.pt, log.csv, steps.csv, loss.png. A sample of it:\n')
-    trained, how = sample.load_run(s.out_dir, run.device), sample.defaults() | {'seed': s.seed}
+    trained = sample.load_run(s.out_dir, run.device, trust=s.trust_remote_code)
+    how = sample.defaults() | {'seed': s.seed}
     if trained.meta['sep_id'] is None:
         task, start = 'likelihood', '--num_samples=3'
         canvas = [trained.model.mask_id] * s.block_size
@@ -731,6 +749,11 @@ def main():
                             'has no more: sample from it as it is, or train anew with --overwrite')
         settings = config.override(globals(), earlier=before)
         require('objective', objective, objective == before['objective'], 'that of the run')
+    elif init_from:  # with its shape
+        theirs = hub_settings(init_from[3:], trust_remote_code) if init_from.startswith('hf:') \
+            else load_checkpoint(init_from)['config']
+        settings = config.override(globals(), earlier={
+            n: v for n, v in fields_in(ModelConfig, theirs).items() if n not in MAY_DIFFER})
     s = SimpleNamespace(**settings)
     check_settings(s)
     run = Training(s, checkpoint)

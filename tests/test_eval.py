@@ -859,7 +859,7 @@ def test_a_judge_of_hugging_face(settings, runs):
     assert evaluation.judged(judge, run_, texts, [[1]]) == {
         'nats/char under gpt': pytest.approx(nats / 42, rel=1e-5),
         'perplexity under gpt': pytest.approx(math.exp(nats / 42), rel=1e-4)}
-    with pytest.raises(UserError, match='neither a run nor a model'):
+    with pytest.raises(UserError, match='cannot be loaded'):
         evaluation.load_judge([], settings | {'judge': str(runs / 'no_gpt'), 'device': 'cpu'})
 
 

@@ -17,12 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from config import UserError
+from conftest import PROSE, save_hub_model, save_tokenizer
 from model import LENGTH_HEADS, OBJECTIVES, SCHEDULES, Autoregression, BlockDiffusion, KVCache, \
     LengthLoss, ModelConfig, Noised, Objective, Transformer, Uniform, attend, evaluate, \
-    first_to_hold, flops_per_token, load_checkpoint, load_model, make_objective, model_config, \
-    noise, noise_fraction, pick_device, pick_dtype, rope_angles, rotate, time_features, \
-    uniform_token_loss
-from prepare import open_data
+    export_model, first_to_hold, flops_per_token, hub_settings, load_checkpoint, load_model, \
+    make_network, make_objective, model_config, noise, noise_fraction, pick_device, pick_dtype, \
+    rope_angles, rotate, time_features, uniform_token_loss
+from prepare import hub_vocabulary, load_tokenizer, open_data
+from train import MAY_DIFFER, load_first_weights
 
 GPT2_STYLE = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
 
@@ -94,7 +96,8 @@ class ContextFree(nn.Module):
         super().__init__()
         self.always = torch.cat([logits, torch.tensor([-torch.inf])])
         self.mask_id = len(logits)
-        self.config = SimpleNamespace(block_size=T, vocab_size=len(logits) + 1)
+        self.config = SimpleNamespace(block_size=T, vocab_size=len(logits) + 1,
+                                      start_id=self.mask_id)
         self.embed = nn.Embedding(1, 1)
         self.asked = []
 
@@ -284,7 +287,7 @@ def test_flops_are_those_that_torch_counts(tied, pos, time_cond):
 
     Half of the tokens are scored, as with this mask_range they are on average.
     """
-    B, T, meta = 3, 24, {'vocab_size': 49}
+    B, T, meta = 3, 24, {'vocab_size': 49, 'mask_id': 49}
     settings = dict(block_size=T, n_embd=32, n_layer=2, n_head=2, tied=tied, norm='layernorm',
                     pos=pos, time_cond=time_cond, objective='mdm', mask_range=(0.25, 0.75))
     m = Transformer(model_config(settings, meta))
@@ -306,8 +309,8 @@ def test_flops_are_those_that_torch_counts(tied, pos, time_cond):
 @pytest.mark.parametrize('name', OBJECTIVES)
 def test_the_head_is_counted_for_the_tokens_that_are_scored(name, schedule):
     settings = dict(objective=name, schedule=schedule, mask_range=(0.1, 0.7), n_embd=32, n_head=2)
-    small, large = (flops_per_token(settings, SimpleNamespace(meta={'vocab_size': V}, mean_width=9))
-                    for V in (50, 60))
+    small, large = (flops_per_token(settings, SimpleNamespace(
+        meta={'vocab_size': V, 'mask_id': V}, mean_width=9)) for V in (50, 60))
     counted = (large - small) / (6 * 32 * 10)
     if name == 'ar':
         assert counted == 1
@@ -1188,3 +1191,211 @@ def test_regressions_pool_hidden_states_as_they_say():
 def test_an_unknown_head_is_refused():
     with pytest.raises(UserError, match="length_head is 'regress', not one of regress_mean"):
         tiny(length_head='regress')
+
+
+# ------------------------------------------------------------------- models of the Hugging Face hub
+
+def imported(folder, objective, trust=False, vocabulary=None, **settings):
+    """Our network with the weights of the folder, on a data set of its tokenizer; and its meta."""
+    meta = (vocabulary or hub_vocabulary(folder, 'stream')) | {'name': 'prose'}
+    shape = {k: v for k, v in hub_settings(folder, trust).items() if k not in MAY_DIFFER}
+    s = SimpleNamespace(**{
+        'objective': objective, 'block_size': 16, 'shift': False, 'init_from': f'hf:{folder}',
+        'length_head': '', 'trust_remote_code': trust} | shape | settings)
+    network = make_network(model_config(vars(s), meta), trust)
+    load_first_weights(network, s, meta)
+    return network.eval(), meta
+
+
+@pytest.mark.parametrize('other', [{}, {'activation_function': 'gelu', 'n_inner': 40,
+                                        'tie_word_embeddings': False}])
+def test_gpt2_of_the_hub_has_its_logits_in_our_transformer(tmp_path, other):
+    """With and without cache; AR scores a text as GPT-2 does behind its end-of-text."""
+    theirs = save_hub_model(tmp_path / 'hub', 'gpt2', **other)
+    ours, meta = imported(str(tmp_path / 'hub'), 'ar')
+    x, wte = tokens(3, 16, 300), theirs.transformer.wte.weight
+    with torch.no_grad():
+        expected = theirs(x).logits  # (3, 16, 300)
+        assert expected.std() > 1
+        logits, cache = ours(x), KVCache(ours.config, 3, 'cpu')
+        steps = torch.cat([ours(part, cache=cache) for part in x.split([5, 1, 1, 9], 1)], 1)
+        for found in (logits, steps):
+            torch.testing.assert_close(found[..., :300], expected, atol=1e-4, rtol=0)
+            assert (found[..., 300] == -torch.inf).all()
+        behind = theirs(F.pad(x, (1, 0), value=theirs.config.eos_token_id)).logits[:, :-1]
+        nll = -behind.log_softmax(-1).gather(2, x[..., None])[..., 0]
+        torch.testing.assert_close(ar_token_nll(ours, x), nll, atol=1e-4, rtol=0)
+    assert meta['mask_id'] == 300
+    torch.testing.assert_close(ours.embed.weight[300], wte.mean(0), atol=1e-3, rtol=0)
+    assert len(ours.embed_pos.weight) == 16 and ours.config.tied != bool(other)
+
+
+@pytest.mark.parametrize('mask_inside', [False, True])
+def test_diffugpt_predicts_what_its_own_code_does(tmp_path, mask_inside):
+    """GPT-2 with names of its own, that sees all tokens and is shifted; its mask is a token."""
+    from safetensors.torch import load_file, save_file
+    theirs, folder = save_hub_model(tmp_path / 'hub', 'gpt2'), tmp_path / 'hub'
+    weights = load_file(folder / 'model.safetensors')
+    save_file({name.replace('transformer.wte', 'embed_tokens').replace(
+        'transformer', 'denoise_model'): w for name, w in weights.items()},
+        folder / 'model.safetensors', {'format': 'pt'})
+    plain = hub_vocabulary(str(folder), 'stream')
+    described = json.loads((folder / 'tokenizer_config.json').read_text())
+    text = load_tokenizer(plain).tokenizer.id_to_token(290)
+    (folder / 'tokenizer_config.json').write_text(json.dumps(described | {'mask_token': text}))
+    with_mask = hub_vocabulary(str(folder), 'stream')
+    assert (plain['mask_id'], with_mask['mask_id'], with_mask['vocab_size']) == (300, 290, 299)
+    vocabulary = with_mask if mask_inside else plain | {'tokenizer': with_mask['tokenizer']}
+    ours, _ = imported(str(folder), 'mdm', vocabulary=vocabulary, shift=True)
+    x, is_mask = tokens(2, 16, 290), torch.rand(2, 16, generator=torch.manual_seed(3)) < 0.5
+    with torch.no_grad():
+        all_seen = torch.zeros(2, 1, 17, 17)
+        behind = F.pad(x.masked_fill(is_mask, 290), (1, 0), value=0)
+        expected = theirs(behind, attention_mask=all_seen).logits[:, :-1]  # (2, 16, 300)
+        found = ours(x.masked_fill(is_mask, ours.mask_id))
+        assert (found[..., ours.mask_id] == -torch.inf).all()
+        keep = [i for i in range(300) if i != ours.mask_id]
+        torch.testing.assert_close(found[..., keep], expected[..., keep], atol=1e-4, rtol=0)
+        logp = expected[..., keep].log_softmax(-1)
+        rng = torch.Generator().manual_seed(5)
+        noised = OBJECTIVES['mdm']().corrupt_evenly(ours, x, x < 0, rng)
+        bound = OBJECTIVES['mdm']().bound(ours, x, rng.manual_seed(5))
+        logits = theirs(F.pad(noised.xt.masked_fill(noised.scored, 290), (1, 0)),
+                        attention_mask=all_seen).logits[:, :-1]
+        if not mask_inside:
+            nll = -logits.log_softmax(-1).gather(2, x[..., None])[..., 0]
+            torch.testing.assert_close((nll * noised.scored * noised.weight).sum(1), bound,
+                                       atol=1e-2, rtol=0)
+    assert logp.isfinite().all()
+
+
+@pytest.mark.parametrize('like', ['bert', 'distilbert', 'roberta', 'modernbert', 'llada'])
+def test_a_masked_model_of_the_hub_has_its_own_logits_behind_our_call(tmp_path, like):
+    """Rows with PAD and without; and a checkpoint is read back without the folder's weights."""
+    theirs, folder = save_hub_model(tmp_path / 'hub', like), str(tmp_path / 'hub')
+    if like == 'llada':
+        with pytest.raises(UserError, match='trust_remote_code'):
+            imported(folder, 'mdm')
+    ours, meta = imported(folder, 'mdm', like == 'llada')
+    assert (ours.mask_id, ours.config.vocab_size, meta['vocab_size']) == (4, 90, 89)
+    x = tokens(3, 16, 90).clamp(min=5)
+    x[:, 3:6], x[1, 9:], keep = 4, 0, [i for i in range(90) if i != 4]
+    with torch.no_grad():
+        for rows in (x[:1], x):
+            expected = theirs(rows, attention_mask=torch.ones_like(rows)).logits
+            found = ours(rows)
+            torch.testing.assert_close(found[..., keep], expected[..., keep], atol=1e-4, rtol=0)
+            assert (found[..., 4] == -torch.inf).all() and expected.std() > 0.3
+            where = rows == 4
+            torch.testing.assert_close(ours(rows, where=where), found[where])
+    checkpoint = {'model': ours.state_dict(), 'meta': meta, 'config': {
+        'objective': 'mdm', **{key: getattr(ours.config, key) for key in (
+            'block_size', 'n_layer', 'n_head', 'n_embd', 'tied', 'pos', 'hub')}}}
+    (tmp_path / 'hub/model.safetensors').unlink()
+    again = load_model(checkpoint, 'cpu', like == 'llada')
+    assert torch.equal(again(x), ours(x))
+    assert again.count_parameters() == sum(p.numel() for p in theirs.parameters())
+
+
+def test_what_a_hub_model_cannot_be_is_one_line(tmp_path):
+    save_hub_model(tmp_path / 'gpt2', 'gpt2')
+    save_hub_model(tmp_path / 'bert', 'bert')
+    gpt2, bert = str(tmp_path / 'gpt2'), str(tmp_path / 'bert')
+    other = hub_vocabulary(gpt2, 'stream')
+    for message, broken in (
+            ("dataset is 'prose', but it must be prepared with --tokenizer=hf:",
+             lambda: imported(bert, 'mdm', False, other)),
+            ('block_size is 65, but it must be 64 or less',
+             lambda: imported(gpt2, 'ar', block_size=65)),
+            ('must be trained by mdm or d3pm', lambda: imported(bert, 'ar')),
+            ('must be trained by mdm or d3pm', lambda: imported(bert, 'block')),
+            ('this mask is not the last id', lambda: imported(bert, 'uniform')),
+            ('another qk_norm', lambda: imported(gpt2, 'ar', qk_norm=True)),
+            ('another n_layer', lambda: imported(gpt2, 'ar', n_layer=3)),
+            ('block_size is 64, but it must be 63 or less',
+             lambda: imported(gpt2, 'mdm', block_size=64, shift=True)),
+            ('prefix_cache or attn_anneal is True',
+             lambda: imported(bert, 'mdm')[0](tokens(1, 4), cache=1))):
+        with pytest.raises(UserError, match=message):
+            broken()
+    weights = tmp_path / 'bert/model.safetensors'
+    from safetensors.torch import load_file, save_file
+    kept = {name: w for name, w in load_file(weights).items() if 'layer.1.output.dense' not in name}
+    save_file(kept, weights, {'format': 'pt'})
+    with pytest.raises(UserError, match=r'lacks .*bert\.encoder\.layer\.1\.output\.dense\.bias'):
+        imported(bert, 'mdm')
+    torch.save(kept, tmp_path / 'bert/pytorch_model.bin')  # a pickle is never read
+    weights.unlink()
+    with pytest.raises(UserError, match=r'^hf:.*bert cannot be loaded .*safetensors'):
+        imported(bert, 'mdm')
+
+
+@pytest.mark.parametrize('shape', [{'tied': True}, {'mlp': 'gelu_tanh', 'n_hidden': 40},
+                                   {'bias': False}])
+def test_an_exported_model_has_our_logits_in_transformers(tmp_path, shape):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    save_tokenizer(tmp_path, 'gpt2', [PROSE])
+    meta, folder, shape = hub_vocabulary(str(tmp_path), 'stream'), tmp_path / 'out', {
+        **GPT2_STYLE, **shape}
+    ours, x = tiny(vocab_size=301, causal=True, std=0.2, **shape), tokens(2, 16, 302)
+    run = SimpleNamespace(model=ours, meta=meta, tokenizer=load_tokenizer(meta))
+    export_model(run, str(folder))
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(theirs).__name__ == 'GPT2LMHeadModel'
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x).logits[..., :300], ours(x)[..., :300], atol=1e-4,
+                                   rtol=0)
+    assert theirs.config.bos_token_id == ours.mask_id and (folder / 'model.safetensors').exists()
+    ids = AutoTokenizer.from_pretrained(folder).encode('said the fox', add_special_tokens=False)
+    assert ids == run.tokenizer.encode('said the fox')
+    with pytest.raises(UserError, match='a folder that is not there yet'):
+        export_model(run, str(folder))
+    for other in ({'mlp': 'relu2'}, {'qk_norm': True}, {'n_conv': 3}, {'causal': False},
+                  {'pos': 'rope'}, {'norm': 'rmsnorm'}, {'n_kv_head': 2}):
+        run.model = tiny(**{'causal': True} | shape | other)
+        with pytest.raises(UserError, match='only ar models can be exported'):
+            export_model(run, 'no')
+
+
+def test_a_shifted_model_predicts_a_token_where_the_one_before_is_read():
+    """The same weights on [start, x]; and a block is read again from a cache as without it."""
+    from sample import PrefixCached
+    for pos in ('rope', 'learned'):
+        shifted = tiny(shift=True, pos=pos, start_id=3, std=0.2)
+        plain = tiny(block_size=17, pos=pos, std=0.2)
+        x = tokens(2, 16)
+        with torch.no_grad():
+            expected = plain(F.pad(x, (1, 0), value=3))[:, :16]
+            torch.testing.assert_close(shifted(x), expected)
+            where = torch.rand(2, 16, generator=torch.manual_seed(1)) < 0.5
+            torch.testing.assert_close(shifted(x, where=where), expected[where])
+            cached, where = PrefixCached(shifted, 2), torch.zeros_like(where)
+            where[:, 5:9] = True
+            cached.enter(x, 5, 9)
+            for _ in range(3):  # nothing has changed, so what the cache holds is exact
+                torch.testing.assert_close(cached(x, where=where), expected[where])
+
+
+def test_attention_opens_from_causal_to_all():
+    model, causal, x, seen = tiny(), tiny(causal=True), tokens(2, 16), []
+    torch.testing.assert_close(model(x, visible=torch.tensor(0.0)), causal(x))
+    torch.testing.assert_close(model(x, visible=torch.tensor(1.0)), model(x))
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('model.attend', lambda q, k, v, mask, *how: (
+            seen.append(mask), attend(q, k, v, mask, *how))[1])
+        for _ in range(50):
+            model(x, visible=torch.tensor(0.3))
+    masks = torch.stack(seen)  # (50 * 2 layers, 16, 16), the same in all layers
+    assert torch.equal(masks[::2], masks[1::2]) and masks.tril().sum() == 100 * 16 * 17 / 2
+    later = torch.ones(16, 16).triu(1).bool()
+    assert masks[:, later].float().mean().item() == pytest.approx(0.3, abs=0.015)
+    # a loss passes it on: of a mask alone at the first token, which then sees but itself
+    x0, given = tokens(1, 16), torch.ones(1, 16, dtype=torch.bool)
+    given[0, 0], xt, rng = False, x0.clone(), torch.Generator()
+    xt[0, 0] = model.mask_id
+    for name, visible in (('mdm', None), ('mdm', torch.tensor(0.0)), ('d3pm', torch.tensor(0.0))):
+        objective = OBJECTIVES[name](loss_weight='flat', mask_range=(1.0, 1.0))
+        nats, _ = objective.loss(model, x0, rng.manual_seed(1), given, visible=visible)
+        expected = (model if visible is None else causal)(xt)[0, 0].log_softmax(-1)[x0[0, 0]]
+        torch.testing.assert_close(nats, -expected)

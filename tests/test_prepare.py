@@ -29,6 +29,7 @@ from hypothesis import given, settings, strategies as st
 import prepare
 from config import UserError
 from prepare import EOT
+from conftest import save_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 REAL = REPOSITORY.parent / 'shared' / 'data'
@@ -996,7 +997,7 @@ def test_ids_outside_the_vocabulary_are_refused():
     data = prepare.open_data('s', 8, 2)
     for read in (lambda: data.batch(0), *data.batches('train', 2),
                  lambda: data.windows('train', 8, 2)):
-        with pytest.raises(UserError, match='hold the id 50, but the vocabulary ends at 49'):
+        with pytest.raises(UserError, match='hold the id 50, which is the mask'):
             read()
 
 
@@ -1004,12 +1005,14 @@ def test_gather_reads_windows():
     prepare.prepare(write('verse.txt', VERSE))
     data = prepare.load_split('verse', 'train')
     assert isinstance(data, np.memmap) and data.dtype == np.uint16 and not data.flags.writeable
-    V = prepare.load_meta('verse')['vocab_size']
-    windows = prepare.gather(data, [5, 0, 5, len(data) - 8], 8, V)
+    meta = prepare.load_meta('verse')
+    windows = prepare.gather(data, [5, 0, 5, len(data) - 8], 8, meta)
     assert windows.dtype == np.int64 and windows.shape == (4, 8)
     assert windows.tolist() == [data[s:s + 8].tolist() for s in (5, 0, 5, len(data) - 8)]
-    with pytest.raises(UserError, match=f'hold the id {V - 1}, but the vocabulary ends'):
-        prepare.gather(data, np.arange(len(data) - 8), 8, V - 1)
+    last = meta['vocab_size'] - 1
+    for other in ({'vocab_size': last - 1, 'mask_id': 0}, {'vocab_size': last, 'mask_id': last}):
+        with pytest.raises(UserError, match=f'hold the id {last}, which is the mask or above'):
+            prepare.gather(data, np.arange(len(data) - 8), 8, other)
 
 
 def test_a_tokenizer_is_made_from_meta_alone():
@@ -1161,6 +1164,96 @@ def test_bpe_without_rustbpe_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, 'rustbpe', None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[bpe\]'"):
         prepare.prepare(write('a.txt', VERSE), tokenizer='bpe')
+
+
+@pytest.fixture(scope='module')
+def hub(tmp_path_factory):
+    """Folders of two tokenizers, like GPT-2's and like BERT's, as transformers saves them."""
+    return {like: save_tokenizer(tmp_path_factory.mktemp(like), like, [VERSE])
+            for like in ('gpt2', 'bert')}
+
+
+@pytest.mark.parametrize('like', ['gpt2', 'bert'])
+def test_a_hub_tokenizer_gives_the_ids_that_transformers_gives(hub, like):
+    """And meta.json alone is enough to read them: the folder is not needed again."""
+    from transformers import AutoTokenizer
+    theirs = AutoTokenizer.from_pretrained(hub[like])
+    meta = prepare.prepare(write('verse.txt', VERSE), tokenizer='hf:' + hub[like])
+    cut = int(0.9 * len(VERSE))
+    assert ids_of('verse', 'train') == theirs.encode(VERSE[:cut], add_special_tokens=False)
+    assert meta == prepare.load_meta('verse')
+    tokenizer, text = prepare.load_tokenizer(meta), "it's number 7 of a poem"
+    if like == 'gpt2':  # no mask there: behind the tokens
+        assert (meta['vocab_size'], meta['mask_id'], meta['eos_id']) == (len(theirs),) * 2 + (0,)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    else:  # inside
+        assert (meta['vocab_size'], meta['mask_id'], meta['eos_id']) == (len(theirs) - 1, 4, 3)
+        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_a_hub_tokenizer_has_specials_for_rows_and_no_text_is_one(hub):
+    rows = '\n'.join(json.dumps({'q': f'[MASK] line {i} [SEP]', 'a': f'<|endoftext|> {i}'})
+                     for i in range(40))
+    for like, specials in (('bert', (3, 2, 0, 4)), ('gpt2', (0, 300, 301, 302))):
+        meta = prepare.prepare(write('rows.jsonl', rows), tokenizer='hf:' + hub[like],
+                               fields='q,a')
+        assert tuple(meta[f'{name}_id'] for name in ('eos', 'sep', 'pad', 'mask')) == specials
+        for row in np.array(ids_of('rows', 'train')).reshape(-1, meta['row_length']):
+            assert meta['mask_id'] not in row
+            counts = [(row == meta[key]).sum() for key in ('sep_id', 'eos_id')]
+            assert counts == [1, 1]  # none from the text
+        assert all(read() for read in prepare.open_data('rows', 300, 2).batches('val', 2))
+
+
+def test_end_of_text_in_a_stream_is_the_hub_tokenizers_own(hub):
+    text = 'a line<|endoftext|>a line' * 40
+    for like, eos in (('gpt2', 0), ('bert', 3)):
+        prepare.prepare(write('s.txt', text), tokenizer='hf:' + hub[like])
+        assert ids_of('s', 'train').count(eos) == text[:int(0.9 * len(text))].count('<|endoftext|>')
+
+
+def test_a_mask_that_is_an_ordinary_token_is_refused_in_text(hub, tmp_path):
+    """As in DiffuGPT, whose mask is a token of GPT-2's: such data are not trained on."""
+    plain = prepare.load_tokenizer(prepare.prepare(write('verse.txt', VERSE),
+                                                   tokenizer='hf:' + hub['gpt2']))
+    mask = plain.tokenizer.id_to_token(max(plain.encode(VERSE)))
+    shutil.copytree(hub['gpt2'], tmp_path / 'like')
+    described = json.loads((tmp_path / 'like/tokenizer_config.json').read_text())
+    (tmp_path / 'like/tokenizer_config.json').write_text(json.dumps(
+        described | {'mask_token': mask}))
+    meta = prepare.prepare(write('masked.txt', VERSE), tokenizer=f'hf:{tmp_path}/like')
+    assert meta['mask_id'] == max(plain.encode(VERSE)) == max(ids_of('masked', 'train'))
+    with pytest.raises(UserError, match=f'hold the id {meta["mask_id"]}, which is the mask'):
+        [read() for read in prepare.open_data('masked', 64, 2).batches('train', 2)]
+
+
+def test_ids_above_65535_are_uint32():
+    """A tokenizer of 80,000 words; the specials that it lacks follow its last id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = {f'w{i}': i for i in range(80_000)}
+    made = Tokenizer(models.WordLevel(words, unk_token='w0'))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained('words')
+    text = ' '.join(f'w{i * 75}' for i in range(1000))
+    meta = prepare.prepare(write('s.txt', text), tokenizer='hf:words')
+    assert (meta['eos_id'], meta['mask_id'], meta['vocab_size']) == (80_000, 80_001, 80_001)
+    assert prepare.load_split('s', 'train').dtype == np.uint32
+    ids = ids_of('s', 'train') + ids_of('s', 'val')
+    assert ids[:890] == [i * 75 for i in range(890)] and ids[-1] == 999 * 75
+    assert prepare.open_data('s', 900, 2).batch(0)[0].max() > 65_535
+
+
+def test_a_hub_tokenizer_that_cannot_be_had_is_one_line(monkeypatch):
+    """A folder without one, a name without a network, and transformers missing."""
+    Path('empty').mkdir()
+    for name in ('empty', 'gpt2', ''):
+        with pytest.raises(UserError, match=f'^hf:{name} cannot be loaded.*write hf:FOLDER'):
+            prepare.prepare(write('a.txt', VERSE), tokenizer=f'hf:{name}')
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[hf\]'"):
+        prepare.prepare(write('a.txt', VERSE), tokenizer='hf:gpt2')
+    assert not Path('data').exists()
 
 
 def test_without_a_network_gpt2_names_files_and_ways_out(monkeypatch, tmp_path):

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_alone
+from conftest import PROSE, run, run_alone, save_hub_model
 from matplotlib.figure import Figure
 
 import config
 import prepare
 import train as script
-from model import OBJECTIVES, MaskedDiffusion, ModelConfig, Noised, Transformer, \
+from model import MASK_DECODERS, OBJECTIVES, MaskedDiffusion, ModelConfig, Noised, Transformer, \
     evaluate, load_checkpoint, load_model, model_config, noise_fraction
 
 ROOT = Path(__file__).parents[1]
@@ -928,3 +928,80 @@ def test_a_new_objective_is_trained_sampled_and_measured(verse, monkeypatch):
         done = run('eval.py', '--out_dir=out/half', f'--task={task}', '--repeats=2', '--steps=4',
                    '--target_se=0', '--gen_tokens=32', '--max_windows=2', cwd=verse)
         assert done.returncode == 0 and '| half' in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize('like, words, decoders', [
+    ('gpt2', ['--objective=ar'], ['ar']),
+    ('gpt2', ['--objective=mdm', '--shift', '--attn_anneal=8', '--optimizer=muon'], MASK_DECODERS),
+    ('bert', ['--objective=mdm'], MASK_DECODERS)])
+def test_a_model_of_the_hub_is_trained_resumed_sampled_and_measured(tmp_path, like, words,
+                                                                    decoders):
+    """20 updates; the run is whole without the folder that it began with."""
+    save_hub_model(tmp_path / 'hub', like)
+    (tmp_path / 'prose.txt').write_text(PROSE)
+    done = run('prepare.py', 'prose.txt', '--tokenizer=hf:hub', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = ['--init_from=hf:hub', *words, '--dataset=prose', '--max_iters=20', '--device=cpu',
+             '--eval_interval=10', '--block_size=32', '--batch_size=4', '--compile=off',
+             '--dtype=float32', '--warmup_iters=2', '--learning_rate=1e-3', '--eval_repeats=2']
+    said = train(tmp_path, *words, '--out_dir=out/whole')
+    assert 'hf:hub: licence not stated, revision of a folder' in said
+    rows = log_without_times(tmp_path / 'out/whole')
+    assert float(rows[-1]['val']) < float(rows[0]['val']) - 0.2
+    with pytest.MonkeyPatch.context() as patch:
+        save, saved = torch.save, []
+
+        def stop_at_the_third(*what):
+            if len(saved) == 2:
+                raise OSError('no space left')
+            saved.append(save(*what))
+
+        patch.setattr(torch, 'save', stop_at_the_third)
+        done = run('train.py', *words, '--out_dir=out/parts', cwd=tmp_path)
+        assert done.returncode == 2 and load_checkpoint(tmp_path / 'out/parts')['iter'] == 10
+    shutil.rmtree(tmp_path / 'hub')
+    train(tmp_path, '--out_dir=out/parts', '--resume')
+    assert log_without_times(tmp_path / 'out/parts') == rows
+    a, b = weights(tmp_path / 'out/whole'), weights(tmp_path / 'out/parts')
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    for decoder in decoders:
+        for how in (['--start=It is'], ['--template=It is [___] said the [___:2].']):
+            done = run('sample.py', '--out_dir=out/whole', f'--decoder={decoder}', '--steps=8',
+                       '--device=cpu', '--json', *how, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            assert load_checkpoint(tmp_path / 'out/whole')['meta']['mask_id'] not in \
+                json.loads(done.stdout)['tokens']
+    done = run('eval.py', '--out_dir=out/whole', '--device=cpu', '--target_se=0', '--repeats=2',
+               cwd=tmp_path)
+    assert done.returncode == 0 and 'nats/token' in done.stdout, done.stderr
+
+
+def test_settings_that_contradict_a_model_of_the_hub_are_one_line(tmp_path):
+    """And a run goes on from a run of it, in another objective, with what it brought along."""
+    save_hub_model(tmp_path / 'hub', 'gpt2')
+    (tmp_path / 'prose.txt').write_text(PROSE)
+    run('prepare.py', 'prose.txt', '--tokenizer=hf:hub', cwd=tmp_path)
+    run('prepare.py', 'prose.txt', '--name=chars', cwd=tmp_path)
+    tiny = ['--max_iters=1', '--block_size=16', '--batch_size=2', '--device=cpu', '--compile=off',
+            '--eval_repeats=2']
+    words = ['--init_from=hf:hub', '--objective=ar', '--dataset=prose', '--out_dir=out/ar', *tiny]
+    for word, said in (('--n_layer=3', 'hf:hub cannot begin this run: it has another n_layer'),
+                       ('--mlp=relu2', 'it has another mlp'),
+                       ('--dataset=chars', 'must be prepared with --tokenizer=hf:hub'),
+                       ('--shift', 'shift is True, but it must be False but for mdm and d3pm'),
+                       ('--init_from=hf:nowhere', 'write hf:FOLDER')):
+        assert_one_line(run('train.py', *words, word, cwd=tmp_path), said)
+        assert not (tmp_path / 'out').exists()
+    train(tmp_path, *words)
+    config = load_checkpoint(tmp_path / 'out/ar')['config']
+    assert (config['mlp'], config['tied'], config['n_embd']) == ('gelu_tanh', True, 32)
+    train(tmp_path, '--init_from=out/ar', '--dataset=prose', '--out_dir=out/mdm', *tiny,
+          '--block_size=15', '--shift', '--attn_anneal=1')
+    for name, start in (('ar', 0), ('mdm', 0)):
+        saved = load_checkpoint(tmp_path / 'out' / name)
+        assert load_model(saved, 'cpu').config.start_id == start
+        assert saved['config']['hub'] == config['hub']
+    done = run('sample.py', '--out_dir=out/ar', '--export=there', cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / 'there/model.safetensors').exists(), done.stderr
+    assert_one_line(run('sample.py', '--out_dir=out/mdm', '--export=mdm', cwd=tmp_path),
+                    'only ar models can be exported')
