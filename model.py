@@ -29,7 +29,8 @@ Letters here, and in the papers:
     t         noise level (B, 1) in (0, 1]; at t = 1 all is noise    t
     alpha     P(a token is kept at level t)                          alpha_t
     w(t)      weight of level t in the bound                         -alpha'_t / (1 - alpha_t)
-    level     what the network reads of t: noise_fraction, (B, 1)
+    level     what the network reads, never t itself: noise_fraction, the fraction of all tokens of
+              a row that is noise, (B, 1)
     is_mask   (B, T) bool, True where xt is mask_id
     given     (B, T) bool, True in a prompt: never corrupted, never scored
     L, l      tokens of a row that are not given, and those of them that are masked
@@ -377,7 +378,7 @@ MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')  # s
 
 
 def noise(t, schedule):
-    """alpha_t, the fraction of tokens kept at level t, and w(t) = -alpha'_t / (1 - alpha_t).
+    """alpha_t, the fraction of tokens kept at t, and the weight w(t) = -alpha'_t / (1 - alpha_t).
 
     The bound does not depend on the schedule (change the variable from t to alpha); its variance
     does.
@@ -394,7 +395,7 @@ def low_discrepancy(n, rng, device, shuffled=False):
     """n stratified numbers: one in each interval of length 1/n of [0, 1), with one common shift.
 
     Each is uniform, but together they cover the levels more evenly than independent ones [VDM].
-    shuffled: in random order, for bounds of single rows.
+    shuffled: in random order, so that no row of a batch always gets the lowest.
     """
     u = torch.rand(1, generator=rng, device=device)
     k = torch.randperm(n, generator=rng, device=device) if shuffled else \
@@ -407,8 +408,8 @@ def noise_fraction(p_noise, given):
 
         p_noise * mean over i of ~given[i],   p_noise (B, 1) = P(a token that is not given is noise)
 
-    The network reads this and not t, because a decoder can count it: on average it is the fraction
-    of masks.
+    The network reads this and not t, because a decoder can count it on its canvas, masks being
+    the noise; at a given t it is the mean of that count.
     """
     return p_noise * (~given).float().mean(1, keepdim=True)
 
@@ -473,19 +474,19 @@ class Objective:
 
     A subclass defines corrupt(model, x0, given, rng) -> Noised, what training samples, and
     corrupt_evenly(model, x0, given, rng) -> Noised, what evaluation samples. train.py, sample.py
-    and eval.py read the attributes below and never compare names.
+    and eval.py read the attributes below, and do not ask for names.
     """
     # annotated: settings
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
     loss_weight: str = 'elbo'        # elbo w(t), clipped min(w(t), w_max), flat 1, masked_mean
     w_max: float = 5.0
-    mask_range: tuple = (0.0, 1.0)   # levels t that are trained; (0.15, 0.15) is BERT's rate
+    mask_range: tuple = (0.0, 1.0)   # of t in training; (0.15, 0.15) is BERT's rate
 
     # not annotated: the same for all of a class
     exact = False                # the bound is the nll itself
     causal = False               # the network sees no later token
     masks = True                 # noise is the mask: decoding begins with a sequence of masks
-    any_order = False            # revealing one token at a time, in any order, has an exact nll
+    any_order = False            # revealing a token at a time has an exact nll, for any given order
     block_length = 0             # tokens per block, if there are blocks
     decoders = MASK_DECODERS     # names in sample.py, the default first
     measured = 'nelbo <='        # label of the bound: it is called a bound wherever it is printed
@@ -499,8 +500,8 @@ class Objective:
                 '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0')
 
     def loss(self, model, x0, rng, given=None, **inputs):
-        """(sum of weighted losses in nats, number of tokens); train.py divides the sum over
-        all micro-batches of the one by that of the other, so that every token counts the same.
+        """(sum of weighted losses in nats, number of tokens). train.py adds both up over all
+        micro-batches and divides the one by the other, so that every token counts the same.
 
         x0 (B, T) int64, clean tokens; rng: a torch.Generator. With loss_weight='elbo' and the whole
         mask_range the quotient is, in expectation, an upper bound on the nll per token. The other
@@ -526,7 +527,7 @@ class Objective:
         return weight.expand_as(x0)[scored] * in_slices(token_loss, model, h, *rows)
 
     def draw_levels(self, n, rng, device):
-        """n stratified noise levels in (lo, hi] = mask_range."""
+        """n stratified values of t in (lo, hi] = mask_range."""
         lo, hi = self.mask_range
         return lo + (hi - lo) * (1 - low_discrepancy(n, rng, device))
 
@@ -536,7 +537,7 @@ class Objective:
         return (1 - noise(levels, self.schedule)[0]).mean().item() if self.masks else 1.0
 
     def training_weight(self, w):
-        """What a loss has instead of w(t), the weight of a level in the bound."""
+        """The weight of t in training, in place of w(t), its weight in the bound."""
         if self.loss_weight == 'clipped':
             return w.clamp(max=self.w_max)
         return w if self.loss_weight == 'elbo' else torch.ones_like(w)
@@ -551,10 +552,10 @@ class MaskedDiffusion(Objective):
             = E over l, xt of  1/l * sum over i of  is_mask[i] * -log p(x0[i] | xt)
 
     The network predicts every masked token at its own position: nothing is shifted. Training
-    samples one t for each row, uniform in mask_range (in (0, 1] for the bound), and masks each
-    token with probability 1 - alpha_t. Evaluation samples l, uniform in 1..L, and masks l tokens:
-    the same bound, integrated over the t that leave l masks. Its variance is less, and zero for
-    uniform logits.
+    follows the first line: one t for each row, uniform in mask_range, and each token is masked
+    with probability 1 - alpha_t. Evaluation follows the second: l is uniform in 1..L, and l tokens
+    are masked. Without time conditioning both are the same bound, the second integrated over the t
+    that leave l masks. Its variance is less, and zero for uniform logits.
     """
     any_order = True
     token_weight = None  # (V,) weight of each kind of token in the loss; train.py sets it for rows
@@ -811,7 +812,7 @@ OBJECTIVES = {'ar': Autoregression, 'mdm': MaskedDiffusion, 'd3pm': D3PM, 'unifo
 
 
 def fields_in(cls, settings):
-    """The settings, as a dict, that are fields of a dataclass; the others have defaults there."""
+    """Those of the settings that are fields of a dataclass. Fields that are none keep defaults."""
     return {name: settings[name] for name in cls.__dataclass_fields__ if name in settings}
 
 

@@ -21,7 +21,7 @@ machines, start on each:
         --master_port=1234 train.py config/shakespeare_mdm_10m.py
 
 Read main() at the end of the file first, then train(), the loop of evaluating, saving and updating,
-and update(). The other functions stand in the order in which these three call them.
+and update(). Above them stand, in this order, the optimisers, set-up, speed, and what is recorded.
 """
 
 import csv
@@ -256,7 +256,7 @@ class Training:
         self.data = open_training_data(s, self.rank, self.world)  # a Stream or Rows
         self.parts = s.gradient_accumulation_steps * self.world  # batches per update
         self.tokens_per_update = round(self.parts * self.data.tokens_per_batch)
-        if s.epochs:
+        if s.epochs:  # another way to say max_iters
             batches = s.epochs * self.data.tokens_per_epoch / self.data.tokens_per_batch
             s.max_iters = round(batches / self.parts)
         torch.manual_seed(s.seed)
@@ -303,8 +303,8 @@ def open_training_data(s, rank, world):
             and not Path('data', s.dataset, 'meta.json').exists():
         print(f'data/{s.dataset} is missing: preparing it')
         prepare(s.dataset)
-    if world > 1:
-        dist.barrier()  # the data is complete, and all processes have seen that out_dir is free
+    if world > 1:  # the data is complete, and all have seen that out_dir is free, as main() asks
+        dist.barrier()
     data = open_run_data(vars(s))
     if s.decode_rows and data.meta['sep_id'] is None:
         raise UserError(f'decode_rows is for prompts and answers, but data/{s.dataset} has none')
@@ -614,7 +614,7 @@ def update(run, s, factor):
     """One update: data, corruption and loss, backward, clip, step.
 
     factor: of lr_factor(). Returns sums (3,) over all batches and processes: nats, tokens that
-    count, and signals caught (by all processes; alone, a process asks run.caught itself).
+    count, and, with several processes, signals that any of them caught.
     """
     sums = torch.zeros(3, device=run.device)
     # a tensor, since torch.compile would compile anew for each number
