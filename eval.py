@@ -868,8 +868,8 @@ def generation(runs, settings):
     """What runs write, beside as much of the validation split; texts are as long as the context.
 
     A word is known if it occurs in the training text; the longest copy is the longest piece of a
-    text that occurs there. nll under: nats per token that an autoregressive model gives to it;
-    perplexity: exp of its nats per token of its own.
+    text that occurs there. nll under: nats per token of an autoregressive model, the judge, or
+    nats per character where its tokens are others; perplexity: exp of the nats per judge's token.
     """
     run, judge, training = runs[0], load_judge(runs, settings), training_text(runs[0])
     known, rows = set(words_of(training)), []
