@@ -568,6 +568,11 @@ def test_the_parts_of_a_bound(settings):
         logits = run_.model(torch.where(is_mask, run_.model.mask_id, x0))
     nll = F.cross_entropy(logits[is_mask], x0[is_mask]).item()
     assert row['nats/token'] == pytest.approx(nll, abs=5 * row['s.e.'] + 0.03)
+    d3pm = make_objective({'objective': 'd3pm', 'diffusion_steps': 4})
+    rows, _ = evaluation.parts([run_._replace(objective=d3pm)], s)
+    found = {row['part']: row['nats/token'] for row in rows}
+    assert found['other steps'] + found['last step'] == pytest.approx(
+        found['nelbo'], abs=5 * max(row['s.e.'] for row in rows[1:]))
 
 
 def test_noises_stand_beside_ar(runs, settings):
