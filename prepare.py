@@ -575,6 +575,7 @@ def from_hub(kind, name, **how):
     """transformers.<kind>.from_pretrained(name, **how), name on the hub or a folder."""
     transformers = optional('transformers', extra='hf')
     transformers.logging.set_verbosity_error()  # what is wrong is said below, in one line
+    transformers.logging.disable_progress_bar()
     try:
         return getattr(transformers, kind).from_pretrained(name, **how)
     except Exception as e:  # of many kinds: no network, no such name, a damaged or missing file

@@ -1016,7 +1016,8 @@ def run_of(model, objective='mdm'):
     shape = {k: v for k, v in vars(c).items() if k not in ('vocab_size', 'causal')}
     return {'model': model.state_dict(), 'optimizer': [],
             'config': shape | {'objective': objective},
-            'meta': {'vocab_size': c.vocab_size - 1}, 'iter': 3, 'rng': 1, 'best': 2.0}
+            'meta': {'vocab_size': c.vocab_size - 1, 'mask_id': c.mask_id},
+            'iter': 3, 'rng': 1, 'best': 2.0}
 
 
 def test_checkpoints_come_back_and_damaged_ones_are_refused(tmp_path):
