@@ -1149,7 +1149,7 @@ class HubNetwork(nn.Module):
     def __init__(self, config, network):
         super().__init__()
         c = self.config = config
-        plain = not (c.causal or c.block_length or c.shift or c.time_cond or c.length_head)
+        plain = not (config.causal or c.block_length or c.shift or c.time_cond or c.length_head)
         require('init_from', 'a masked model', plain,
                 'trained by mdm or d3pm, without shift, time_cond and length_head')
         network.resize_token_embeddings(c.vocab_size)
@@ -1213,7 +1213,7 @@ def export_model(run, folder):
     """
     c, transformers = run.model.config, optional('transformers', extra='hf')
     require('export', folder, not Path(folder).exists(), 'a folder that is not there yet')
-    if not (c.causal and c.pos == 'learned' and c.norm == 'layernorm' and c.mlp in GELUS.values()) \
+    if not (run.objective.exact and c.pos == 'learned' and c.norm == 'layernorm' and c.mlp in GELUS.values()) \
             or c.qk_norm or c.n_conv or c.n_kv_head < c.n_head:
         raise UserError('only ar models can be exported that are a GPT-2: pos=learned, qk_norm='
                         'False, norm=layernorm, mlp=gelu or gelu_tanh, n_conv=0, n_kv_head=0')

@@ -1339,7 +1339,8 @@ def test_an_exported_model_has_our_logits_in_transformers(tmp_path, shape):
     meta, folder, shape = hub_vocabulary(str(tmp_path), 'stream'), tmp_path / 'out', {
         **GPT2_STYLE, **shape}
     ours, x = tiny(vocab_size=301, causal=True, std=0.2, **shape), tokens(2, 16, 302)
-    run = SimpleNamespace(model=ours, meta=meta, tokenizer=load_tokenizer(meta))
+    run = SimpleNamespace(model=ours, meta=meta, tokenizer=load_tokenizer(meta),
+                          objective=Autoregression())
     export_model(run, str(folder))
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert type(theirs).__name__ == 'GPT2LMHeadModel'
@@ -1354,6 +1355,7 @@ def test_an_exported_model_has_our_logits_in_transformers(tmp_path, shape):
     for other in ({'mlp': 'relu2'}, {'qk_norm': True}, {'n_conv': 3}, {'causal': False},
                   {'pos': 'rope'}, {'norm': 'rmsnorm'}, {'n_kv_head': 2}):
         run.model = tiny(**{'causal': True} | shape | other)
+        run.objective = OBJECTIVES['mdm' if 'causal' in other else 'ar']()
         with pytest.raises(UserError, match='only ar models can be exported'):
             export_model(run, 'no')
 
