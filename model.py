@@ -1064,10 +1064,11 @@ def model_config(settings, meta):
     objective = make_objective(settings)
     require('objective', settings['objective'], objective.masks or objective.exact
             or meta['mask_id'] == meta['vocab_size'], 'one of masks: this mask is not the last id')
+    # GPT-2 was trained to begin behind an end of text
+    start = 'eos_id' if settings.get('hub') and meta['eos_id'] is not None else 'mask_id'
     return ModelConfig(vocab_size=meta['vocab_size'] + 1, **fields_in(ModelConfig, settings) | {
         'causal': objective.causal, 'block_length': objective.block_length,
-        'mask_id': meta['mask_id'],
-        'start_id': meta['eos_id' if settings.get('hub') else 'mask_id']})  # as GPT-2 was trained
+        'mask_id': meta['mask_id'], 'start_id': meta[start]})
 
 
 def flops_per_token(settings, data):
@@ -1213,8 +1214,9 @@ def export_model(run, folder):
     """
     c, transformers = run.model.config, optional('transformers', extra='hf')
     require('export', folder, not Path(folder).exists(), 'a folder that is not there yet')
-    if not (run.objective.exact and c.pos == 'learned' and c.norm == 'layernorm' and c.mlp in GELUS.values()) \
-            or c.qk_norm or c.n_conv or c.n_kv_head < c.n_head:
+    shape = (c.pos, c.norm, c.qk_norm, c.n_conv, c.n_kv_head)
+    if not run.objective.exact or c.mlp not in GELUS.values() \
+            or shape != ('learned', 'layernorm', False, 0, c.n_head):
         raise UserError('only ar models can be exported that are a GPT-2: pos=learned, qk_norm='
                         'False, norm=layernorm, mlp=gelu or gelu_tanh, n_conv=0, n_kv_head=0')
     network = transformers.GPT2LMHeadModel(transformers.GPT2Config(

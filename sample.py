@@ -141,8 +141,8 @@ def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repe
     """The distributions (M, V) float64 to sample from, given the model's logits (M, V).
 
     x, where (B, T): the canvas, and the M positions of the logits. repetition_penalty makes tokens
-    less likely that the row has already [CTRL 1909.05858, sec. 4.1], but neither the mask nor the
-    ids `specials` (EOS, SEP, PAD), or one end in a row would delay the next.
+    less likely that the row has already [CTRL 1909.05858, sec. 4.1], but not the ids `specials`
+    (mask, EOS, SEP, PAD), or one end in a row would delay the next.
     """
     logits = logits.double()
     if repetition_penalty != 1.0:
@@ -752,7 +752,7 @@ def decode(run, rows, settings, eos_id=None, watch=None):
     if len(rows[0]) > context and not (run.objective.causal or run.objective.block_length):
         raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
                         f'block_size is {context}')
-    specials = [run.meta[key] for key in SPECIALS if run.meta.get(key) is not None]
+    specials = [run.meta[key] for key in ('mask_id', *SPECIALS) if run.meta.get(key) is not None]
     decoder = make_decoder(run.objective, settings, specials)
     rng = torch.Generator('cpu' if weight.device.type == 'mps' else weight.device)
     rng.manual_seed(settings['seed'])

@@ -380,7 +380,7 @@ def test_what_cannot_be_translated(book, settings, said):
 
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'sacrebleu.metrics', None)
-    with pytest.raises(UserError, match=r"needs sacrebleu.*'\.\[eval\]'"):
+    with pytest.raises(UserError, match=r"sacrebleu.* is needed.*'\.\[eval\]'"):
         evaluation.make_score()
 
 

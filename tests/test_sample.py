@@ -142,7 +142,7 @@ def draw(logits, seen=None, *, generator, **sampling):
     M, V = logits.shape
     x = torch.full((M, V), V - 1) if seen is None else torch.where(seen, torch.arange(V), V - 1)
     where = torch.arange(V).expand(M, V) == 0
-    token = sample.sample_token(logits, x, where, generator, **sampling)
+    token = sample.sample_token(logits, x, where, generator, specials=[V - 1], **sampling)
     return token, sample.confidence('max_prob', logits, token, generator)
 
 
@@ -226,7 +226,7 @@ def test_specials_are_not_repeated_text():
     logits = torch.randn(40, 7, generator=noise_source(5))
     seen = torch.rand(40, 7, generator=noise_source(6)) < 0.7
     x, where = torch.where(seen, torch.arange(7), 6), torch.arange(7).expand(40, 7) == 0
-    p = sample.probabilities(logits, x, where, repetition_penalty=1.7, specials=[2, 4])
+    p = sample.probabilities(logits, x, where, repetition_penalty=1.7, specials=[2, 4, 6])
     for row in range(40):
         punished = [i in (0, 1, 3, 5) and bool(seen[row, i]) for i in range(7)]
         wanted = distribution(logits[row], punished, 1.0, 0, 1.0, 1.7)

@@ -601,7 +601,7 @@ def test_configurations_have_the_parameters_they_say(path):
     V = {'gpt2': 50_257, 'bpe': recipe['vocab_size']}.get(recipe['tokenizer']) or {
         'shakespeare_char': 65, 'text8': 27, 'reversal': 38}[s['dataset']]
     with torch.device('meta'):
-        model = Transformer(model_config(s, {'vocab_size': V}))
+        model = Transformer(model_config(s, {'vocab_size': V, 'mask_id': V}))
     assert model.count_parameters() == header_count(path)
 
 
@@ -894,7 +894,8 @@ def test_length_configurations_fit_the_run_that_they_are_for(path):
     head, base = settings_of(path), settings_of(ROOT / 'config/multi30k_mdm_pad.py')
     assert head['init_from'] == 'out/multi30k_mdm_pad'
     with torch.device('meta'):
-        whole, frozen = (Transformer(model_config(s, {'vocab_size': 8000})) for s in (head, base))
+        whole, frozen = (Transformer(model_config(s, {'vocab_size': 8000, 'mask_id': 8000}))
+                         for s in (head, base))
     assert whole.count_parameters() == header_count(path)
     assert whole.state_dict().keys() >= frozen.state_dict().keys()
     assert all(head[name] == base[name] for name in ('dataset', 'objective', 'predict_pad'))
