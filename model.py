@@ -75,7 +75,10 @@ LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress',
 
 @dataclass
 class ModelConfig:
-    """The shape of a Transformer: every field but vocab_size is an architecture option."""
+    """The shape of a Transformer: every field but vocab_size is an architecture option.
+
+    The defaults here are those of tests; train.py has its own.
+    """
     vocab_size: int           # V = V' + 1: the real tokens and the mask
     block_size: int = 256     # context length, the largest T
     causal: bool = False      # position i sees 0..i (ar); False: every position sees all (mdm)
@@ -294,6 +297,8 @@ class Transformer(nn.Module):
         clean (B, T), block_length: read [x ; clean] as block_mask says, for BlockDiffusion; level
         may then be (B, T).
         visible: each position sees each later one with this probability, see attn_anneal.
+
+        In training ar and mdm give none of cache, clean and visible: then mask is None.
         """
         start = cache.length if cache is not None else 0
         if self.config.shift and start == 0:
@@ -377,7 +382,7 @@ LOSS_WEIGHTS = ('elbo', 'clipped', 'flat', 'masked_mean')
 MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')  # see sample.py
 
 
-def noise(t, schedule):
+def alpha_and_weight(t, schedule):
     """alpha_t, the fraction of tokens kept at t, and the weight w(t) = -alpha'_t / (1 - alpha_t).
 
     The bound does not depend on the schedule (change the variable from t to alpha); its variance
@@ -437,21 +442,21 @@ def cross_entropy(logits, target):
     return F.cross_entropy(logits, target, reduction='none')
 
 
-def in_slices(token_loss, model, h, *rows, at_once=2 ** 28):
-    """token_loss(logits (M, V), *rows) (M,) of hidden states h (M, C) and rows, each of length M.
+def in_slices(token_loss, model, h, *others, at_once=2 ** 28):
+    """token_loss(logits (M, V), *others) (M,) of hidden states h (M, C) and others, each (M,).
 
     In slices if M * V is more than `at_once`. The backward pass recomputes the logits of a slice:
     with GPT-2's 50,257 tokens those of one batch take gigabytes, and the rest of the network does
     not.
     """
-    def of_slice(h, *rows):
-        return token_loss(model.logits(h).float(), *rows)
+    def of_slice(h, *others):
+        return token_loss(model.logits(h).float(), *others)
 
     n = max(1, at_once // model.config.vocab_size)
     if len(h) <= n:
-        return of_slice(h, *rows)
+        return of_slice(h, *others)
     return torch.cat([torch.utils.checkpoint.checkpoint(of_slice, *part, use_reentrant=False)
-                      for part in zip(h.split(n), *(row.split(n) for row in rows))])
+                      for part in zip(h.split(n), *(other.split(n) for other in others))])
 
 
 class Noised(NamedTuple):
@@ -523,8 +528,8 @@ class Objective:
         """Weighted losses (M,) of predicting x0 from one sample of its corruption."""
         xt, scored, weight, level, token_loss, extra, inputs = noised
         h = model(xt, level, where=scored, hidden=True, **inputs, **more)  # (M, C)
-        rows = [row.expand_as(x0)[scored] for row in (x0, *extra)]  # (M,) each
-        return weight.expand_as(x0)[scored] * in_slices(token_loss, model, h, *rows)
+        others = [part.expand_as(x0)[scored] for part in (x0, *extra)]  # (M,) each
+        return weight.expand_as(x0)[scored] * in_slices(token_loss, model, h, *others)
 
     def draw_levels(self, n, rng, device):
         """n stratified values of t in (lo, hi] = mask_range."""
@@ -534,7 +539,7 @@ class Objective:
     def scored_fraction(self):
         """The fraction of the tokens of a training batch that is scored, if none are given."""
         levels = torch.linspace(*self.mask_range, 1001)
-        return (1 - noise(levels, self.schedule)[0]).mean().item() if self.masks else 1.0
+        return (1 - alpha_and_weight(levels, self.schedule)[0]).mean().item() if self.masks else 1.0
 
     def training_weight(self, w):
         """The weight of t in training, in place of w(t), its weight in the bound."""
@@ -562,7 +567,7 @@ class MaskedDiffusion(Objective):
 
     def corrupt(self, model, x0, given, rng):
         t = self.draw_levels(len(x0), rng, x0.device)[:, None]  # (B, 1)
-        alpha, w = noise(t, self.schedule)  # linear: 1 - t and 1 / t
+        alpha, w = alpha_and_weight(t, self.schedule)  # linear: 1 - t and 1 / t
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
         xt = torch.where(is_mask, model.mask_id, x0)
         weight = self.training_weight(w)  # (B, 1)
@@ -668,7 +673,7 @@ class D3PM(Objective):
     def grid(self, device):
         """m = 1 - alpha at t = 0, 1/N, ..., 1, (N + 1,), and c (N + 1,), which is 0 at t = 0."""
         t = torch.arange(self.diffusion_steps + 1, dtype=torch.float64) / self.diffusion_steps
-        m = 1 - noise(t, self.schedule)[0]
+        m = 1 - alpha_and_weight(t, self.schedule)[0]
         c = F.pad(m.diff() / m[1:], (1, 0))
         return m.float().to(device), c.float().to(device)
 
@@ -727,7 +732,7 @@ class Uniform(Objective):
 
     def corrupt(self, model, x0, given, rng):
         t = self.draw_levels(len(x0), rng, x0.device)[:, None]  # (B, 1)
-        alpha, w = noise(t, self.schedule)
+        alpha, w = alpha_and_weight(t, self.schedule)
         is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
         weight = self.training_weight(w) * (1 - alpha)  # (B, 1)
         return self.noised(model, x0, given, is_noise, weight, alpha, rng)
@@ -788,7 +793,7 @@ class BlockDiffusion(Objective):
         (B, T), n = x0.shape, math.ceil(x0.size(1) / self.block_length)
         t = self.draw_levels(B * n, rng, x0.device).view(B, n)
         t = t.repeat_interleave(self.block_length, dim=1)[:, :T]  # (B, T)
-        alpha, w = noise(t, self.schedule)
+        alpha, w = alpha_and_weight(t, self.schedule)
         is_mask = (torch.rand(B, T, generator=rng, device=x0.device) >= alpha) & ~given
         return self.noised(model, x0, given, is_mask, self.training_weight(w), 1 - alpha)
 

@@ -48,7 +48,8 @@ import torch.nn.functional as F
 import config
 from config import UserError, one_of, require
 from model import SCHEDULES, KVCache, MaskedDiffusion, Objective, Transformer, after_start, \
-    export_model, first_to_hold, load_checkpoint, load_model, make_objective, noise, pick_device
+    alpha_and_weight, export_model, first_to_hold, load_checkpoint, load_model, make_objective, \
+    pick_device
 from prepare import EOT, SPECIALS, CharTokenizer, chat_prompt, load_tokenizer, read_chunks, \
     split_row
 
@@ -198,7 +199,8 @@ def reverse_steps(model, x, to_generate, steps, schedule):
     what is to be generated, and the masks elsewhere, which are those of later blocks.
     """
     require('steps', steps, steps > 0, '1 or more: one token a step is for confidence and remask')
-    alpha = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64), schedule)[0].tolist()
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    alpha = alpha_and_weight(t, schedule)[0].tolist()
     here = to_generate.float().mean(1, keepdim=True)  # (B, 1)
     elsewhere = ((x == model.mask_id) & ~to_generate).float().mean(1, keepdim=True)  # (B, 1)
     return [(a, b, here * (1 - a) + elsewhere) for a, b in zip(alpha, alpha[1:])]

@@ -19,10 +19,10 @@ import model
 from config import UserError
 from conftest import PROSE, save_hub_model, save_tokenizer
 from model import LENGTH_HEADS, OBJECTIVES, SCHEDULES, Autoregression, BlockDiffusion, KVCache, \
-    LengthLoss, ModelConfig, Noised, Objective, Transformer, Uniform, attend, evaluate, \
-    export_model, first_to_hold, flops_per_token, hub_settings, load_checkpoint, load_model, \
-    make_network, make_objective, model_config, noise, noise_fraction, pick_device, pick_dtype, \
-    rope_angles, rotate, time_features, uniform_token_loss
+    LengthLoss, ModelConfig, Noised, Objective, Transformer, Uniform, alpha_and_weight, attend, \
+    evaluate, export_model, first_to_hold, flops_per_token, hub_settings, load_checkpoint, \
+    load_model, make_network, make_objective, model_config, noise_fraction, pick_device, \
+    pick_dtype, rope_angles, rotate, time_features, uniform_token_loss
 from prepare import hub_vocabulary, load_tokenizer, open_data
 from train import MAY_DIFFER, load_first_weights
 
@@ -341,16 +341,17 @@ def test_context_too_long_is_refused():
 @pytest.mark.parametrize('schedule', SCHEDULES)
 def test_weight_is_the_derivative_of_the_schedule(schedule):
     t, eps = torch.linspace(0.05, 0.95, 19, dtype=torch.float64), 1e-6
-    alpha, w = noise(t, schedule)
-    slope = (noise(t + eps, schedule)[0] - noise(t - eps, schedule)[0]) / (2 * eps)
+    alpha, w = alpha_and_weight(t, schedule)
+    above, below = (alpha_and_weight(t + d, schedule)[0] for d in (eps, -eps))
+    slope = (above - below) / (2 * eps)
     torch.testing.assert_close(w, -slope / (1 - alpha), atol=1e-6, rtol=1e-6)
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(noise(ends, schedule)[0], 1 - ends, atol=1e-12, rtol=0)
+    torch.testing.assert_close(alpha_and_weight(ends, schedule)[0], 1 - ends, atol=1e-12, rtol=0)
 
 
 def test_unknown_schedule_is_refused():
     with pytest.raises(UserError, match='not one of linear, cosine'):
-        noise(torch.ones(1, 1), 'quadratic')
+        alpha_and_weight(torch.ones(1, 1), 'quadratic')
 
 
 @pytest.mark.parametrize('name', ['ar', 'mdm', 'd3pm', 'block'])
@@ -581,7 +582,7 @@ def test_d3pm_is_the_sum_of_divergences_over_all_steps(subs, schedule):
         return logits.double().softmax(-1).numpy()
 
     how = dict(diffusion_steps=5, schedule=schedule)
-    alpha = noise(torch.arange(6, dtype=torch.float64) / 5, schedule)[0].numpy()
+    alpha = alpha_and_weight(torch.arange(6, dtype=torch.float64) / 5, schedule)[0].numpy()
     with torch.no_grad():
         exact = enumerated_d3pm(predict, x0, alpha, 4)
     for draw in (lambda: d3pm_nelbo(model, x0.expand(2000, 3), generator, **how).mean(),

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {'config/__init__.py': 127, 'prepare.py': 704, 'model.py': 720, 'train.py': 541,
-           'sample.py': 799, 'eval.py': 950, 'data/*.py': 109}
+           'sample.py': 801, 'eval.py': 950, 'data/*.py': 109}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 
