@@ -77,7 +77,7 @@ LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress',
 class ModelConfig:
     """The shape of a Transformer: every field but vocab_size is an architecture option.
 
-    The defaults here are those of tests; train.py has its own.
+    The settings of train.py have defaults of their own, which are the measured ones.
     """
     vocab_size: int           # V = V' + 1: the real tokens and the mask
     block_size: int = 256     # context length, the largest T
@@ -325,7 +325,8 @@ class Transformer(nn.Module):
             h = block(h, rope, cache, mask, time)
         if cache is not None:
             cache.length += T
-        h = h[:, :T - self.config.shift]  # without the clean half, if there is one
+        # without the clean half; with shift, nothing is predicted where the last token is read
+        h = h[:, :T - self.config.shift]
         if where is not None:
             h = h[where]  # (M, C): with a large V the head is most of the work
         h = self.norm(h)

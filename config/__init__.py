@@ -96,7 +96,8 @@ def override(settings, argv=None, inherited=None, names=(), earlier={}):
     argv: the words, by default those of the command line. A config file also sets out_dir to
     out/<its name>, unless it or a later word sets out_dir. inherited, names: another script, as a
     module, and those of its settings that this script takes, too; they are returned, but not
-    written into its globals. earlier: {name: value} of a run that goes on; the words change these.
+    written into its globals. earlier: {name: value} of another run (one that is resumed, or
+    whose shape this one takes) in place of the defaults; the words change these.
     Returns {name: value} of all settings. Also installs show_one_line.
     """
     sys.excepthook = show_one_line
