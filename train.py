@@ -94,7 +94,7 @@ qk_norm = True
 bias = False
 tied = False                # the head shares the embedding's matrix
 time_cond = False           # show the network the noise level
-dropout = 0.0
+dropout = 0.0               # of what attention and mlp add, and of the embedding
 # objective
 objective = 'mdm'           # ar, mdm, d3pm, uniform, block; what follows is for all but ar
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
