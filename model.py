@@ -564,6 +564,7 @@ class MaskedDiffusion(Objective):
     that leave l masks. Its variance is less, and zero for uniform logits.
     """
     any_order = True
+    decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')
     token_weight = None  # (V,) weight of each kind of token in the loss; train.py sets it for rows
 
     def corrupt(self, model, x0, given, rng):

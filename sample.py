@@ -76,7 +76,8 @@ noise_schedule = 'linear'  # ancestral, remdm, uniform: how the steps are spread
 order = 'max_prob'     # confidence, threshold, remask: max_prob, margin, entropy, random
 counts = 'linear'      # confidence, remask: linear (as many each step), cosine (few first)
 threshold = 0.9        # threshold: a pass commits all tokens of this confidence, at least one
-eta = 0.02             # remdm: largest probability per step that a written token is masked again
+eta = 0.08             # remdm: largest probability per step that a written token is masked again
+cool = 0.7             # remdm: temperature falls from (1 + cool) to (1 - cool) times the one below
 block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
 prefix_cache = False   # read what precedes a block once: faster, but an approximation
 guidance = 0.0         # above 0: follow the given text more closely, at two passes a step
@@ -102,7 +103,7 @@ json = False           # one JSON object a line for each sample
 SAMPLING = ('temperature', 'top_k', 'top_p', 'repetition_penalty')  # of probabilities()
 # The settings of decoding, which eval.py has too
 DECODING = ('decoder', 'steps', 'noise_schedule', 'order', 'counts', 'threshold', 'eta',
-            'block_length', 'prefix_cache', 'guidance', *SAMPLING, 'length', 'length_line',
+            'cool', 'block_length', 'prefix_cache', 'guidance', *SAMPLING, 'length', 'length_line',
             'length_quantile', 'length_candidates')
 PLAIN = {'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}  # nothing around the decoder
 ORDERS, COUNTS = ('max_prob', 'margin', 'entropy', 'random'), ('linear', 'cosine')
@@ -335,17 +336,21 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
         yield reveal, logits
 
 
-def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', eta, **sampling):
+def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', eta, cool=0.0,
+                 temperature=1.0, **sampling):
     """As decode_ancestral, but written tokens are masked again [ReMDM 2503.00307, 'cap'].
 
         a written token is masked again with probability sigma = min(eta, (1 - alpha_s) / alpha_t),
         a masked one is revealed with (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
 
-    so that the expected fraction of masks at each t stays 1 - alpha_t.
+    so that the expected fraction of masks at each t stays 1 - alpha_t. The temperature falls as
+    text appears: the first tokens are sampled with all of their variety, and those that replace
+    them, to fit the text around them, from the likeliest. With eta = 0 nothing is replaced, and it
+    is decode_ancestral, at one temperature.
     """
     if eta == 0:  # apart, since only decode_ancestral knows that d3pm may predict the mask
-        yield from decode_ancestral(model, x, to_generate, rng, steps=steps,
-                                    noise_schedule=noise_schedule, **sampling)
+        yield from decode_ancestral(model, x, to_generate, rng, steps=steps, **sampling,
+                                    noise_schedule=noise_schedule, temperature=temperature)
         return
     for alpha_t, alpha_s, level in reverse_steps(model, x, to_generate, steps, noise_schedule):
         u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
@@ -358,7 +363,8 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         if reveal.any():  # always before a token is masked again, so that there are logits
             logits = model(x, level, where=reveal)  # (M, V), M to reveal
             logits[:, model.mask_id] = -torch.inf
-            x[reveal] = sample_token(logits, x, reveal, rng, **sampling)
+            now = temperature * (1 + cool * (1 - 2 * alpha_t))
+            x[reveal] = sample_token(logits, x, reveal, rng, temperature=now, **sampling)
         x[remask] = model.mask_id
         yield reveal, logits if reveal.any() else logits[:0]
 

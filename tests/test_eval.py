@@ -155,7 +155,7 @@ def test_lines_of_a_picture_differ():
     (['--repeats=1'], 'repeats is 1'),
     (['--judge=out/mdm', '--task=generation'], 'must be an ar run'),
     (['--task=lambada', '--lambada_file=verse.txt'], 'is not lambada'),
-    (['--decoder=ar', '--task=generation'], "decoder is 'ar', not one of auto, ancestral"),
+    (['--decoder=ar', '--task=generation'], "decoder is 'ar', not one of auto, remdm"),
     (['--taks=x'], 'did you mean task'),
     (['--steps=0', '--task=generation'], 'steps is 0'),
     (['--max_rows=-1'], 'max_rows is -1'), (['--length_quantile=1.5'], 'length_quantile is 1.5'),

@@ -383,10 +383,12 @@ def reverse_step(model, alpha_t, alpha_s, temperature, x, eta=0.0, fillable=rang
 ALPHA = {'linear': lambda t: 1 - t, 'cosine': lambda t: 1 - math.sin(math.pi / 2 * t)}
 
 
-def reverse_chain(model, N, schedule, temperature=1.0, start=BLANK_ROW, eta=0.0, steps=None):
+def reverse_chain(model, N, schedule, temperature=1.0, start=BLANK_ROW, eta=0.0, steps=None,
+                  cool=0.0):
     """After `steps` of N steps, by default all of them."""
     alpha, fillable = ALPHA[schedule], [i for i, token in enumerate(start) if token == LETTERS]
-    return chain([partial(reverse_step, model, alpha(n / N), alpha((n - 1) / N), temperature,
+    return chain([partial(reverse_step, model, alpha(n / N), alpha((n - 1) / N),
+                          temperature * (1 + cool - 2 * cool * alpha(n / N)),
                           eta=eta, fillable=fillable,
                           t=(1 - alpha(n / N)) * len(fillable) / len(start))
                   for n in range(N, N - (steps or N), -1)], start)
@@ -408,31 +410,35 @@ def test_ancestral_follows_the_reverse_chain(time_cond, N, schedule, temperature
             assert p_value(tally(y), wrong) < 1e-6
 
 
-@pytest.mark.parametrize('N, schedule, eta, start', [
-    (3, 'linear', 0.0, BLANK_ROW), (3, 'linear', 0.3, BLANK_ROW), (4, 'linear', 1.0, BLANK_ROW),
-    (4, 'cosine', 0.4, BLANK_ROW), (4, 'linear', 0.7, (LETTERS, 1, LETTERS))])
-def test_remdm_follows_its_chain_step_by_step(N, schedule, eta, start):
+@pytest.mark.parametrize('N, schedule, eta, start, cool', [
+    (3, 'linear', 0.0, BLANK_ROW, 0.0), (3, 'linear', 0.3, BLANK_ROW, 0.0),
+    (4, 'linear', 1.0, BLANK_ROW, 0.0), (4, 'cosine', 0.4, BLANK_ROW, 0.6),
+    (4, 'linear', 0.7, (LETTERS, 1, LETTERS), 0.9)])
+def test_remdm_follows_its_chain_step_by_step(N, schedule, eta, start, cool):
     """After every step; and the share of masks is 1 - alpha, whatever eta is."""
     model = tiny_model(V=LETTERS + 1, T=LENGTH, seed=7, time_cond=True)
     recorded = [torch.tensor([start] * ROWS)]
-    y, _ = decode_remdm(model, recorded[0], steps=N, noise_schedule=schedule, eta=eta,
+    y, _ = decode_remdm(model, recorded[0], steps=N, noise_schedule=schedule, eta=eta, cool=cool,
                         generator=noise_source(N + 1), watch=lambda x, *_: recorded.append(x))
     assert len(recorded) == N + 1 and torch.equal(recorded[-1], y)
     moves = [tally(torch.cat(pair, dim=1)) for pair in zip(recorded, recorded[1:])]
 
-    def expected(n, eta):  # of the canvases before and after step n, put together
+    def expected(n, eta, cool=cool):  # of the canvases before and after step n, put together
         before = {start: 1.0}
         if n > 1:
-            before = reverse_chain(model, N, schedule, 1.0, start, eta, n - 1)
+            before = reverse_chain(model, N, schedule, 1.0, start, eta, n - 1, cool)
         alpha, masks = ALPHA[schedule], [i for i, v in enumerate(start) if v == LETTERS]
         return {x + y: p * q for x, p in before.items() for y, q in reverse_step(
-            model, alpha(1 - (n - 1) / N), alpha(1 - n / N), 1.0, x, eta, masks,
+            model, alpha(1 - (n - 1) / N), alpha(1 - n / N),
+            1 + cool - 2 * cool * alpha(1 - (n - 1) / N), x, eta, masks,
             (1 - alpha(1 - (n - 1) / N)) * len(masks) / LENGTH).items()}
 
     for n, seen in enumerate(moves, 1):
         assert p_value(seen, expected(n, eta)) > 1e-4
         share = sum(p * pair[LENGTH:].count(LETTERS) for pair, p in expected(n, eta).items())
         assert share == pytest.approx(start.count(LETTERS) * (1 - ALPHA[schedule](1 - n / N)))
+    if cool:
+        assert min(p_value(moves[n - 1], expected(n, eta, 0.0)) for n in range(1, N + 1)) < 1e-6
     if eta:
         assert min(p_value(moves[n - 1], expected(n, eta / 2)) for n in range(2, N + 1)) < 1e-6
         assert any((a != LETTERS).logical_and(b == LETTERS).any()
@@ -1518,7 +1524,8 @@ def texts(out):
 
 @pytest.mark.parametrize('words, passes', [
     (['--out_dir=ar'], [18]), (['--out_dir=ar', '--temperature=0', '--decoder=ar'], [18]),
-    (['--out_dir=mdm'], range(1, 19)), (['--out_dir=mdm', '--steps=3'], [2, 3]),
+    (['--out_dir=mdm'], range(18, 129)), (['--out_dir=mdm', '--steps=3'], [2, 3]),
+    (['--out_dir=mdm', '--decoder=ancestral'], range(1, 19)),
     (['--out_dir=mdm', '--decoder=confidence'], [18]),
     (['--out_dir=mdm', '--decoder=confidence', '--steps=4', '--counts=cosine'], [3, 4]),
     (['--out_dir=mdm', '--decoder=confidence', '--steps=0', '--temperature=0'], [18]),
@@ -1529,7 +1536,7 @@ def texts(out):
     (['--out_dir=mdm', '--decoder=confidence', '--block_length=4', '--steps=10'], [10]),
     (['--out_dir=mdm', '--decoder=confidence', '--guidance=0.5', '--steps=10'], [20]),
     (['--out_dir=mdm', '--noise_schedule=cosine', '--top_k=3', '--top_p=0.9',
-      '--repetition_penalty=1.2'], range(1, 19)),
+      '--repetition_penalty=1.2'], range(18, 129)),
     (['--out_dir=d3pm', '--steps=9'], range(1, 10)),
     (['--out_dir=d3pm', '--decoder=threshold', '--threshold=0.3'], range(1, 19)),
     (['--out_dir=uniform', '--steps=9'], [9]),
@@ -1604,7 +1611,7 @@ def test_masked_canvases_go_together_only_if_they_are_alike():
 def test_json_lines_say_what_was_done(run_main, runs):
     words = ('--start=ROMEO:', '--gen_length=10', '--num_samples=5', '--json', '--batch_size=2')
     for name, how, decoder, passes in (
-            ('ar', [], 'ar', [10]), ('mdm', ['--seed=4'], 'ancestral', range(5, 21)),
+            ('ar', [], 'ar', [10]), ('mdm', ['--seed=4'], 'remdm', range(5, 129)),
             ('mdm', ['--decoder=confidence', '--guidance=1'], 'confidence', [20]),
             ('uniform', ['--steps=7'], 'uniform', [7]), ('block', [], 'ancestral', range(5, 25)),
             ('d3pm', [], 'ancestral', range(5, 21))):
@@ -1755,8 +1762,9 @@ BAD = [
     (['--prompt_file=verse.txt', '--template=[_]'], 'leave out start'),
     (['--repetition_penalty=0'], 'repetition_penalty'),
     (['--counts=square'], 'not one of linear, cosine'),
-    (['--decoder=greedy'], 'not one of auto, ancestral, confidence, threshold, remask, remdm'),
-    *(([f'--out_dir={name}', f'--decoder={other}'], f"decoder is '{other}', not one of auto, anc")
+    (['--decoder=greedy'], 'not one of auto, remdm, ancestral, confidence, threshold, remask'),
+    *(([f'--out_dir={name}', f'--decoder={other}'], f"decoder is '{other}', not one of auto, "
+      f"{'remdm' if name == 'mdm' else 'ancestral'}")
       for name in ('mdm', 'd3pm', 'block') for other in ('ar', 'uniform')),
     *(([f'--out_dir={name}', f'--decoder={other}'], f"'{other}', not one of auto, {name}\n")
       for name in ('ar', 'uniform')

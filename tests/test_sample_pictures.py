@@ -374,8 +374,8 @@ def test_watch_draws_over_itself(run, gen_length, start):
 
 def test_watch_in_a_pipe_is_a_line_per_step(run):
     env = os.environ | {'COLUMNS': '50'}
-    done = subprocess.run(command(run, '--watch', '--gen_length=30'), capture_output=True, env=env,
-                          encoding='utf-8')
+    done = subprocess.run(command(run, '--watch', '--gen_length=30', '--decoder=ancestral'),
+                          capture_output=True, env=env, encoding='utf-8')
     lines = [line for line in done.stdout.split('\n') if line.startswith('pass ')]
     assert 5 < len(lines) <= 12 and done.stderr == ''
     left = []
