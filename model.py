@@ -1063,6 +1063,7 @@ def load_checkpoint(out_dir, device='cpu', ckpt='last'):
     if missing:
         raise UserError(f'{path} lacks {", ".join(sorted(missing))}: not written by train.py')
     checkpoint['meta'] = {'dtype': 'uint16'} | checkpoint['meta']  # of ids; older runs lack it
+    checkpoint['config'] = {'n_conv': 0} | checkpoint['config']  # older runs lack that, too
     return checkpoint
 
 
@@ -1127,7 +1128,7 @@ def hub_settings(name, trust_remote_code):
     places = getattr(c, 'max_position_embeddings', 1 << 20) - 2 * ('roberta' in c.model_type)
     found = {'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads, 'pos': 'learned',
              'n_embd': c.hidden_size, 'tied': getattr(c, 'tie_word_embeddings', False),
-             'block_size': places, 'shift': False, 'hub': c.to_json_string()}
+             'block_size': places, 'n_conv': 0, 'shift': False, 'hub': c.to_json_string()}
     if c.model_type != 'gpt2':
         return found
     usual = c.activation_function in GELUS and not c.scale_attn_by_inverse_layer_idx

@@ -13,6 +13,7 @@ batch_size = 64
 n_layer = 6
 n_head = 8
 n_embd = 256
+n_conv = 0
 pos = 'learned'
 norm = 'layernorm'
 mlp = 'gelu'

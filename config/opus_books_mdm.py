@@ -12,6 +12,7 @@ gradient_accumulation_steps = 4
 n_layer = 8
 n_head = 8
 n_embd = 512
+n_conv = 0
 mlp = 'swiglu'
 n_hidden = 2048
 pos = 'learned'

@@ -5,6 +5,8 @@
 # has (data/RESULTS.md, The reversal curse).
 dataset = 'reversal'
 objective = 'ar'
+n_head = 4
 n_embd = 128
+n_conv = 0
 block_size = 128
 max_iters = 600

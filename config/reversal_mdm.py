@@ -6,7 +6,9 @@
 dataset = 'reversal'
 objective = 'mdm'
 mask_range = (0.0, 1.0)
+n_head = 4
 n_embd = 128
+n_conv = 0
 block_size = 128
 lr_schedule = 'cosine'
 max_iters = 6000

@@ -6,7 +6,9 @@
 dataset = 'shakespeare_char'
 train_tokens = 50_000
 objective = 'mdm'
+n_head = 4
 n_embd = 128
+n_conv = 0
 block_size = 128
 dropout = 0.1
 weight_decay = 0.3

@@ -8,6 +8,7 @@ objective = 'ar'
 n_layer = 6
 n_head = 6
 n_embd = 384
+n_conv = 0
 batch_size = 64
 max_iters = 5000
 eval_interval = 250

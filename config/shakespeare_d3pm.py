@@ -1,5 +1,5 @@
 # Masked diffusion in 1000 discrete steps (D3PM), with time conditioning.
-# parameters: 2,772,288
+# parameters: 2,779,968
 #     python train.py config/shakespeare_d3pm.py
 # Time and outcome at this size: not measured. 4 layers x 128, context 128, noise levels 0.15 to
 # 0.99, 6.5 minutes on one core: <= 2.9946 bits/character; masked diffusion <= 2.9883

@@ -9,6 +9,7 @@ gradient_accumulation_steps = 8
 n_layer = 12
 n_head = 12
 n_embd = 768
+n_conv = 0
 optimizer = 'adamw'
 learning_rate = 3e-4
 lr_schedule = 'cosine'

@@ -10,6 +10,7 @@ block_size = 512
 n_layer = 12
 n_head = 12
 n_embd = 768
+n_conv = 0
 tied = True
 optimizer = 'adamw'
 learning_rate = 3e-4

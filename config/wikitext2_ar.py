@@ -4,3 +4,6 @@
 # nll 3.6268 +- 0.0017 nats/token, 3 seeds (data/RESULTS.md, WikiText-2).
 dataset = 'wikitext2_bpe'
 objective = 'ar'
+n_head = 4
+n_conv = 0
+max_iters = 1200

@@ -5,3 +5,6 @@
 # (data/RESULTS.md, WikiText-2).
 dataset = 'wikitext2_bpe'
 objective = 'mdm'
+n_head = 4
+n_conv = 0
+max_iters = 1200
