@@ -96,6 +96,7 @@ class ModelConfig:
     tied: bool = False        # the head shares the embedding's matrix
     time_cond: bool = False   # adaLN on the noise level, which the number of masks shows already
     dropout: float = 0.0      # of what each sublayer adds, and of the embedding
+    attn_dropout: float = 0.0  # of the weights of attention
     subs: bool = True         # MDLM's SUBS: the mask is never predicted; False: it may be (D3PM)
     block_length: int = 0     # tokens per block of block diffusion; 0 = none
     length_head: str = ''     # how the length of an answer is predicted, see LengthHead; '' = none
@@ -143,7 +144,7 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
-def attend(q, k, v, mask, causal):
+def attend(q, k, v, mask, causal, dropout):
     """softmax(q k' / sqrt(D)) v: (B, H, T, D). Queries read the keys that mask (T, S) allows.
 
     One fused kernel, but in bfloat16 on a CPU written out: compiled, an update then takes 4/5 of
@@ -152,7 +153,7 @@ def attend(q, k, v, mask, causal):
     gqa = k.size(1) < q.size(1)  # several heads of queries share one of keys and values
     if q.device.type != 'cpu' or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                              enable_gqa=gqa)
+                                              dropout_p=dropout, enable_gqa=gqa)
     if gqa:
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     if causal:
@@ -160,7 +161,7 @@ def attend(q, k, v, mask, causal):
     scores = q * q.size(-1) ** -0.5 @ k.transpose(2, 3)  # (B, H, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1).type_as(v) @ v
+    return F.dropout(scores.softmax(-1).type_as(v), dropout) @ v
 
 
 class Attention(nn.Module):
@@ -191,7 +192,8 @@ class Attention(nn.Module):
         causal = c.causal and T > 1  # ar only; a single query is the last token and sees all keys
         if causal and S > T:  # is_causal aligns query 0 with key 0, but query 0 stands at S - T
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = attend(q, k, v, mask, causal and mask is None)
+        dropout = c.attn_dropout if self.training else 0.0
+        y = attend(q, k, v, mask, causal and mask is None, dropout)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -1063,7 +1065,8 @@ def load_checkpoint(out_dir, device='cpu', ckpt='last'):
     if missing:
         raise UserError(f'{path} lacks {", ".join(sorted(missing))}: not written by train.py')
     checkpoint['meta'] = {'dtype': 'uint16'} | checkpoint['meta']  # of ids; older runs lack it
-    checkpoint['config'] = {'n_conv': 0} | checkpoint['config']  # older runs lack that, too
+    older = {'n_conv': 0, 'attn_dropout': checkpoint['config'].get('dropout', 0.0)}
+    checkpoint['config'] = older | checkpoint['config']  # older runs lack both
     return checkpoint
 
 

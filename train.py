@@ -95,6 +95,7 @@ bias = False
 tied = False                # the head shares the embedding's matrix
 time_cond = False           # show the network the noise level
 dropout = 0.0               # of what attention and mlp add, and of the embedding
+attn_dropout = 0.0          # of the weights of attention: slow on a CPU
 # objective
 objective = 'mdm'           # ar, mdm, d3pm, uniform, block; what follows is for all but ar
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
@@ -138,7 +139,8 @@ bench = 0                   # only time this many updates and profile a few: not
 
 # fields of ModelConfig in which a run may differ from the one that it begins with: no weight of
 # theirs has another shape or meaning, and training adapts the weights to them
-MAY_DIFFER = ('block_size', 'causal', 'dropout', 'subs', 'block_length', 'length_head', 'shift')
+MAY_DIFFER = ('block_size', 'causal', 'dropout', 'attn_dropout', 'subs', 'block_length',
+              'length_head', 'shift')
 
 
 # ----------------------------------------------------------------------------------- the optimisers

@@ -26,7 +26,7 @@ LIMITS = {  # {interval: names of the settings that must lie in it, whichever sc
                 'length_candidates gen_tokens',
     '[2, inf)': 'repeats',  # fewer have no standard error
     '(0, inf)': 'repetition_penalty',
-    '[0, 1]': 'random_length row_share dropout mask_range eta',
+    '[0, 1]': 'random_length row_share dropout attn_dropout mask_range eta',
     '[0, 1)': 'beta1 beta2 val_share cool',
     '(0, 1]': 'length_quantile threshold top_p levels',
     '[0, 9e18]': 'seed',  # below 2^63

@@ -22,6 +22,7 @@ bias = True
 tied = True
 time_cond = True
 dropout = 0.1
+attn_dropout = 0.1
 optimizer = 'adamw'
 learning_rate = 3e-4
 lr_schedule = 'cosine'

@@ -20,6 +20,7 @@ qk_norm = False
 bias = True
 tied = True
 dropout = 0.1
+attn_dropout = 0.1
 schedule = 'cosine'
 loss_weight = 'masked_mean'
 optimizer = 'adamw'

@@ -14,5 +14,6 @@ max_iters = 5000
 eval_interval = 250
 warmup_iters = 100
 dropout = 0.2
+attn_dropout = 0.2
 weight_decay = 0.1
 compile = True

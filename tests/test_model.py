@@ -203,9 +203,23 @@ def test_attention_written_out_is_torchs(Hkv, T, S, kind):
     mask = torch.ones(T, S, dtype=torch.bool).tril(S - T) if kind == 'mask' else None
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask,
                                               is_causal=kind == 'causal', enable_gqa=True)
-    found = attend(q, k, v, mask, kind == 'causal')
+    found = attend(q, k, v, mask, kind == 'causal', 0.0)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.02)
+
+
+def test_dropout_in_attention_keeps_the_mean():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 4, 8).bfloat16() for _ in range(3))
+    mean = torch.stack([attend(q, k, v, None, True, 0.3).float() for _ in range(4000)]).mean(0)
+    expected = attend(q, k, v, None, True, 0.0).float()
+    torch.testing.assert_close(mean, expected, atol=0.06, rtol=0)
+
+
+def test_dropout_in_attention_is_for_training_alone():
+    model, x = tiny(attn_dropout=0.5, std=0.2), tokens(2, 8)
+    torch.testing.assert_close(model.eval()(x), tiny(std=0.2)(x))
+    assert not torch.allclose(model.train()(x), model(x))
 
 
 @pytest.mark.parametrize('causal', [True, False])

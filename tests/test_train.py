@@ -130,7 +130,7 @@ def test_training_learns_the_text(verse):
 
 
 @pytest.mark.parametrize('words', [
-    ['--objective=ar', '--dropout=0.1', '--gradient_accumulation_steps=2'],
+    ['--objective=ar', '--dropout=0.1', '--attn_dropout=0.1', '--gradient_accumulation_steps=2'],
     ['--objective=mdm', '--optimizer=adamw', '--lr_schedule=wsd', '--weight_decay=0.1'],
     ['--objective=d3pm', '--subs=False', '--time_cond', '--diffusion_steps=10'],
     ['--objective=uniform', '--time_cond', '--schedule=cosine'],
@@ -520,7 +520,9 @@ def test_a_checkpoint_with_settings_of_another_kind_resumes(verse):
     train(verse, *TINY, '--n_conv=0', '--out_dir=out/bools', '--max_iters=1', '--overwrite')
     path = verse / 'out/bools/ckpt.pt'
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint['config']['track'], checkpoint['config']['n_conv'], checkpoint['meta']['dtype']
+    for name in ('track', 'n_conv', 'attn_dropout'):
+        del checkpoint['config'][name]
+    del checkpoint['meta']['dtype']
     checkpoint['config'] |= {'compile': True, 'tensorboard': False, 'wandb': False}
     torch.save(checkpoint, path)
     said = train(verse, '--out_dir=out/bools', '--resume', '--max_iters=2', '--compile=off')
@@ -619,8 +621,8 @@ def test_twins_differ_in_the_objective_alone():
             ar, mdm = settings_of(path), settings_of(twin)
             differ = {k for k in ar if ar[k] != mdm[k]}
             if path.stem in ('scarce_ar', 'reversal_ar', 'shakespeare_ar'):  # each at its best
-                differ -= {'dropout', 'weight_decay', 'learning_rate', 'muon_lr', 'lr_schedule',
-                           'max_iters', 'eval_interval'}
+                differ -= {'dropout', 'attn_dropout', 'weight_decay', 'learning_rate', 'muon_lr',
+                           'lr_schedule', 'max_iters', 'eval_interval'}
             # of use to one of them alone
             only = {'objective', 'score_prompt', 'mask_range', 'loss_weight'}
             assert differ <= only, f'{path.name}: {differ}'
