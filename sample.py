@@ -1035,8 +1035,8 @@ def show_corruption(run, text, seed):
         columns = [noised.xt]
         if run.settings:
             logits = run.model(noised.xt, noised.level, where=noised.scored, **noised.inputs)
-            best = logits[:, :-1].argmax(1)  # (M,), not the mask
-            columns = [x0, noised.xt, noised.xt.masked_scatter(noised.scored, best)]
+            logits[:, run.model.mask_id] = -torch.inf  # d3pm may predict the mask
+            columns = [x0, noised.xt, noised.xt.masked_scatter(noised.scored, logits.argmax(1))]
         rows.append((f't = {t:.1f}', *(show(x[0].tolist(), run.tokenizer, run.model.mask_id)
                                        for x in columns)))
     width = COLUMNS // 3 if run.settings else len(text)
