@@ -935,9 +935,7 @@ class Stream:
         data = self.tokens(split)
         T = min(T, len(data))
         starts = np.arange(0, len(data) - T + 1, T)
-        if 0 < n < len(starts):
-            starts = starts[np.linspace(0, len(starts) - 1, n).astype(int)]
-        return self.read(data, starts, T)
+        return self.read(data, starts[evenly(len(starts), n)], T)
 
     def read(self, data, starts, T):
         """Windows x0 (B, T) int64 that begin at starts (B,)."""
