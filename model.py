@@ -22,6 +22,7 @@ Letters here, and in the papers:
     H, D      attention heads, channels of one head (C = H * D); Hkv, heads of keys and values
     K         neighbours that local mixing reads (n_conv)
     N, M      diffusion steps of D3PM; tokens of a batch that are scored, i.e. have a loss
+    S         tokens whose keys are read: T, or more with a cache
     V         rows of the embedding: V' real tokens and the mask; mask_id = V - 1, but that of an
               imported model may be any
     x0        clean tokens (B, T) int64                              x, z_0 in MDLM, x_0 in LLaDA
@@ -35,7 +36,9 @@ Letters here, and in the papers:
     given     (B, T) bool, True in a prompt: never corrupted, never scored
     L, l      tokens of a row that are not given, and those of them that are masked
 
-Losses are in nats (natural logarithms), summed over tokens unless a line says per token.
+Three things are called blocks: a Block is a layer, block_size is the context, as in nanoGPT, and
+block_length is the length of a block of text in block diffusion. Losses are in nats (natural
+logarithms), summed over tokens unless a line says per token.
 
 Papers: MDLM arXiv 2406.07524, LLaDA 2502.09992, RoFormer 2104.09864, DiT 2212.09748 (adaLN),
 D3PM 2107.03006, UDLM 2412.10193, Duo 2506.10892, BD3-LM 2503.09573, autoregressive diffusion
@@ -75,10 +78,7 @@ LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress',
 
 @dataclass
 class ModelConfig:
-    """The shape of a Transformer: every field but vocab_size is an architecture option.
-
-    The settings of train.py have defaults of their own, which are the measured ones.
-    """
+    """The shape of a Transformer. train.py has defaults of its own, which are the measured ones."""
     vocab_size: int           # V = V' + 1: the real tokens and the mask
     block_size: int = 256     # context length, the largest T
     causal: bool = False      # position i sees 0..i (ar); False: every position sees all (mdm)
@@ -144,23 +144,23 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
-def attend(q, k, v, mask, causal, dropout):
-    """softmax(q k' / sqrt(D)) v: (B, H, T, D). Queries read the keys that mask (T, S) allows.
+def attend(q, k, v, attn_mask, causal, dropout):
+    """softmax(q k^T / sqrt(D)) v, (B, H, T, D); queries read the keys that attn_mask (T, S) allows.
 
     One fused kernel, but in bfloat16 on a CPU written out: compiled, an update then takes 4/5 of
     its time (RESULTS, Speed). The scores, T x S for each head, are held in memory for it.
     """
     gqa = k.size(1) < q.size(1)  # several heads of queries share one of keys and values
     if q.device.type != 'cpu' or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal,
                                               dropout_p=dropout, enable_gqa=gqa)
     if gqa:
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     if causal:
-        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+        attn_mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
     scores = q * q.size(-1) ** -0.5 @ k.transpose(2, 3)  # (B, H, T, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
     return F.dropout(scores.softmax(-1).type_as(v), dropout) @ v
 
 
@@ -176,7 +176,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.n_embd, c.n_kv_head * D, bias=c.bias)
         self.proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
 
-    def forward(self, x, rope, cache, mask):
+    def forward(self, x, rope, cache, attn_mask):
         B, T, C = x.shape
         c, D = self.c, C // self.c.n_head
         q = self.q(x).view(B, T, c.n_head, D).transpose(1, 2)     # (B, H, T, D)
@@ -191,9 +191,9 @@ class Attention(nn.Module):
         S = k.size(2)
         causal = c.causal and T > 1  # ar only; a single query is the last token and sees all keys
         if causal and S > T:  # is_causal aligns query 0 with key 0, but query 0 stands at S - T
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            attn_mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         dropout = c.attn_dropout if self.training else 0.0
-        y = attend(q, k, v, mask, causal and mask is None, dropout)
+        y = attend(q, k, v, attn_mask, causal and attn_mask is None, dropout)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -237,21 +237,21 @@ class Block(nn.Module):
         self.drop = nn.Dropout(c.dropout)
         self.modulate = nn.Linear(c.n_embd, 6 * c.n_embd) if c.time_cond else None
 
-    def forward(self, x, rope, cache, mask, time):
-        x = self.mix(0, x, cache, mask)
+    def forward(self, x, rope, cache, attn_mask, condition):
+        x = self.mix(0, x, cache, attn_mask)
         if self.modulate is None:
-            x = x + self.drop(self.attn(self.norm1(x), rope, cache, mask))
-            x = self.mix(1, x, cache, mask)
+            x = x + self.drop(self.attn(self.norm1(x), rope, cache, attn_mask))
+            x = self.mix(1, x, cache, attn_mask)
             return x + self.drop(self.mlp(self.norm2(x)))
         # zero at init as in DiT, but the gate is 1 + gate: an unconditional layer until it learns
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(time).chunk(6, dim=-1)
-        h = self.attn(self.norm1(x) * (1 + scale1) + shift1, rope, cache, mask)
-        x = self.mix(1, x + self.drop(h) * (1 + gate1), cache, mask)
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(condition).chunk(6, dim=-1)
+        h = self.attn(self.norm1(x) * (1 + scale1) + shift1, rope, cache, attn_mask)
+        x = self.mix(1, x + self.drop(h) * (1 + gate1), cache, attn_mask)
         h = self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return x + self.drop(h) * (1 + gate2)
 
-    def mix(self, i, x, cache, mask):
-        return self.mixing[i](x, cache, mask) if self.mixing else x
+    def mix(self, i, x, cache, attn_mask):
+        return self.mixing[i](x, cache, attn_mask) if self.mixing else x
 
 
 def after_start(model, x):
@@ -291,40 +291,42 @@ class Transformer(nn.Module):
                 block_length=0, visible=None):
         """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
+        Training calls model(x, level, where=...): at a first reading, skip what cache, clean,
+        visible and shift are for. Then attn_mask is None, and T is that of x.
+
         x (B, T) int64: tokens, mask_id among them.
         level (B, 1): the fraction of all tokens that is noise, see noise_fraction; for time_cond.
         hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
         cache: a KVCache with the tokens before x, for decoding; those of x are appended to it. With
-        shift x then begins with the token before `where`, which the cache lacks.
+        shift and a cache that holds tokens, x has one token more than `where`, in front of it:
+        there the first token of `where` is predicted.
         clean (B, T), block_length: read [x ; clean] as block_mask says, for BlockDiffusion; level
         may then be (B, T).
         visible: each position sees each later one with this probability, see attn_anneal.
-
-        In training ar and mdm give none of cache, clean and visible: then mask is None.
         """
         start = cache.length if cache is not None else 0
         if self.config.shift and start == 0:
             x = after_start(self, x)
-        B, T = x.shape
+        B, T = x.shape  # with shift, T counts the start token
         if start + T > self.config.block_size + self.config.shift:
             raise UserError(f'{start + T} tokens do not fit into the context of this model, '
                             f'block_size is {self.config.block_size}')
-        position, mask = torch.arange(start, start + T, device=x.device), None
+        position, attn_mask = torch.arange(start, start + T, device=x.device), None
         if visible is not None:  # [DiffuLLaMA sec. 3.2]
-            mask = ~(torch.rand(T, T, device=x.device) >= visible).triu(1)
+            attn_mask = ~(torch.rand(T, T, device=x.device) >= visible).triu(1)
         if clean is not None:  # both halves stand at the same positions, and x0 has no noise
-            position, mask = position.repeat(2), block_mask(T, block_length, x.device)
+            position, attn_mask = position.repeat(2), block_mask(T, block_length, x.device)
             level = None if level is None else torch.cat(
                 [level.expand(B, T), torch.zeros_like(clean)], dim=1)
-            x = torch.cat([x, clean], dim=1)
+            x = torch.cat([x, clean], dim=1)  # (B, 2T)
         h = self.embed(x)  # (B, T, C)
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
         h = self.drop(h)
         rope = (self.cos[position], self.sin[position]) if self.embed_pos is None else None
-        time = None if self.time_mlp is None else self.time_mlp(time_features(level))  # (B, 1, C)
+        condition = self.time_mlp(time_features(level)) if self.time_mlp else None  # (B, 1, C)
         for block in self.blocks:
-            h = block(h, rope, cache, mask, time)
+            h = block(h, rope, cache, attn_mask, condition)
         if cache is not None:
             cache.length += T
         # without the clean half; with shift, nothing is predicted where the last token is read
@@ -370,10 +372,10 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def time_features(t, size=256):
-    """Sinusoids (..., size) of t (...) in [0, 1], wavelengths from 2 pi / 1000 up [DDPM, DiT]."""
-    frequency = 1e4 ** (-torch.arange(size // 2, device=t.device) / (size // 2))
-    angle = 1000 * t[..., None] * frequency  # (B, 1, size / 2)
+def time_features(level, size=256):
+    """Sinusoids (..., size) of level (...), wavelengths from 2 pi / 1000 up [DDPM, DiT]."""
+    frequency = 1e4 ** (-torch.arange(size // 2, device=level.device) / (size // 2))
+    angle = 1000 * level[..., None] * frequency  # (B, 1, size / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
@@ -403,7 +405,8 @@ def low_discrepancy(n, rng, device, shuffled=False):
     """n stratified numbers: one in each interval of length 1/n of [0, 1), with one common shift.
 
     Each is uniform, but together they cover the levels more evenly than independent ones [VDM].
-    shuffled: in random order, so that no row of a batch always gets the lowest.
+    shuffled: in random order, or neighbours in a batch, such as rows of one width and the blocks of
+    one text, would always get neighbouring levels.
     """
     u = torch.rand(1, generator=rng, device=device)
     k = torch.randperm(n, generator=rng, device=device) if shuffled else \
@@ -423,15 +426,15 @@ def noise_fraction(p_noise, given):
 
 
 def masks_by_count(given, rng):
-    """In each row, l of the L tokens that are not given: is_mask (B, T), and l / L (B, 1).
+    """Masks exactly l of the L tokens of a row that are not given, l uniform in 1..L.
 
-    l is uniform in 1..L, stratified over the rows.
+    Returns is_mask (B, T), and l / L (B, 1), which is stratified over the rows.
     """
     L = (~given).sum(1, keepdim=True)  # (B, 1)
     u = low_discrepancy(len(given), rng, given.device, shuffled=True)[:, None]  # (B, 1)
     n_mask = 1 + (u * L).long().clamp(max=L - 1)  # l
     order = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
-    is_mask = order.argsort(1).argsort(1) < n_mask  # the l lowest of the random numbers
+    is_mask = order.argsort(1).argsort(1) < n_mask  # twice is the rank; given tokens are last
     return is_mask, (n_mask / L).nan_to_num(1.0)  # 0 / 0 where all is given
 
 
@@ -446,11 +449,11 @@ def cross_entropy(logits, target):
 
 
 def in_slices(token_loss, model, h, *others, at_once=2 ** 28):
-    """token_loss(logits (M, V), *others) (M,) of hidden states h (M, C) and others, each (M,).
+    """The losses (M,) of hidden states h (M, C): token_loss(logits of h, *others), each (M,).
 
-    In slices if M * V is more than `at_once`. The backward pass recomputes the logits of a slice:
-    with GPT-2's 50,257 tokens those of one batch take gigabytes, and the rest of the network does
-    not.
+    Where M * V is more than `at_once`, slice by slice, and the backward pass recomputes the logits
+    of a slice: with GPT-2's 50,257 tokens those of one batch take gigabytes, and the rest of the
+    network does not.
     """
     def of_slice(h, *others):
         return token_loss(model.logits(h).float(), *others)
@@ -463,7 +466,10 @@ def in_slices(token_loss, model, h, *others, at_once=2 ** 28):
 
 
 class Noised(NamedTuple):
-    """One sample of q(xt | x0), and how the prediction of x0 from it is scored."""
+    """One sample of q(xt | x0), and how the prediction of x0 from it is scored.
+
+    The last three are for D3PM, Uniform and BlockDiffusion.
+    """
     xt: torch.Tensor      # (B, T) int64, what the network reads
     scored: torch.Tensor  # (B, T) bool, the M positions that have a loss
     weight: torch.Tensor  # (B, T) or (B, 1), of the losses
@@ -481,8 +487,13 @@ class Objective:
         bound   what evaluation reports: over all levels, and with less variance
 
     A subclass defines corrupt(model, x0, given, rng) -> Noised, what training samples, and
-    corrupt_evenly(model, x0, given, rng) -> Noised, what evaluation samples. train.py, sample.py
-    and eval.py read the attributes below, and do not ask for names.
+    corrupt_evenly(model, x0, given, rng) -> Noised, what evaluation samples. Both are scored alike:
+
+        noised = corrupt(model, x0, given, rng)
+        logits = model(noised.xt, noised.level)[noised.scored]
+        losses = noised.weight[noised.scored] * cross_entropy(logits, x0[noised.scored])
+
+    train.py, sample.py and eval.py read the attributes below, and seldom ask for names.
     """
     # annotated: settings
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
@@ -490,7 +501,7 @@ class Objective:
     w_max: float = 5.0
     mask_range: tuple = (0.0, 1.0)   # of t in training; (0.15, 0.15) is BERT's rate
 
-    # not annotated: the same for all of a class
+    # not annotated: no settings
     exact = False                # the bound is the nll itself
     causal = False               # the network sees no later token
     masks = True                 # noise is the mask: decoding begins with a sequence of masks
@@ -507,18 +518,19 @@ class Objective:
                 and 0 <= self.mask_range[0] <= self.mask_range[1] <= 1,
                 '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0')
 
-    def loss(self, model, x0, rng, given=None, **inputs):
-        """(sum of weighted losses in nats, number of tokens). train.py adds both up over all
-        micro-batches and divides the one by the other, so that every token counts the same.
+    def loss(self, model, x0, rng, given=None, **more):
+        """(sum of weighted losses in nats, number of tokens that count: all that are not given, or
+        the masked ones alone, with masked_mean). train.py adds both up over all micro-batches and
+        divides the one by the other, so that every token counts the same.
 
         x0 (B, T) int64, clean tokens; rng: a torch.Generator. With loss_weight='elbo' and the whole
         mask_range the quotient is, in expectation, an upper bound on the nll per token. The other
         weights have the same optimum (every level's conditionals), but weight the levels
-        differently. inputs: what else the network reads, keywords of Transformer.forward.
+        differently. more: keywords of Transformer.forward (visible).
         """
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt(model, x0, given, rng)
-        nats = self.weighted_losses(model, x0, noised, **inputs).sum()
+        nats = self.weighted_losses(model, x0, noised, **more).sum()
         return nats, noised.scored.sum() if self.loss_weight == 'masked_mean' else (~given).sum()
 
     def bound(self, model, x0, rng, given=None):
@@ -638,7 +650,7 @@ def evaluate(model, objective, batches, seed=0, repeats=1):
         nats, count = sums.sum(0).tolist()
         means.append(nats / count)
     model.train(was_training)
-    return fmean(means), stdev(means) / repeats ** 0.5 if repeats > 1 else math.nan
+    return fmean(means), (stdev(means) / repeats ** 0.5 if repeats > 1 else math.nan)
 
 
 # --------------------------------------------------------------------------- further objectives
@@ -746,7 +758,8 @@ class Uniform(Objective):
 
         A set of l noise tokens has probability p in the first half and q = p * l / (L t) in the
         second. Every row has the weight p / ((p + q) / 2) <= 2, so the estimate is unbiased, and
-        the rare noise at a small t, which costs about 1/t, does not dominate its variance.
+        the rare noise at a small t, which costs about 1/t, does not dominate its variance. The
+        schedule is linear, whichever was trained: w(t) (1 - alpha_t) is 1.
         """
         L = (~given).sum(1, keepdim=True).clamp(min=1)  # (B, 1)
         u = 2 * low_discrepancy(len(x0), rng, x0.device, shuffled=True)[:, None]  # half and level
@@ -794,8 +807,8 @@ class BlockDiffusion(Objective):
     block_length: int = 16
 
     def corrupt(self, model, x0, given, rng):
-        (B, T), n = x0.shape, math.ceil(x0.size(1) / self.block_length)
-        t = self.draw_levels(B * n, rng, x0.device).view(B, n)
+        (B, T), n_blocks = x0.shape, math.ceil(x0.size(1) / self.block_length)
+        t = self.draw_levels(B * n_blocks, rng, x0.device).view(B, n_blocks)
         t = t.repeat_interleave(self.block_length, dim=1)[:, :T]  # (B, T)
         alpha, w = alpha_and_weight(t, self.schedule)
         is_mask = (torch.rand(B, T, generator=rng, device=x0.device) >= alpha) & ~given
@@ -838,7 +851,8 @@ def make_objective(settings):
 class KVCache:
     """Keys and values of the tokens read so far, so that later tokens need not recompute them.
 
-    length: tokens held. Transformer.forward advances it; setting it back drops the newest tokens.
+    length: tokens held, with the start token of ar and of shift. Transformer.forward advances it;
+    setting it back drops the newest tokens.
     The inputs of every LocalMixing, two in a layer, are held too, after n_conv rows of zeros.
     """
 
@@ -878,14 +892,15 @@ class LocalMixing(nn.Module):
         self.i, self.past = i, c.n_conv - 1 if c.causal else c.n_conv // 2
         self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
 
-    def forward(self, x, cache, mask):
-        """x (B, T, C). With a mask, that of block_mask, x is [xt ; x0]: two tokens stand at every
-        position, and neighbour k is the one of them that the mask lets a token attend to."""
+    def forward(self, x, cache, attn_mask):
+        """x (B, T, C). With an attn_mask, that of block_mask, x is [xt ; x0]: two tokens stand at
+        every position, and neighbour k is the one of them that a token may attend to. (attn_anneal
+        makes another mask, and is refused with n_conv.)"""
         (B, T, C), K = x.shape, len(self.weight)
-        if mask is not None:
+        if attn_mask is not None:
             position = torch.arange(T // 2, device=x.device).repeat(2)
             offset = position - position[:, None]  # (T, T); here T counts both halves
-            found = [mask & (offset == k - self.past) for k in range(K)]  # at most one in each row
+            found = [attn_mask & (offset == k - self.past) for k in range(K)]  # at most 1 in a row
             shifted = [x[:, here.int().argmax(1)].where(here.any(1)[:, None], 0) for here in found]
         else:
             before = x.new_zeros(B, self.past, C) if cache is None else \
@@ -972,9 +987,9 @@ def first_to_hold(cumulative, p):
 class LengthLoss:
     """What trains a LengthHead, used like an Objective: it corrupts nothing and decodes nothing.
 
-    In nats: cross-entropy over lengths (encoder_classify); the sum of W binary cross-entropies
-    (classify); for the regressors the pinball loss [Koenker & Bassett 1978], which is the nll of an
-    asymmetric Laplace distribution up to a constant:
+    Of a row: cross-entropy over lengths (encoder_classify); the sum of W binary cross-entropies
+    (classify); for the regressors the pinball loss [Koenker & Bassett 1978], in tokens. What is
+    printed is the mean of a row divided by W, the tokens of its answer with PAD.
 
         max(q * (n - prediction), (q - 1) * (n - prediction)),  q = length_quantile
 
@@ -1087,7 +1102,7 @@ def flops_per_token(settings, data):
 
     6 for every weight of the layers, and of the head for the fraction of tokens that is scored;
     12 C per layer and position attended to: all T; half of them if causal; in block diffusion a
-    token's own block and half of the text. An embedding is looked up, which costs none, and time
+    token's own block and half of the rest. An embedding is looked up, which costs none, and time
     conditioning is computed once for a row: both are left out. data: a Stream or Rows.
     """
     with torch.device('meta'):  # shapes without numbers
@@ -1143,7 +1158,7 @@ def hub_settings(name, trust_remote_code):
 def make_network(config, trust=False):
     """The network of a ModelConfig, with its first weights: a Transformer, or a HubNetwork."""
     hub, how = json.loads(config.hub or '{}'), {'trust_remote_code': trust}
-    if hub.get('model_type', 'gpt2') == 'gpt2':
+    if hub.get('model_type', 'gpt2') == 'gpt2':  # it says no type: a model of ours
         return Transformer(config)
     transformers = optional('transformers', extra='hf')
     theirs = from_hub('AutoConfig', hub['name'], **how) if 'auto_map' in hub else \
@@ -1217,11 +1232,11 @@ def load_hub(s, meta):
 
 @torch.no_grad()
 def export_model(run, folder):
-    """Writes the model of an ar run to a new folder as a GPT-2 of transformers. Raises UserError.
+    """Writes the model of a Run (sample.py) of ar to a new folder, as a GPT-2 of transformers.
 
     The mask's row goes with it: where it is the start token, it is bos_token_id there. A bias that
     ours lacks is 0. The tokenizer goes with it if it is one of the hub. As a Llama (rope, rmsnorm,
-    swiglu) nothing is written.
+    swiglu) nothing is written. Raises UserError.
     """
     c, transformers = run.model.config, optional('transformers', extra='hf')
     require('export', folder, not Path(folder).exists(), 'a folder that is not there yet')

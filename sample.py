@@ -8,8 +8,9 @@
     python sample.py --out_dir=out/talk --chat  # a run on prompts and answers; an empty line ends
     python sample.py --corrupt="What's in a name?"
 
-From a checkpoint to text: main() calls make_canvases, then complete, which calls decode for every
-batch of canvases, which calls make_decoder and run_decoder.
+From a checkpoint to text: main() calls make_canvases, then complete_best (which is complete, but
+for the lengths of answers), which calls decode for every batch of canvases, which calls
+make_decoder and run_decoder.
 
     canvas    make_canvases: the ids of a text, with mask_id wherever a token is to be generated.
               Continuing a prompt, infilling and writing from nothing differ in nothing else.
@@ -17,12 +18,14 @@ batch of canvases, which calls make_decoder and run_decoder.
     loop      run_decoder: runs a decoder, counts the passes of the network, ends rows at EOS
     text      complete: the ids of each canvas up to its EOS, which the tokenizer decodes
 
-At a first reading take "sampling a token", the comment at the head of "decoders", then
-decode_ancestral with reverse_steps, decode_confidence with propose, run_decoder, and decode_ar.
-Skip blocks and guidance, the lengths of answers, and the pictures at the end.
+At a first reading take "sampling a token", the comment at the head of "decoders", and with what
+they call decode_ancestral, decode_remdm (the default), decode_confidence, run_decoder, and at last
+decode_ar, which needs model.py's KVCache. Skip blocks and guidance, the lengths of answers, and the
+pictures at the end.
 
-Letters are those of model.py: B rows of T tokens; V tokens in the vocabulary, the mask last. M is
-the number of positions, in all rows together, whose logits a pass returns.
+Letters are those of model.py: B rows of T tokens, which are the canvas x (B, T); V rows of the
+embedding, V' real tokens and the mask. where (B, T) bool are the M positions, of all rows together,
+whose logits (M, V) a pass returns.
 """
 
 import math
@@ -142,9 +145,10 @@ def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repe
                   specials=()):
     """The distributions (M, V) float64 to sample from, given the model's logits (M, V).
 
-    x, where (B, T): the canvas, and the M positions of the logits. repetition_penalty makes tokens
-    less likely that the row has already [CTRL 1909.05858, sec. 4.1], but not the ids `specials`
-    (mask, EOS, SEP, PAD), or one end in a row would delay the next.
+    x, where (B, T): the canvas, and the M positions of the logits, of which only the rows matter
+    here. repetition_penalty makes tokens less likely that the row has already [CTRL 1909.05858,
+    sec. 4.1], but not the ids `specials` (mask, EOS, SEP, PAD), or one end in a row would delay the
+    next.
     """
     logits = logits.double()
     if repetition_penalty != 1.0:
@@ -169,7 +173,10 @@ def sample_categorical(p, rng):
 
 
 def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
-    """One token (M,) for each row of logits (M, V); the arguments are those of probabilities()."""
+    """One token (M,) for each row of logits (M, V); the arguments are those of probabilities().
+
+    On MPS, which has no float64, rng is on the CPU, and so is the sampling.
+    """
     p = probabilities(logits.to(rng.device), x, where, temperature=temperature, **sampling)
     token = p.argmax(-1) if temperature == 0 else sample_categorical(p, rng)  # (M,)
     return token.to(logits.device)
@@ -208,7 +215,7 @@ def reverse_steps(model, x, to_generate, steps, schedule):
 
 
 def confidence(order, logits, token, rng):
-    """The confidence in each of M predictions, (M,) in [0, 1], float64; logits (M, V).
+    """What commits a prediction early: (M,) numbers in [0, 1], float64; logits (M, V).
 
     By `order` it is the probability of the sampled token (max_prob), the probability of the best
     token less that of the second (margin), 1 / perplexity = exp(-entropy) (entropy), or random.
@@ -216,7 +223,7 @@ def confidence(order, logits, token, rng):
     """
     if order == 'random':
         return torch.rand(token.shape, generator=rng, device=rng.device).double()
-    p = logits.to(rng.device).double().softmax(-1)  # mps has no float64: its rng is on the CPU
+    p = logits.to(rng.device).double().softmax(-1)
     if order == 'max_prob':
         return p.gather(-1, token.to(rng.device)[:, None])[:, 0]
     if order == 'margin':
@@ -232,7 +239,7 @@ def propose(model, x, is_mask, order, rng, sampling):
     of a confidence p, since in float32 p itself is 1 from 1 - p < 1e-7 on, and confident tokens
     would have no order; it is -inf where no mask is.
     """
-    level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), in place of 1 - alpha_t
+    level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), as counted
     logits = model(x, level, where=is_mask)  # (M, V)
     logits[:, model.mask_id] = -torch.inf  # with subs it is already; d3pm may predict the mask
     token = sample_token(logits, x, is_mask, rng, **sampling)  # (M,)
@@ -269,9 +276,10 @@ def masks_left(n, i, steps, counts):
 #
 #     x (B, T) int64        canvases, filled in place
 #     to_generate (B, T)    bool, the positions to fill; masks elsewhere are read and left as they
-#                           are. run_decoder() clears it in rows that have ended, also between two
-#                           steps of a decoder; one that is to write after an EOS hides positions
-#                           by clearing them, and sets them again when its tokens are final
+#                           are. It is shared with run_decoder(), which looks for an EOS only where
+#                           it is True, and sets it to False in rows that have ended.
+#                           decode_uniform, all of whose tokens may still change, keeps it False
+#                           until its last step; decode_blocks gives `inner` a copy of its own
 #     rng                   the torch.Generator of everything random
 #     **sampling            the keywords of probabilities()
 #
@@ -293,7 +301,7 @@ def decode_ar(model, x, to_generate, rng, **sampling):
             continue
         if (new := window(i, model.config.block_size)) > begin:
             begin, cache.length = new, 0  # positions have shifted, so all is read again
-        unread = x[:, begin + max(cache.length - 1, 0):i]  # the cache also holds the start token
+        unread = x[:, begin + max(cache.length - 1, 0):i]  # -1: the start token is in the cache
         if cache.length == 0:
             unread = after_start(model, unread)
         last = torch.zeros_like(unread, dtype=torch.bool)
@@ -373,10 +381,10 @@ def decode_confidence(model, x, to_generate, rng, *, steps, order='max_prob', co
                       **sampling):
     """The most confident tokens first, for good [MaskGIT sec. 3.2; LLaDA sec. 2.4].
 
-    Each pass samples a token for every mask and commits those of the highest confidence(), as many
-    as leave masks_left() of each row. The simplest decoder of all is this one with steps = 0 and
-    temperature = 0: it writes the one token that the model is most confident of, reads the canvas
-    again, and goes on until no mask is left.
+    Each pass samples a token for every mask and commits those of the highest confidence(), so many
+    that masks_left() masks remain in each row. The simplest decoder of all is this one with steps =
+    0 and temperature = 0: it writes the one token that the model is most confident of, reads the
+    canvas again, and goes on until no mask is left.
     """
     n_masks = to_generate.sum(1)  # (B,)
     for i in range(1, (steps or x.size(1)) + 1):
@@ -474,7 +482,8 @@ class PrefixCached:
         self.cache.length, self.start = 0, start
 
     def __call__(self, x, level=None, *, where):
-        begin = self.cache.length = min(self.cache.length, self.start)  # 0 in the first pass
+        # drops what the last pass read of the block; 0 in the first pass
+        begin = self.cache.length = min(self.cache.length, self.start)
         x = x[:, max(0, begin - self.config.shift):]  # with shift, the cache has a start token too
         return self.model(x, level, cache=self.cache, where=where[:, begin:])
 
@@ -488,7 +497,7 @@ class BlockCached:
 
     def __init__(self, model, B):
         self.model, self.config, self.mask_id = model, model.config, model.mask_id
-        self.cache, self.begin = empty_cache(model, B), 0
+        self.cache, self.begin = empty_cache(model, B), 0  # begin: of the window in the canvas
 
     def enter(self, x, start, stop):
         """Goes to the block x[:, start:stop]: a pass for each earlier block that is not cached."""
@@ -592,8 +601,8 @@ def greedy(objective, decoder='auto'):
 def make_decoder(objective, settings, specials=()):
     """The decoder that the settings ask for, to be called as decoder(model, x, to_generate, rng).
 
-    A decoder takes the settings that its signature names, and those of probabilities(), as which
-    it also gets the ids `specials`.
+    A decoder takes the settings that its signature names, and passes on those of probabilities():
+    SAMPLING, and the ids `specials`.
     """
     s, name = settings, decoder_name(settings['decoder'], objective)
     size = objective.block_length or s['block_length']
@@ -1074,12 +1083,12 @@ def main():
     recorder = Recorder(canvases[0], run.tokenizer, run.model.mask_id, Screen() if watch else None)
     done, (written, nfe, seconds) = complete_best(run, canvases, settings,
                                                   recorder if watch or save else None)
-    for (kind, given), (ids, figures) in zip(prompts, done):
+    for (kind, asked), (ids, figures) in zip(prompts, done):
         ids = ids if run.meta['sep_id'] is None else split_row(ids, run.meta)[1]
         text = run.tokenizer.decode(ids)
         text = without_repeated_words(text) if cleanup else text
         figures['nfe'] += passes > 0  # with the one that predicted its length
-        print(dumps({kind: given, 'text': text, 'tokens': ids, **figures, 'seed': seed,
+        print(dumps({kind: asked, 'text': text, 'tokens': ids, **figures, 'seed': seed,
                      'decoder': name}) if json else f'{text}\n{"-" * 80}')
     if not json:
         print(f'{written} tokens in {nfe + passes} passes and {seconds + took:.2f} s, '

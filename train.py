@@ -147,9 +147,9 @@ MAY_DIFFER = ('block_size', 'causal', 'dropout', 'attn_dropout', 'subs', 'block_
 
 
 def orthogonalize(G, dtype):
-    """G with all of its singular values near 1: about U V' where G = U S V' [Jordan 2024, Muon].
+    """G with all its singular values near 1: about U V^T where G = U S V^T [Jordan 2024, Muon].
 
-    Five steps of X <- a X + (b A + c A A) X, where A = X X'. A step maps each singular value s of X
+    Five steps of X <- a X + (b A + c A A) X, A = X X^T. A step maps each singular value s of X
     to a s + b s^3 + c s^5; five take all of (0.002, 1] into about (0.7, 1.2). Of a tall G, X is the
     transpose, so that A is as small as can be. https://kellerjordan.github.io/posts/muon
     """
@@ -262,8 +262,8 @@ class Training:
             batches = s.epochs * self.data.tokens_per_epoch / self.data.tokens_per_batch
             s.max_iters = round(batches / self.parts)
         torch.manual_seed(s.seed)
-        config = model_config(vars(s), self.data.meta)
-        self.model = make_network(config, s.trust_remote_code).to(self.device)
+        shape = model_config(vars(s), self.data.meta)
+        self.model = make_network(shape, s.trust_remote_code).to(self.device)
         if s.init_from and not checkpoint:
             load_first_weights(self.model, s, self.data.meta)
         self.network = self.model  # what updates call: compile_model() may compile it
@@ -624,7 +624,7 @@ def update(run, s, factor):
     factor: of lr_factor(). Returns sums (3,) over all batches and processes: nats, tokens that
     count, and, with several processes, signals that any of them caught.
     """
-    sums = torch.zeros(3, device=run.device)
+    sums = torch.zeros(3, device=run.device)  # nats, tokens that count, signals
     # a tensor, since torch.compile would compile anew for each number
     inputs = {} if run.iteration >= s.attn_anneal else \
         {'visible': torch.tensor(run.iteration / s.attn_anneal, device=run.device)}
@@ -637,7 +637,7 @@ def update(run, s, factor):
         run.tokens += x0.numel() * run.world  # the others' batches are about as wide
         with run.autocast():
             nats, count = run.objective.loss(run.network, x0, rng, given, **inputs)
-        nats.backward()  # of a sum, not a mean: see below
+        nats.backward()  # of a sum: it becomes a mean below, divided by sums[1]
         sums[:2] += torch.stack([nats.detach(), count])
     learned = [p for p in run.model.parameters() if p.grad is not None]
     if run.world > 1:
@@ -745,7 +745,7 @@ def show_sample(run, s):
 
 
 def main():
-    settings = config.override(globals())
+    settings = config.override(globals())  # a first time, for out_dir, resume and init_from
     if Path(out_dir, 'ckpt.pt').exists() and not (resume or overwrite or bench):
         raise UserError(f'{out_dir} holds a run already: --resume goes on with it, --overwrite '
                         'starts anew, --out_dir=... puts the new one elsewhere')
