@@ -83,7 +83,7 @@ class ModelConfig:
     block_size: int = 256     # context length, the largest T
     causal: bool = False      # position i sees 0..i (ar); False: every position sees all (mdm)
     n_layer: int = 4
-    n_head: int = 4
+    n_head: int = 0           # 0 = n_embd / 64
     n_kv_head: int = 0        # heads of keys and values; 0 = n_head, fewer: grouped-query attention
     n_embd: int = 256
     pos: str = 'rope'         # rope, learned
@@ -108,6 +108,7 @@ class ModelConfig:
     def __post_init__(self):
         self.mask_id %= self.vocab_size
         self.start_id %= self.vocab_size
+        self.n_head = self.n_head or max(1, self.n_embd // 64)
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise UserError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, '

@@ -82,7 +82,7 @@ pad_curriculum = 0          # predict_pad: updates over which PAD behind the ans
 token_weights = (1.0, 1.0, 1.0)  # mdm: weights of text, EOS and PAD in the loss
 # model
 n_layer = 4
-n_head = 3
+n_head = 0                  # 0 = n_embd / 64
 n_kv_head = 0               # heads of keys and values; 0 = n_head
 n_embd = 192
 pos = 'rope'                # rope, learned

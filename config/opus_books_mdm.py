@@ -10,7 +10,6 @@ block_size = 266
 batch_size = 16
 gradient_accumulation_steps = 4
 n_layer = 8
-n_head = 8
 n_embd = 512
 n_conv = 0
 mlp = 'swiglu'

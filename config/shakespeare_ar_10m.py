@@ -6,7 +6,6 @@
 dataset = 'shakespeare_char'
 objective = 'ar'
 n_layer = 6
-n_head = 6
 n_embd = 384
 n_conv = 0
 batch_size = 64

@@ -7,7 +7,6 @@ objective = 'ar'
 batch_size = 64
 gradient_accumulation_steps = 8
 n_layer = 12
-n_head = 12
 n_embd = 768
 n_conv = 0
 optimizer = 'adamw'

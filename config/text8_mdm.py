@@ -9,7 +9,6 @@ mask_range = (0.0, 1.0)
 batch_size = 64
 gradient_accumulation_steps = 8
 n_layer = 12
-n_head = 12
 n_embd = 768
 n_conv = 0
 optimizer = 'adamw'

@@ -7,7 +7,6 @@ objective = 'ar'
 batch_size = 4
 block_size = 512
 n_layer = 12
-n_head = 12
 n_embd = 768
 n_conv = 0
 tied = True

@@ -1196,6 +1196,11 @@ def test_regressions_pool_hidden_states_as_they_say():
                                    m.length_head(m, x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_head_has_64_channels_unless_it_is_said():
+    assert [ModelConfig(8, n_embd=C).n_head for C in (32, 64, 128, 192, 768)] == [1, 1, 2, 3, 12]
+    assert ModelConfig(8, n_embd=128, n_head=4).n_head == 4
+
+
 def test_an_unknown_head_is_refused():
     with pytest.raises(UserError, match="length_head is 'regress', not one of regress_mean"):
         tiny(length_head='regress')
