@@ -693,6 +693,10 @@ def train(run, s):
         if to_record or stop:
             loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: now and then
             check_loss(run, s, 'training', loss, 10, factor * s.learning_rate)
+        run.seconds += time.perf_counter() - began  # with that wait
+        run.speed = (run.tokens - tokens) / (run.seconds - seconds)
+        bar.update()
+
         if to_record:
             record_step(run, s, loss)
             state = (f'loss {loss:.4f}, {run.speed:,.0f} tokens/s, '
