@@ -2,8 +2,8 @@
 
     Transformer     tokens in, logits out; one flag turns it from causal to bidirectional
     Objective       what training minimises and evaluation reports
-    MaskedDiffusion masks are filled in: an upper bound on the negative log-likelihood (nll), which
-                    is the negative evidence lower bound (nelbo)
+    MaskedDiffusion masks are filled in; its nelbo, the negative evidence lower bound, is an upper
+                    bound on the nll, the negative log-likelihood
     Autoregression  the next token is predicted: the nll itself
     evaluate        the mean of an objective over a split
 
@@ -25,11 +25,13 @@ Letters here, and in the papers:
     S         tokens whose keys are read: T, or more with a cache
     V         rows of the embedding: V' real tokens and the mask; mask_id = V - 1, but that of an
               imported model may be any
+    here                                                             in the papers
+
     x0        clean tokens (B, T) int64                              x, z_0 in MDLM, x_0 in LLaDA
     xt        corrupted tokens: each of x0 kept, or replaced         z_t, x_t
-    t         noise level (B, 1) in (0, 1]; at t = 1 all is noise    t
-    alpha     P(a token is kept at level t)                          alpha_t
-    w(t)      weight of level t in the bound                         -alpha'_t / (1 - alpha_t)
+    t         time (B, 1) in (0, 1]; at t = 1 all is noise           t
+    alpha     P(a token is kept at time t)                           alpha_t
+    w(t)      weight of time t in the bound                          -alpha'_t / (1 - alpha_t)
     level     what the network reads, never t itself: noise_fraction, the fraction of all tokens of
               a row that is noise, (B, 1)
     is_mask   (B, T) bool, True where xt is mask_id
@@ -256,7 +258,7 @@ class Block(nn.Module):
 
 
 def after_start(model, x):
-    """x (B, T) behind a start token, (B, T + 1): where i is read there, token i of x is predicted.
+    """x (B, T) behind a start token, (B, T + 1): the output at its position i predicts x[:, i].
 
     AR reads its text so, and masked diffusion with shift its canvas: whatever a causal network has
     learned stays where it was [DiffuLLaMA sec. 3.2]."""
@@ -299,8 +301,8 @@ class Transformer(nn.Module):
         level (B, 1): the fraction of all tokens that is noise, see noise_fraction; for time_cond.
         hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
         cache: a KVCache with the tokens before x, for decoding; those of x are appended to it. With
-        shift and a cache that holds tokens, x has one token more than `where`, in front of it:
-        there the first token of `where` is predicted.
+        shift and a cache that holds tokens, x begins one token before `where`: its output predicts
+        the first token of `where`.
         clean (B, T), block_length: read [x ; clean] as block_mask says, for BlockDiffusion; level
         may then be (B, T).
         visible: each position sees each later one with this probability, see attn_anneal.
@@ -349,9 +351,10 @@ class Transformer(nn.Module):
         return logits
 
     def init_weights(self):
-        """Normal matrices; zero where a branch joins the residual stream and in an untied head.
+        """Normal matrices; zero at the end of each branch, in adaLN and in an untied head.
 
-        So every layer is the identity at first and, with an untied head, the first loss is log V'.
+        So every layer is the identity at first and, with an untied head, the first loss is log V'
+        (without subs log V).
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -405,9 +408,9 @@ def alpha_and_weight(t, schedule):
 def low_discrepancy(n, rng, device, shuffled=False):
     """n stratified numbers: one in each interval of length 1/n of [0, 1), with one common shift.
 
-    Each is uniform, but together they cover the levels more evenly than independent ones [VDM].
-    shuffled: in random order, or neighbours in a batch, such as rows of one width and the blocks of
-    one text, would always get neighbouring levels.
+    Each is uniform, but together they cover (0, 1) more evenly than independent ones [VDM].
+    shuffled: in random order, for evaluation, whose rows stand in a fixed order, and those from the
+    blocks of one text side by side.
     """
     u = torch.rand(1, generator=rng, device=device)
     k = torch.randperm(n, generator=rng, device=device) if shuffled else \
@@ -420,8 +423,8 @@ def noise_fraction(p_noise, given):
 
         p_noise * mean over i of ~given[i],   p_noise (B, 1) = P(a token that is not given is noise)
 
-    The network reads this and not t, because a decoder can count it on its canvas, masks being
-    the noise; at a given t it is the mean of that count.
+    At t it is the expectation of what can be counted on a canvas, the fraction of masks. The
+    network reads it and not t, because decoders without a schedule have no t, but can count.
     """
     return p_noise * (~given).float().mean(1, keepdim=True)
 
@@ -488,13 +491,16 @@ class Objective:
         bound   what evaluation reports: over all levels, and with less variance
 
     A subclass defines corrupt(model, x0, given, rng) -> Noised, what training samples, and
-    corrupt_evenly(model, x0, given, rng) -> Noised, what evaluation samples. Both are scored alike:
+    corrupt_evenly(model, x0, given, rng) -> Noised, what evaluation samples. Both are scored alike
+    (M losses; weighted_losses keeps the logits small, and has the arguments of other objectives):
 
         noised = corrupt(model, x0, given, rng)
-        logits = model(noised.xt, noised.level)[noised.scored]
-        losses = noised.weight[noised.scored] * cross_entropy(logits, x0[noised.scored])
+        logits = model(noised.xt, noised.level, where=noised.scored)
+        weight = noised.weight.expand_as(x0)[noised.scored]
+        losses = weight * cross_entropy(logits, x0[noised.scored])
 
-    train.py, sample.py and eval.py read the attributes below, and seldom ask for names.
+    Autoregression corrupts nothing, and defines loss and bound instead. The other files read the
+    attributes below, and do not ask which subclass it is.
     """
     # annotated: settings
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
@@ -502,14 +508,14 @@ class Objective:
     w_max: float = 5.0
     mask_range: tuple = (0.0, 1.0)   # of t in training; (0.15, 0.15) is BERT's rate
 
-    # not annotated: no settings
-    exact = False                # the bound is the nll itself
+    # not annotated, so no fields: fixed by the class, not set by the user
+    exact = False                # the bound is the nll itself: of ar alone
     causal = False               # the network sees no later token
     masks = True                 # noise is the mask: decoding begins with a sequence of masks
     any_order = False            # revealing a token at a time has an exact nll, for any given order
     block_length = 0             # tokens per block, if there are blocks
     decoders = MASK_DECODERS     # names in sample.py, the default first
-    measured = 'nelbo <='        # label of the bound: it is called a bound wherever it is printed
+    measured = 'nelbo <='        # printed before the number, which is an upper bound
     unit = ' nats/token'         # of the bound
 
     def __post_init__(self):
@@ -521,8 +527,8 @@ class Objective:
 
     def loss(self, model, x0, rng, given=None, **more):
         """(sum of weighted losses in nats, number of tokens that count: all that are not given, or
-        the masked ones alone, with masked_mean). train.py adds both up over all micro-batches and
-        divides the one by the other, so that every token counts the same.
+        with masked_mean those that are scored). train.py adds both up over all batches of an update
+        and divides the one by the other, so that every token counts the same.
 
         x0 (B, T) int64, clean tokens; rng: a torch.Generator. With loss_weight='elbo' and the whole
         mask_range the quotient is, in expectation, an upper bound on the nll per token. The other
@@ -547,15 +553,15 @@ class Objective:
         others = [part.expand_as(x0)[scored] for part in (x0, *extra)]  # (M,) each
         return weight.expand_as(x0)[scored] * in_slices(token_loss, model, h, *others)
 
-    def draw_levels(self, n, rng, device):
+    def draw_t(self, n, rng, device):
         """n stratified values of t in (lo, hi] = mask_range."""
         lo, hi = self.mask_range
         return lo + (hi - lo) * (1 - low_discrepancy(n, rng, device))
 
     def scored_fraction(self):
         """The fraction of the tokens of a training batch that is scored, if none are given."""
-        levels = torch.linspace(*self.mask_range, 1001)
-        return (1 - alpha_and_weight(levels, self.schedule)[0]).mean().item() if self.masks else 1.0
+        t = torch.linspace(*self.mask_range, 1001)
+        return (1 - alpha_and_weight(t, self.schedule)[0]).mean().item() if self.masks else 1.0
 
     def training_weight(self, w):
         """The weight of t in training, in place of w(t), its weight in the bound."""
@@ -572,18 +578,19 @@ class MaskedDiffusion(Objective):
             = E over t, xt of  1/L * sum over i of  is_mask[i] * w(t) * -log p(x0[i] | xt)
             = E over l, xt of  1/l * sum over i of  is_mask[i] * -log p(x0[i] | xt)
 
-    The network predicts every masked token at its own position: nothing is shifted. Training
-    follows the first line: one t for each row, uniform in mask_range, and each token is masked
-    with probability 1 - alpha_t. Evaluation follows the second: l is uniform in 1..L, and l tokens
-    are masked. Without time conditioning both are the same bound, the second integrated over the t
-    that leave l masks. Its variance is less, and zero for uniform logits.
+    The network predicts every masked token at its own position (shift is the network's own affair:
+    its output is moved back). Training follows the first line: one t for each row, uniform in
+    mask_range, and each token is masked with probability 1 - alpha_t. Evaluation follows the
+    second: l is uniform in 1..L, and l tokens are masked. Without time conditioning both are the
+    same bound, the second integrated over the t that leave l masks. Its variance is less, and zero
+    for uniform logits.
     """
     any_order = True
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')
     token_weight = None  # (V,) weight of each kind of token in the loss; train.py sets it for rows
 
     def corrupt(self, model, x0, given, rng):
-        t = self.draw_levels(len(x0), rng, x0.device)[:, None]  # (B, 1)
+        t = self.draw_t(len(x0), rng, x0.device)[:, None]  # (B, 1)
         alpha, w = alpha_and_weight(t, self.schedule)  # linear: 1 - t and 1 / t
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
         xt = torch.where(is_mask, model.mask_id, x0)
@@ -695,7 +702,7 @@ class D3PM(Objective):
         return m.float().to(device), c.float().to(device)
 
     def corrupt(self, model, x0, given, rng):
-        t = self.draw_levels(len(x0), rng, x0.device)[:, None]  # (B, 1)
+        t = self.draw_t(len(x0), rng, x0.device)[:, None]  # (B, 1)
         step = (t * self.diffusion_steps).ceil().long()  # (B, 1), 1..N
         m, c = self.grid(x0.device)
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]) & ~given
@@ -748,7 +755,7 @@ class Uniform(Objective):
     decoders = ('uniform',)
 
     def corrupt(self, model, x0, given, rng):
-        t = self.draw_levels(len(x0), rng, x0.device)[:, None]  # (B, 1)
+        t = self.draw_t(len(x0), rng, x0.device)[:, None]  # (B, 1)
         alpha, w = alpha_and_weight(t, self.schedule)
         is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
         weight = self.training_weight(w) * (1 - alpha)  # (B, 1)
@@ -757,14 +764,14 @@ class Uniform(Objective):
     def corrupt_evenly(self, model, x0, given, rng):
         """Half of the rows sample their noise independently, half then add a token by with_one.
 
-        A set of l noise tokens has probability p in the first half and q = p * l / (L t) in the
-        second. Every row has the weight p / ((p + q) / 2) <= 2, so the estimate is unbiased, and
-        the rare noise at a small t, which costs about 1/t, does not dominate its variance. The
-        schedule is linear, whichever was trained: w(t) (1 - alpha_t) is 1.
+        At a small t few rows have noise, and one that does costs about 1/t: hence the second half.
+        A set of l noise tokens has probability P in the first half and P' = P * l / (L t) in the
+        second (with_one at p = t). Every row has the weight P / ((P + P') / 2) <= 2, so that the
+        estimate is unbiased. The schedule is linear, whichever was trained: w(t) (1 - alpha_t) = 1.
         """
         L = (~given).sum(1, keepdim=True).clamp(min=1)  # (B, 1)
-        u = 2 * low_discrepancy(len(x0), rng, x0.device, shuffled=True)[:, None]  # half and level
-        t = 1 - u % 1  # (B, 1) in (0, 1]
+        u = 2 * low_discrepancy(len(x0), rng, x0.device, shuffled=True)[:, None]  # (B, 1)
+        t = 1 - u % 1  # (B, 1) in (0, 1]; u < 1 is the first half
         is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) < t) & ~given
         is_noise = torch.where(u < 1, is_noise, with_one(is_noise, given, rng))
         weight = 2 / (1 + is_noise.sum(1, keepdim=True) / (L * t))  # (B, 1)
@@ -809,7 +816,7 @@ class BlockDiffusion(Objective):
 
     def corrupt(self, model, x0, given, rng):
         (B, T), n_blocks = x0.shape, math.ceil(x0.size(1) / self.block_length)
-        t = self.draw_levels(B * n_blocks, rng, x0.device).view(B, n_blocks)
+        t = self.draw_t(B * n_blocks, rng, x0.device).view(B, n_blocks)
         t = t.repeat_interleave(self.block_length, dim=1)[:, :T]  # (B, T)
         alpha, w = alpha_and_weight(t, self.schedule)
         is_mask = (torch.rand(B, T, generator=rng, device=x0.device) >= alpha) & ~given
@@ -835,7 +842,7 @@ OBJECTIVES = {'ar': Autoregression, 'mdm': MaskedDiffusion, 'd3pm': D3PM, 'unifo
 
 
 def fields_in(cls, settings):
-    """Those of the settings that are fields of a dataclass. Fields that are none keep defaults."""
+    """{name: value} of the settings that a dataclass has as fields."""
     return {name: settings[name] for name in cls.__dataclass_fields__ if name in settings}
 
 
@@ -901,7 +908,8 @@ class LocalMixing(nn.Module):
         if attn_mask is not None:
             position = torch.arange(T // 2, device=x.device).repeat(2)
             offset = position - position[:, None]  # (T, T); here T counts both halves
-            found = [attn_mask & (offset == k - self.past) for k in range(K)]  # at most 1 in a row
+            # found[k][i, j]: j is the neighbour k of i, and i may see it; at most one j for an i
+            found = [attn_mask & (offset == k - self.past) for k in range(K)]
             shifted = [x[:, here.int().argmax(1)].where(here.any(1)[:, None], 0) for here in found]
         else:
             before = x.new_zeros(B, self.past, C) if cache is None else \
@@ -1090,7 +1098,7 @@ def model_config(settings, meta):
     """The ModelConfig that a run's settings and its data set's meta describe."""
     objective = make_objective(settings)
     require('objective', settings['objective'], objective.masks or objective.exact
-            or meta['mask_id'] == meta['vocab_size'], 'one of masks: this mask is not the last id')
+            or meta['mask_id'] == meta['vocab_size'], 'another: the mask is not the last id here')
     # GPT-2 was trained to begin behind an end of text
     start = 'eos_id' if settings.get('hub') and meta['eos_id'] is not None else 'mask_id'
     return ModelConfig(vocab_size=meta['vocab_size'] + 1, **fields_in(ModelConfig, settings) | {

@@ -95,7 +95,8 @@ length = 'auto'        # masks for the answer to a prompt. full: as many as in t
                        # config/length_*.py train: regress, classify, encoder. auto: the head, if
                        # the run has one; else full, if it was trained with predict_pad; else fit
 length_line = (1.3, 2.0)  # ratio: so many masks for a token of the prompt, and so many more
-length_quantile = 0.9  # quantile, classify, encoder: P(the answer is at most as long as predicted)
+length_quantile = 0.9  # quantile and heads that classify: P(the answer is at most as long as
+                       # predicted); a head that regresses has that of its training
 length_candidates = 1  # fit, ratio, reference: lengths to try; the most confident answer stays
 # how it is shown
 watch = False          # show the first sample step by step; the tokens/s include this
@@ -185,8 +186,8 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 # --------------------------------------------------------------------------- what decoders share
 
 
-def window(i, size):
-    """The first token of the window of `size` tokens that is read to write token i.
+def window_start(i, size):
+    """Where the window of `size` tokens (or blocks) begins that is read to write the i-th.
 
     The window drops its older half whenever it is full. Where it begins follows from i alone, so
     that a text does not depend on where its prompt ended.
@@ -215,7 +216,7 @@ def reverse_steps(model, x, to_generate, steps, schedule):
 
 
 def confidence(order, logits, token, rng):
-    """What commits a prediction early: (M,) numbers in [0, 1], float64; logits (M, V).
+    """How sure the model is of each of M sampled tokens: (M,) in [0, 1], float64; logits (M, V).
 
     By `order` it is the probability of the sampled token (max_prob), the probability of the best
     token less that of the second (margin), 1 / perplexity = exp(-entropy) (entropy), or random.
@@ -233,11 +234,11 @@ def confidence(order, logits, token, rng):
 
 
 def propose(model, x, is_mask, order, rng, sampling):
-    """Samples a token for every mask: (tokens (B, T), scores (B, T), logits (M, V)).
+    """Samples a token wherever is_mask (B, T): (tokens (B, T), scores (B, T), logits (M, V)).
 
-    is_mask (B, T) bool. tokens is x with its masks sampled. A score is the logit log(p / (1 - p))
-    of a confidence p, since in float32 p itself is 1 from 1 - p < 1e-7 on, and confident tokens
-    would have no order; it is -inf where no mask is.
+    tokens is x, but for these. A score is the logit log(p / (1 - p)) of a confidence p, since in
+    float32 p itself is 1 from 1 - p < 1e-7 on, and confident tokens would have no order; it is -inf
+    elsewhere.
     """
     level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), as counted
     logits = model(x, level, where=is_mask)  # (M, V)
@@ -281,25 +282,29 @@ def masks_left(n, i, steps, counts):
 #                           decode_uniform, all of whose tokens may still change, keeps it False
 #                           until its last step; decode_blocks gives `inner` a copy of its own
 #     rng                   the torch.Generator of everything random
-#     **sampling            the keywords of probabilities()
+#     **sampling            the keywords of probabilities(); decode_blocks and decode_guided, which
+#                           wrap a decoder that has them already, take it as `inner`
 #
 # After every step that changed something it yields `where, logits`: the positions (B, T) that its
-# pass predicted, and the logits (M, V) there. The model is called as model(x, level, where=...) and
-# returns the logits (M, V) at `where`; level (B, 1) is the fraction of the canvas that is noise.
+# pass predicted, and the logits (M, V) there. All but decode_ar call model(x, level, where=...),
+# which returns the logits (M, V) at `where`; level (B, 1) is the fraction of the canvas that is
+# noise. To commit a token is to write it for good. nfe, the number of function evaluations, counts
+# passes.
 
 
 def decode_ar(model, x, to_generate, rng, **sampling):
     """Left to right, each token given those before it; a filled blank has not seen what follows.
 
     One pass per token, over that token alone: a KV cache holds the tokens before it. Rows may have
-    their masks at different places. A canvas longer than the context is read through a window(),
-    the start token and the newest tokens.
+    their masks at different places. A canvas longer than the context is read through a window, the
+    start token and the newest tokens. To write x3, at i = 3, the first pass may read start, x0, x1
+    and x2, and cache.length becomes 4; the next one reads x3 alone.
     """
     cache, begin = empty_cache(model, len(x)), 0  # begin: where the window begins in the canvas
     for i in to_generate.any(0).nonzero()[:, 0].tolist():
         if not to_generate[:, i].any():  # rows have ended since
             continue
-        if (new := window(i, model.config.block_size)) > begin:
+        if (new := window_start(i, model.config.block_size)) > begin:
             begin, cache.length = new, 0  # positions have shifted, so all is read again
         unread = x[:, begin + max(cache.length - 1, 0):i]  # -1: the start token is in the cache
         if cache.length == 0:
@@ -323,8 +328,8 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
     Whether a token is revealed does not depend on the network, so that is drawn first: a step that
     reveals nothing needs no pass, and one that does needs logits only where it does.
 
-    A d3pm model with subs=False gives the mask a probability p too, and before the last step fewer
-    of the masks that it reads are revealed: the posterior q(xs | xt, x0) at the prediction for x0
+    A d3pm model with subs=False gives the mask a probability p too, and before the last step a mask
+    is revealed less often: the posterior q(xs | xt, x0) at the prediction for x0
     reveals one with probability (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p)).
     """
     for alpha_t, alpha_s, level in reverse_steps(model, x, to_generate, steps, noise_schedule):
@@ -374,7 +379,7 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
             now = temperature * (1 + cool * (1 - 2 * alpha_t))
             x[reveal] = sample_token(logits, x, reveal, rng, temperature=now, **sampling)
         x[remask] = model.mask_id
-        yield reveal, logits if reveal.any() else logits[:0]
+        yield reveal, (logits if reveal.any() else logits[:0])
 
 
 def decode_confidence(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
@@ -449,8 +454,8 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
     """
     generated, n = to_generate.clone(), model.mask_id  # n = V', the number of real tokens
     to_generate[:] = False  # or run_decoder() would end rows at an EOS that may still change
-    start = torch.randint(n, x.shape, generator=rng, device=rng.device).to(x.device)
-    x[generated] = start[generated]
+    noise = torch.randint(n, x.shape, generator=rng, device=rng.device).to(x.device)
+    x[generated] = noise[generated]
     for alpha_t, alpha_s, level in reverse_steps(model, x, generated, steps, noise_schedule):
         if not generated.any():
             return
@@ -503,7 +508,7 @@ class BlockCached:
         """Goes to the block x[:, start:stop]: a pass for each earlier block that is not cached."""
         c, self.block = self.config, slice(start, stop)
         if stop - self.begin > c.block_size:
-            begin = window(start // c.block_length, c.block_size // c.block_length or 1)
+            begin = window_start(start // c.block_length, c.block_size // c.block_length or 1)
             self.begin, self.cache.length = begin * c.block_length, 0
         clean = torch.zeros(len(x), 1, device=x.device)  # the level of a finished block
         for k in range(self.begin + self.cache.length, start, c.block_length):
@@ -682,7 +687,7 @@ class Run(NamedTuple):
     meta: dict            # of the data set: the ids of mask, EOS and SEP, the tokenizer
     tokenizer: object     # encode(text), decode(ids)
     settings: dict        # those of train.py
-    updates: int          # of the weights so far
+    updates: int          # that the weights have had
     path: str             # the folder, out_dir
 
 
@@ -823,9 +828,9 @@ def complete(run, canvases, settings, eos_id=None, watch=None, log_p=False):
 
 def show(ids, tokenizer, mask_id):
     """The text of ids, MASK_SHOWN for every mask; tokens between masks are decoded together."""
-    runs = ([*run] for _, run in groupby(ids, key=mask_id.__eq__))
-    return ''.join(MASK_SHOWN * len(run) if run[0] == mask_id else tokenizer.decode(run)
-                   for run in runs)
+    parts = ([*part] for _, part in groupby(ids, key=mask_id.__eq__))
+    return ''.join(MASK_SHOWN * len(part) if part[0] == mask_id else tokenizer.decode(part)
+                   for part in parts)
 
 
 # ------------------------------------------------------------ answers to prompts, and their lengths
@@ -893,10 +898,10 @@ def predict_lengths(model, x, name, quantile, eos_id):
 
 
 def crop_to_predicted(run, canvases, settings):
-    """The canvases, each with no more masks than its answer is predicted to need.
+    """The canvases, cropped to about as many masks as their answers are predicted to need.
 
-    The number of masks is rounded up to a power of two, at most all of them, so that there are few
-    lengths: only canvases of one length are decoded together. Returns (canvases, predicted, passes,
+    That number is rounded up to a power of two, at most all masks, so that there are few lengths:
+    only canvases of one length are decoded together. Returns (canvases, predicted, passes,
     seconds); predicted, the numbers of tokens, is None if the setting `length` predicts nothing.
     """
     name, model = length_name(settings['length'], run), run.model

@@ -20,8 +20,9 @@ machines, start on each:
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=<0 or 1> --master_addr=<of machine 0>
         --master_port=1234 train.py config/shakespeare_mdm_10m.py
 
-Read main() at the end of the file first, then train(), the loop of evaluating, saving and updating,
-and update(). Above them stand, in this order, the optimisers, set-up, speed, and what is recorded.
+Read main() at the end of the file first, then Training, train(), the loop of evaluating, saving and
+updating, and update(). Above them stand, in this order, the optimisers, set-up, speed, and what is
+recorded.
 """
 
 import csv
@@ -67,7 +68,7 @@ compile = 'auto'            # torch.compile: on, off; auto is on where it pays w
 # data
 dataset = 'shakespeare_char'  # a folder of data/, prepared if missing
 batch_size = 16             # B, windows per forward and backward pass
-gradient_accumulation_steps = 1  # passes per update
+gradient_accumulation_steps = 1  # batches per update, of each process
 block_size = 256            # T, tokens per window
 train_tokens = 0            # use only this many tokens, the first of the training split; 0 = all
 random_length = 0.0         # share of batches cropped to a random width: windows of a stream to
@@ -97,12 +98,13 @@ time_cond = False           # show the network the noise level
 dropout = 0.0               # of what attention and mlp add, and of the embedding
 attn_dropout = 0.0          # of the weights of attention: slow on a CPU
 # objective
-objective = 'mdm'           # ar, mdm, d3pm, uniform, block; what follows is for all but ar
+objective = 'mdm'           # ar, mdm, d3pm, uniform, block; the rest of this group: all but ar
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
 loss_weight = 'clipped'     # elbo = w(t), clipped = min(w(t), w_max), flat = 1,
-                            # masked_mean = 1, and the mean is over masked tokens alone
+                            # masked_mean = 1, and the mean is over masked tokens alone; uniform:
+                            # each times 1 - alpha_t, over all tokens
 w_max = 5.0                 # for loss_weight = clipped
-mask_range = (0.15, 0.99)   # levels t that are trained; below, a row has few masks to learn from
+mask_range = (0.15, 0.99)   # of t in training; below, a row has few masks to learn from
 diffusion_steps = 1000      # d3pm: N, from all masks to none
 subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
 shift = False               # mdm, d3pm: predict token i where token i - 1 is read, as ar does
@@ -246,8 +248,9 @@ def check_settings(s):
 class Training:
     """What the loop works with (model, data, objective, optimizers) and how far it has come.
 
-    Built from the settings and, of a resumed run, its checkpoint. open_out_dir() is the first to
-    write to out_dir, and stands late: mistakes that are found before it cost no earlier run.
+    Called run in what follows; sample.Run is a finished one. Built from the settings, of which it
+    sets max_iters where there are epochs, and, of a resumed run, its checkpoint. open_out_dir() is
+    the first to write to out_dir, and stands late: mistakes found before it cost no earlier run.
     """
 
     def __init__(self, s, checkpoint=None):
@@ -386,7 +389,8 @@ def read_rows(path, last):
 def open_out_dir(s, steps):
     """Makes out_dir, config.json and steps.csv, which holds `steps` of a resumed run at first.
 
-    Returns the trackers, functions of (numbers, iteration).
+    Deletes the weights of a run that is thrown away (overwrite). Returns the trackers, functions of
+    (numbers, iteration).
     """
     out = Path(s.out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -504,7 +508,7 @@ def evaluate_now(run, s, learning_rate):
         'seconds': f'{run.seconds:.1f}', 'tokens_per_second': f'{run.speed:.0f}'})
     if run.rank == 0:
         write_rows(Path(s.out_dir, 'log.csv'), run.log)
-        draw_losses(run, s)
+        plot_losses(run, s)
     for track in run.trackers:
         track({f'train {name}': train, f'val {name}': val}, run.iteration)
     return (f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {name} {val:.4f}'
@@ -550,7 +554,7 @@ def record_step(run, s, loss):
             csv.writer(f).writerows([row] * (f.tell() == 0) + [row.values()])  # keys: the header
 
 
-def draw_losses(run, s):
+def plot_losses(run, s):
     """loss.png: losses of evaluations and, pale, of batches; log V', that of a uniform guess."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 4.5), layout='constrained')
@@ -628,7 +632,7 @@ def update(run, s, factor):
     # a tensor, since torch.compile would compile anew for each number
     inputs = {} if run.iteration >= s.attn_anneal else \
         {'visible': torch.tensor(run.iteration / s.attn_anneal, device=run.device)}
-    for part in range(run.rank, run.parts, run.world):  # this process's batches of the update
+    for part in range(run.rank, run.parts, run.world):  # numbers of this process's batches
         seed = mixed_seed(s.seed, run.iteration, part)
         torch.manual_seed(seed)  # for dropout
         rng = torch.Generator(run.device).manual_seed(seed)  # for noise levels and masks
@@ -662,12 +666,13 @@ def train(run, s):
     """The loop: evaluate, save, update, until max_iters or a signal."""
     # disable=None: tqdm shows a bar only on a terminal
     bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
-    tokens, seconds, stop = run.tokens, run.seconds, False  # at the start of this process
+    # those at the start of this process; stop takes effect at the top of the next round
+    tokens, seconds, stop = run.tokens, run.seconds, False
     # SIGINT and SIGTERM only leave a note. An update that stopped halfway would have changed some
     # weights and not others; so it is finished first, and saved.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: run.caught.append(number))
-    while run.iteration <= s.max_iters:
+    while run.iteration <= s.max_iters:  # a last time without an update, to evaluate and save
         factor = lr_factor(run.iteration, s.max_iters, s.warmup_iters, s.lr_schedule)
         due = run.iteration % s.eval_interval == 0 or run.iteration == s.max_iters
         # a run that is resumed here has logged this evaluation already
@@ -685,10 +690,6 @@ def train(run, s):
         run.iteration += 1
         # all processes have the same sum, and so stop after the same update
         stop = sums[2].item() > 0 if run.world > 1 else bool(run.caught)
-        run.seconds += time.perf_counter() - began
-        run.speed = (run.tokens - tokens) / (run.seconds - seconds)
-        bar.update()
-
         to_record = run.iteration % s.log_interval == 0
         if to_record or stop:
             loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: now and then
@@ -737,9 +738,8 @@ def show_sample(run, s):
     if trained.meta['sep_id'] is None:
         task, start = 'likelihood', '--num_samples=3'
         canvas = [trained.model.mask_id] * s.block_size
-        # of one canvas: its ids, among figures of speed
-        ((ids, _),), _ = sample.complete(trained, [canvas], how, trained.meta['eos_id'])
-        print(trained.tokenizer.decode(ids), end='\n\n')
+        done, _ = sample.complete(trained, [canvas], how, trained.meta['eos_id'])
+        print(trained.tokenizer.decode(done[0][0]), end='\n\n')
     else:
         for prompt, reference, answer in sample.first_answers(trained, run.data, 2, how):
             print(f'prompt:    {prompt}\nreference: {reference}\nanswer:    {answer}\n')
@@ -749,7 +749,8 @@ def show_sample(run, s):
 
 
 def main():
-    settings = config.override(globals())  # a first time, for out_dir, resume and init_from
+    # sets the globals above; a second time below, where the defaults are those of another run
+    settings = config.override(globals())
     if Path(out_dir, 'ckpt.pt').exists() and not (resume or overwrite or bench):
         raise UserError(f'{out_dir} holds a run already: --resume goes on with it, --overwrite '
                         'starts anew, --out_dir=... puts the new one elsewhere')
@@ -770,12 +771,12 @@ def main():
     check_settings(s)
     run = Training(s, checkpoint)
     print(run.data.describe())
-    print(f'{objective}: {run.model.count_parameters():,} parameters, {run.tokens_per_update:,} '
+    print(f'{s.objective}: {run.model.count_parameters():,} parameters, {run.tokens_per_update:,} '
           f'tokens per update, {s.max_iters:,} updates = '
           f'{s.max_iters * run.tokens_per_update / run.data.tokens_per_epoch:.1f} epochs, '
           f'on {run.world} x {run.device} in {run.dtype}')
     compile_model(run, s)
-    if bench:
+    if s.bench:
         return time_updates(run, s)
     train(run, s)
     measure(run, s)

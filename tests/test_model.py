@@ -1322,7 +1322,7 @@ def test_what_a_hub_model_cannot_be_is_one_line(tmp_path):
              lambda: imported(gpt2, 'ar', block_size=65)),
             ('must be trained by mdm or d3pm', lambda: imported(bert, 'ar')),
             ('must be trained by mdm or d3pm', lambda: imported(bert, 'block')),
-            ('this mask is not the last id', lambda: imported(bert, 'uniform')),
+            ('the mask is not the last id', lambda: imported(bert, 'uniform')),
             ('another qk_norm', lambda: imported(gpt2, 'ar', qk_norm=True)),
             ('another n_layer', lambda: imported(gpt2, 'ar', n_layer=3)),
             ('block_size is 64, but it must be 63 or less',

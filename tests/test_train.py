@@ -421,7 +421,7 @@ def test_the_picture_shows_losses_over_updates_and_over_the_tokens_that_were_rea
     for done.iteration, val in ((0, 4.2), (100, 3.5), (200, 3.0)):
         done.tokens = 3000 * done.iteration
         done.log.append({'iter': done.iteration, 'val': str(val), 'train': str(val - 0.1)})
-        script.draw_losses(done, types.SimpleNamespace(
+        script.plot_losses(done, types.SimpleNamespace(
             out_dir=tmp_path, objective='mdm', dataset='verse', length_head=''))
     ax, = drawn[-1].axes
     batches, smooth, val, train, uniform = ax.lines
