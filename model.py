@@ -20,7 +20,7 @@ Letters here, and in the papers:
 
     B, T, C   batch, sequence length, channels (n_embd)
     H, D      attention heads, channels of one head (C = H * D); Hkv, heads of keys and values
-    K         neighbours that local mixing reads (n_conv)
+    K         width of local mixing (n_conv): a token and its K - 1 neighbours
     N, M      diffusion steps of D3PM; tokens of a batch that are scored, i.e. have a loss
     S         tokens whose keys are read: T, or more with a cache
     V         rows of the embedding: V' real tokens and the mask; mask_id = V - 1, but that of an
@@ -32,8 +32,8 @@ Letters here, and in the papers:
     t         time (B, 1) in (0, 1]; at t = 1 all is noise           t
     alpha     P(a token is kept at time t)                           alpha_t
     w(t)      weight of time t in the bound                          -alpha'_t / (1 - alpha_t)
-    level     what the network reads, never t itself: noise_fraction, the fraction of all tokens of
-              a row that is noise, (B, 1)
+    level     what time_cond shows the network, else ignored: the fraction of all tokens of a row
+              that is noise, expected (noise_fraction) or counted, (B, 1)
     is_mask   (B, T) bool, True where xt is mask_id
     given     (B, T) bool, True in a prompt: never corrupted, never scored
     L, l      tokens of a row that are not given, and those of them that are masked
@@ -97,14 +97,14 @@ class ModelConfig:
     bias: bool = False        # biases in linear layers and in layernorm
     tied: bool = False        # the head shares the embedding's matrix
     time_cond: bool = False   # adaLN on the noise level, which the number of masks shows already
-    dropout: float = 0.0      # of what each sublayer adds, and of the embedding
+    dropout: float = 0.0      # of what attention and mlp add, and of the embedding
     attn_dropout: float = 0.0  # of the weights of attention
     subs: bool = True         # MDLM's SUBS: the mask is never predicted; False: it may be (D3PM)
     block_length: int = 0     # tokens per block of block diffusion; 0 = none
     length_head: str = ''     # how the length of an answer is predicted, see LengthHead; '' = none
     mask_id: int = -1         # -1: V - 1
     start_id: int = -1        # read before the first token, by ar and with shift; -1: V - 1
-    shift: bool = False       # token i is predicted where i - 1 is read, as ar does, though not ar
+    shift: bool = False       # mdm, d3pm: token i is predicted where i - 1 is read, as ar does
     hub: str = ''             # the config.json of the model of the hub that this is, if it is one
 
     def __post_init__(self):
@@ -294,8 +294,8 @@ class Transformer(nn.Module):
                 block_length=0, visible=None):
         """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
-        Training calls model(x, level, where=...): at a first reading, skip what cache, clean,
-        visible and shift are for. Then attn_mask is None, and T is that of x.
+        Training calls model(x, level, where=..., hidden=True), and then logits(): at a first
+        reading, skip what cache, clean, visible and shift are for. Then attn_mask is None.
 
         x (B, T) int64: tokens, mask_id among them.
         level (B, 1): the fraction of all tokens that is noise, see noise_fraction; for time_cond.
@@ -310,7 +310,7 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         if self.config.shift and start == 0:
             x = after_start(self, x)
-        B, T = x.shape  # with shift, T counts the start token
+        B, T = x.shape  # with shift, T counts the start token; with clean, one half
         if start + T > self.config.block_size + self.config.shift:
             raise UserError(f'{start + T} tokens do not fit into the context of this model, '
                             f'block_size is {self.config.block_size}')
@@ -332,7 +332,7 @@ class Transformer(nn.Module):
             h = block(h, rope, cache, attn_mask, condition)
         if cache is not None:
             cache.length += T
-        # without the clean half; with shift, nothing is predicted where the last token is read
+        # clean: of xt alone; shift: what is read last predicts nothing
         h = h[:, :T - self.config.shift]
         if where is not None:
             h = h[where]  # (M, C): with a large V the head is most of the work
@@ -394,8 +394,8 @@ MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')  # s
 def alpha_and_weight(t, schedule):
     """alpha_t, the fraction of tokens kept at t, and the weight w(t) = -alpha'_t / (1 - alpha_t).
 
-    The bound does not depend on the schedule (change the variable from t to alpha); its variance
-    does.
+    The bound does not depend on the schedule (change the variable from t to alpha; of D3PM only as
+    N grows); its variance does.
     """
     one_of('schedule', schedule, SCHEDULES)
     if schedule == 'linear':
@@ -409,8 +409,8 @@ def low_discrepancy(n, rng, device, shuffled=False):
     """n stratified numbers: one in each interval of length 1/n of [0, 1), with one common shift.
 
     Each is uniform, but together they cover (0, 1) more evenly than independent ones [VDM].
-    shuffled: in random order, for evaluation, whose rows stand in a fixed order, and those from the
-    blocks of one text side by side.
+    shuffled: in random order, for evaluation, whose rows have a fixed order that would otherwise
+    tie neighbours in the text, or blocks of one text, to neighbouring levels.
     """
     u = torch.rand(1, generator=rng, device=device)
     k = torch.randperm(n, generator=rng, device=device) if shuffled else \
@@ -491,8 +491,8 @@ class Objective:
         bound   what evaluation reports: over all levels, and with less variance
 
     A subclass defines corrupt(model, x0, given, rng) -> Noised, what training samples, and
-    corrupt_evenly(model, x0, given, rng) -> Noised, what evaluation samples. Both are scored alike
-    (M losses; weighted_losses keeps the logits small, and has the arguments of other objectives):
+    corrupt_evenly(model, x0, given, rng) -> Noised, what evaluation samples. Both are scored alike,
+    by weighted_losses, which allows any token_loss and computes logits in slices:
 
         noised = corrupt(model, x0, given, rng)
         logits = model(noised.xt, noised.level, where=noised.scored)
@@ -500,7 +500,7 @@ class Objective:
         losses = weight * cross_entropy(logits, x0[noised.scored])
 
     Autoregression corrupts nothing, and defines loss and bound instead. The other files read the
-    attributes below, and do not ask which subclass it is.
+    attributes below and, but for two checks of train.py, do not ask which subclass it is.
     """
     # annotated: settings
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
@@ -509,10 +509,10 @@ class Objective:
     mask_range: tuple = (0.0, 1.0)   # of t in training; (0.15, 0.15) is BERT's rate
 
     # not annotated, so no fields: fixed by the class, not set by the user
-    exact = False                # the bound is the nll itself: of ar alone
-    causal = False               # the network sees no later token
-    masks = True                 # noise is the mask: decoding begins with a sequence of masks
-    any_order = False            # revealing a token at a time has an exact nll, for any given order
+    exact = False                # True: the bound is the nll itself, of ar
+    causal = False               # True: the network sees no later token
+    masks = True                 # noise is the mask, and the network reads it: not of ar, uniform
+    any_order = False            # True: the chain rule gives an exact nll of any order of revealing
     block_length = 0             # tokens per block, if there are blocks
     decoders = MASK_DECODERS     # names in sample.py, the default first
     measured = 'nelbo <='        # printed before the number, which is an upper bound
@@ -587,7 +587,7 @@ class MaskedDiffusion(Objective):
     """
     any_order = True
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')
-    token_weight = None  # (V,) weight of each kind of token in the loss; train.py sets it for rows
+    token_weight = None  # (V,) weight of each token's loss, which train.py sets for rows; no field
 
     def corrupt(self, model, x0, given, rng):
         t = self.draw_t(len(x0), rng, x0.device)[:, None]  # (B, 1)
@@ -667,9 +667,10 @@ def evaluate(model, objective, batches, seed=0, repeats=1):
 def with_one(chosen, given, rng):
     """chosen (B, T) bool and one token more in each row, uniform over the L that are not given.
 
-    Used for importance sampling: without an empty set, no rare set has a large weight. The added
-    token may be one that is chosen already. If every token is chosen with probability p, a set S of
-    l tokens becomes l / (L p) times as probable, because any i of the l may be the added one:
+    Used for importance sampling: at a small p most sets would be empty, and the others would weigh
+    about 1/p. The added token may be one that is chosen already. If every token is chosen with
+    probability p, a set S of l tokens becomes l / (L p) times as probable, because any i of the l
+    may be the added one:
 
         P'(S) = sum over i in S of  1/L * (P(S) + P(S without i)) = l / (L p) * P(S)
 
@@ -689,8 +690,8 @@ class D3PM(Objective):
     As MaskedDiffusion, but t lies on the grid 1/N, ..., 1, and N c(t) replaces w(t), where
     c(t) = (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/N, is the probability that a step reveals
     a mask. Evaluation samples step t with probability alpha_s - alpha_t = c * (1 - alpha_t) and the
-    masks by with_one. The weights then cancel to L / l, so that there is no variance where logits
-    are uniform (with subs).
+    masks by with_one, so that the weight is N c * (1/N) / (c m) * L m / l = L / l, m = 1 - alpha_t:
+    there is no variance where logits are uniform (with subs).
     """
     diffusion_steps: int = 1000
 
@@ -764,7 +765,8 @@ class Uniform(Objective):
     def corrupt_evenly(self, model, x0, given, rng):
         """Half of the rows sample their noise independently, half then add a token by with_one.
 
-        At a small t few rows have noise, and one that does costs about 1/t: hence the second half.
+        with_one alone would never sample a row without noise, which has a loss here too. Without
+        it, the few rows that have noise at a small t would cost about 1/t: hence both.
         A set of l noise tokens has probability P in the first half and P' = P * l / (L t) in the
         second (with_one at p = t). Every row has the weight P / ((P + P') / 2) <= 2, so that the
         estimate is unbiased. The schedule is linear, whichever was trained: w(t) (1 - alpha_t) = 1.
@@ -806,10 +808,11 @@ def uniform_token_loss(logits, x0, xt, alpha):
 class BlockDiffusion(Objective):
     """Blocks from left to right, masked diffusion inside each [BD3-LM].
 
-        nelbo per token = E of  1/T * sum over i of  is_mask[i] * w(t of its block)
+        nelbo per token = E of  1/L * sum over i of  is_mask[i] * w(t of its block)
                                       * -log p(x0[i] | xt of its block, x0 of the blocks before)
 
-    As MaskedDiffusion, but t is sampled for every block, and a block sees the clean blocks before
+    As MaskedDiffusion, but t is sampled for every block (in training stratified over the batch, so
+    that the blocks of a row have neighbouring t), and a block sees the clean blocks before
     it: all in one pass over [xt ; x0]. With block_length = T it is MaskedDiffusion.
     """
     block_length: int = 16
@@ -994,7 +997,7 @@ def first_to_hold(cumulative, p):
 
 @dataclass
 class LengthLoss:
-    """What trains a LengthHead, used like an Objective: it corrupts nothing and decodes nothing.
+    """What trains a LengthHead: an Objective's loss and bound, but no corrupt and no decoders.
 
     Of a row: cross-entropy over lengths (encoder_classify); the sum of W binary cross-entropies
     (classify); for the regressors the pinball loss [Koenker & Bassett 1978], in tokens. What is
@@ -1101,6 +1104,7 @@ def model_config(settings, meta):
             or meta['mask_id'] == meta['vocab_size'], 'another: the mask is not the last id here')
     # GPT-2 was trained to begin behind an end of text
     start = 'eos_id' if settings.get('hub') and meta['eos_id'] is not None else 'mask_id'
+    # V = V' + 1: meta counts the real tokens
     return ModelConfig(vocab_size=meta['vocab_size'] + 1, **fields_in(ModelConfig, settings) | {
         'causal': objective.causal, 'block_length': objective.block_length,
         'mask_id': meta['mask_id'], 'start_id': meta[start]})
@@ -1112,7 +1116,8 @@ def flops_per_token(settings, data):
     6 for every weight of the layers, and of the head for the fraction of tokens that is scored;
     12 C per layer and position attended to: all T; half of them if causal; in block diffusion a
     token's own block and half of the rest. An embedding is looked up, which costs none, and time
-    conditioning is computed once for a row: both are left out. data: a Stream or Rows.
+    conditioning is computed once for a row (in blocks, for every token): both are left out. data: a
+    Stream or Rows.
     """
     with torch.device('meta'):  # shapes without numbers
         model = Transformer(model_config(settings, data.meta))

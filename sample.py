@@ -18,10 +18,10 @@ make_decoder and run_decoder.
     loop      run_decoder: runs a decoder, counts the passes of the network, ends rows at EOS
     text      complete: the ids of each canvas up to its EOS, which the tokenizer decodes
 
-At a first reading take "sampling a token", the comment at the head of "decoders", and with what
-they call decode_ancestral, decode_remdm (the default), decode_confidence, run_decoder, and at last
-decode_ar, which needs model.py's KVCache. Skip blocks and guidance, the lengths of answers, and the
-pictures at the end.
+At a first reading take, in this order: "sampling a token"; the comment at the head of "decoders";
+decode_ancestral and decode_remdm, the default, with reverse_steps; decode_confidence with propose,
+confidence, confidence_rank and masks_left; run_decoder with Counted and end_rows; at last decode_ar
+with model.py's KVCache. Skip blocks and guidance, the lengths of answers, and the pictures.
 
 Letters are those of model.py: B rows of T tokens, which are the canvas x (B, T); V rows of the
 embedding, V' real tokens and the mask. where (B, T) bool are the M positions, of all rows together,
@@ -67,7 +67,7 @@ start = ''             # the text to continue; in a run on prompts and answers, 
 template = ''          # a text with blanks to fill: [___] is 5 tokens wide, [___:9] is 9
 prompt_file = ''       # a prompt or a template on every line; - reads them from stdin
 chat = False           # answer each line of stdin; a run on conversations reads all turns before it
-corrupt = ''           # a text: show what noise makes of it, and the run of that noise; then stop
+corrupt = ''           # a text: only show what noise makes of it, and what the run makes of that
 num_samples = 1        # of each prompt
 batch_size = 16        # rows at a time
 gen_length = 0         # tokens to write after start; 0 fills the model's context
@@ -75,10 +75,11 @@ seed = 1337
 # how it is decoded
 decoder = 'auto'       # ar, ancestral, confidence, threshold, remask, remdm, uniform, auto
 steps = 128            # decoding steps; confidence, remask: 0 is one token a step
-noise_schedule = 'linear'  # ancestral, remdm, uniform: how the steps are spread; cosine, polynomial
+noise_schedule = 'linear'  # ancestral, remdm, uniform: alpha over the steps; cosine, polynomial
 order = 'max_prob'     # confidence, threshold, remask: max_prob, margin, entropy, random
 counts = 'linear'      # confidence, remask: linear (as many each step), cosine (few first)
-threshold = 0.9        # threshold: a pass commits all tokens of this confidence, at least one
+threshold = 0.9        # threshold: a pass commits all tokens of so much confidence or more, one at
+                       # least
 eta = 0.08             # remdm: largest probability per step that a written token is masked again
 cool = 0.7             # remdm: temperature falls from (1 + cool) to (1 - cool) times the one below
 block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
@@ -197,7 +198,7 @@ def window_start(i, size):
 
 
 def empty_cache(model, B):
-    """A KVCache for B rows; also for a model around a model, which has no other weights."""
+    """A KVCache for B rows; the model may be a Counted, which has no parameters(), but embed."""
     return KVCache(model.config, B, model.embed.weight.device, model.embed.weight.dtype)
 
 
@@ -278,9 +279,9 @@ def masks_left(n, i, steps, counts):
 #     x (B, T) int64        canvases, filled in place
 #     to_generate (B, T)    bool, the positions to fill; masks elsewhere are read and left as they
 #                           are. It is shared with run_decoder(), which looks for an EOS only where
-#                           it is True, and sets it to False in rows that have ended.
-#                           decode_uniform, all of whose tokens may still change, keeps it False
-#                           until its last step; decode_blocks gives `inner` a copy of its own
+#                           it is True, and sets it to False in rows that have ended: also where
+#                           remdm or remask might still have changed the row. decode_uniform keeps
+#                           it False until its last step; decode_blocks gives `inner` its own copy
 #     rng                   the torch.Generator of everything random
 #     **sampling            the keywords of probabilities(); decode_blocks and decode_guided, which
 #                           wrap a decoder that has them already, take it as `inner`
@@ -297,8 +298,11 @@ def decode_ar(model, x, to_generate, rng, **sampling):
 
     One pass per token, over that token alone: a KV cache holds the tokens before it. Rows may have
     their masks at different places. A canvas longer than the context is read through a window, the
-    start token and the newest tokens. To write x3, at i = 3, the first pass may read start, x0, x1
-    and x2, and cache.length becomes 4; the next one reads x3 alone.
+    start token and the newest tokens.
+
+    The cache holds the start token and x[:, begin:begin + cache.length - 1]; unread is the rest up
+    to i. At i = 3 the first pass may read start, x0, x1, x2, and the next one x3 alone. When the
+    window moves, the cache is emptied.
     """
     cache, begin = empty_cache(model, len(x)), 0  # begin: where the window begins in the canvas
     for i in to_generate.any(0).nonzero()[:, 0].tolist():
@@ -373,7 +377,7 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         remask = to_generate & ~is_mask & (u < sigma)
         if not (reveal | remask).any():
             continue
-        if reveal.any():  # always before a token is masked again, so that there are logits
+        if reveal.any():  # true before any token is masked again, so that logits exist below
             logits = model(x, level, where=reveal)  # (M, V), M to reveal
             logits[:, model.mask_id] = -torch.inf
             now = temperature * (1 + cool * (1 - 2 * alpha_t))
@@ -420,7 +424,7 @@ def decode_threshold(model, x, to_generate, rng, *, threshold, order='max_prob',
 
 def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
                   **sampling):
-    """The most confident tokens first, none for good before the end [Mask-Predict 1904.09324].
+    """The most confident tokens first, none for good but an EOS [Mask-Predict 1904.09324].
 
     As decode_confidence, but every token keeps the score it had when it was sampled, and each step
     keeps the most confident of all, old and new, and masks the others again.
@@ -617,7 +621,7 @@ def make_decoder(objective, settings, specials=()):
     one_of('noise_schedule', s['noise_schedule'], SCHEDULES)
     for setting in PLAIN:
         require(setting, s[setting], objective.masks or not s[setting],
-                f'off for {name}, which fills no masks')
+                f'off for {name}, which reads no masks')
     require('block_length', s['block_length'], s['block_length'] in (0, size),
             f'0 or {size}: this model learned blocks of {size} and reads no others')
     require('prefix_cache', s['prefix_cache'], size or not cached,

@@ -20,9 +20,9 @@ machines, start on each:
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=<0 or 1> --master_addr=<of machine 0>
         --master_port=1234 train.py config/shakespeare_mdm_10m.py
 
-Read main() at the end of the file first, then Training, train(), the loop of evaluating, saving and
-updating, and update(). Above them stand, in this order, the optimisers, set-up, speed, and what is
-recorded.
+Read main() at the end of the file first, then Training (in set-up), then train() (the loop:
+evaluate, save, update) and update(). The sections are: optimisers, set-up, speed, evaluation and
+records, the loop, from start to end.
 """
 
 import csv
@@ -248,9 +248,10 @@ def check_settings(s):
 class Training:
     """What the loop works with (model, data, objective, optimizers) and how far it has come.
 
-    Called run in what follows; sample.Run is a finished one. Built from the settings, of which it
-    sets max_iters where there are epochs, and, of a resumed run, its checkpoint. open_out_dir() is
-    the first to write to out_dir, and stands late: mistakes found before it cost no earlier run.
+    Called run in what follows; sample.Run is a finished one. Built from the settings and, of a
+    resumed run, its checkpoint. Where epochs is set it writes max_iters into the settings.
+    open_out_dir() is the first to write to out_dir, and stands late: mistakes that are found before
+    it cost no earlier run.
     """
 
     def __init__(self, s, checkpoint=None):
@@ -634,7 +635,7 @@ def update(run, s, factor):
         {'visible': torch.tensor(run.iteration / s.attn_anneal, device=run.device)}
     for part in range(run.rank, run.parts, run.world):  # numbers of this process's batches
         seed = mixed_seed(s.seed, run.iteration, part)
-        torch.manual_seed(seed)  # for dropout
+        torch.manual_seed(seed)  # for dropout and attn_anneal
         rng = torch.Generator(run.device).manual_seed(seed)  # for noise levels and masks
         # x0 (B, T); given (B, T) or None
         x0, given = on_device(run.data.batch(run.iteration, part, run.parts), run.device)
@@ -710,7 +711,9 @@ def train(run, s):
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
         signal.signal(number, signal.SIG_DFL)
-    if stop or run.caught:  # caught in the last evaluation: no update came after it to see it
+    # caught in the last evaluation, no update came after it to see it; of several processes, each
+    # may have caught another signal then, and they go on together
+    if stop or run.world == 1 and run.caught:
         print(f'stopped and saved after {run.iteration} updates; go on with\n'
               f'python train.py --out_dir={s.out_dir} --resume')
         sys.exit(128 + (run.caught or [signal.SIGTERM])[0])

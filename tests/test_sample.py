@@ -1753,7 +1753,7 @@ BAD = [
     (['--block_length=-1'], 'block_length is -1'),
     (['--prefix_cache'], 'block_length is 0'),
     (['--prefix_cache', '--block_length=4', '--guidance=1'], '0 with a cache'),
-    (['--out_dir=ar', '--block_length=4'], 'off for ar, which fills no masks'),
+    (['--out_dir=ar', '--block_length=4'], 'off for ar, which reads no masks'),
     (['--out_dir=ar', '--guidance=1'], 'guidance is 1.0, but it must be off for ar'),
     (['--prompt_file=nowhere.txt'], 'No such file'), (['--prompt_file=mdm'], 'Is a directory'),
     (['--prompt_file=blank.txt'], 'a prompt or a template on each'),
