@@ -139,8 +139,9 @@ wandb_run_name = ''         # and under this name; '' = the last part of out_dir
 bench = 0                   # only time this many updates and profile a few: nothing is written
 
 
-# fields of ModelConfig in which a run may differ from the one that it begins with, whose weights
-# load_first_weights() makes fit
+# fields of ModelConfig in which a run may differ from the one that it begins with: training adapts
+# the weights. (Local mixing then reads other neighbours than it has learned in ar; to move its
+# weights with the neighbours gains nothing, see RESULTS.)
 MAY_DIFFER = ('block_size', 'causal', 'dropout', 'attn_dropout', 'subs', 'block_length',
               'length_head', 'shift')
 
@@ -334,14 +335,8 @@ def load_first_weights(model, s, meta):
         raise UserError(f'{s.init_from} cannot begin this run: it has another {", ".join(other)}')
     most = theirs['block_size'] + theirs['shift'] - s.shift  # of learned positions, the first
     require('block_size', s.block_size, s.pos == 'rope' or s.block_size <= most, f'{most} or less')
-    weights = {name: p for name, p in source['model'].items() if 'length_head.' not in name}
-    # local mixing reads K - 1 tokens back in ar and K // 2 else: each weight keeps its neighbour
-    moved = (theirs['causal'] - own['causal']) * (s.n_conv - 1 - s.n_conv // 2)
-    for name, p in weights.items():
-        if name == 'embed_pos.weight':
-            weights[name] = p[:s.block_size + s.shift]
-        elif '.mixing.' in name:
-            weights[name] = torch.nn.functional.pad(p, (0, 0, -moved, moved))
+    weights = {name: p[:s.block_size + s.shift] if name == 'embed_pos.weight' else p
+               for name, p in source['model'].items() if 'length_head.' not in name}
     model.load_state_dict(model.state_dict() | weights)
 
 

@@ -844,15 +844,7 @@ def test_a_run_begins_with_the_weights_of_another(verse, monkeypatch):
     words = [*TINY, '--init_from=out/first', '--max_iters=1', '--overwrite', '--out_dir=out/then']
     train(verse, *words, '--learning_rate=1e-30', '--muon_lr=1e-30')
     first, then = weights('out/first'), weights('out/then')
-    assert all(torch.equal(then[name], first[name]) for name in first if 'mixing' not in name)
-    # ar mixes 4 tokens before with 1, mdm 2 and 2 after: a weight stays with its neighbour
-    train(verse, *words, '--learning_rate=1e-30', '--muon_lr=1e-30', '--init_from=out/then',
-          '--objective=ar', '--out_dir=out/back')
-    back = weights('out/back')
-    for name in (name for name in first if 'mixing' in name):
-        assert torch.equal(then[name][:3], first[name][2:]) and then[name][3:].abs().max() < 1e-20
-        assert torch.equal(back[name][2:], first[name][2:]) and back[name][:2].abs().max() < 1e-20
-        assert first[name].abs().min() > 1e-20
+    assert all(torch.equal(then[name], first[name]) for name in first)
     assert load_checkpoint('out/then')['iter'] == 1
     Path('other.txt').write_text(VERSE.replace('cat', 'dog').replace('.', ';'))
     prepare.prepare('other.txt')
