@@ -12,7 +12,7 @@ Each prints a Markdown table with a row for each run (several seeds of one confi
 row, mean +- standard deviation) and, below it, how the numbers were obtained. All measurements are
 collected in report_dir: report.md, the same as numbers in report.json, and pictures. On 2 CPU
 cores curves take a second, likelihood a minute or two, generation of the full 100,000 tokens by
-each run ten minutes, and report, which runs most tasks at sizes for a laptop, about five.
+each run ten minutes, and report, which runs half of the tasks at sizes for a laptop, about five.
 
 A task is a function (runs, settings) -> (rows, note) and one line of TASKS at the end. A row is
 {column: value}; values that are lists are left out of the table and go to the picture. The
@@ -56,8 +56,8 @@ from sample import PLAIN, Run, load_run
 out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
 ckpt = 'last'          # their weights: last; or best, of the lowest validation loss (keep_best)
 task = 'likelihood'    # likelihood, parts, generation, speed, curves, scaling, infill, order,
-                       # lambada, recover, noises, translation, length, reversal; report: most, on
-                       # one page
+                       # lambada, recover, noises, translation, length, reversal; report: half of
+                       # them, on one page
 report_dir = 'out/report'  # where report.md, report.json and the pictures go
 split = 'val'          # train, val, test; likelihood: or several with commas; generation and
                        # speed: val, always
@@ -73,8 +73,8 @@ trust_remote_code = False  # run the code that a model of the Hugging Face hub c
 seed = 1
 batch_size = 16        # rows at a time
 repeats = 4            # independent draws of a bound, each with its own noise
-target_se = 0.005      # likelihood, parts, order, lambada: 8 draws, or as many more as bring the
-                       # standard error of a bound down to this (nats/token); 0: only repeats
+target_se = 0.005      # likelihood, noises, parts, order, lambada: 8 to 64 draws, as many as bring
+                       # the standard error of a bound down to this (nats/token); 0: only repeats
 discrete_steps = ()    # likelihood: also the bounds of mdm and d3pm in these numbers of diffusion
                        # steps, as (10, 1000)
 levels = (0.15, 0.3, 0.5, 0.7, 0.9)  # parts: shares of noise at which the loss is measured
@@ -162,7 +162,8 @@ def about(run):
 def data_of(run):
     """The Stream or Rows of a run: its data set, cut into windows or rows as in its training."""
     s = run.settings
-    return open_data(s['dataset'], s['block_size'], s['batch_size'], predict_pad=s['predict_pad'])
+    return open_data(s['dataset'], s['block_size'], s['batch_size'], predict_pad=s['predict_pad'],
+                     train_tokens=s.get('train_tokens', 0))
 
 
 def common_windows(runs, settings, most=math.inf):
@@ -186,8 +187,8 @@ def records(run, score, **columns):
 
 def training_text(run):
     """The training text of a run; of a long one, its first KNOWN_TOKENS tokens."""
-    ids = load_split(run.settings['dataset'], 'train')[:KNOWN_TOKENS]
-    return run.tokenizer.decode(ids.tolist())
+    most = min(KNOWN_TOKENS, run.settings.get('train_tokens') or KNOWN_TOKENS)
+    return run.tokenizer.decode(load_split(run.settings['dataset'], 'train')[:most].tolist())
 
 
 # --------------------------------------------------------------------------- tables and pictures
@@ -363,10 +364,10 @@ def nll_by_place(run, x0, batch_size, seed):
 
 
 def training_pace(run):
-    """Batches per second of a run's training, evaluations not counted; '' without a log."""
+    """Batches per second of each process in training, without evaluations; '' without a log."""
     with suppress(UserError, KeyError):
-        seconds = load_log(run.path)[1]['seconds'][-1]
-        return run.updates * run.settings['gradient_accumulation_steps'] / max(seconds, 0.1)
+        log, parts = load_log(run.path)[1], run.settings['gradient_accumulation_steps']
+        return log['iter'][-1] * parts / max(log['seconds'][-1], 0.1)
     return ''
 
 
@@ -397,7 +398,7 @@ def objectives_of(run, discrete_steps):
     """
     objective = run.objective
     found = {objective.measured.split()[0]: objective}
-    if discrete_steps and objective.masks and not objective.block_length and run.model.config.subs:
+    if discrete_steps and objective.masks_anywhere and run.model.config.subs:
         for n in whole_numbers('discrete_steps', discrete_steps):
             found[f'nelbo in {n:,} steps'] = make_objective(
                 run.settings | {'objective': 'd3pm', 'diffusion_steps': n})
@@ -448,8 +449,8 @@ def foreign_text(run, name, split, settings):
             + ' '.join(sorted(map(repr, lacking))[:9]))
     parts = [''.join(filter(known.__contains__, part)) for part in parts]
     ids = run.tokenizer.encode(('' if run.meta['eos_id'] is None else EOT).join(parts))
-    require('data', name, ids, 'a text that is not empty')
     data, text = data_of(run), ''.join(parts)
+    require('data', name, text, 'a text that is not empty')
     data.tokens = lambda split: np.array(ids)  # the run's Stream, but of this text
     return (name + f' less {lacking.total():,}' * bool(lacking), split,
             data.batches('all', settings['batch_size']), len(ids),
@@ -459,11 +460,13 @@ def foreign_text(run, name, split, settings):
 def likelihood(runs, settings):
     """nll and nelbo of text: the nll is exact, a nelbo is an upper bound on it.
 
-    All windows of the split (of train max_windows, evenly spread), each as long as the context and
-    read alone, in float32; of `data`, where it is given, in the tokens of each run. draws: how many
-    of the bound, each over the whole split; s.e.: the standard error of their mean. nelbo in N
-    steps: of the same network, in N diffusion steps. Training batches/s are those of the run's log,
-    at its own batch size; evaluation batches/s are those of this table, of one draw after another.
+    All windows of the split (of train max_windows, evenly spread), as long as the context but for
+    the last, or all rows, each read alone, in float32; of `data`, where it is given, in the tokens
+    of each run. The picture is of 64 windows of val, and of one draw at each of 16 levels.
+    draws: how many of the bound, each over the whole split; s.e.: the standard error of their
+    mean. nelbo in N steps: of the same network, in N diffusion steps. Training batches/s are
+    those of the run's log, at its own batch size; evaluation batches/s are those of this table,
+    of one draw after another.
     """
     rows, s = [], settings
     for run in tqdm(runs, 'likelihood', disable=None):
@@ -510,9 +513,10 @@ def parts(runs, settings):
     """What a bound consists of, by noise level, and in d3pm by step.
 
     The nelbo of d3pm is the sum of three parts, each measured by itself. prior: how far q(x_N | x0)
-    is from masks alone; last step: the nll of writing the text from level 1/N; other steps: the KL
-    divergences of the steps before. at P% noise: the mean loss of a token that is noise where each
-    token is noise with probability P, for P of `levels`; the mean over all P in (0, 1] is the nelbo
+    is from masks alone; last step: the nll of writing the text from t = 1/N; other steps: the KL
+    divergences of the steps before. at P% noise: the mean loss of a token that is noise (of
+    uniform, of any token) where each token is noise with probability P, for P of `levels` (of d3pm
+    rounded up to its steps); the mean over all P in (0, 1] is the nelbo
     of mdm, uniform and block. All in max_windows of the split, evenly spread.
     """
     rows, s = [], settings
@@ -550,9 +554,10 @@ def noises(runs, settings):
     rows, exact = [], [row['bits/char'] for row in found if row['s.e.'] == 'exact']
     for run, row in zip(runs, found):
         kind = f'{run.settings["objective"]} {run.objective.block_length or ""}'.strip()
+        log = load_log(run.path)[1]
         rows.append({'run': run.name, 'objective': kind + ' with t' * run.settings['time_cond'],
                      'updates': row['updates'],
-                     'minutes': load_log(run.path)[1]['seconds'][-1] / 60,
+                     'minutes': np.interp(run.updates, log['iter'], log['seconds']) / 60,
                      'bits/char': row['bits/char'], 's.e.': row['s.e.'],
                      'over ar (%)': 100 * (row['bits/char'] / exact[0] - 1) if exact else ''})
     return rows, note
@@ -592,7 +597,7 @@ def orders(runs, settings):
 
     Masked diffusion that reveals one token at a time has an exact likelihood in each order, as AR
     has in its own. Its mean over all orders is the nelbo. Each text is read alone. In random orders
-    every text has an order of its own; +-: standard deviation over `repeats` draws of them.
+    every text has an order of its own; +- of one run: standard deviation over `repeats` draws.
     """
     rows, s = [], settings
     require('gen_length', s['gen_length'], s['gen_length'] >= 1, '1 or more')
@@ -628,11 +633,13 @@ def orders(runs, settings):
 def curves(runs, settings):
     """How good runs were at which point of their training, by their logs.
 
-    val: nats per token of the validation split; nelbo: an upper bound on the nll. `val at` is the
-    loss of every run at the end of the run that ended first. The picture's x axis is the training
-    tokens; if a run was trained on a part of the text (train_tokens), it is epochs.
+    val: nats per token of the validation split; nelbo: an upper bound on the nll. `val at`: the
+    loss of every run where the first one ended, by tokens and by time, interpolated between
+    evaluations (nan before its first). The left panel's x axis is the training tokens; if a run was
+    trained on a part of the text (train_tokens), it is epochs.
     """
     logs, rows = [load_log(run.path)[1] for run in runs], []
+    value_at = partial(np.interp, left=math.nan)
     tokens, seconds = (min(log[key][-1] for log in logs) for key in ('tokens', 'seconds'))
     scarce = any(run.settings.get('train_tokens') for run in runs)
     for run, log in zip(runs, logs):
@@ -643,8 +650,8 @@ def curves(runs, settings):
             'run': run.name, 'measured': log['measured'].split()[0],
             'tokens (M)': millions[-1], 'epochs': epochs[-1], 'minutes': minutes[-1],
             'last val': log['val'][-1], 'best val': log['val'][best], 'at epoch': epochs[best],
-            f'val at {tokens / 1e6:.2f}M tokens': np.interp(tokens, log['tokens'], log['val']),
-            f'val at {seconds / 60:.1f} minutes': np.interp(seconds, log['seconds'], log['val']),
+            f'val at {tokens / 1e6:.2f}M tokens': value_at(tokens, log['tokens'], log['val']),
+            f'val at {seconds / 60:.1f} minutes': value_at(seconds, log['seconds'], log['val']),
             'y': log['val'].tolist(), 'x: minutes': minutes.tolist()} | x)
     return rows, ''
 
@@ -732,8 +739,9 @@ def plot_scaling(rows, path):
     """scaling.png: the last loss of every run against its compute, and the fit of each group."""
     fig, (ax,) = panels(1)
     for i, fit in enumerate(row for row in rows if 'x' in row):
-        ax.plot(fit['x'], fit['y'], **style(i) | {'ls': ''}, label=fit['group'])
-        ax.plot(fit['x'], fit['L_inf'] + fit['a'] * np.array(fit['x']) ** -fit['b'], c=COLORS[i])
+        x = np.array(fit['x'])
+        ax.plot(x, fit['y'], **style(i) | {'ls': ''}, label=fit['group'])
+        ax.plot(x, fit['L_inf'] + fit['a'] * x ** -fit['b'], c=style(i)['color'])
     ax.set(xscale='log', xlabel='compute (PFLOP)', ylabel='validation loss (nats per token)')
     return save_figure(fig, path)
 
@@ -793,9 +801,10 @@ class HuggingFace:
     Like ours it reads a start token before every text.
     """
 
-    def __init__(self, name, device):
-        tokenizer = from_hub('AutoTokenizer', name)
-        self.model = from_hub('AutoModelForCausalLM', name).to(device).eval()
+    def __init__(self, name, device, **how):
+        tokenizer = from_hub('AutoTokenizer', name, **how)
+        self.model = from_hub('AutoModelForCausalLM', name, dtype=torch.float32, **how)
+        self.model.to(device).eval()
         bos, eos, c = tokenizer.bos_token_id, tokenizer.eos_token_id, self.model.config
         start_id, self.device = eos if bos is None else bos, device
         require('judge', name, start_id is not None, 'a model with a start or an end token')
@@ -816,7 +825,8 @@ def load_judge(runs, settings):
     if not path:
         return next((run for run in runs if run.objective.exact), None)
     if not Path(path, 'ckpt.pt').exists():
-        model, meta = HuggingFace(path, device), {'tokenizer': path}
+        how, meta = {'trust_remote_code': settings['trust_remote_code']}, {'tokenizer': path}
+        model = HuggingFace(path, device, **how)
         return Run(Path(path).name, model, Autoregression(), meta, model, {}, 0, path)
     (run,) = load_runs(path, device)
     require('judge', path, run.objective.exact, 'an ar run: no other says how likely a text is')
@@ -867,9 +877,10 @@ def held_out(run, settings):
 def generation(runs, settings):
     """What runs write, beside as much of the validation split; texts are as long as the context.
 
-    A word is known if it occurs in the training text; the longest copy is the longest piece of a
-    text that occurs there. nll under: nats per token of an autoregressive model, the judge, or
-    nats per character where its tokens are others; perplexity: exp of the nats per judge's token.
+    A word is known if it occurs in the training text (its first 20,000,000 tokens); the longest
+    copy is the longest piece of a text that occurs there. nll under: nats per token of an
+    autoregressive model, the judge; nats/char under: the same if its tokens are others; perplexity:
+    exp of the nats per judge's token. nfe: passes of a text; a pass serves a whole batch.
     """
     run, judge, training = runs[0], load_judge(runs, settings), training_text(runs[0])
     known, rows = set(words_of(training)), []
@@ -898,7 +909,7 @@ def decoders_of(objective, T, steps):
     ways = {name: {'decoder': name} for name in objective.decoders if name != 'threshold'}
     if objective.masks:
         ways['confidence, cosine'] = {'decoder': 'confidence', 'counts': 'cosine'}
-    if objective.masks and not objective.block_length:  # it has no blocks of its own
+    if objective.masks_anywhere:  # it has no blocks of its own
         ways['in blocks'] = {'decoder': 'confidence', 'block_length': max(1, T // 8)}
         ways['in blocks, cached'] = ways['in blocks'] | {'prefix_cache': True}
     # T masks take T steps at most, and 8 blocks take 8 at least
@@ -913,7 +924,7 @@ def decoders_of(objective, T, steps):
 def speed(runs, settings):
     """What text costs with every decoder and number of steps, and how good it is.
 
-    The columns are those of task=generation. nfe: passes of a text; a pass serves a whole batch.
+    The columns are those of task=generation.
     """
     run, judge, known = runs[0], load_judge(runs, settings), set(words_of(training_text(runs[0])))
     rows, steps = [], whole_numbers('grid_steps', settings['grid_steps'])
@@ -988,9 +999,10 @@ def rouge(texts, references):
 def infill(runs, settings):
     """How many masked tokens of held-out text are found again, filled in greedily.
 
-    AR fills from left to right without what follows, masked diffusion the most confident first.
-    accuracy: share of the masked tokens that are right, s.e. over windows. ROUGE (pip install -e
-    '.[eval]'): F1 of the words of whole windows.
+    AR fills from left to right without what follows, masked diffusion the most confident first (on
+    blocks one block after the other, without what follows), uniform all in each step. accuracy:
+    share of the masked tokens that are right, s.e. over windows. ROUGE (pip install -e '.[eval]'):
+    F1 of the words of whole windows.
     """
     decode, mask_id, rows = runs[0].tokenizer.decode, runs[0].model.mask_id, []
     x0, rng = common_windows(runs, settings), torch.Generator().manual_seed(settings['seed'])
@@ -1014,11 +1026,12 @@ def recover(runs, settings):
     A run scores every token, as below, then replaces suspects and leaves the others. It finds them
     in two ways. number: it is given the number of wrong tokens, but not their places, and suspects
     as many, those with the highest scores. threshold: it is not, and suspects those with a score
-    above log V', that of a uniform guess. found: share of the replaced tokens that are suspects;
-    precision: share of the suspects that were replaced. accuracy: share of all tokens that are
-    right; before: in the text that the run was given; s.e. over windows. Scores are nll: of ar,
-    given the tokens before; of masked diffusion, given all tokens but an eighth of the positions,
-    which is masked; of uniform, given all tokens and (in both ways) the share that is noise.
+    above log V', that of a uniform guess, and the highest in any case. found: share of the
+    replaced tokens that are suspects; precision: share of the suspects that were replaced.
+    accuracy: share of all tokens that are right; before: in the text that the run was given;
+    s.e. over windows. Scores are nll: of ar, given the tokens before; of masked diffusion,
+    given all tokens but an eighth of the positions, which is masked; of uniform, given all
+    tokens and (in both ways) the share that is noise. Runs on blocks are left out.
     """
     x0, rng = common_windows(runs, settings), torch.Generator().manual_seed(settings['seed'])
     V, everywhere, rows = runs[0].meta['vocab_size'], torch.ones_like(x0, dtype=torch.bool), []
@@ -1130,8 +1143,10 @@ def reversal(runs, settings):
     for run in runs:
         training, row = training_text(run), {'run': run.name, 'texts': []}
         facts, turned = set(FACT.findall(training)), {(a, b) for b, a in TURNED.findall(training)}
-        require('out_dir', run.path, facts and turned, 'a run on facts: python prepare.py reversal')
-        how = settings | sample.greedy(run.objective) | {'steps': 0}  # one token a step
+        fine = turned and facts - turned and run.meta['tokenizer']['kind'] == 'char'
+        require('out_dir', run.path, fine, 'a run on facts: python prepare.py reversal')
+        how = settings | sample.greedy(run.objective)
+        how |= {'steps': 0} if run.objective.masks else {}  # one token a step
         for column, asked, sentence, blank in (
                 ('A is __', facts, a_is_b, 1), ('__ is B', facts, a_is_b, 0),
                 ('B is __, stated', turned, b_is_a, 0),
@@ -1217,8 +1232,9 @@ def translation(runs, settings):
 
     length: how a masked model knows the number of tokens to write. length ratio: tokens of the
     answer over those of the reference, mean; no EOS, empty: shares of the answers; nfe: passes of
-    a batch, mean over prompts. BLEU and chrF are sacrebleu's; ROUGE: F1 of words in lower case,
-    mean over prompts.
+    a batch, mean over prompts. BLEU and chrF are sacrebleu's; BLEU shorter, longer: of references
+    up to the median length, and above it (of a file, of each level); ROUGE: F1 of words in lower
+    case, mean over prompts.
     """
     score, signatures = make_score()
     rows, path, n = [], settings['file'], settings['max_rows'] or None
@@ -1262,6 +1278,7 @@ def saw_pad(run):
     return run.settings['predict_pad'] and not run.settings.get('length_head')
 
 
+
 def eos_probabilities(run, n, share, settings):
     """(accuracy at EOS, {distance from EOS: mean P(EOS)}) of n rows of the split.
 
@@ -1273,6 +1290,7 @@ def eos_probabilities(run, n, share, settings):
     for batch in data_of(run).batches(settings['split'], settings['batch_size'], n):
         x0, given = batch()  # 2 x (B, T)
         is_eos = ~given & (x0 == eos_id)
+        is_eos &= is_eos.cumsum(1) == 1  # PAD may be EOS
         is_mask = ~given & (torch.rand(x0.shape, generator=rng) < share) | is_eos
         xt = torch.where(is_mask, model.mask_id, x0).to(model.device)
         fraction = is_mask.float().mean(1, keepdim=True).to(model.device)  # (B, 1)
@@ -1287,7 +1305,7 @@ def eos_probabilities(run, n, share, settings):
 def eos_curves(run, n, settings):
     """eos_probabilities for each of EOS_SHARES: columns for length.png, and lines for the note."""
     curves, said = {}, []
-    for share in EOS_SHARES if saw_pad(run) and not run.objective.exact else ():
+    for share in EOS_SHARES if saw_pad(run) and run.objective.masks_anywhere else ():
         correct, mean = eos_probabilities(run, n, share, settings)
         curves |= {f'x {share:.0%}': [*mean], f'y {share:.0%}': [*map(float, mean.values())]}
         said.append(f'{run.name}, {share:.0%} of the window masked: EOS found {correct:.1%}')
@@ -1298,20 +1316,21 @@ def ways_to_know_length(run, settings):
     """As ways_to_answer, with the last of answer_steps; `length` auto is all ways of the run."""
     s = settings | {'answer_steps': settings['answer_steps'][-1:]}
     if s['length'] == 'auto' and saw_pad(run):
-        can_predict = run.objective.masks and not run.objective.block_length
-        s['length'] = 'full,fit,argmax,quantile' if can_predict else 'full,fit'
+        s['length'] = 'full,fit' + ',argmax,quantile' * run.objective.masks_anywhere
     ways = ways_to_answer(run, s)
+    may_have_blocks = run.objective.masks_anywhere and not s['block_length']
     return ways + [('full, in blocks', steps, how | {'block_length': LENGTH_BLOCK})
-                   for length, steps, how in ways if length == 'full' and not how['block_length']]
+                   for length, steps, how in ways if length == 'full' and may_have_blocks]
 
 
 def lengths(runs, settings):
     """What it saves to know the length of an answer before decoding it, and what it costs.
 
     fits: share of the references that fit, with EOS, into the masks; too long by: masks to spare
-    where they do; saved: masks fewer than `full` has; RMSE: of the predicted lengths, before they
-    are rounded up; nfe and ms/sentence: with the pass that predicts. EOS found: in which share of
-    the rows EOS is the most likely token at its own place.
+    where they do; masks: their mean; saved: masks fewer than `full` has; RMSE: of the predicted
+    lengths, before they are rounded up, or else of the masks; nfe and ms/sentence: with the pass
+    that predicts; full, in blocks: of 8 tokens. EOS found, of rows all over the split: in which
+    share of the rows EOS is the most likely token at its own place.
     """
     score, _ = make_score()
     require('file', settings['file'], not settings['file'], "'' for task=length")
@@ -1375,7 +1394,7 @@ TASKS = {
     'infill': Task(infill, 'split steps seed'),
     'recover': Task(recover, 'split steps seed'),
     'speed': Task(speed, 'gen_tokens batch_size seed temperature', plot_speed),
-    'lambada': Task(lambada, 'max_windows repeats seed'),
+    'lambada': Task(lambada, 'max_windows target_se seed'),
     'noises': Task(noises, 'split max_windows seed', plot_noises),
     'translation': Task(translation, 'split batch_size greedy temperature seed', plot_translation,
                         on='prompts and answers'),
@@ -1407,12 +1426,13 @@ def run_task(name, runs, settings, command):
     if texts and settings['save_texts']:
         with open(settings['save_texts'], 'a', encoding='utf-8') as f:
             f.writelines(json.dumps(text, ensure_ascii=False) + '\n' for text in texts)
-    rows = seeds_together(rows, runs)
+    n_rows, rows = len(rows), seeds_together(rows, runs)
     picture.unlink(missing_ok=True)
     said = [f'{setting} {settings[setting]}' for setting in task.settings.split()]
+    seeds = '(n seeds): mean +- standard deviation; s.e.: the mean of theirs' * (len(rows) < n_rows)
     note = [*dict.fromkeys(map(about, runs)), note, f'{torch.get_num_threads()} threads', *said]
     parts = [markdown(rows), task.show(rows, picture) if task.show else '', getdoc(task.measure),
-             f'{"; ".join(filter(None, note))}. Command: python eval.py {command}\n']
+             f'{"; ".join(filter(None, [*note, seeds]))}. Command: python eval.py {command}\n']
     rows = [{key: value for key, value in row.items() if key != 'texts'}
             | {f'{column} s.d.': value.spread for column, value in row.items()
                if getattr(value, 'spread', None) is not None} for row in rows]

@@ -525,6 +525,11 @@ class Objective:
                 and 0 <= self.mask_range[0] <= self.mask_range[1] <= 1,
                 '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0')
 
+    @property
+    def masks_anywhere(self):
+        """Whether the network reads canvases with any masks: not of ar, uniform or blocks."""
+        return self.masks and not self.block_length
+
     def loss(self, model, x0, rng, given=None, **more):
         """(sum of weighted losses in nats, number of tokens that count: all that are not given, or
         with masked_mean those that are scored). train.py adds both up over all batches of an update

@@ -27,9 +27,9 @@ like; what is read of it is kept in data/downloads, as JSON lines:
 
 Of a file of yours the last 10% are val; --val_share=0.05 draws 5% of its documents instead. A data
 set has a recipe, data/<name>.py beside this file; data/__init__.py lists what a recipe may say. The
-times leave out the download, which happens once and is kept in data/downloads. Text is read in
-pieces, and the bins are flat ids (uint16, or uint32 where a vocabulary needs it) that are read as
-memmaps, so a corpus may be larger than memory, both here and in training.
+times leave out the download, which happens once (of hf: at each run) and is kept in data/downloads.
+Text is read in pieces, and the bins are flat ids (uint16, or uint32 where a vocabulary needs it)
+that are read as memmaps, so a stream may be larger than memory, both here and in training.
 
 First half: prepare() and what it calls, from the download to the files. Second half, from
 load_meta() on: Stream and Rows, which training and evaluation read.
@@ -50,6 +50,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, lru_cache, partial
@@ -93,7 +94,7 @@ EOT = '<|endoftext|>'  # in a file: ends a text. It is the text of the token EOS
 SURROGATE = '\ud800'   # no UTF-8 text has this character: it stands for an EOT inside this program
 SPECIALS = {'eos_id': EOT, 'sep_id': '<|sep|>', 'pad_id': '<|pad|>'}  # in the order of their ids
 SPECIALS_OF = {'stream': ['eos_id'], 'documents': ['eos_id', 'pad_id'], 'pairs': [*SPECIALS]}
-# GPT-2's, in possessive form (++), which matches the same but never has to backtrack.
+# GPT-2's, in possessive form (++), which matches the same but hardly ever has to backtrack.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 # A stream is tokenised in pieces, and has to be cut where no token spans the cut. Each of these
@@ -142,6 +143,7 @@ def choose_recipe(what, prompts, answers, fields, documents, text_field, max_doc
                         '--fields=PROMPT,ANSWER, or from a text or --text_field with --documents')
     recipe = load_recipe(what if known else '__init__')
     if what.startswith('hf:'):
+        require('text_field', text_field, text_field or fields, 'a column, unless fields is set')
         recipe |= {'files': {what: None}, 'make': partial(stream_hub, what, names, max_docs)}
     if text_field:
         recipe['read'] = partial(read_texts, name=text_field, rows=documents)
@@ -211,6 +213,15 @@ def download(urls, path, sha256, timeout=(3, 15), tries=4, pause=0.5):
                     '--source=FILE')
 
 
+def unpack(path):
+    """Writes the content of path, x.gz, to x. Raises UserError if it is damaged, and deletes it."""
+    try:
+        path.with_suffix('').write_bytes(gzip.decompress(path.read_bytes()))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        path.unlink()  # or every later run would take it as downloaded
+        raise UserError(f'{path} was damaged, and is deleted: run this again') from e
+
+
 def fetch(recipe):
     """(path, source in words) of a recipe's text, which is downloaded, or else made.
 
@@ -223,7 +234,7 @@ def fetch(recipe):
             target = DOWNLOADS / recipe['folder'] / file
             download([mirror + file for mirror in recipe['mirrors']], target, sha256)
             if target.suffix == '.gz':
-                target.with_suffix('').write_bytes(gzip.decompress(target.read_bytes()))
+                unpack(target)
     except UserError:
         if recipe['make'] and (made := recipe['make'](DOWNLOADS)):
             return made
@@ -239,17 +250,19 @@ def stream_hub(what, columns, max_docs, folder):
     The library `datasets` streams the columns of its first max_docs records (0 = all) to a file in
     folder, so that neither the download nor the file must fit the memory. A stopped run begins
     anew, for `datasets` would read again what it is to skip. Raises UserError."""
-    name, subset, split = (what.split(':')[1:] + ['', ''])[:3]
+    name, subset, split = (re.split(r':(?![\\/])', what)[1:] + ['', ''])[:3]  # C:\ is one name
     path = Path(name)
     place, file = (str(path.resolve().parent), path.name) if path.is_file() else (name, None)
     target = folder / f'{path.stem}.jsonl'
+    part = Path(f'{target}.part')  # target may be what is read
     try:
         from datasets import load_dataset_builder
         builder = load_dataset_builder(place, subset or None, data_files=file)
         records = builder.as_streaming_dataset(split or 'train').select_columns(columns)
-        with open(target, 'w', encoding='utf-8') as f:
+        with open(part, 'w', encoding='utf-8') as f:
             for record in tqdm(itertools.islice(records, max_docs or None), path.name, delay=1):
                 f.write(json.dumps(record) + '\n')
+        os.replace(part, target)
     except Exception as e:  # of many kinds, for want of a package, of a network, of a known format
         reason = f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'
         raise UserError(f"{what} cannot be read ({reason}): hf: needs pip install -e '.[hf]', and "
@@ -271,7 +284,8 @@ def members(path):
     if path.is_dir():
         return [*path.iterdir()]
     if zipfile.is_zipfile(path):
-        return [zipfile.Path(path, member) for member in zipfile.ZipFile(path).namelist()]
+        archive = zipfile.ZipFile(path)
+        return [zipfile.Path(archive, file) for file in archive.namelist() if file[-1] != '/']
     return [path]
 
 
@@ -357,13 +371,14 @@ def read_pairs(prompts, answers):
 def read_fields(file, names):
     """Yields [text of each named column of a .csv or key of a .jsonl]; what is no text, as JSON."""
     lines = (line.removeprefix('\ufeff') for line in split_at('\n', read_chunks(file)))
-    records = csv.DictReader(lines) if file.suffix == '.csv' else map(
+    csv.field_size_limit(1 << 30)  # characters of a text
+    records = csv.DictReader(lines) if file.name.lower().endswith('.csv') else map(
         json.loads, filter(str.strip, lines))
     try:
         for i, record in enumerate(records, start=1):
             if missing := [name for name in names if record.get(name) is None]:
                 raise UserError(f'record {i} of {file} has no {missing[0]!r}, only '
-                                f'{", ".join(map(str, record))}')
+                                f'{", ".join(str(k) for k, v in record.items() if v is not None)}')
             texts = (v if isinstance(v := record[name], str) else json.dumps(v, ensure_ascii=False)
                      for name in names)
             # JSON can hold half a surrogate pair, which is no text
@@ -429,7 +444,7 @@ def cut_splits(read, shares, stream):
 
 
 def split_of(document, shares, seed):
-    """The split of a document, a text or (prompt, answer): the first whose share is above its hash.
+    """The split of a document, a text or a list of texts: the first whose share is above its hash.
 
     The hash of seed and text is a number in [0, 1); blanks and line ends do not count. So a
     document is in the same split in every file, layout and order, and all its copies are."""
@@ -439,7 +454,7 @@ def split_of(document, shares, seed):
 
 
 def draw_splits(read, shares, seed):
-    """The same of documents, each in the split that split_of() says."""
+    """{split: function that yields those documents of read() that split_of() puts there}."""
     return {split: lambda split=split: (document for document in read() if
                                         split_of(document, shares, seed) == split)
             for split in shares}
@@ -448,8 +463,9 @@ def draw_splits(read, shares, seed):
 def open_splits(recipe, texts, kind, val_share, seed):
     """{split: function that yields its pieces of a stream, or its (prompt, answer)s}.
 
-    The pieces are cut for this kind of tokenizer: each can be encoded on its own. Functions,
-    because a split is read more than once: counted, learned from, encoded."""
+    The pieces are cut for this kind of tokenizer: each can be encoded on its own (of hf:, a token
+    beside a cut may differ). Functions, because a split is read more than once: counted, learned
+    from, encoded."""
     read, stream = recipe['read'] or READERS[recipe['layout']], recipe['layout'] == 'stream'
     splits = {split: partial(read, *files) for split, files in texts.items()}
     if val_share or recipe['drawn']:
@@ -521,6 +537,8 @@ class HubTokenizer:
 
     def __init__(self, json_text, specials):
         self.tokenizer = optional('tokenizers', extra='hf').Tokenizer.from_str(json_text)
+        self.tokenizer.no_truncation()  # the file may ask for both, at 512 tokens
+        self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # as ordinary text: '[MASK]' is no mask
         self.eos_id = specials[EOT] if specials.keys() == {EOT} else None
 
@@ -579,8 +597,9 @@ def from_hub(kind, name, **how):
     try:
         return getattr(transformers, kind).from_pretrained(name, **how)
     except Exception as e:  # of many kinds: no network, no such name, a damaged or missing file
+        own_code = '; its own code needs --trust_remote_code' * ('trust_remote_code' in how)
         raise UserError(f'hf:{name} cannot be loaded ({" ".join(str(e).split())[:150]}): without a '
-                        'network write hf:FOLDER; its own code needs --trust_remote_code') from e
+                        f'network write hf:FOLDER{own_code}') from e
 
 
 def hub_vocabulary(name, layout):
@@ -604,8 +623,8 @@ def hub_vocabulary(name, layout):
 def make_vocabulary(kind, layout, splits, vocab_size):
     """What meta.json says of ids: vocab_size, mask_id, those of special tokens, and the tokenizer.
 
-    The n ordinary tokens come first, then special tokens, then the mask. Characters are those of
-    all splits; byte pairs are learned from train. Raises UserError."""
+    But for hf: the n ordinary tokens come first, then special tokens, then the mask. Characters are
+    those of all splits; byte pairs are learned from train. Raises UserError."""
     if kind.startswith('hf'):
         return hub_vocabulary(kind[3:], layout)
     specials, spec = SPECIALS_OF[layout], {'kind': kind}
@@ -727,7 +746,9 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
     recipe = choose_recipe(what, prompts, answers, fields, documents, text_field, max_docs)
     layout, kind = recipe['layout'], tokenizer or recipe['tokenizer']
     one_of('tokenizer', 'hf' if kind.startswith('hf:') else kind, TOKENIZER_KEYS)
-    target = Path('data', name or Path(what.removeprefix('hf:')).stem.replace(':', '-'))
+    path = Path(what.removeprefix('hf:'))
+    own_name = path.name if what.startswith('hf:') and not path.is_file() else path.stem
+    target = Path('data', name or own_name.replace(':', '-'))
     foreign = target.exists() and not (target / 'meta.json').exists()  # not written by prepare()
     if foreign or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
         raise UserError(f'{target} cannot be the folder of a data set: choose another --name')
@@ -752,7 +773,7 @@ def load_meta(dataset):
     """What data/<dataset>/meta.json says. Raises UserError where it is missing or damaged."""
     path = Path('data', dataset, 'meta.json')
     if not path.is_file():
-        hint = f'run python prepare.py {dataset}' if Path(dataset).name == dataset else \
+        hint = f'run python prepare.py {dataset}' if Path(dataset).stem == dataset else \
             'prepare.py makes a folder of data/ from a file, and dataset is its name'
         raise UserError(f'there is no {path}: {hint}')
     try:
@@ -839,16 +860,12 @@ def mixed_seed(*numbers):
     return int(np.random.SeedSequence([n % 2 ** 64 for n in numbers]).generate_state(1)[0])
 
 
-def crop_batch(x0, given, pad_id, fraction):
-    """(x0, given) without their last columns. fraction=1 keeps all T, fraction=0 the fewest.
+def crop_batch(x0, given, shortest, fraction):
+    """(x0, given) without their last columns: fraction=1 keeps all T, fraction=0 only `shortest`.
 
-    The fewest are 1 in a stream, and in rows all that hold anything but PAD.
     x0 (B, T) int64; given (B, T) bool, or None for streams.
     """
-    shortest, T = 1, x0.size(1)
-    if given is not None:
-        shortest += (x0 != pad_id).any(0).nonzero().max().item()
-    width = shortest + round(fraction * (T - shortest))
+    width = shortest + round(fraction * (x0.size(1) - shortest))
     return x0[:, :width], None if given is None else given[:, :width]
 
 
@@ -863,7 +880,7 @@ def random_fraction(number, random_length):
 
 def evenly(n, limit):
     """Indices (limit,) of n things, evenly spread; of all n where limit is 0, or n or more."""
-    return torch.linspace(0, n - 1, limit).long().numpy() if 0 < limit < n else np.arange(n)
+    return np.linspace(0, n - 1, limit).astype(int) if 0 < limit < n else np.arange(n)
 
 
 def describe_data(data, meta):
@@ -913,7 +930,7 @@ class Stream:
         places = len(self.train) - self.block_size + 1
         starts = np.random.default_rng(number).integers(0, places, self.batch_size)  # (B,)
         x0 = self.read(self.train, starts, self.block_size)  # (B, T)
-        return crop_batch(x0, None, None, random_fraction(number, self.random_length))
+        return crop_batch(x0, None, 1, random_fraction(number, self.random_length))
 
     def batches(self, split, batch_size, limit=0):
         """[function that reads one batch (x0, None)], for evaluation: each token of a split once.
@@ -932,7 +949,7 @@ class Stream:
 
     def windows(self, split, T, n):
         """n windows (n, T) int64 of a split, evenly spread, or all that there are; 0 = all."""
-        data = self.tokens(split)
+        data = self.train if split == 'train' else self.tokens(split)
         T = min(T, len(data))
         starts = np.arange(0, len(data) - T + 1, T)
         return self.read(data, starts[evenly(len(starts), n)], T)
@@ -1008,12 +1025,14 @@ class Rows:
         epoch, i = divmod(update * parts + part, self.batches_per_epoch)
         progress = update / self.length_curriculum if self.length_curriculum else 1.0
         low, high = self.widths.min(), self.widths.max()
-        batches = [batch for batch in self.epoch(epoch)  # whose rows are not too long yet
-                   if self.widths[batch[0]] <= low + progress * (high - low)]
+        batches = self.epoch(epoch)
+        if progress < 1:  # those whose rows are not too long yet
+            batches = [b for b in batches if self.widths[b[0]] <= low + progress * (high - low)]
         x0, given = self.read('train', self.kept[batches[i % len(batches)]])
         fraction = min(1.0, update / self.pad_curriculum) if self.pad_curriculum else 1.0
         fraction *= random_fraction(mixed_seed(self.seed, update, part), self.random_length)
-        x0, given = crop_batch(x0, given, self.meta['pad_id'], fraction)
+        longest = row_lengths(x0.numpy(), self.meta)[1].max()  # up to an EOS; PAD may be EOS
+        x0, given = crop_batch(x0, given, longest, fraction)
         return x0, None if self.score_prompt else given
 
     def batches(self, split, batch_size, limit=0):

@@ -849,8 +849,8 @@ def length_name(name, run):
                 f'has no such head, config/length_{name}.py trains one')
         require('length', name, run.settings['predict_pad'], 'another: this run never saw more '
                 'masks than its answer needed, train with predict_pad')
-        require('length', name, run.objective.masks and not run.objective.block_length, 'another: '
-                'this run never saw an answer that is all masks, and cannot say where that ends')
+        require('length', name, run.objective.masks_anywhere, 'another: this run never saw an '
+                'answer that is all masks, and cannot say where that ends')
     usual = head or ('full' if run.settings['predict_pad'] else 'fit')
     return usual if name == 'auto' else name
 

@@ -224,14 +224,14 @@ def check_settings(s):
     one_of('lr_schedule', s.lr_schedule, ('cosine', 'wsd', 'constant'))
     one_of('compile', s.compile, ('auto', 'on', 'off'))
     objective = make_objective(vars(s))
-    all_masks = objective.masks and not objective.block_length  # a whole answer may be masked
     # a setting, whether its value is fine, and what it must be
     for name, fine, wanted in (
             ('score_prompt', not s.score_prompt or objective.causal,
              'False: it is for objective=ar alone'),
             ('subs', s.subs or s.objective == 'd3pm', 'True (d3pm alone may use the mask)'),
-            ('shift', not s.shift or all_masks, 'False but for mdm and d3pm'),
-            ('attn_anneal', not s.attn_anneal or all_masks and not (s.n_conv or s.length_head),
+            ('shift', not s.shift or objective.masks_anywhere, 'False but for mdm and d3pm'),
+            ('attn_anneal', not s.attn_anneal or (
+                objective.masks_anywhere and not s.n_conv and not s.length_head),
              '0 but for mdm and d3pm, without n_conv and length_head'),
             ('token_weights', len(s.token_weights) == 3 and (set(s.token_weights) == {1.0} or (
                 hasattr(objective, 'token_weight') and not s.length_head)),
@@ -239,7 +239,7 @@ def check_settings(s):
             ('block_length', s.objective != 'block' or 1 <= s.block_length <= s.block_size,
              'in [1, block_size]'),
             ('pad_curriculum', s.predict_pad or not s.pad_curriculum, '0 without predict_pad'),
-            ('length_head', not s.length_head or (s.predict_pad and all_masks),
+            ('length_head', not s.length_head or (s.predict_pad and objective.masks_anywhere),
              "'', unless predict_pad is on and objective is mdm or d3pm"),
             ('init_from', s.init_from or not s.length_head, 'the run that a length_head is for'),
             ('length_quantile', s.length_quantile < 1, 'in (0, 1)')):

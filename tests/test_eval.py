@@ -170,7 +170,7 @@ def test_lines_of_a_picture_differ():
     (['--task=infill', '--save_texts=out'], 'Is a directory')])
 def test_bad_input_is_one_line(runs, words, said):
     (runs / 'odd.txt').write_text('The cat# é#', encoding='utf-8')
-    (runs / 'empty.txt').write_text('')
+    (runs / 'empty.txt').write_text('<|endoftext|>')
     done = run('eval.py', '--out_dir=out/ar,out/mdm', *words, cwd=runs)
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
@@ -1075,6 +1075,8 @@ def test_ar_and_runs_without_a_window_have_their_rows(book, monkeypatch):
     assert float(row['ms/sentence']) > 0 and float(row['nfe']) > 0
     (row,), _, found = lengths_of_book(BOOK, monkeypatch, trained={'predict_pad': False})
     assert (row['length'], found) == ('fit', {})
+    rows, _, found = lengths_of_book(BOOK, monkeypatch, 'uniform')  # it reads no masks
+    assert ([row['length'] for row in rows], found) == (['full', 'fit'], {})
 
 
 def test_probabilities_of_an_eos_stand_at_their_distance_from_the_end(book, monkeypatch, tmp_path):

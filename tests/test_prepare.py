@@ -463,6 +463,12 @@ def hub_folder():
     return 'set'
 
 
+def test_the_file_that_a_hub_data_set_was_kept_in_can_be_read_again(hub_folder):
+    first = prepare.prepare('hf:set', 'one', text_field='text')
+    again = prepare.prepare('hf:data/downloads/set.jsonl', 'two', text_field='text')
+    assert again['counts'] == first['counts'] and ids_of('two', 'val') == ids_of('one', 'val')
+
+
 def test_a_hub_data_set_is_the_stream_of_its_texts(hub_folder):
     texts = [f'train {i}\nof {i * i} \u20ac' for i in range(40)]
     oracle = prepare.prepare(write('o.txt', ''.join(text + EOT for text in texts)), val_share=0.3)
@@ -510,13 +516,17 @@ def test_a_hub_data_set_is_read_no_further_than_asked(monkeypatch):
     meta = prepare.prepare('hf:who/what', text_field='text', max_docs=30)
     assert meta['name'] == 'what' and len(read) <= 31
     assert meta['source'] == 'hf:who/what, revision abc123, licence not stated'
+    names = [prepare.prepare(f'hf:who/what:2023.{subset}', text_field='text', max_docs=30)['name']
+             for subset in ('en', 'fr')]
+    assert names == ['what-2023.en', 'what-2023.fr']
 
 
 def test_what_the_hub_cannot_give_is_one_line(hub_folder, monkeypatch):
     datasets = pytest.importorskip('datasets')
     for what, choices, message in (
             ('hf:set', {'text_field': 'nix'}, "nix.*'text', 'n', 'talk'"),
-            ('hf:set', {}, r'\.\[hf\]'), ('hf:set::nix', {'text_field': 'n'}, 'train.*validation'),
+            ('hf:set', {}, 'text_field is'),
+            ('hf:set::nix', {'text_field': 'n'}, 'train.*validation'),
             ('hf:set:nix', {'text_field': 'n'}, 'default'), ('hf:', {'text_field': 'n'}, '--name'),
             ('hf:set', {'text_field': 'text', 'fields': 'a,b'}, 'rows are made from'),
             ('hf:set', {'text_field': 'text', 'prompts': 'a'}, 'rows are made from')):
@@ -616,6 +626,13 @@ def test_multi30k_from_a_folder_and_from_the_servers_gzips(monkeypatch):
     prepare.prepare('multi30k', 'here', 'data/downloads/multi30k', 'char')
     for split in ('train', 'val', 'test'):
         assert ids_of('here', split) == ids_of('multi30k', split)
+    for content in (gzip.compress(b'a\n' * 300)[:-12], b'<html>no such page</html>'):
+        damaged = Path('data/downloads/multi30k/train.en.gz')
+        damaged.write_bytes(content)
+        monkeypatch.setattr(prepare, 'download', lambda *_: None)  # it is there already
+        with pytest.raises(UserError, match='train.en.gz was damaged'):
+            prepare.prepare('multi30k', tokenizer='char')
+        assert not damaged.exists()
 
 
 def test_opus_books_are_split_at_random_but_always_the_same_way():
@@ -922,11 +939,18 @@ def test_batches_are_cropped_behind_their_last_token():
     x0 = torch.tensor([[5, 9, 1, 2, 0, 0, 0, 0], [6, 9, 3, 1, 2, 0, 0, 0]])  # PAD is 0
     given = torch.arange(8).expand_as(x0) < 2
     for fraction, length in ((0.0, 5), (0.5, 7), (0.9, 8), (1.0, 8)):
-        rows, known = prepare.crop_batch(x0, given, 0, fraction)
+        rows, known = prepare.crop_batch(x0, given, 5, fraction)
         assert torch.equal(rows, x0[:, :length]) and torch.equal(known, given[:, :length])
     for fraction, length in ((0.0, 1), (0.5, 5), (1.0, 8)):  # of windows every token is as good
-        window, nothing = prepare.crop_batch(x0, None, None, fraction)
+        window, nothing = prepare.crop_batch(x0, None, 1, fraction)
         assert torch.equal(window, x0[:, :length]) and nothing is None
+
+
+def test_an_eos_is_not_cropped_where_pad_is_the_same_token(talk):
+    data = open_pairs(random_length=1.0)
+    data.meta = data.meta | {'pad_id': data.meta['eos_id']}
+    for i in range(10):
+        assert (data.batch(i)[0] == data.meta['eos_id']).any(1).all()
 
 
 def test_prompts_that_are_trained_on_are_not_given(talk):
@@ -1189,6 +1213,20 @@ def test_a_hub_tokenizer_gives_the_ids_that_transformers_gives(hub, like):
     else:  # inside
         assert (meta['vocab_size'], meta['mask_id'], meta['eos_id']) == (len(theirs) - 1, 4, 3)
         assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_a_tokenizer_that_was_saved_to_truncate_and_pad_reads_all_of_a_text(hub):
+    shutil.copytree(hub['bert'], 'cuts')
+    path = Path('cuts/tokenizer.json')
+    path.write_text(json.dumps(json.loads(path.read_text('utf-8')) | {
+        'truncation': {'direction': 'Right', 'max_length': 8, 'strategy': 'LongestFirst',
+                       'stride': 0},
+        'padding': {'strategy': {'Fixed': 8}, 'direction': 'Right', 'pad_to_multiple_of': None,
+                    'pad_id': 0, 'pad_type_id': 0, 'pad_token': '[PAD]'}}), 'utf-8')
+    write('verse.txt', VERSE)
+    for name, folder in (('plain', hub['bert']), ('cut', 'cuts')):
+        prepare.prepare('verse.txt', name, tokenizer=f'hf:{folder}')
+    assert ids_of('cut', 'train') == ids_of('plain', 'train')
 
 
 def test_a_hub_tokenizer_has_specials_for_rows_and_no_text_is_one(hub):

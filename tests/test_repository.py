@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 127, 'prepare.py': 702, 'model.py': 726, 'train.py': 543,
-           'sample.py': 804, 'eval.py': 950, 'data/*.py': 109}
+BUDGETS = {'config/__init__.py': 127, 'prepare.py': 718, 'model.py': 729, 'train.py': 543,
+           'sample.py': 804, 'eval.py': 960, 'data/*.py': 109}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 
