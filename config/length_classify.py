@@ -1,5 +1,5 @@
 # A head that predicts for every mask of multi30k_mdm_pad whether the answer has ended there.
-# parameters: 3,344,641
+# parameters: 3,352,321
 #     python train.py config/length_classify.py        after multi30k_mdm_pad; time not measured
 # After 150 updates its canvases fit 99.0% of the answers and save 31.9 of 59 masks; on a model
 # trained on windows of random lengths, 98.3% and 31.4 (data/RESULTS.md, Length prediction).
@@ -10,8 +10,6 @@ length_head = 'classify'
 predict_pad = True
 block_size = 128
 batch_size = 64
-n_head = 4
-n_conv = 0
 tied = True
 max_iters = 500
 learning_rate = 3e-3

@@ -1,5 +1,5 @@
 # A small encoder that predicts from the prompt how long the answer of multi30k_mdm_pad will be.
-# parameters: 4,758,400
+# parameters: 4,766,080
 #     python train.py config/length_encoder.py         after multi30k_mdm_pad; time not measured
 # After 300 updates its canvases fit 99.5% of the answers and save 28.7 of 59 masks; on a model
 # trained on windows of random lengths, 99.3% and 28.1 (data/RESULTS.md, Length prediction).
@@ -10,8 +10,6 @@ length_head = 'encoder_classify'  # or encoder_regress, a number in place of a d
 predict_pad = True
 block_size = 128
 batch_size = 64
-n_head = 4
-n_conv = 0
 tied = True
 max_iters = 500
 learning_rate = 3e-3

@@ -1,14 +1,12 @@
 # The autoregressive twin of multi30k_mdm.py: the same network, data and budget.
-# parameters: 3,307,392
-#     python train.py config/multi30k_ar.py            35 minutes on one core
-# After 1,700 of its updates: nll 1.197 nats/token, BLEU 54.37 on test2016 (data/RESULTS.md,
-# Translation).
+# parameters: 3,315,072
+#     python train.py config/multi30k_ar.py            11 minutes on 2 CPU cores with bfloat16
+# nll 1.143 nats/token, BLEU 54.92 on test2016 (data/RESULTS.md, Translation). The last weights are
+# the best: with the rates at their peaks it is at 1.294 after 1,750 updates.
 dataset = 'multi30k'
 objective = 'ar'
 block_size = 128
 batch_size = 64
-n_head = 4
-n_conv = 0
 tied = True
 max_iters = 2000
 eval_interval = 500
