@@ -1,8 +1,8 @@
 # A head that predicts for every mask of multi30k_mdm_pad whether the answer has ended there.
 # parameters: 3,352,321
-#     python train.py config/length_classify.py        after multi30k_mdm_pad; time not measured
-# After 150 updates its canvases fit 99.0% of the answers and save 31.9 of 59 masks; on a model
-# trained on windows of random lengths, 98.3% and 31.4 (data/RESULTS.md, Length prediction).
+#     python train.py config/length_classify.py --max_iters=150    10 seconds, after multi30k_mdm_pad
+# Its canvases fit 99.0% of the answers and save 31.2 of 59 masks (data/RESULTS.md, Length
+# prediction).
 init_from = 'out/multi30k_mdm_pad'
 dataset = 'multi30k'
 objective = 'mdm'
