@@ -910,7 +910,7 @@ def decoders_of(objective, T, steps):
     if objective.masks:
         ways['confidence, cosine'] = {'decoder': 'confidence', 'counts': 'cosine'}
     if objective.masks_anywhere:  # it has no blocks of its own
-        ways['in blocks'] = {'decoder': 'confidence', 'block_length': max(1, T // 8)}
+        ways['in blocks'] = {'decoder': 'confidence', 'block_length': math.ceil(T / 8)}
         ways['in blocks, cached'] = ways['in blocks'] | {'prefix_cache': True}
     # T masks take T steps at most, and 8 blocks take 8 at least
     points = [(name, f'steps={n}', how | {'steps': n}) for name, how in ways.items() for n in steps
@@ -1464,7 +1464,8 @@ def main():
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f'{out_dir} has runs of the same name, which no table could tell apart')
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]
-    given = {word[2:].partition('=')[0] for word in words}
+    given = {name for word in words for name in (
+        [word[2:].partition('=')[0]] if word.startswith('--') else config.read_config(word))}
     work = REPORT if task == 'report' else {task: ALONE.get(task, {})}
     if save_texts:
         open(save_texts, 'a').close()  # what cannot be written is refused before the work

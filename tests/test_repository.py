@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {'config/__init__.py': 127, 'prepare.py': 718, 'model.py': 729, 'train.py': 543,
-           'sample.py': 804, 'eval.py': 960, 'data/*.py': 109}
+           'sample.py': 804, 'eval.py': 961, 'data/*.py': 109}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 
