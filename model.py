@@ -500,7 +500,8 @@ class Objective:
         losses = weight * cross_entropy(logits, x0[noised.scored])
 
     Autoregression corrupts nothing, and defines loss and bound instead. The other files read the
-    attributes below and, but for two checks of train.py, do not ask which subclass it is.
+    attributes below and, but for the checks of settings in train.py, do not ask which subclass it
+    is.
     """
     # annotated: settings
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
@@ -817,8 +818,8 @@ class BlockDiffusion(Objective):
                                       * -log p(x0[i] | xt of its block, x0 of the blocks before)
 
     As MaskedDiffusion, but t is sampled for every block (in training stratified over the batch, so
-    that the blocks of a row have neighbouring t), and a block sees the clean blocks before
-    it: all in one pass over [xt ; x0]. With block_length = T it is MaskedDiffusion.
+    that the blocks of a row have neighbouring t), and a block sees the clean blocks before it: all
+    in one pass over [xt ; x0]. With block_length = T it is MaskedDiffusion.
     """
     block_length: int = 16
 
