@@ -208,6 +208,13 @@ def test_speed_has_a_row_for_every_decoder_and_a_picture(runs):
     assert picture[:8] == b'\x89PNG\r\n\x1a\n' and len(picture) > 10_000
 
 
+def test_a_config_file_wins_over_the_defaults_of_a_task(runs):
+    (runs / 'more.py').write_text('gen_tokens = 48\n')
+    done = run('eval.py', 'more.py', '--out_dir=out/ar', '--task=speed', '--device=cpu', cwd=runs)
+    assert done.returncode == 0, done.stderr
+    assert 'gen_tokens 48;' in done.stdout
+
+
 def test_reversal_asks_for_facts_as_stated_and_turned(tmp_path, monkeypatch):
     """The model is one that knows by heart every sentence of its text, and no other."""
     monkeypatch.chdir(tmp_path)
@@ -466,6 +473,14 @@ def test_a_blind_model_costs_log_v_in_every_unit(settings):
         for split in ('train', 'val') for measured in of]
     assert ['by share' in row for row in rows] == [
         row['split'] == 'val' and 'steps' not in row['measured'] for row in rows]
+
+
+def test_the_pace_of_training_is_that_of_all_updates_whichever_weights_are_read(monkeypatch):
+    log = {'iter': np.array([100.0, 300.0]), 'seconds': np.array([20.0, 60.0])}
+    monkeypatch.setattr(evaluation, 'load_log', lambda path: (None, log))
+    best = row_run()._replace(updates=100)  # of 300
+    best.settings['gradient_accumulation_steps'] = 2
+    assert evaluation.training_pace(best) == 2 * 300 / 60
 
 
 def test_characters_and_bytes_are_counted_apart(runs, settings):
