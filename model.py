@@ -593,17 +593,13 @@ class MaskedDiffusion(Objective):
     """
     any_order = True
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')
-    token_weight = None  # (V,) weight of each token's loss, which train.py sets for rows; no field
 
     def corrupt(self, model, x0, given, rng):
         t = self.draw_t(len(x0), rng, x0.device)[:, None]  # (B, 1)
         alpha, w = alpha_and_weight(t, self.schedule)  # linear: 1 - t and 1 / t
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
         xt = torch.where(is_mask, model.mask_id, x0)
-        weight = self.training_weight(w)  # (B, 1)
-        if self.token_weight is not None:
-            weight = weight * self.token_weight[x0]  # (B, T)
-        return Noised(xt, is_mask, weight, noise_fraction(1 - alpha, given))
+        return Noised(xt, is_mask, self.training_weight(w), noise_fraction(1 - alpha, given))
 
     def corrupt_evenly(self, model, x0, given, rng):
         is_mask, fraction = masks_by_count(given, rng)  # (B, T), (B, 1)

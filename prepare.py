@@ -965,11 +965,11 @@ class Rows:
     Of the N rows of train it keeps the n shortest, which are the share row_share."""
 
     def __init__(self, dataset, meta, block_size, batch_size, seed, random_length, predict_pad,
-                 score_prompt, row_share, length_curriculum, pad_curriculum):
+                 score_prompt, row_share, pad_curriculum):
         self.dataset, self.meta, self.seed = dataset, meta, seed
         self.block_size, self.batch_size, self.random_length = block_size, batch_size, random_length
         self.predict_pad, self.score_prompt = predict_pad, score_prompt
-        self.length_curriculum, self.pad_curriculum = length_curriculum, pad_curriculum
+        self.pad_curriculum = pad_curriculum
         self.tokens = cache(partial(load_split, dataset))  # tokens(split) -> memmap of ids
         rows = self.rows('train')  # (N, row_length)
         lengths = row_widths(rows, meta)  # (N,) without PAD
@@ -1023,12 +1023,7 @@ class Rows:
         the prompt is predicted, too, and given is None.
         """
         epoch, i = divmod(update * parts + part, self.batches_per_epoch)
-        progress = update / self.length_curriculum if self.length_curriculum else 1.0
-        low, high = self.widths.min(), self.widths.max()
-        batches = self.epoch(epoch)
-        if progress < 1:  # those whose rows are not too long yet
-            batches = [b for b in batches if self.widths[b[0]] <= low + progress * (high - low)]
-        x0, given = self.read('train', self.kept[batches[i % len(batches)]])
+        x0, given = self.read('train', self.kept[self.epoch(epoch)[i]])
         fraction = min(1.0, update / self.pad_curriculum) if self.pad_curriculum else 1.0
         fraction *= random_fraction(mixed_seed(self.seed, update, part), self.random_length)
         longest = row_lengths(x0.numpy(), self.meta)[1].max()  # up to an EOS; PAD may be EOS
@@ -1070,8 +1065,7 @@ def split_row(ids, meta):
 
 
 def open_data(dataset, block_size, batch_size, seed=0, *, random_length=0.0, train_tokens=0,
-              predict_pad=False, score_prompt=False, row_share=1.0, length_curriculum=0,
-              pad_curriculum=0, token_weights=(1.0, 1.0, 1.0)):
+              predict_pad=False, score_prompt=False, row_share=1.0, pad_curriculum=0):
     """The Stream or Rows of data/<dataset>; both have the same methods to train and evaluate.
 
     The other arguments are settings of train.py. Raises UserError where one is for the other
@@ -1082,11 +1076,10 @@ def open_data(dataset, block_size, batch_size, seed=0, *, random_length=0.0, tra
     if meta['layout'] == 'rows':
         if train_tokens:
             raise UserError(f'train_tokens is for a stream of text, but data/{dataset} has rows')
-        return Rows(*common, predict_pad, score_prompt, row_share, length_curriculum,
-                    pad_curriculum)
-    if predict_pad or score_prompt or length_curriculum or {row_share, *token_weights} != {1.0}:
-        raise UserError('predict_pad, score_prompt, row_share, length_curriculum and '
-                        f'token_weights are for rows, but data/{dataset} is a stream of text')
+        return Rows(*common, predict_pad, score_prompt, row_share, pad_curriculum)
+    if predict_pad or score_prompt or row_share != 1.0:
+        raise UserError('predict_pad, score_prompt and row_share are for rows, but '
+                        f'data/{dataset} is a stream of text')
     return Stream(*common, train_tokens)
 
 

@@ -78,9 +78,7 @@ predict_pad = False         # predict PAD too, and so learn where an answer ends
                             # no PAD, and their width shows where the answer ends
 score_prompt = False        # ar: train on the prompt too
 row_share = 1.0             # train on this share of the rows, the shortest ones
-length_curriculum = 0       # updates over which longer and longer rows join the shortest; 0 = none
 pad_curriculum = 0          # predict_pad: updates over which PAD behind the answers grows; 0 = none
-token_weights = (1.0, 1.0, 1.0)  # mdm: weights of text, EOS and PAD in the loss
 # model
 n_layer = 4
 n_head = 0                  # 0 = n_embd / 64
@@ -144,6 +142,9 @@ bench = 0                   # only time this many updates and profile a few: not
 # weights with the neighbours gains nothing, see RESULTS.)
 MAY_DIFFER = ('block_size', 'causal', 'dropout', 'attn_dropout', 'subs', 'block_length',
               'length_head', 'shift')
+# settings of older versions, measured and without gain (RESULTS), at which they had no effect
+GONE = {'soft_inputs': False, 'divergence': 'elbo', 'length_curriculum': 0,
+        'token_weights': (1.0, 1.0, 1.0)}
 
 
 # ----------------------------------------------------------------------------------- the optimisers
@@ -233,9 +234,6 @@ def check_settings(s):
             ('attn_anneal', not s.attn_anneal or (
                 objective.masks_anywhere and not s.n_conv and not s.length_head),
              '0 but for mdm and d3pm, without n_conv and length_head'),
-            ('token_weights', len(s.token_weights) == 3 and (set(s.token_weights) == {1.0} or (
-                hasattr(objective, 'token_weight') and not s.length_head)),
-             'three numbers of 0 or more (1, 1, 1 but for mdm without a length_head)'),
             ('block_length', s.objective != 'block' or 1 <= s.block_length <= s.block_size,
              'in [1, block_size]'),
             ('pad_curriculum', s.predict_pad or not s.pad_curriculum, '0 without predict_pad'),
@@ -272,7 +270,8 @@ class Training:
         if s.init_from and not checkpoint:
             load_first_weights(self.model, s, self.data.meta)
         self.network = self.model  # what updates call: compile_model() may compile it
-        self.objective = training_objective(s, self.data.meta, self.device)
+        self.objective = LengthLoss(self.data.meta['pad_id'], s.length_quantile) \
+            if s.length_head else make_objective(vars(s))
         self.optimizers = make_optimizers(self.model, s, getattr(torch, self.dtype))
         self.iteration = 0      # updates done
         self.tokens = 0         # read in these updates, by all processes
@@ -338,19 +337,6 @@ def load_first_weights(model, s, meta):
     weights = {name: p[:s.block_size + s.shift] if name == 'embed_pos.weight' else p
                for name, p in source['model'].items() if 'length_head.' not in name}
     model.load_state_dict(model.state_dict() | weights)
-
-
-def training_objective(s, meta, device):
-    """The Objective that the settings name, or the loss of a length head."""
-    if s.length_head:
-        return LengthLoss(meta['pad_id'], s.length_quantile)
-    objective = make_objective(vars(s))
-    if set(s.token_weights) != {1.0}:
-        # (V,): the weight of text, then, for two of the ids, their own
-        weight = torch.full((meta['vocab_size'] + 1,), float(s.token_weights[0]), device=device)
-        weight[meta['eos_id']], weight[meta['pad_id']] = s.token_weights[1:]
-        objective.token_weight = weight
-    return objective
 
 
 def restore(run, s, checkpoint):
@@ -495,8 +481,7 @@ def evaluate_now(run, s, learning_rate):
     with run.autocast():
         val, _ = mean_loss(run.data.batches('val', s.batch_size))
         train, _ = mean_loss(run.data.batches('train', s.batch_size, limit=4 * s.batch_size))
-    # text of weight 0 is not trained: its loss may rise far above that of a uniform guess
-    check_loss(run, s, 'validation', val, 2 if s.token_weights[0] else math.inf, learning_rate)
+    check_loss(run, s, 'validation', val, 2, learning_rate)
     name = run.objective.measured
     run.log.append({
         'iter': run.iteration, 'tokens': run.tokens, 'measured': name, 'train': f'{train:.6f}',
@@ -534,8 +519,8 @@ def write_rows(path, rows):
 def record_step(run, s, loss):
     """Appends an update to steps.csv, and reports it to the trackers.
 
-    loss: of its batches, in nats per token, weighted as in training (loss_weight, token_weights):
-    of all objectives but ar it is not the bound, which log.csv has.
+    loss: of its batches, in nats per token, weighted as in training (loss_weight): of all
+    objectives but ar it is not the bound, which log.csv has.
     """
     rates = {f'lr_{type(o).__name__.lower()}': o.param_groups[0]['lr'] for o in run.optimizers}
     numbers = {'weighted_loss': loss, 'gradient_norm': run.gradient_norm.item(), **rates,
@@ -755,9 +740,9 @@ def main():
     checkpoint = load_checkpoint(out_dir) if resume else None
     if resume:  # with the settings of the run, but for those on this command line
         before = checkpoint['config']
-        if before.get('soft_inputs') or before.get('divergence', 'elbo') != 'elbo':
-            raise UserError(f'{out_dir} was trained with soft_inputs or divergence, which train.py '
-                            'has no more: sample from it as it is, or train anew with --overwrite')
+        if gone := [name for name, off in GONE.items() if before.get(name, off) != off]:
+            raise UserError(f'{out_dir} was trained with {gone[0]}, which train.py has no more: '
+                            'sample from it as it is, or train anew with --overwrite')
         settings = config.override(globals(), earlier=before)
         require('objective', objective, objective == before['objective'], 'that of the run')
     elif init_from:  # with its shape

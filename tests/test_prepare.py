@@ -913,18 +913,6 @@ def test_a_share_of_the_rows_are_the_shortest(talk, predict_pad, share):
     assert sorted(sum(i != meta['pad_id'] for i in row) for row in evaluated) == lengths[:n]
 
 
-def test_a_curriculum_begins_with_the_shortest_rows(talk):
-    whole = open_pairs()
-    low, high = whole.widths.min(), whole.widths.max()
-    n = 12 * whole.batches_per_epoch
-    data = open_pairs(length_curriculum=n)
-    seen = [data.batch(i)[0].size(1) for i in range(n)]
-    for i, width in enumerate(seen):
-        assert width <= low + i / n * (high - low)
-    assert low < high and set(seen) == set(whole.widths) - {high}  # which comes with update n
-    assert {data.batch(n + i)[0].size(1) for i in range(n // 6)} == set(whole.widths)
-
-
 def test_a_pad_curriculum_widens_the_room_behind_the_answers(talk):
     meta, rows = talk
     data, all_pad = open_pairs(predict_pad=True, pad_curriculum=40), open_pairs(predict_pad=True)
@@ -994,8 +982,7 @@ def test_batches_of_an_evaluation_hold_every_row_once(pairs, batch_size, predict
 
 def test_settings_of_streams_and_rows_do_not_mix(talk):
     stream(100)
-    for choices in ({'predict_pad': True}, {'score_prompt': True}, {'row_share': 0.5},
-                    {'length_curriculum': 9}):
+    for choices in ({'predict_pad': True}, {'score_prompt': True}, {'row_share': 0.5}):
         with pytest.raises(UserError, match='are for rows, but data/s is a stream'):
             prepare.open_data('s', 8, 2, **choices)
     with pytest.raises(UserError, match='train_tokens is for a stream of text, but data/pairs has'):

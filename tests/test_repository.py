@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 127, 'prepare.py': 718, 'model.py': 729, 'train.py': 543,
+BUDGETS = {'config/__init__.py': 126, 'prepare.py': 711, 'model.py': 725, 'train.py': 532,
            'sample.py': 804, 'eval.py': 961, 'data/*.py': 109}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
