@@ -1278,7 +1278,6 @@ def saw_pad(run):
     return run.settings['predict_pad'] and not run.settings.get('length_head')
 
 
-
 def eos_probabilities(run, n, share, settings):
     """(accuracy at EOS, {distance from EOS: mean P(EOS)}) of n rows of the split.
 
