@@ -486,7 +486,7 @@ def likelihood(runs, settings):
     sizes = ', '.join(sorted({str(run.model.config.block_size) for run in runs}))
     note = f'windows of {sizes} tokens'
     if len({str(run.meta['tokenizer']) for run in runs}) > 1:
-        note += '; tokens differ, so only bits per byte can be compared'
+        note += '; tokens differ, so only bits per character or byte can be compared'
     if len({run.meta['sha256'] for run in runs}) > 1 and not s['data']:
         note += '; the texts differ too, so not even those say which model is better: give --data'
     return rows, note
