@@ -67,8 +67,8 @@ import torch.utils.checkpoint
 from config import UserError, one_of, require
 from prepare import from_hub, hub_vocabulary, licence_of, mixed_seed, optional
 
-# oneDNN keeps a kernel for each of its last 1,024 shapes, and every number M of masked positions
-# is one: gigabytes that are never used again. It reads this at the first product.
+# oneDNN keeps a kernel for each of its last 1,024 shapes, and every new number M of masked
+# positions is a new shape: gigabytes, hardly used again. It reads this at the first product.
 os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
 
 # ---------------------------------------------------------------------------- the transformer
@@ -96,7 +96,7 @@ class ModelConfig:
     qk_norm: bool = True      # normalise queries and keys, so that attention logits stay small
     bias: bool = False        # biases in linear layers and in layernorm
     tied: bool = False        # the head shares the embedding's matrix
-    time_cond: bool = False   # adaLN on the noise level, which the number of masks shows already
+    time_cond: bool = False   # adaLN on the noise level; masks show it already, random tokens not
     dropout: float = 0.0      # of what attention and mlp add, and of the embedding
     attn_dropout: float = 0.0  # of the weights of attention
     subs: bool = True         # MDLM's SUBS: the mask is never predicted; False: it may be (D3PM)
@@ -105,7 +105,7 @@ class ModelConfig:
     mask_id: int = -1         # -1: V - 1
     start_id: int = -1        # read before the first token, by ar and with shift; -1: V - 1
     shift: bool = False       # mdm, d3pm: token i is predicted where i - 1 is read, as ar does
-    hub: str = ''             # the config.json of the model of the hub that this is, if it is one
+    hub: str = ''             # config.json, as text, of the hub's model that this one was
 
     def __post_init__(self):
         self.mask_id %= self.vocab_size
@@ -150,8 +150,8 @@ def rotate(x, cos, sin):
 def attend(q, k, v, attn_mask, causal, dropout):
     """softmax(q k^T / sqrt(D)) v, (B, H, T, D); queries read the keys that attn_mask (T, S) allows.
 
-    One fused kernel, but in bfloat16 on a CPU written out: compiled, an update then takes 4/5 of
-    its time (RESULTS, Speed). The scores, T x S for each head, are held in memory for it.
+    One fused kernel, except in bfloat16 on a CPU. There plain products, compiled, take a fifth off
+    an update (RESULTS, Speed), and hold the scores, T x S for each head, in memory.
     """
     gqa = k.size(1) < q.size(1)  # several heads of queries share one of keys and values
     if q.device.type != 'cpu' or q.dtype != torch.bfloat16:
@@ -310,7 +310,7 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         if self.config.shift and start == 0:
             x = after_start(self, x)
-        B, T = x.shape  # with shift, T counts the start token; with clean, one half
+        B, T = x.shape  # T: with shift, the start token too; with clean, xt alone
         if start + T > self.config.block_size + self.config.shift:
             raise UserError(f'{start + T} tokens do not fit into the context of this model, '
                             f'block_size is {self.config.block_size}')
@@ -332,7 +332,7 @@ class Transformer(nn.Module):
             h = block(h, rope, cache, attn_mask, condition)
         if cache is not None:
             cache.length += T
-        # clean: of xt alone; shift: what is read last predicts nothing
+        # with clean, xt's half; with shift, all but the last, which would predict token T
         h = h[:, :T - self.config.shift]
         if where is not None:
             h = h[where]  # (M, C): with a large V the head is most of the work
@@ -342,8 +342,8 @@ class Transformer(nn.Module):
     def logits(self, h):
         """Logits (..., V) of hidden states (..., C); with subs the mask's is -inf.
 
-        That is MDLM's zero masking probability. Its other half, carry-over unmasking, needs no
-        code: only masked positions are scored.
+        SUBS, MDLM's substitution of the network's output, has two halves: the mask has probability
+        0, here; and given tokens are copied, which needs no code: only masks are scored.
         """
         logits = self.head(h)
         if self.config.subs:  # [MDLM sec. 3.2]
@@ -394,8 +394,8 @@ MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')  # s
 def alpha_and_weight(t, schedule):
     """alpha_t, the fraction of tokens kept at t, and the weight w(t) = -alpha'_t / (1 - alpha_t).
 
-    The bound does not depend on the schedule (change the variable from t to alpha; of D3PM only as
-    N grows); its variance does.
+    The bound does not depend on the schedule (substitute alpha for t; for D3PM only in the limit
+    of large N); its variance does.
     """
     one_of('schedule', schedule, SCHEDULES)
     if schedule == 'linear':
@@ -438,7 +438,7 @@ def masks_by_count(given, rng):
     u = low_discrepancy(len(given), rng, given.device, shuffled=True)[:, None]  # (B, 1)
     n_mask = 1 + (u * L).long().clamp(max=L - 1)  # l
     order = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
-    is_mask = order.argsort(1).argsort(1) < n_mask  # twice is the rank; given tokens are last
+    is_mask = order.argsort(1).argsort(1) < n_mask  # twice: the rank; given tokens are last
     return is_mask, (n_mask / L).nan_to_num(1.0)  # 0 / 0 where all is given
 
 
@@ -509,7 +509,8 @@ class Objective:
     w_max: float = 5.0
     mask_range: tuple = (0.0, 1.0)   # of t in training; (0.15, 0.15) is BERT's rate
 
-    # not annotated, so no fields: fixed by the class, not set by the user
+    # not annotated, so no fields: fixed by the class, not set by the user (but block_length of
+    # BlockDiffusion)
     exact = False                # True: the bound is the nll itself, of ar
     causal = False               # True: the network sees no later token
     masks = True                 # noise is the mask, and the network reads it: not of ar, uniform
@@ -528,7 +529,7 @@ class Objective:
 
     @property
     def masks_anywhere(self):
-        """Whether the network reads canvases with any masks: not of ar, uniform or blocks."""
+        """Whether masks may stand anywhere in a canvas, not only in the block being written."""
         return self.masks and not self.block_length
 
     def loss(self, model, x0, rng, given=None, **more):
@@ -538,8 +539,8 @@ class Objective:
 
         x0 (B, T) int64, clean tokens; rng: a torch.Generator. With loss_weight='elbo' and the whole
         mask_range the quotient is, in expectation, an upper bound on the nll per token. The other
-        weights have the same optimum (every level's conditionals), but weight the levels
-        differently. more: keywords of Transformer.forward (visible).
+        weights are minimised by the same conditionals p(x0[i] | xt), on the levels of mask_range.
+        more: keywords of Transformer.forward (visible).
         """
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt(model, x0, given, rng)
@@ -588,8 +589,8 @@ class MaskedDiffusion(Objective):
     its output is moved back). Training follows the first line: one t for each row, uniform in
     mask_range, and each token is masked with probability 1 - alpha_t. Evaluation follows the
     second: l is uniform in 1..L, and l tokens are masked. Without time conditioning both are the
-    same bound, the second integrated over the t that leave l masks. Its variance is less, and zero
-    for uniform logits.
+    same bound; in the second, t is integrated out given l, so that its estimate varies less, and
+    with uniform logits not at all.
     """
     any_order = True
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')
@@ -1010,7 +1011,7 @@ class LengthLoss:
     Its minimiser is the q-quantile of the length n. The squared error would predict the mean, and
     about half of the answers would be longer.
     """
-    pad_id: int
+    eos_id: int
     length_quantile: float = 0.95
 
     exact, measured, unit = True, 'loss of the length', ''  # of three kinds: no unit fits them all
@@ -1020,7 +1021,8 @@ class LengthLoss:
 
     def bound(self, model, x0, rng, given):
         """The loss of every row, (B,)."""
-        n = (~given & (x0 != self.pad_id)).sum(1)  # (B,), EOS among them
+        ended = (~given & (x0 == self.eos_id)).cumsum(1) > 0  # (B, T); PAD may be EOS
+        n = (~given & ~ended).sum(1) + 1  # (B,), with EOS
         kind = model.length_head.kind
         out = model.length_head(model, torch.where(given, x0, model.mask_id)).float()
         if kind == 'encoder_classify':

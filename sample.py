@@ -110,7 +110,7 @@ SAMPLING = ('temperature', 'top_k', 'top_p', 'repetition_penalty')  # of probabi
 DECODING = ('decoder', 'steps', 'noise_schedule', 'order', 'counts', 'threshold', 'eta',
             'cool', 'block_length', 'prefix_cache', 'guidance', *SAMPLING, 'length', 'length_line',
             'length_quantile', 'length_candidates')
-PLAIN = {'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}  # nothing around the decoder
+PLAIN = {'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}  # no blocks, no guidance
 ORDERS, COUNTS = ('max_prob', 'margin', 'entropy', 'random'), ('linear', 'cosine')
 PREDICTED = ('argmax', 'quantile', 'regress', 'classify', 'encoder')
 LENGTHS = ('full', 'fit', 'ratio', 'reference', *PREDICTED)
@@ -237,15 +237,16 @@ def confidence(order, logits, token, rng):
 def propose(model, x, is_mask, order, rng, sampling):
     """Samples a token wherever is_mask (B, T): (tokens (B, T), scores (B, T), logits (M, V)).
 
-    tokens is x, but for these. A score is the logit log(p / (1 - p)) of a confidence p, since in
-    float32 p itself is 1 from 1 - p < 1e-7 on, and confident tokens would have no order; it is -inf
-    elsewhere.
+    tokens: x with its masks filled by the samples. A score is the logit log(p / (1 - p)) of a
+    confidence p, since in float32 p itself is 1 from 1 - p < 1e-7 on, and confident tokens would
+    have no order. It is -inf elsewhere, but finite at masks, even of confidence 0.
     """
     level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), as counted
     logits = model(x, level, where=is_mask)  # (M, V)
     logits[:, model.mask_id] = -torch.inf  # with subs it is already; d3pm may predict the mask
     token = sample_token(logits, x, is_mask, rng, **sampling)  # (M,)
-    score = confidence(order, logits, token, rng).logit().float().to(x.device)  # (M,)
+    score = confidence(order, logits, token, rng).logit().clamp(min=-1e4)  # (M,), of 0 too
+    score = score.float().to(x.device)
     scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
     return x.masked_scatter(is_mask, token), scores, logits
 
@@ -377,7 +378,7 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         remask = to_generate & ~is_mask & (u < sigma)
         if not (reveal | remask).any():
             continue
-        if reveal.any():  # true before any token is masked again, so that logits exist below
+        if reveal.any():  # so it is before any token is masked again: logits are bound below
             logits = model(x, level, where=reveal)  # (M, V), M to reveal
             logits[:, model.mask_id] = -torch.inf
             now = temperature * (1 + cool * (1 - 2 * alpha_t))
@@ -424,7 +425,7 @@ def decode_threshold(model, x, to_generate, rng, *, threshold, order='max_prob',
 
 def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
                   **sampling):
-    """The most confident tokens first, none for good but an EOS [Mask-Predict 1904.09324].
+    """The most confident tokens first, none for good until a row ends [Mask-Predict 1904.09324].
 
     As decode_confidence, but every token keeps the score it had when it was sampled, and each step
     keeps the most confident of all, old and new, and masks the others again.
@@ -578,7 +579,8 @@ class Guided:
         share = (xt == self.mask_id).float().mean(1, keepdim=True)  # (B, 1), level of xt
         blind, seeing = self.model(xt, share, where=where), self.model(x, level, where=where)
         logits = blind + (self.guidance + 1) * (seeing - blind)
-        logits[..., self.mask_id] = -torch.inf  # inf - inf is nan
+        if self.config.subs:
+            logits[..., self.mask_id] = -torch.inf  # inf - inf is nan
         return logits
 
 
@@ -849,6 +851,8 @@ def length_name(name, run):
                 f'has no such head, config/length_{name}.py trains one')
         require('length', name, run.settings['predict_pad'], 'another: this run never saw more '
                 'masks than its answer needed, train with predict_pad')
+        require('length', name, name == head or run.meta['pad_id'] != run.meta['eos_id'],
+                'another: PAD is EOS in this vocabulary, so that EOS does not mark the end')
         require('length', name, run.objective.masks_anywhere, 'another: this run never saw an '
                 'answer that is all masks, and cannot say where that ends')
     usual = head or ('full' if run.settings['predict_pad'] else 'fit')
@@ -935,9 +939,9 @@ def complete_best(run, canvases, settings, watch=None):
     if n == 1:
         return complete(run, canvases, settings, eos_id, watch)
     name = length_name(settings['length'], run)
-    require('length_candidates', n, watch is None, '1 to watch or save how one came')
+    require('length_candidates', n, watch is None, '1 with watch or save')
     require('length_candidates', n, run.objective.masks and name in ('fit', 'ratio', 'reference'),
-            "1 but for masks of a length that is not the model's to say: fit, ratio, reference")
+            '1 unless masks are filled and length is fit, ratio or reference')
     tried = []  # for each canvas the same canvas with several numbers of masks at its end
     for canvas in canvases:
         least, T = canvas.index(mask_id) + 1, len(canvas)
@@ -1057,7 +1061,7 @@ def show_corruption(run, text, seed):
             columns = [x0, noised.xt, noised.xt.masked_scatter(noised.scored, logits.argmax(1))]
         rows.append((f't = {t:.1f}', *(show(x[0].tolist(), run.tokenizer, run.model.mask_id)
                                        for x in columns)))
-    width = COLUMNS // 3 if run.settings else len(text)
+    width = (COLUMNS - 13) // 3 if run.settings else len(text)  # beside 7 + 3 * 2 characters
     for name, *texts in rows:
         for i in range(0, max(map(len, texts)), width):
             cells = [visible(part[i:i + width]).ljust(width) for part in texts]

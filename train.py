@@ -99,8 +99,8 @@ attn_dropout = 0.0          # of the weights of attention: slow on a CPU
 objective = 'mdm'           # ar, mdm, d3pm, uniform, block; the rest of this group: all but ar
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
 loss_weight = 'clipped'     # elbo = w(t), clipped = min(w(t), w_max), flat = 1,
-                            # masked_mean = 1, and the mean is over masked tokens alone; uniform:
-                            # each times 1 - alpha_t, over all tokens
+                            # masked_mean = 1, and the mean is over masked tokens alone; with
+                            # objective=uniform times 1 - alpha_t, and all tokens are scored
 w_max = 5.0                 # for loss_weight = clipped
 mask_range = (0.15, 0.99)   # of t in training; below, a row has few masks to learn from
 diffusion_steps = 1000      # d3pm: N, from all masks to none
@@ -142,7 +142,7 @@ bench = 0                   # only time this many updates and profile a few: not
 # weights with the neighbours gains nothing, see RESULTS.)
 MAY_DIFFER = ('block_size', 'causal', 'dropout', 'attn_dropout', 'subs', 'block_length',
               'length_head', 'shift')
-# settings of older versions, measured and without gain (RESULTS), at which they had no effect
+# settings of older versions (no gain, see RESULTS), with the values at which they did nothing
 GONE = {'soft_inputs': False, 'divergence': 'elbo', 'length_curriculum': 0,
         'token_weights': (1.0, 1.0, 1.0)}
 
@@ -154,8 +154,8 @@ def orthogonalize(G, dtype):
     """G with all its singular values near 1: about U V^T where G = U S V^T [Jordan 2024, Muon].
 
     Five steps of X <- a X + (b A + c A A) X, A = X X^T. A step maps each singular value s of X
-    to a s + b s^3 + c s^5; five take all of (0.002, 1] into about (0.7, 1.2). Of a tall G, X is the
-    transpose, so that A is as small as can be. https://kellerjordan.github.io/posts/muon
+    to a s + b s^3 + c s^5; five take all of (0.002, 1] into about (0.7, 1.2). X is G, or the
+    transpose of a tall G, so that A is as small as can be. kellerjordan.github.io/posts/muon
     """
     X = (G if G.size(0) <= G.size(1) else G.T).to(dtype)
     X = X / (X.norm() + 1e-7)
@@ -184,7 +184,7 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(p.grad, 1 - group['momentum'])
                 nesterov = p.grad.lerp(average, group['momentum'])
                 p.mul_(1 - group['lr'] * group['weight_decay'])
-                # with more outputs (rows) than inputs, each output would change less
+                # without it, each of many outputs (rows) would change less than one of few
                 size = max(1, p.size(0) / p.size(1)) ** 0.5
                 p.add_(orthogonalize(nesterov, self.dtype), alpha=-group['lr'] * size)
 
@@ -249,8 +249,8 @@ class Training:
 
     Called run in what follows; sample.Run is a finished one. Built from the settings and, of a
     resumed run, its checkpoint. Where epochs is set it writes max_iters into the settings.
-    open_out_dir() is the first to write to out_dir, and stands late: mistakes that are found before
-    it cost no earlier run.
+    open_out_dir() is the first to write to out_dir, and is called late, so that a mistake found
+    before it leaves an earlier run intact.
     """
 
     def __init__(self, s, checkpoint=None):
@@ -270,7 +270,7 @@ class Training:
         if s.init_from and not checkpoint:
             load_first_weights(self.model, s, self.data.meta)
         self.network = self.model  # what updates call: compile_model() may compile it
-        self.objective = LengthLoss(self.data.meta['pad_id'], s.length_quantile) \
+        self.objective = LengthLoss(self.data.meta['eos_id'], s.length_quantile) \
             if s.length_head else make_objective(vars(s))
         self.optimizers = make_optimizers(self.model, s, getattr(torch, self.dtype))
         self.iteration = 0      # updates done
@@ -312,8 +312,9 @@ def open_training_data(s, rank, world):
     if world > 1:  # the data is complete, and all have seen that out_dir is free, as main() asks
         dist.barrier()
     data = open_run_data(vars(s))
-    if s.decode_rows and data.meta['sep_id'] is None:
-        raise UserError(f'decode_rows is for prompts and answers, but data/{s.dataset} has none')
+    for name in ('decode_rows', 'length_head'):
+        require(name, vars(s)[name], not vars(s)[name] or data.meta['sep_id'] is not None,
+                f'off: it is for prompts and answers, but data/{s.dataset} has none')
     data.check()
     return data
 
@@ -615,7 +616,7 @@ def update(run, s, factor):
         {'visible': torch.tensor(run.iteration / s.attn_anneal, device=run.device)}
     for part in range(run.rank, run.parts, run.world):  # numbers of this process's batches
         seed = mixed_seed(s.seed, run.iteration, part)
-        torch.manual_seed(seed)  # for dropout and attn_anneal
+        torch.manual_seed(mixed_seed(seed, 1))  # for dropout and attn_anneal: of another stream
         rng = torch.Generator(run.device).manual_seed(seed)  # for noise levels and masks
         # x0 (B, T); given (B, T) or None
         x0, given = on_device(run.data.batch(run.iteration, part, run.parts), run.device)
@@ -647,7 +648,7 @@ def train(run, s):
     """The loop: evaluate, save, update, until max_iters or a signal."""
     # disable=None: tqdm shows a bar only on a terminal
     bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
-    # those at the start of this process; stop takes effect at the top of the next round
+    # tokens and seconds when this process began, for its speed; stop: leave at the top of a round
     tokens, seconds, stop = run.tokens, run.seconds, False
     # SIGINT and SIGTERM only leave a note. An update that stopped halfway would have changed some
     # weights and not others; so it is finished first, and saved.

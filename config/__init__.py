@@ -68,8 +68,8 @@ def check_limits(settings):
 def show_one_line(kind, error, trace):
     """sys.excepthook of every script: one line instead of a traceback, unless it is a bug.
 
-    No bugs are a UserError, a full disk (OSError), text in an unknown encoding, Ctrl-C, and too
-    little memory, be it the GPU's or the CPU's.
+    Not bugs: UserError, a full disk (OSError), text in an unknown encoding, Ctrl-C, and too little
+    memory, be it the GPU's or the CPU's.
     """
     if issubclass(kind, KeyboardInterrupt):
         error = 'stopped'

@@ -1109,7 +1109,11 @@ class Head(nn.Module):
 
 def loss_of_head(kind, out, x0, given, quantile=0.5):
     m = SimpleNamespace(mask_id=11, length_head=Head(kind, torch.as_tensor(out)))
-    loss = LengthLoss(pad_id=10, length_quantile=quantile).bound(m, x0, None, given)
+    loss = LengthLoss(eos_id=9, length_quantile=quantile).bound(m, x0, None, given)
+    m.length_head.asked = None
+    same = torch.where(x0 == 10, 9, x0)  # where PAD is EOS, as in LLaDA
+    assert torch.equal(LengthLoss(9, quantile).bound(m, same, None, given), loss)
+    LengthLoss(9, quantile).bound(m, x0, None, given)
     assert torch.equal(m.length_head.asked, x0.where(given, torch.tensor(11))), 'no answer is seen'
     return loss
 
@@ -1163,7 +1167,7 @@ def test_length_heads_learn_lengths_and_nothing_else_changes(kind):
     for step in range(steps):
         adam.param_groups[0]['lr'] = rate * (1 - step / steps)
         adam.zero_grad()
-        LengthLoss(pad_id=10, length_quantile=0.9).loss(m, x0, None, given)[0].backward()
+        LengthLoss(eos_id=9, length_quantile=0.9).loss(m, x0, None, given)[0].backward()
         adam.step()
     assert all(torch.equal(v, before[k]) and m.get_parameter(k).grad is None
                for k, v in m.state_dict().items() if 'length_head' not in k), 'bit by bit'

@@ -549,6 +549,28 @@ def test_no_mask_is_left_where_the_mask_may_be_predicted(decoder):
         assert (y != MASK).all() and (y[:, 3] == 1).all()
 
 
+def test_guidance_leaves_the_mask_its_probability_where_it_may_be_predicted():
+    """decode_ancestral reads it off, to reveal as many masks as D3PM does."""
+    model, x = may_predict_masks(tiny_model(seed=2)), torch.tensor([[1, MASK, 2, MASK]])
+    guided_model = sample.Guided(model, x != MASK, 0.0)
+    with torch.no_grad():
+        expected = model(x, where=x == MASK)
+        assert torch.allclose(guided_model(x, where=x == MASK), expected, atol=1e-5)
+    assert expected[:, MASK].isfinite().all()
+
+
+@pytest.mark.parametrize('decoder', [
+    partial(decode_confidence, steps=0), partial(decode_confidence, steps=2),
+    partial(decode_threshold, threshold=0.5), partial(decode_remask, steps=2)])
+def test_a_model_that_is_confident_of_nothing_fills_its_canvas_too(decoder):
+    """The logits of a fresh model tie, so that all margins are 0, and 0 has the logit -inf."""
+    model = tiny_model(seed=2)
+    model.head.weight.data.zero_()
+    x = torch.tensor([[1, MASK, MASK, 2, MASK], [MASK, 0, MASK, MASK, 3]])
+    y, nfe = decoder(model, x, order='margin', generator=noise_source())
+    assert (y != MASK).all() and nfe <= 3
+
+
 # Uniform noise
 
 UNIFORM_K = 3
@@ -2018,6 +2040,14 @@ def test_canvases_are_cut_to_powers_of_two(monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['argmax', 'quantile'])
+def test_no_length_is_read_off_an_eos_that_is_also_pad(name):
+    """EOS is then likely everywhere behind the answer, and not at its end alone."""
+    same = row_run()._replace(meta=META | {'pad_id': META['eos_id']})
+    with pytest.raises(UserError, match='PAD is EOS in this vocabulary'):
+        sample.length_name(name, same)
+
+
+@pytest.mark.parametrize('name', ['argmax', 'quantile'])
 @pytest.mark.parametrize('settings', [{}, {'block_length': 3}, {'decoder': 'threshold'}])
 def test_a_canvas_that_was_cut_gives_the_same_answer(name, settings):
     """Of a model that knows where to end in any canvas."""
@@ -2247,7 +2277,7 @@ def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main)
     (['--start=ab', '--length=argmax', '--out_dir=row_pad', '--length_quantile=0'],
      'length_quantile is 0.0'),
     (['--start=ab', '--length_candidates=0'], 'length_candidates is 0'),
-    (['--start=ab', '--length_candidates=3', '--watch'], '1 to watch or save'),
+    (['--start=ab', '--length_candidates=3', '--watch'], '1 with watch or save'),
     (['--start=ab', '--watch', '--json'], 'False with json'),
     (['--chat', '--start=ab'], 'chat is True, but it must be alone'),
     (['--chat', '--out_dir=mdm'], 'False for a run without answers'),

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 import config
 import prepare
 import train as script
+from config import UserError
 from model import MASK_DECODERS, OBJECTIVES, MaskedDiffusion, ModelConfig, Noised, Transformer, \
     evaluate, load_checkpoint, load_model, model_config, noise_fraction
 
@@ -770,6 +771,19 @@ def test_the_losses_of_rows_are_those_by_hand(pairs, word):
     assert (word == '--predict_pad') == (tokens < computed)
 
 
+def test_dropout_and_noise_have_streams_of_their_own(verse, monkeypatch):
+    """Of one seed, torch's generator would drop what ours has masked."""
+    seeds, loss = [], MaskedDiffusion.loss
+
+    def spy(self, model, x0, rng, *rest):
+        seeds.append((torch.initial_seed(), rng.initial_seed()))
+        return loss(self, model, x0, rng, *rest)
+
+    monkeypatch.setattr(MaskedDiffusion, 'loss', spy)
+    train(verse, *TINY, '--objective=mdm', '--max_iters=3', '--out_dir=out/streams')
+    assert len({seed for pair in seeds for seed in pair}) == 6
+
+
 def test_random_lengths_are_as_many_as_asked(verse, monkeypatch):
     """A share of 0.5 of 150 batches, and most lengths among them."""
     seen, loss = [], MaskedDiffusion.loss
@@ -821,6 +835,17 @@ def test_settings_of_streams_and_rows_do_not_mix(pairs, words, said):
     done = run('train.py', *words, '--out_dir=out/bad', cwd=pairs)
     assert_one_line(done, said)
     assert not (pairs / 'out/bad').exists()
+
+
+def test_answers_are_not_asked_of_documents(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('lines.txt').write_text('a b c\n' * 50)
+    prepare.prepare('lines.txt', documents=True, max_answer=9)
+    for name, value in (('decode_rows', 2), ('length_head', 'classify')):
+        changes = {'dataset': 'lines', 'predict_pad': True, name: value}
+        s = types.SimpleNamespace(**settings_of(None) | changes)
+        with pytest.raises(UserError, match=f'{name} .* is for prompts and answers'):
+            script.open_training_data(s, 0, 1)
 
 
 # ------------------------------------------------------------ runs that begin with those of another
