@@ -1727,8 +1727,9 @@ def test_corrupt_shows_the_noise_of_the_run_and_what_it_makes_of_it(run_main, ru
     x0, rng = torch.tensor([run.tokenizer.encode(text)]), torch.Generator()
     mask_id = run.model.mask_id
     for k, line in enumerate(lines, 1):
-        shown, corrupted, guess = (line[9 + 28 * i:35 + 28 * i].ljust(T)[:T] for i in range(3))
+        shown, corrupted, guess = (line[9 + 24 * i:31 + 24 * i].ljust(T)[:T] for i in range(3))
         assert line.startswith(f't = {k / 5}  ') and shown == text
+        assert len(line) <= 80
         rng.manual_seed(1337)
         torch.rand(1, generator=rng)  # the common shift of the levels
         u = torch.rand(1, T, generator=rng)
@@ -2130,10 +2131,10 @@ def test_the_most_confident_of_several_lengths():
 
 
 @pytest.mark.parametrize('settings, run, message', [
-    ({'length_candidates': 3, 'length': 'full'}, {}, 'but for masks'),
-    ({'length_candidates': 3}, {'predict_pad': True}, 'but for masks'),
-    ({'length_candidates': 3}, {'objective': 'ar'}, 'but for masks'),
-    ({'length_candidates': 3}, {'objective': 'uniform'}, 'but for masks')])
+    ({'length_candidates': 3, 'length': 'full'}, {}, 'unless masks are filled'),
+    ({'length_candidates': 3}, {'predict_pad': True}, 'unless masks are filled'),
+    ({'length_candidates': 3}, {'objective': 'ar'}, 'unless masks are filled'),
+    ({'length_candidates': 3}, {'objective': 'uniform'}, 'unless masks are filled')])
 def test_where_there_are_no_candidates(settings, run, message):
     run = row_run(**{'predict_pad': False} | run)
     with pytest.raises(UserError, match=f'length_candidates is .*{message}'):
@@ -2281,7 +2282,7 @@ def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main)
     (['--start=ab', '--watch', '--json'], 'False with json'),
     (['--chat', '--start=ab'], 'chat is True, but it must be alone'),
     (['--chat', '--out_dir=mdm'], 'False for a run without answers'),
-    (['--start=ab', '--length_candidates=3', '--out_dir=row_pad'], 'but for masks'),
+    (['--start=ab', '--length_candidates=3', '--out_dir=row_pad'], 'unless masks are filled'),
     (['--start=a', '--length_candidates=3', '--out_dir=mdm'], 'without answers')])
 def test_bad_questions_are_one_line(row_runs, run_main, words, problem):
     status, out, err = run_main('--out_dir=row_mdm', *words)
