@@ -1,12 +1,10 @@
 # Made-up facts, half of them stated in one direction only: the reversal curse, for a laptop.
-# parameters: 797,568
-#     python train.py config/reversal_ar.py            5 minutes on one core
-# Fills in 100% of the facts in the direction of the training text and 0% in one that the text never
-# has (data/RESULTS.md, The reversal curse).
+# parameters: 802,688
+#     python train.py config/reversal_ar.py            2.5 minutes on one core
+# Fills in 99.5% of the facts in the direction of the training text and 0% in one that the text
+# never has (data/RESULTS.md, The reversal curse).
 dataset = 'reversal'
 objective = 'ar'
-n_head = 4
 n_embd = 128
-n_conv = 0
 block_size = 128
 max_iters = 600
