@@ -25,8 +25,8 @@ Letters here, and in the papers:
     S         tokens whose keys are read: T, or more with a cache
     V         rows of the embedding: V' real tokens and the mask; mask_id = V - 1, but that of an
               imported model may be any
-    here                                                             in the papers
 
+    here                                                             in the papers
     x0        clean tokens (B, T) int64                              x, z_0 in MDLM, x_0 in LLaDA
     xt        corrupted tokens: each of x0 kept, or replaced         z_t, x_t
     t         time (B, 1) in (0, 1]; at t = 1 all is noise           t
@@ -228,7 +228,8 @@ def make_norm(c):
 class Block(nn.Module):
     """A layer: x + attention(norm(x)), then x + mlp(norm(x)); with n_conv local mixing before each.
 
-    With time_cond the noise level scales, shifts and gates both branches (adaLN) [DiT].
+    Local mixing adds to a token a learned mixture of its neighbours; at first nothing. With
+    time_cond the noise level scales, shifts and gates both branches (adaLN) [DiT].
     """
 
     def __init__(self, c, layer):
@@ -692,9 +693,9 @@ class D3PM(Objective):
 
     As MaskedDiffusion, but t lies on the grid 1/N, ..., 1, and N c(t) replaces w(t), where
     c(t) = (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/N, is the probability that a step reveals
-    a mask. Evaluation samples step t with probability alpha_s - alpha_t = c * (1 - alpha_t) and the
-    masks by with_one, so that the weight is N c * (1/N) / (c m) * L m / l = L / l, m = 1 - alpha_t:
-    there is no variance where logits are uniform (with subs).
+    a mask. Evaluation samples step t with probability alpha_s - alpha_t = c m, m = 1 - alpha_t, and
+    not 1/N, and the masks by with_one, at p = m. So the weight N c becomes
+    N c * (1/N) / (c m) * (L m / l) = L / l: no variance where logits are uniform (with subs).
     """
     diffusion_steps: int = 1000
 

@@ -279,10 +279,11 @@ def masks_left(n, i, steps, counts):
 #
 #     x (B, T) int64        canvases, filled in place
 #     to_generate (B, T)    bool, the positions to fill; masks elsewhere are read and left as they
-#                           are. It is shared with run_decoder(), which looks for an EOS only where
-#                           it is True, and sets it to False in rows that have ended: also where
-#                           remdm or remask might still have changed the row. decode_uniform keeps
-#                           it False until its last step; decode_blocks gives `inner` its own copy
+#                           are. It is shared: run_decoder() looks for an EOS only where it is True,
+#                           and sets it to False in rows that have ended, which stops them, also
+#                           where remdm or remask might still have changed the row. decode_uniform
+#                           keeps it False until its last step, for an EOS may change until then;
+#                           decode_blocks gives `inner` its own copy
 #     rng                   the torch.Generator of everything random
 #     **sampling            the keywords of probabilities(); decode_blocks and decode_guided, which
 #                           wrap a decoder that has them already, take it as `inner`

@@ -106,8 +106,9 @@ mask_range = (0.15, 0.99)   # of t in training; below, a row has few masks to le
 diffusion_steps = 1000      # d3pm: N, from all masks to none
 subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
 shift = False               # mdm, d3pm: predict token i where token i - 1 is read, as ar does
-attn_anneal = 0             # mdm, d3pm: updates over which the attention of an ar run opens: later
-                            # tokens are visible with a growing probability; 0 = from the start
+attn_anneal = 0             # mdm, d3pm: updates over which the attention of init_from, an ar run,
+                            # opens: later tokens are visible with a growing probability; 0 = all
+                            # are from the start
 block_length = 16           # block: tokens per block
 # length prediction: train a head that predicts the length of an answer on the frozen run init_from
 length_head = ''            # regress_mean, regress_concat, classify, encoder_regress,
