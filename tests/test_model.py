@@ -1109,11 +1109,10 @@ class Head(nn.Module):
 
 def loss_of_head(kind, out, x0, given, quantile=0.5):
     m = SimpleNamespace(mask_id=11, length_head=Head(kind, torch.as_tensor(out)))
-    loss = LengthLoss(eos_id=9, length_quantile=quantile).bound(m, x0, None, given)
-    m.length_head.asked = None
-    same = torch.where(x0 == 10, 9, x0)  # where PAD is EOS, as in LLaDA
-    assert torch.equal(LengthLoss(9, quantile).bound(m, same, None, given), loss)
-    LengthLoss(9, quantile).bound(m, x0, None, given)
+    objective = LengthLoss(eos_id=9, length_quantile=quantile)
+    pad_is_eos = objective.bound(m, torch.where(x0 == 10, 9, x0), None, given)  # as in LLaDA
+    loss = objective.bound(m, x0, None, given)
+    assert torch.equal(loss, pad_is_eos)
     assert torch.equal(m.length_head.asked, x0.where(given, torch.tensor(11))), 'no answer is seen'
     return loss
 
