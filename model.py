@@ -654,8 +654,8 @@ def evaluate(model, objective, batches, seed=0, repeats=1):
         for i in range(rank, len(batches), world):
             x0, given = (part if part is None else part.to(device) for part in batches[i]())
             rng.manual_seed(mixed_seed(seed, repeat, i))  # the same on whichever process
-            sums[i, 0] = objective.bound(model, x0, rng, given).sum()
-            sums[i, 1] = x0.numel() if given is None else (~given).sum()
+            sums[i, 0] = objective.bound(model, x0, rng, given).sum().item()  # MPS has no float64
+            sums[i, 1] = x0.numel() if given is None else (~given).sum().item()
         if world > 1:  # every entry from one process, zero from the others: the sum is exact
             sums = sums.to(device)
             dist.all_reduce(sums)
