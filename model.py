@@ -23,8 +23,8 @@ Letters here, and in the papers:
     K         width of local mixing (n_conv): a token and its K - 1 neighbours
     N, M      diffusion steps of D3PM; tokens of a batch that are scored, i.e. have a loss
     S         tokens whose keys are read: T, or more with a cache
-    V         rows of the embedding: V' real tokens and the mask; mask_id = V - 1, but that of an
-              imported model may be any
+    V         rows of the embedding: V' real tokens and the mask; mask_id = V - 1, but an imported
+              model may have it elsewhere
 
     here                                                             in the papers
     x0        clean tokens (B, T) int64                              x, z_0 in MDLM, x_0 in LLaDA
@@ -32,8 +32,8 @@ Letters here, and in the papers:
     t         time (B, 1) in (0, 1]; at t = 1 all is noise           t
     alpha     P(a token is kept at time t)                           alpha_t
     w(t)      weight of time t in the bound                          -alpha'_t / (1 - alpha_t)
-    level     what time_cond shows the network, else ignored: the fraction of all tokens of a row
-              that is noise, expected (noise_fraction) or counted, (B, 1)
+    level     the fraction of all tokens of a row that is noise, (B, 1): expected at t
+              (noise_fraction) or counted; only networks with time_cond look at it
     is_mask   (B, T) bool, True where xt is mask_id
     given     (B, T) bool, True in a prompt: never corrupted, never scored
     L, l      tokens of a row that are not given, and those of them that are masked
@@ -68,7 +68,8 @@ from config import UserError, one_of, require
 from prepare import from_hub, hub_vocabulary, licence_of, mixed_seed, optional
 
 # oneDNN keeps a kernel for each of its last 1,024 shapes, and every new number M of masked
-# positions is a new shape: gigabytes, hardly used again. It reads this at the first product.
+# positions is a new shape: gigabytes, hardly used again. It reads the variable at the first matrix
+# product, so it is not too late here.
 os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
 
 # ---------------------------------------------------------------------------- the transformer
@@ -105,7 +106,7 @@ class ModelConfig:
     mask_id: int = -1         # -1: V - 1
     start_id: int = -1        # read before the first token, by ar and with shift; -1: V - 1
     shift: bool = False       # mdm, d3pm: token i is predicted where i - 1 is read, as ar does
-    hub: str = ''             # config.json, as text, of the hub's model that this one was
+    hub: str = ''             # config.json, as text, of the hub's model that this one began as
 
     def __post_init__(self):
         self.mask_id %= self.vocab_size
@@ -141,6 +142,7 @@ def rope_angles(T, D, base=10000.0):
 def rotate(x, cos, sin):
     """x (B, H, T, D) with its channel pairs (i, i + D/2) turned by the angles of their position.
 
+    The halves (a, b) of a head's channels become (a cos - b sin, b cos + a sin): roll swaps them.
     The product of a query at m and a key at n then depends on m - n only.
     """
     cos, sin = cos.type_as(x), sin.type_as(x)  # x is bfloat16 under autocast
@@ -149,6 +151,8 @@ def rotate(x, cos, sin):
 
 def attend(q, k, v, attn_mask, causal, dropout):
     """softmax(q k^T / sqrt(D)) v, (B, H, T, D); queries read the keys that attn_mask (T, S) allows.
+
+    At most one of attn_mask and causal is set.
 
     One fused kernel, except in bfloat16 on a CPU. There plain products, compiled, take a fifth off
     an update (RESULTS, Speed), and hold the scores, T x S for each head, in memory.
@@ -261,8 +265,9 @@ class Block(nn.Module):
 def after_start(model, x):
     """x (B, T) behind a start token, (B, T + 1): the output at its position i predicts x[:, i].
 
-    AR reads its text so, and masked diffusion with shift its canvas: whatever a causal network has
-    learned stays where it was [DiffuLLaMA sec. 3.2]."""
+    AR reads its text so, and masked diffusion with shift its canvas: a causal network that is
+    trained on as a masked one still predicts each token where it learned to [DiffuLLaMA sec. 3.2].
+    """
     return F.pad(x, (1, 0), value=model.config.start_id)
 
 
@@ -295,8 +300,8 @@ class Transformer(nn.Module):
                 block_length=0, visible=None):
         """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
-        Training calls model(x, level, where=..., hidden=True), and then logits(): at a first
-        reading, skip what cache, clean, visible and shift are for. Then attn_mask is None.
+        Training calls model(x, level, where=..., hidden=True), and then logits(). At a first
+        reading, skip what cache, clean, visible and shift are for: without them attn_mask is None.
 
         x (B, T) int64: tokens, mask_id among them.
         level (B, 1): the fraction of all tokens that is noise, see noise_fraction; for time_cond.
@@ -352,7 +357,7 @@ class Transformer(nn.Module):
         return logits
 
     def init_weights(self):
-        """Normal matrices; zero at the end of each branch, in adaLN and in an untied head.
+        """Normal matrices; zero at the end of each branch, in local mixing, adaLN and an untied head.
 
         So every layer is the identity at first and, with an untied head, the first loss is log V'
         (without subs log V).
@@ -410,8 +415,8 @@ def low_discrepancy(n, rng, device, shuffled=False):
     """n stratified numbers: one in each interval of length 1/n of [0, 1), with one common shift.
 
     Each is uniform, but together they cover (0, 1) more evenly than independent ones [VDM].
-    shuffled: in random order, for evaluation, whose rows have a fixed order that would otherwise
-    tie neighbours in the text, or blocks of one text, to neighbouring levels.
+    shuffled: in random order, for evaluation: its rows are neighbours in the text, or blocks of one
+    text, and would otherwise get neighbouring levels.
     """
     u = torch.rand(1, generator=rng, device=device)
     k = torch.randperm(n, generator=rng, device=device) if shuffled else \
@@ -424,8 +429,8 @@ def noise_fraction(p_noise, given):
 
         p_noise * mean over i of ~given[i],   p_noise (B, 1) = P(a token that is not given is noise)
 
-    At t it is the expectation of what can be counted on a canvas, the fraction of masks. The
-    network reads it and not t, because decoders without a schedule have no t, but can count.
+    Some decoders have no t, but every decoder can count masks. So the network is shown the fraction
+    of noise and not t: in training its expectation at t, in decoding often the count.
     """
     return p_noise * (~given).float().mean(1, keepdim=True)
 
@@ -510,12 +515,12 @@ class Objective:
     w_max: float = 5.0
     mask_range: tuple = (0.0, 1.0)   # of t in training; (0.15, 0.15) is BERT's rate
 
-    # not annotated, so no fields: fixed by the class, not set by the user (but block_length of
-    # BlockDiffusion)
+    # Without annotations these are no dataclass fields, so that no setting changes them.
+    # (BlockDiffusion annotates block_length, which makes it one.)
     exact = False                # True: the bound is the nll itself, of ar
     causal = False               # True: the network sees no later token
-    masks = True                 # noise is the mask, and the network reads it: not of ar, uniform
-    any_order = False            # True: the chain rule gives an exact nll of any order of revealing
+    masks = True                 # the network reads masks; False for ar and uniform
+    any_order = False            # True: the exact nll of any order of revealing can be computed
     block_length = 0             # tokens per block, if there are blocks
     decoders = MASK_DECODERS     # names in sample.py, the default first
     measured = 'nelbo <='        # printed before the number, which is an upper bound
@@ -534,14 +539,15 @@ class Objective:
         return self.masks and not self.block_length
 
     def loss(self, model, x0, rng, given=None, **more):
-        """(sum of weighted losses in nats, number of tokens that count: all that are not given, or
-        with masked_mean those that are scored). train.py adds both up over all batches of an update
-        and divides the one by the other, so that every token counts the same.
+        """(nats, count): the sum of weighted losses, and the number of tokens to divide it by.
 
-        x0 (B, T) int64, clean tokens; rng: a torch.Generator. With loss_weight='elbo' and the whole
-        mask_range the quotient is, in expectation, an upper bound on the nll per token. The other
-        weights are minimised by the same conditionals p(x0[i] | xt), on the levels of mask_range.
-        more: keywords of Transformer.forward (visible).
+        count: tokens that are not given; with masked_mean, tokens that are scored. train.py adds
+        both up over all batches of an update and divides once, so that every token counts the same.
+
+        x0 (B, T) int64, clean tokens; rng: a torch.Generator; more: keywords of Transformer.forward
+        (visible). With loss_weight='elbo' and the whole mask_range, nats / count is in expectation
+        an upper bound on the nll per token. Other weights and ranges give no bound; the best
+        network is still p(x0[i] | xt), at the levels that are trained.
         """
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt(model, x0, given, rng)
@@ -589,9 +595,10 @@ class MaskedDiffusion(Objective):
     The network predicts every masked token at its own position (shift is the network's own affair:
     its output is moved back). Training follows the first line: one t for each row, uniform in
     mask_range, and each token is masked with probability 1 - alpha_t. Evaluation follows the
-    second: l is uniform in 1..L, and l tokens are masked. Without time conditioning both are the
-    same bound; in the second, t is integrated out given l, so that its estimate varies less, and
-    with uniform logits not at all.
+    second: l is uniform in 1..L, and l tokens are masked. That is the first line with t integrated
+    out: for every l from 1 to L the integral of 1/t * P(l masks | t) over t is 1/l, so that each l
+    has the same share, and within it each mask counts 1/l. Without time conditioning both are the
+    same bound; the estimate of the second varies less, and with uniform logits not at all.
     """
     any_order = True
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')
@@ -678,7 +685,8 @@ def with_one(chosen, given, rng):
 
         P'(S) = sum over i in S of  1/L * (P(S) + P(S without i)) = l / (L p) * P(S)
 
-    since P(S without i) = (1 - p) / p * P(S). A term that is weighted by L p / l keeps its mean.
+    (either S was chosen, i in it, or S without i). With P(S without i) = (1 - p) / p * P(S) that
+    gives the ratio. A term that is weighted by L p / l keeps its mean.
     """
     u = torch.rand(chosen.shape, generator=rng, device=chosen.device).masked_fill(given, -1.0)
     return chosen.scatter(1, u.argmax(1, keepdim=True), True) & ~given
@@ -694,7 +702,7 @@ class D3PM(Objective):
     As MaskedDiffusion, but t lies on the grid 1/N, ..., 1, and N c(t) replaces w(t), where
     c(t) = (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/N, is the probability that a step reveals
     a mask. Evaluation samples step t with probability alpha_s - alpha_t = c m, m = 1 - alpha_t, and
-    not 1/N, and the masks by with_one, at p = m. So the weight N c becomes
+    not 1/N, and the masks by with_one, at p = m. Both are undone in the weight, which becomes
     N c * (1/N) / (c m) * (L m / l) = L / l: no variance where logits are uniform (with subs).
     """
     diffusion_steps: int = 1000
@@ -736,7 +744,10 @@ def d3pm_token_loss(logits, target, m_t, m_s, c, mask_id=-1):
         -log p(x0) + g(alpha_t) + (1 - c) / c * (g(alpha_t) - g(alpha_s))
         g(alpha) = log(1 + alpha * p(mask) / (1 - alpha)),  m = 1 - alpha
 
-    With subs p(mask) is 0, and so is g.
+    The model sees a mask at t. With Z = m + alpha * p(mask) at t and at s, its step to s reveals x0
+    with probability c m_t p(x0) / Z_t and keeps the mask with Z_s / Z_t; the true step has c and
+    1 - c. The divergence of the two, over c, is the line above, since g = log(Z / m) and
+    m_s = (1 - c) m_t. With subs p(mask) is 0, and so is g.
     """
     logp = logits.log_softmax(-1)
     p_mask = logp[:, mask_id].exp()
@@ -767,7 +778,7 @@ class Uniform(Objective):
         return self.noised(model, x0, given, is_noise, weight, alpha, rng)
 
     def corrupt_evenly(self, model, x0, given, rng):
-        """Half of the rows sample their noise independently, half then add a token by with_one.
+        """All rows sample their noise independently; half of them then add a token by with_one.
 
         with_one alone would never sample a row without noise, which has a loss here too. Without
         it, the few rows that have noise at a small t would cost about 1/t: hence both.
@@ -793,19 +804,24 @@ class Uniform(Objective):
 def uniform_token_loss(logits, x0, xt, alpha):
     """Divergence of the model's reverse rates at xt from the true ones, (M,) [UDLM, Duo].
 
-        1 / (V' alpha) * sum over j of  r_j * (y_j - 1 - log y_j),  y = s / r
-        r_j = xbar_j / xbar_xt,  xbar   = V' alpha * onehot(x0) + 1 - alpha
-        s_j = xbar_j / xbar_xt,  of the prediction: softmax(logits) instead of onehot(x0)
+    The rate from xt to j is proportional to the ratio xbar_j / xbar_xt, where
 
-    The papers' sum, rearranged so that no two large terms cancel: each term is 0 or more.
+        xbar = V' alpha * onehot(x0) + 1 - alpha          for the true rates,
+        xbar = V' alpha * softmax(logits) + 1 - alpha     for those of the model,
+
+    and with y_j = (ratio of the model)_j / (true ratio)_j the divergence is
+
+        1 / (V' alpha) * sum over j of  (true ratio)_j * (y_j - 1 - log y_j),
+
+    the papers' sum, rearranged so that no two large terms cancel: each term is 0 or more.
     """
     logits, alpha = logits[:, :-1], alpha.clamp(1e-6, 1 - 1e-6)[:, None]  # V' real tokens
     a = logits.size(1) * alpha
     xbar = a * F.one_hot(x0, logits.size(1)) + (1 - alpha)  # (M, V')
     xbar_p = a * logits.softmax(-1) + (1 - alpha)  # (M, V'); + 1 - alpha, unbracketed, would round
-    r, s = (x / x.gather(1, xt[:, None]) for x in (xbar, xbar_p))
-    y = s / r
-    return (r * (y - 1 - y.log())).sum(1) / a[:, 0]
+    true, learned = (x / x.gather(1, xt[:, None]) for x in (xbar, xbar_p))
+    y = learned / true
+    return (true * (y - 1 - y.log())).sum(1) / a[:, 0]
 
 
 @dataclass
@@ -815,8 +831,8 @@ class BlockDiffusion(Objective):
         nelbo per token = E of  1/L * sum over i of  is_mask[i] * w(t of its block)
                                       * -log p(x0[i] | xt of its block, x0 of the blocks before)
 
-    As MaskedDiffusion, but t is sampled for every block (in training stratified over the batch, so
-    that the blocks of a row have neighbouring t), and a block sees the clean blocks before it: all
+    As MaskedDiffusion, but t is sampled for every block (in training stratified over the batch:
+    the blocks of a row have neighbouring t, but none sees the noise of another), and a block sees the clean blocks before it: all
     in one pass over [xt ; x0]. With block_length = T it is MaskedDiffusion.
     """
     block_length: int = 16
@@ -831,7 +847,8 @@ class BlockDiffusion(Objective):
 
     def corrupt_evenly(self, model, x0, given, rng):
         (B, T), n = x0.shape, self.block_length
-        blocks = F.pad(given, (0, -T % n), value=True).view(-1, n)  # every block a row
+        # every block a row; padding counts as given, so that it is never masked
+        blocks = F.pad(given, (0, -T % n), value=True).view(-1, n)
         is_mask, fraction = (part.expand_as(blocks).reshape(B, -1)[:, :T]  # 2 x (B, T)
                              for part in masks_by_count(blocks, rng))
         return self.noised(model, x0, given, is_mask, 1 / fraction, fraction)
@@ -1004,13 +1021,13 @@ class LengthLoss:
     """What trains a LengthHead: an Objective's loss and bound, but no corrupt and no decoders.
 
     Of a row: cross-entropy over lengths (encoder_classify); the sum of W binary cross-entropies
-    (classify); for the regressors the pinball loss [Koenker & Bassett 1978], in tokens. What is
-    printed is the mean of a row divided by W, the tokens of its answer with PAD.
+    (classify); for the regressors the pinball loss [Koenker & Bassett 1978], in tokens:
 
         max(q * (n - prediction), (q - 1) * (n - prediction)),  q = length_quantile
 
     Its minimiser is the q-quantile of the length n. The squared error would predict the mean, and
-    about half of the answers would be longer.
+    about half of the answers would be longer. Printed is the loss per token: that of a row divided
+    by the W tokens of its answer with PAD.
     """
     eos_id: int
     length_quantile: float = 0.95
@@ -1029,8 +1046,8 @@ class LengthLoss:
         if kind == 'encoder_classify':
             return F.cross_entropy(out, n - 1, reduction='none')
         if kind == 'classify':
-            ended = torch.arange(out.size(1), device=x0.device) >= n[:, None] - 1  # (B, W)
-            return F.binary_cross_entropy_with_logits(out, ended.float(), reduction='none').sum(1)
+            target = torch.arange(out.size(1), device=x0.device) >= n[:, None] - 1  # (B, W)
+            return F.binary_cross_entropy_with_logits(out, target.float(), reduction='none').sum(1)
         short, q = n - out, self.length_quantile
         return torch.maximum(q * short, (q - 1) * short)
 

@@ -15,7 +15,7 @@ losses) and loss.png (both). An interrupted run goes on with --resume as if noth
 
 In an update, each process of a torchrun works through batch_size * gradient_accumulation_steps
 windows of its own: 2 processes with 1 pass train as 1 process with 2 passes does. With several
-machines, start on each:
+machines, which must all see the same folder, start on each:
 
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=<0 or 1> --master_addr=<of machine 0>
         --master_port=1234 train.py config/shakespeare_mdm_10m.py
@@ -87,7 +87,8 @@ n_embd = 192
 pos = 'rope'                # rope, learned
 norm = 'rmsnorm'            # rmsnorm, layernorm
 mlp = 'relu2'               # relu2, swiglu, gelu, gelu_tanh
-n_conv = 5                  # local mixing over so many neighbours, twice in a layer; 0 = none
+n_conv = 5                  # local mixing, twice in a layer: over a token and its n_conv - 1
+                            # neighbours; 0 = none
 n_hidden = 0                # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
 qk_norm = True
 bias = False
@@ -98,11 +99,11 @@ attn_dropout = 0.0          # of the weights of attention: slow on a CPU
 # objective
 objective = 'mdm'           # ar, mdm, d3pm, uniform, block; the rest of this group: all but ar
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
-loss_weight = 'clipped'     # elbo = w(t), clipped = min(w(t), w_max), flat = 1,
-                            # masked_mean = 1, and the mean is over masked tokens alone; with
-                            # objective=uniform times 1 - alpha_t, and all tokens are scored
+loss_weight = 'clipped'     # of time t: elbo = w(t), clipped = min(w(t), w_max), flat = 1;
+                            # masked_mean = 1, and the mean is over masked tokens alone. uniform
+                            # scores all tokens, and multiplies the weight by 1 - alpha_t
 w_max = 5.0                 # for loss_weight = clipped
-mask_range = (0.15, 0.99)   # of t in training; below, a row has few masks to learn from
+mask_range = (0.15, 0.99)   # of t in training; below it, a row has few masks to learn from
 diffusion_steps = 1000      # d3pm: N, from all masks to none
 subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
 shift = False               # mdm, d3pm: predict token i where token i - 1 is read, as ar does
@@ -139,8 +140,7 @@ bench = 0                   # only time this many updates and profile a few: not
 
 
 # fields of ModelConfig in which a run may differ from the one that it begins with: training adapts
-# the weights. (Local mixing then reads other neighbours than it has learned in ar; to move its
-# weights with the neighbours gains nothing, see RESULTS.)
+# the weights. (Local mixing reads other neighbours in mdm than it has learned in ar: see RESULTS.)
 MAY_DIFFER = ('block_size', 'causal', 'dropout', 'attn_dropout', 'subs', 'block_length',
               'length_head', 'shift')
 # settings of older versions (no gain, see RESULTS), with the values at which they did nothing
@@ -167,7 +167,7 @@ def orthogonalize(G, dtype):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised: the step is as long in every direction [Jordan 2024].
+    """Nesterov momentum, orthogonalised: equally long in every direction [Jordan 2024].
 
     Differs from torch.optim.Muon in the dtype of orthogonalize() alone. torch's is always bfloat16,
     in which an update takes 80 times longer on a CPU without bfloat16 instructions.
@@ -185,7 +185,7 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(p.grad, 1 - group['momentum'])
                 nesterov = p.grad.lerp(average, group['momentum'])
                 p.mul_(1 - group['lr'] * group['weight_decay'])
-                # without it, each of many outputs (rows) would change less than one of few
+                # rows of a tall orthogonal matrix have a length of about sqrt(columns / rows)
                 size = max(1, p.size(0) / p.size(1)) ** 0.5
                 p.add_(orthogonalize(nesterov, self.dtype), alpha=-group['lr'] * size)
 
@@ -310,7 +310,7 @@ def open_training_data(s, rank, world):
             and not Path('data', s.dataset, 'meta.json').exists():
         print(f'data/{s.dataset} is missing: preparing it')
         prepare(s.dataset)
-    if world > 1:  # the data is complete, and all have seen that out_dir is free, as main() asks
+    if world > 1:  # until the data is complete, and no process is in main()'s check of out_dir
         dist.barrier()
     data = open_run_data(vars(s))
     for name in ('decode_rows', 'length_head'):
@@ -328,13 +328,14 @@ def load_first_weights(model, s, meta):
     source = load_hub(s, meta) if s.init_from.startswith('hf:') else \
         load_checkpoint(s.init_from, model.device)
     theirs, own = vars(model_config(source['config'], source['meta'])), vars(model.config)
-    other = [name for name in theirs if theirs[name] != own[name] and name not in MAY_DIFFER]
-    other += [name for name in ('tokenizer', 'sep_id') if source['meta'][name] != meta[name]]
-    other += [name for name in ('objective', 'predict_pad')
-              if s.length_head and source['config'][name] != vars(s)[name]]
-    if other:
-        raise UserError(f'{s.init_from} cannot begin this run: it has another {", ".join(other)}')
-    most = theirs['block_size'] + theirs['shift'] - s.shift  # of learned positions, the first
+    differing = [name for name in theirs if theirs[name] != own[name] and name not in MAY_DIFFER]
+    differing += [name for name in ('tokenizer', 'sep_id') if source['meta'][name] != meta[name]]
+    differing += [name for name in ('objective', 'predict_pad')
+                  if s.length_head and source['config'][name] != vars(s)[name]]
+    if differing:
+        raise UserError(f'{s.init_from} cannot begin this run: it has another '
+                        + ', '.join(differing))
+    most = theirs['block_size'] + theirs['shift'] - s.shift  # positions that have learned weights
     require('block_size', s.block_size, s.pos == 'rope' or s.block_size <= most, f'{most} or less')
     weights = {name: p[:s.block_size + s.shift] if name == 'embed_pos.weight' else p
                for name, p in source['model'].items() if 'length_head.' not in name}
@@ -357,6 +358,7 @@ def restore(run, s, checkpoint):
     try:
         run.log, run.steps = (read_rows(Path(s.out_dir, name), run.iteration)
                               for name in ('log.csv', 'steps.csv'))
+        # as they stand in the log where an older checkpoint lacks them; a log there must be
         run.tokens = int(checkpoint.get('tokens', run.log[-1]['tokens']))
         run.seconds = float(checkpoint.get('seconds', run.log[-1]['seconds']))
     except (OSError, ValueError, TypeError, LookupError, csv.Error) as e:
@@ -456,7 +458,8 @@ def time_updates(run, s, warm_up=3, profiled=3):
         run.iteration += 1
         return time.perf_counter() - began
 
-    seconds = sorted([timed_update() for _ in range(warm_up + s.bench)][warm_up:])[s.bench // 2]
+    times = [timed_update() for _ in range(warm_up + s.bench)][warm_up:]
+    seconds = sorted(times)[s.bench // 2]
     with torch.profiler.profile() as profiler:
         for _ in range(profiled):
             timed_update()
@@ -514,7 +517,8 @@ def check_loss(run, s, kind, loss, highest, learning_rate):
 def write_rows(path, rows):
     """Writes log.csv or steps.csv: a header, and a line for each of the dicts `rows`."""
     text = io.StringIO(newline='')
-    csv.writer(text).writerows([*rows[:1], *(row.values() for row in rows)])  # a dict as its keys
+    header = [list(row) for row in rows[:1]]
+    csv.writer(text).writerows([*header, *(row.values() for row in rows)])
     write_atomically(path, text.getvalue().encode())
 
 
@@ -534,7 +538,8 @@ def record_step(run, s, loss):
         track(numbers, run.iteration)
     if run.rank == 0:
         with open(Path(s.out_dir, 'steps.csv'), 'a', newline='') as f:
-            csv.writer(f).writerows([row] * (f.tell() == 0) + [row.values()])  # keys: the header
+            header = [list(row)] if f.tell() == 0 else []
+            csv.writer(f).writerows([*header, row.values()])
 
 
 def plot_losses(run, s):
@@ -612,12 +617,13 @@ def update(run, s, factor):
     count, and, with several processes, signals that any of them caught.
     """
     sums = torch.zeros(3, device=run.device)  # nats, tokens that count, signals
-    # a tensor, since torch.compile would compile anew for each number
+    # attn_anneal: with which probability a later token is visible; a tensor, since torch.compile
+    # would compile anew for each number
     inputs = {} if run.iteration >= s.attn_anneal else \
         {'visible': torch.tensor(run.iteration / s.attn_anneal, device=run.device)}
     for part in range(run.rank, run.parts, run.world):  # numbers of this process's batches
         seed = mixed_seed(s.seed, run.iteration, part)
-        torch.manual_seed(mixed_seed(seed, 1))  # for dropout and attn_anneal: of another stream
+        torch.manual_seed(mixed_seed(seed, 1))  # a second one: for dropout, attn_anneal
         rng = torch.Generator(run.device).manual_seed(seed)  # for noise levels and masks
         # x0 (B, T); given (B, T) or None
         x0, given = on_device(run.data.batch(run.iteration, part, run.parts), run.device)
@@ -649,8 +655,8 @@ def train(run, s):
     """The loop: evaluate, save, update, until max_iters or a signal."""
     # disable=None: tqdm shows a bar only on a terminal
     bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
-    # tokens and seconds when this process began, for its speed; stop: leave at the top of a round
-    tokens, seconds, stop = run.tokens, run.seconds, False
+    tokens_before, seconds_before = run.tokens, run.seconds  # of this process, for its speed
+    stop = False  # leave at the top of a round
     # SIGINT and SIGTERM only leave a note. An update that stopped halfway would have changed some
     # weights and not others; so it is finished first, and saved.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -678,7 +684,7 @@ def train(run, s):
             loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: now and then
             check_loss(run, s, 'training', loss, 10, factor * s.learning_rate)
         run.seconds += time.perf_counter() - began  # with that wait
-        run.speed = (run.tokens - tokens) / (run.seconds - seconds)
+        run.speed = (run.tokens - tokens_before) / (run.seconds - seconds_before)
         bar.update()
 
         if to_record:
@@ -693,8 +699,8 @@ def train(run, s):
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
         signal.signal(number, signal.SIG_DFL)
-    # caught in the last evaluation, no update came after it to see it; of several processes, each
-    # may have caught another signal then, and they go on together
+    # `stop` is set after an update, and the last evaluation has none after it: there a single
+    # process looks at what it caught itself. Several may have caught different signals: all finish.
     if stop or run.world == 1 and run.caught:
         print(f'stopped and saved after {run.iteration} updates; go on with\n'
               f'python train.py --out_dir={s.out_dir} --resume')
@@ -704,7 +710,7 @@ def train(run, s):
 # ------------------------------------------------------------------------------ from start to end
 
 
-def measure(run, s):
+def print_final_loss(run, s):
     """Prints the final validation loss, in float32; of a bound, the mean of eval_repeats draws."""
     nats, error = evaluate(run.model, run.objective, run.data.batches('val', s.batch_size), seed=1,
                            repeats=1 if run.objective.exact else s.eval_repeats)
@@ -764,7 +770,7 @@ def main():
     if s.bench:
         return time_updates(run, s)
     train(run, s)
-    measure(run, s)
+    print_final_loss(run, s)
     if run.world > 1:
         dist.destroy_process_group()
     if run.rank == 0:
