@@ -52,7 +52,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -411,17 +411,14 @@ def alpha_and_weight(t, schedule):
     return 1 - t ** POWER, POWER / t
 
 
-def low_discrepancy(n, rng, device, shuffled=False):
+def low_discrepancy(n, rng, device):
     """n stratified numbers: one in each interval of length 1/n of [0, 1), with one common shift.
 
-    Each is uniform, but together they cover (0, 1) more evenly than independent ones [VDM].
-    shuffled: in random order, for evaluation: its rows are neighbours in the text, or blocks of one
-    text, and would otherwise get neighbouring levels.
+    Each is uniform, but together they cover (0, 1) more evenly than independent ones [VDM]. They
+    are in random order, since rows may be neighbours in the text, or blocks of one text.
     """
     u = torch.rand(1, generator=rng, device=device)
-    k = torch.randperm(n, generator=rng, device=device) if shuffled else \
-        torch.arange(n, device=device)
-    return (u + k / n) % 1
+    return (u + torch.randperm(n, generator=rng, device=device) / n) % 1
 
 
 def noise_fraction(p_noise, given):
@@ -441,7 +438,7 @@ def masks_by_count(given, rng):
     Returns is_mask (B, T), and l / L (B, 1), which is stratified over the rows.
     """
     L = (~given).sum(1, keepdim=True)  # (B, 1)
-    u = low_discrepancy(len(given), rng, given.device, shuffled=True)[:, None]  # (B, 1)
+    u = low_discrepancy(len(given), rng, given.device)[:, None]  # (B, 1)
     n_mask = 1 + (u * L).long().clamp(max=L - 1)  # l
     order = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
     is_mask = order.argsort(1).argsort(1) < n_mask  # twice: the rank; given tokens are last
@@ -496,9 +493,9 @@ class Objective:
         loss    what training minimises; loss_weight and mask_range shape it
         bound   what evaluation reports: over all levels, and with less variance
 
-    A subclass defines corrupt(model, x0, given, rng) -> Noised, what training samples, and
-    corrupt_evenly(model, x0, given, rng) -> Noised, what evaluation samples. Both are scored alike,
-    by weighted_losses, which allows any token_loss and computes logits in slices:
+    A subclass defines corrupt(model, x0, given, rng) -> Noised, what training samples. Evaluation
+    samples corrupt_evenly, which a subclass may replace by one of less variance. Both are scored
+    alike, by weighted_losses, which allows any token_loss and computes logits in slices:
 
         noised = corrupt(model, x0, given, rng)
         logits = model(noised.xt, noised.level, where=noised.scored)
@@ -559,6 +556,10 @@ class Objective:
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt_evenly(model, x0, given, rng)
         return spread(self.weighted_losses(model, x0, noised), noised.scored).sum(1)
+
+    def corrupt_evenly(self, model, x0, given, rng):
+        everywhere = replace(self, loss_weight='elbo', mask_range=(0.0, 1.0))
+        return everywhere.corrupt(model, x0, given, rng)
 
     def weighted_losses(self, model, x0, noised, **more):
         """Weighted losses (M,) of predicting x0 from one sample of its corruption."""
@@ -675,23 +676,6 @@ def evaluate(model, objective, batches, seed=0, repeats=1):
 # --------------------------------------------------------------------------- further objectives
 
 
-def with_one(chosen, given, rng):
-    """chosen (B, T) bool and one token more in each row, uniform over the L that are not given.
-
-    Used for importance sampling: at a small p most sets would be empty, and the others would weigh
-    about 1/p. The added token may be one that is chosen already. If every token is chosen with
-    probability p, a set S of l tokens becomes l / (L p) times as probable, because any i of the l
-    may be the added one:
-
-        P'(S) = sum over i in S of  1/L * (P(S) + P(S without i)) = l / (L p) * P(S)
-
-    (either S was chosen, i in it, or S without i). With P(S without i) = (1 - p) / p * P(S) that
-    gives the ratio. A term that is weighted by L p / l keeps its mean.
-    """
-    u = torch.rand(chosen.shape, generator=rng, device=chosen.device).masked_fill(given, -1.0)
-    return chosen.scatter(1, u.argmax(1, keepdim=True), True) & ~given
-
-
 @dataclass
 class D3PM(Objective):
     """Masked diffusion in N discrete steps [D3PM, absorbing state].
@@ -701,14 +685,12 @@ class D3PM(Objective):
 
     As MaskedDiffusion, but t lies on the grid 1/N, ..., 1, and N c(t) replaces w(t), where
     c(t) = (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/N, is the probability that a step reveals
-    a mask. Evaluation samples step t with probability alpha_s - alpha_t = c m, m = 1 - alpha_t, and
-    not 1/N, and the masks by with_one, at p = m. Both are undone in the weight, which becomes
-    N c * (1/N) / (c m) * (L m / l) = L / l: no variance where logits are uniform (with subs).
+    a mask. In code m = 1 - alpha: m_t at t, m_s at s.
     """
     diffusion_steps: int = 1000
 
     def grid(self, device):
-        """m = 1 - alpha at t = 0, 1/N, ..., 1, (N + 1,), and c (N + 1,), which is 0 at t = 0."""
+        """m at t = 0, 1/N, ..., 1, (N + 1,), and c (N + 1,), which is 0 at t = 0."""
         t = torch.arange(self.diffusion_steps + 1, dtype=torch.float64) / self.diffusion_steps
         m = 1 - alpha_and_weight(t, self.schedule)[0]
         c = F.pad(m.diff() / m[1:], (1, 0))
@@ -723,16 +705,24 @@ class D3PM(Objective):
         return self.noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
 
     def corrupt_evenly(self, model, x0, given, rng):
+        """Never a row without masks, and with uniform logits (and subs) no variance.
+
+        A step has probability m_t - m_s = c m_t in place of 1/N. One token, any of the L, is masked
+        for sure, the others with probability m_t: that makes a set of l masks l / (L m_t) times as
+        probable, since each of its tokens may be that one. The weight N c, divided by both changes,
+        N c m_t and l / (L m_t), is L / l.
+        """
         m, c = self.grid(x0.device)
-        u = low_discrepancy(len(x0), rng, x0.device, shuffled=True)[:, None]  # (B, 1)
+        u = low_discrepancy(len(x0), rng, x0.device)[:, None]  # (B, 1)
         step = torch.searchsorted(m, u, right=True).clamp(max=self.diffusion_steps)  # (B, 1), 1..N
-        is_mask = torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]
-        is_mask = with_one(is_mask, given, rng)  # l of the L tokens that are not given
+        u = torch.rand(x0.shape, generator=rng, device=x0.device)
+        sure = torch.rand(x0.shape, generator=rng, device=x0.device).masked_fill(given, -1.0)
+        is_mask = (u < m[step]).scatter(1, sure.argmax(1, keepdim=True), True) & ~given
         weight = (~given).sum(1, keepdim=True) / is_mask.sum(1, keepdim=True).clamp(min=1)  # L / l
         return self.noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
 
     def noised(self, model, x0, given, is_mask, weight, m_t, m_s, c):
-        """m_t, m_s = 1 - alpha and c, (B, 1): those of the step from t to s."""
+        """m_t, m_s and c, (B, 1), are those of the step from t to s."""
         xt = torch.where(is_mask, model.mask_id, x0)
         return Noised(xt, is_mask, weight, noise_fraction(m_t, given),
                       partial(d3pm_token_loss, mask_id=model.mask_id), (m_t, m_s, c))
@@ -774,29 +764,9 @@ class Uniform(Objective):
         t = self.draw_t(len(x0), rng, x0.device)[:, None]  # (B, 1)
         alpha, w = alpha_and_weight(t, self.schedule)
         is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
-        weight = self.training_weight(w) * (1 - alpha)  # (B, 1)
-        return self.noised(model, x0, given, is_noise, weight, alpha, rng)
-
-    def corrupt_evenly(self, model, x0, given, rng):
-        """All rows sample their noise independently; half of them then add a token by with_one.
-
-        with_one alone would never sample a row without noise, which has a loss here too. Without
-        it, the few rows that have noise at a small t would cost about 1/t: hence both.
-        A set of l noise tokens has probability P in the first half and P' = P * l / (L t) in the
-        second (with_one at p = t). Every row has the weight P / ((P + P') / 2) <= 2, so that the
-        estimate is unbiased. The schedule is linear, whichever was trained: w(t) (1 - alpha_t) = 1.
-        """
-        L = (~given).sum(1, keepdim=True).clamp(min=1)  # (B, 1)
-        u = 2 * low_discrepancy(len(x0), rng, x0.device, shuffled=True)[:, None]  # (B, 1)
-        t = 1 - u % 1  # (B, 1) in (0, 1]; u < 1 is the first half
-        is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) < t) & ~given
-        is_noise = torch.where(u < 1, is_noise, with_one(is_noise, given, rng))
-        weight = 2 / (1 + is_noise.sum(1, keepdim=True) / (L * t))  # (B, 1)
-        return self.noised(model, x0, given, is_noise, weight, 1 - t, rng)
-
-    def noised(self, model, x0, given, is_noise, weight, alpha, rng):
         random = torch.randint(model.mask_id, x0.shape, generator=rng, device=x0.device)  # (B, T)
         xt = torch.where(is_noise, random, x0)
+        weight = self.training_weight(w) * (1 - alpha)  # (B, 1)
         return Noised(xt, ~given, weight, noise_fraction(1 - alpha, given), uniform_token_loss,
                       (xt, alpha))
 
@@ -831,8 +801,7 @@ class BlockDiffusion(Objective):
         nelbo per token = E of  1/L * sum over i of  is_mask[i] * w(t of its block)
                                       * -log p(x0[i] | xt of its block, x0 of the blocks before)
 
-    As MaskedDiffusion, but t is sampled for every block (in training stratified over the batch:
-    the blocks of a row have neighbouring t, but none sees the noise of another), and a block sees the clean blocks before it: all
+    As MaskedDiffusion, but t is sampled for every block, and a block sees the clean blocks before it: all
     in one pass over [xt ; x0]. With block_length = T it is MaskedDiffusion.
     """
     block_length: int = 16

