@@ -197,11 +197,6 @@ def window_start(i, size):
     return 0 if i < size else ((i - size) // half + 1) * half
 
 
-def empty_cache(model, B):
-    """A KVCache for B rows; the model may be a Counted, which has no parameters(), but embed."""
-    return KVCache(model.config, B, model.embed.weight.device, model.embed.weight.dtype)
-
-
 def reverse_steps(model, x, to_generate, steps, schedule):
     """[(alpha_t, alpha_s, level)] of `steps` steps from t = 1 to t = 0, s = t - 1/steps.
 
@@ -306,7 +301,7 @@ def decode_ar(model, x, to_generate, rng, **sampling):
     to i. At i = 3 the first pass may read start, x0, x1, x2, and the next one x3 alone. When the
     window moves, the cache is emptied.
     """
-    cache, begin = empty_cache(model, len(x)), 0  # begin: where the window begins in the canvas
+    cache, begin = KVCache(model.config, len(x), x.device), 0  # begin: of the window in the canvas
     for i in to_generate.any(0).nonzero()[:, 0].tolist():
         if not to_generate[:, i].any():  # rows have ended since
             continue
@@ -484,9 +479,9 @@ class PrefixCached:
     in it, so that their keys and values should change, but the cache keeps those of the first pass.
     """
 
-    def __init__(self, model, B):
+    def __init__(self, model, x):
         self.model, self.config, self.mask_id = model, model.config, model.mask_id
-        self.cache, self.start = empty_cache(model, B), 0
+        self.cache, self.start = KVCache(model.config, len(x), x.device), 0
 
     def enter(self, x, start, stop):
         """Goes to the block x[:, start:stop]."""
@@ -506,9 +501,9 @@ class BlockCached:
     Where the canvas is longer than the context, a window of whole blocks slides over it.
     """
 
-    def __init__(self, model, B):
+    def __init__(self, model, x):
         self.model, self.config, self.mask_id = model, model.config, model.mask_id
-        self.cache, self.begin = empty_cache(model, B), 0  # begin: of the window in the canvas
+        self.cache, self.begin = KVCache(model.config, len(x), x.device), 0  # begin: as in decode_ar
 
     def enter(self, x, start, stop):
         """Goes to the block x[:, start:stop]: a pass for each earlier block that is not cached."""
@@ -544,7 +539,7 @@ def decode_blocks(model, x, to_generate, rng, *, inner, block_length, steps=None
     if cached is BlockCached:
         first -= first % block_length
         end = min(end + -end % block_length, x.size(1))
-    reader = cached(model, len(x)) if cached else model
+    reader = cached(model, x) if cached else model
     for start in range(first, end, block_length):
         stop, block = min(start + block_length, end), torch.zeros_like(to_generate)
         block[:, start:stop] = to_generate[:, start:stop]
@@ -647,7 +642,7 @@ class Counted:
 
     def __init__(self, model):
         self.model, self.config, self.mask_id = model, model.config, model.mask_id
-        self.embed, self.nfe = model.embed, 0
+        self.nfe = 0
 
     def __call__(self, *inputs, **options):
         self.nfe += 1
@@ -777,15 +772,14 @@ def decode(run, rows, settings, eos_id=None, watch=None):
 
     With an eos_id, a row ends where it generates one; without, at the end of the canvas.
     """
-    context, weight = run.model.config.block_size, run.model.embed.weight
+    context, device = run.model.config.block_size, run.model.embed.weight.device
     if len(rows[0]) > context and not (run.objective.causal or run.objective.block_length):
         raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
                         f'block_size is {context}')
     specials = [run.meta[key] for key in ('mask_id', *SPECIALS) if run.meta.get(key) is not None]
     decoder = make_decoder(run.objective, settings, specials)
-    rng = torch.Generator('cpu' if weight.device.type == 'mps' else weight.device)
-    rng.manual_seed(settings['seed'])
-    began, x = time.perf_counter(), torch.tensor(rows, device=weight.device)
+    rng = torch.Generator('cpu' if device.type == 'mps' else device).manual_seed(settings['seed'])
+    began, x = time.perf_counter(), torch.tensor(rows, device=device)
     x, nfe = run_decoder(decoder, run.model, x, rng, eos_id, watch)
     return x.cpu(), nfe, time.perf_counter() - began
 
