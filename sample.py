@@ -1148,9 +1148,10 @@ class Recorder:
     def keep(self, before, ids, nfe, logits):
         """Adds a step; logits[i] (V,) are those of position i."""
         new = []
-        for i in (i for i, id in enumerate(ids) if id != before[i]):
-            id, p, alternatives = ids[i], None, []
-            text = MASK_SHOWN if id == self.mask_id else self.tokenizer.decode([id])
+        for i, id in enumerate(ids):
+            if id == before[i]:
+                continue
+            text, p, alternatives = show([id], self.tokenizer, self.mask_id), None, []
             if i in logits and id != self.mask_id:
                 p_all = logits[i].float().softmax(-1).cpu()  # (V,)
                 p, best = round(p_all[id].item(), 6), p_all.topk(min(TOP, len(p_all) - 1))
@@ -1243,6 +1244,11 @@ def ramp(n):
     return [colors.to_hex(color) for color in colormaps['viridis'](np.linspace(0.5, 1, n))]
 
 
+def text_and_color(new, color, mask_id):
+    """What stands in the cell of a new token that came in this colour; a mask is a dark cell."""
+    return ('', MASK_COLOR) if new['id'] == mask_id else (visible(new['text']), color)
+
+
 def draw_steps(r, most, stood, title, size):
     """PIL images of the canvas after each of `most` steps, a character being size x 2 size.
 
@@ -1265,9 +1271,7 @@ def draw_steps(r, most, stood, title, size):
     put(-0.9, COLUMNS / 2, COLUMNS / 2, '', MASK_COLOR, 0.4)
     for k, (step, color) in enumerate(zip(r.steps, ['white', *ramp(n)])):
         for new in step['new']:
-            is_mask = new['id'] == r.mask_id
-            put(*places[new['i']], '' if is_mask else visible(new['text']),
-                MASK_COLOR if is_mask else color)
+            put(*places[new['i']], *text_and_color(new, color, r.mask_id))
         if k > 0:
             put(-0.9, COLUMNS / 2 * (1 + (k - 1) / n), COLUMNS / 2 / n + 0.3, '', color, 0.4)
         if k in shown:
@@ -1305,9 +1309,9 @@ def save_html(r, path, about):
         steps.append({'label': f'step {step["step"]} of {n}, pass {step["nfe"]}, '
                                f'{r.progress(step["step"])}', 'new': []})
         for new in step['new']:
-            i, is_mask = new['i'], new['id'] == r.mask_id
+            i = new['i']
             changes[i] += 1
-            first = 'a mask' if is_mask else 'given'
+            first = 'a mask' if new['id'] == r.mask_id else 'given'
             came = f'from step {step["step"]} on' if changes[i] else first
             said = [f'“{visible(new["text"])}” at position {i}, {came}']
             if new['p'] is not None:
@@ -1317,8 +1321,7 @@ def save_html(r, path, about):
             for id, p, text in new['alternatives']:
                 drawn = ' ◂' if id == new['id'] else ''
                 said.append(f'{p:.3f} {"━" * round(20 * p):20} “{visible(text)}”{drawn}')
-            steps[-1]['new'].append([i, '' if is_mask else visible(new['text']),
-                                     MASK_COLOR if is_mask else color, '\n'.join(said)])
+            steps[-1]['new'].append([i, *text_and_color(new, color, r.mask_id), '\n'.join(said)])
     data = {'title': about['title'], 'places': layout(r.stood, COLUMNS), 'colors': colors,
             'chosen': r.steps[0]['ids'].index(r.mask_id), 'steps': steps}
     page = Path(__file__).parent / 'data/steps.html'
