@@ -679,34 +679,35 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer, truncate):
         answer_line        of pairs: (a, b) of the least-squares fit
                            tokens of the answer with EOS = a * tokens of the prompt + b
     """
-    is_pair, sizes, lengths = meta['sep_id'] is not None, [], []
-    empty = long = 0
+    is_pair, lengths, kept = meta['sep_id'] is not None, [], []
+    count |= dict.fromkeys(('rows', 'scored', 'longest', 'characters', 'bytes', 'empty', 'long'), 0)
     for prompt, answer in pairs:
         prompt, answer = encoder.encode(prompt.strip()), encoder.encode(answer.strip())
-        is_empty = not answer or (is_pair and not prompt)
-        is_long = not is_empty and (len(prompt) > max_prompt or len(answer) > max_answer)
-        empty += is_empty
-        long += is_long
-        lengths += [] if is_empty else [(len(prompt), len(answer))]
-        if is_empty or (is_long and is_pair and not truncate):
+        if not answer or (is_pair and not prompt):
+            count['empty'] += 1
             continue
+        lengths.append((len(prompt), len(answer)))
+        if len(prompt) > max_prompt or len(answer) > max_answer:
+            count['long'] += 1
+            if is_pair and not truncate:
+                continue
         prompt, answer = prompt[-max_prompt:], answer[:max_answer]
         text = encoder.decode(answer)
-        sizes.append((len(prompt), len(answer) + 1, len(text), len(text.encode('utf-8'))))
+        count['characters'] += len(text)
+        count['bytes'] += len(text.encode('utf-8'))
+        kept.append((len(prompt), len(answer) + 1))
         row = [*prompt, meta['sep_id'], *answer] if is_pair else answer
         row = [*row, meta['eos_id']]
         yield row + [meta['pad_id']] * (meta['row_length'] - len(row))
-    sizes = np.array(sizes, int).reshape(-1, 4)  # (rows, 4): prompt, scored, characters, bytes
-    _, scored, characters, n_bytes = sizes.sum(0).tolist()
-    longest = int(sizes[:, 1].max(initial=1)) - 1  # without EOS
-    count |= {'rows': len(sizes), 'scored': scored, 'longest': longest, 'characters': characters,
-              'bytes': n_bytes, 'empty': empty, 'long': long}
+    n_prompt, n_scored = np.array(kept, int).reshape(-1, 2).T  # (rows,) each
+    count |= {'rows': len(kept), 'scored': n_scored.sum().item(),
+              'longest': n_scored.max(initial=1).item() - 1}
     sides = zip(('prompt', 'answer' if is_pair else 'document'), np.transpose(lengths))  # (N,) each
     count['lengths'] = {side: [n.mean().item(), *np.quantile(n, (0.5, 0.9, 0.99, 1)).tolist()]
                         for side, n in sides if n.any()}
-    if is_pair and len(sizes):
-        prompts = np.column_stack([sizes[:, 0], np.ones(len(sizes))])  # (rows, 2)
-        count['answer_line'] = np.linalg.lstsq(prompts, sizes[:, 1], rcond=None)[0].tolist()
+    if is_pair and kept:
+        powers = np.vander(n_prompt, 2)  # (rows, 2): n_prompt, 1
+        count['answer_line'] = np.linalg.lstsq(powers, n_scored, rcond=None)[0].tolist()
 
 
 def write_dataset(target, meta, encoded):

@@ -503,7 +503,7 @@ class BlockCached:
 
     def __init__(self, model, x):
         self.model, self.config, self.mask_id = model, model.config, model.mask_id
-        self.cache, self.begin = KVCache(model.config, len(x), x.device), 0  # begin: as in decode_ar
+        self.cache, self.begin = KVCache(model.config, len(x), x.device), 0  # begin: of the window
 
     def enter(self, x, start, stop):
         """Goes to the block x[:, start:stop]: a pass for each earlier block that is not cached."""
