@@ -453,11 +453,9 @@ def split_of(document, shares, seed):
     return next(split for split, share in shares.items() if u < share)
 
 
-def draw_splits(read, shares, seed):
-    """{split: function that yields those documents of read() that split_of() puts there}."""
-    return {split: lambda split=split: (document for document in read() if
-                                        split_of(document, shares, seed) == split)
-            for split in shares}
+def drawn_for(split, read, shares, seed):
+    """The documents of read() that split_of() puts into this split."""
+    return (document for document in read() if split_of(document, shares, seed) == split)
 
 
 def open_splits(recipe, texts, kind, val_share, seed):
@@ -472,7 +470,7 @@ def open_splits(recipe, texts, kind, val_share, seed):
         require('val_share', val_share, '' in splits, '0 for data that has its own val')
         whole = partial(cut_documents, splits['']) if stream else splits['']
         shares = {'train': 1 - val_share, 'val': 1} if val_share else recipe['splits']
-        splits = draw_splits(whole, shares, seed)
+        splits = {split: partial(drawn_for, split, whole, shares, seed) for split in shares}
     elif '' in splits:
         splits = cut_splits(splits[''], recipe['splits'], stream)
     if unfold := recipe['unfold']:
