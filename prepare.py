@@ -937,21 +937,25 @@ class Stream:
         The windows lie side by side, and the last may be shorter than T. limit: read only so many
         whole windows, evenly spread; 0 = all.
         """
-        data = self.train if split == 'train' else self.tokens(split)
-        T = min(self.block_size, len(data))
-        starts = np.arange(len(data) // T) * T  # of whole windows, (N,)
-        kept = starts[evenly(len(starts), limit)]
-        parts = [(kept[i:i + batch_size], T) for i in range(0, len(kept), batch_size)]
-        if len(kept) == len(starts) and len(data) % T:
+        data, T, starts = self.whole_windows(split, self.block_size, limit)
+        parts = [(starts[i:i + batch_size], T) for i in range(0, len(starts), batch_size)]
+        if len(starts) == len(data) // T and len(data) % T:
             parts.append((np.array([len(data) // T * T]), len(data) % T))
         return [lambda part=part: (self.read(data, *part), None) for part in parts]
 
     def windows(self, split, T, n):
         """n windows (n, T) int64 of a split, evenly spread, or all that there are; 0 = all."""
+        data, T, starts = self.whole_windows(split, T, n)
+        return self.read(data, starts, T)
+
+    def whole_windows(self, split, T, limit):
+        """(the ids (N,) of a split; T, or N if that is less; where windows of T tokens begin).
+
+        They lie side by side. limit: only so many of them, evenly spread; 0 = all.
+        """
         data = self.train if split == 'train' else self.tokens(split)
         T = min(T, len(data))
-        starts = np.arange(0, len(data) - T + 1, T)
-        return self.read(data, starts[evenly(len(starts), n)], T)
+        return data, T, evenly(len(data) // T, limit) * T
 
     def read(self, data, starts, T):
         """Windows x0 (B, T) int64 that begin at starts (B,)."""
