@@ -51,8 +51,8 @@ import torch.nn.functional as F
 import config
 from config import UserError, one_of, require
 from model import SCHEDULES, KVCache, MaskedDiffusion, Objective, Transformer, after_start, \
-    alpha_and_weight, export_model, first_to_hold, load_checkpoint, load_model, make_objective, \
-    pick_device
+    alpha_and_weight, cross_entropy, export_model, first_to_hold, load_checkpoint, load_model, \
+    make_objective, pick_device
 from prepare import EOT, SPECIALS, CharTokenizer, chat_prompt, load_tokenizer, read_chunks, \
     split_row
 
@@ -789,8 +789,7 @@ def keep_log_p(log_p, x, nfe, where, logits):
 
     Every pass overwrites what it predicted, and the last of these passes wrote what stands there.
     """
-    new = logits.float().log_softmax(-1).gather(-1, x[where][:, None])[:, 0]  # (M,)
-    log_p[where.cpu()] = new.cpu()
+    log_p[where.cpu()] = -cross_entropy(logits.float(), x[where]).cpu()  # (M,)
 
 
 def end_of(ids, canvas, eos_id, mask_id):
