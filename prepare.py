@@ -1101,9 +1101,9 @@ def main():
             print(f'{split}: {count["rows"]:,} rows, {count["scored"]:,} tokens to predict; '
                   f'{count["empty"]:,} empty and dropped, {count["long"]:,} too long and '
                   f'{"cut" if truncate or meta["sep_id"] is None else "dropped"}')
-            for side, n in count['lengths'].items():
-                print(f'  tokens of each {side}: mean {n[0]:.1f}, median {n[1]:.0f}, '
-                      f'90% {n[2]:.0f}, 99% {n[3]:.0f}, longest {n[4]:.0f}')
+            for side, (mean, median, p90, p99, longest) in count['lengths'].items():
+                print(f'  tokens of each {side}: mean {mean:.1f}, median {median:.0f}, '
+                      f'90% {p90:.0f}, 99% {p99:.0f}, longest {longest:.0f}')
     tokens = ', '.join(f'{split} {count["tokens"]:,}' for split, count in meta['counts'].items())
     print(f"data/{meta['name']}: {tokens} tokens of {meta['vocab_size']:,} kinds. {meta['source']}")
 
