@@ -473,13 +473,14 @@ def open_splits(recipe, texts, kind, val_share, seed):
         splits = {split: partial(drawn_for, split, whole, shares, seed) for split in shares}
     elif '' in splits:
         splits = cut_splits(splits[''], recipe['splits'], stream)
-    if unfold := recipe['unfold']:
-        splits = {split: lambda read=read: itertools.chain.from_iterable(map(unfold, read()))
-                  for split, read in splits.items()}
-    if not stream:
-        return splits
-    where = OUTSIDE_EOT if kind == 'char' else BEFORE_BLANK
-    return {split: lambda read=read: recut(read(), where) for split, read in splits.items()}
+
+    def items_of(split):
+        items = splits[split]()
+        if recipe['unfold']:
+            items = itertools.chain.from_iterable(map(recipe['unfold'], items))
+        return recut(items, OUTSIDE_EOT if kind == 'char' else BEFORE_BLANK) if stream else items
+
+    return {split: partial(items_of, split) for split in splits}
 
 
 class CharTokenizer:
