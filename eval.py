@@ -49,7 +49,7 @@ from config import UserError, one_of, require, write_atomically
 from model import Autoregression, cross_entropy, evaluate, flops_per_token, in_slices, \
     make_objective, peak_memory, pick_device
 from prepare import EOT, SURROGATE, download, evenly, from_hub, load_meta, load_split, \
-    load_tokenizer, mixed_seed, open_data, open_run_data, optional, read_chunks, row_batches
+    load_tokenizer, mixed_seed, open_run_data, optional, read_chunks, row_batches
 from sample import PLAIN, Run, load_run
 
 # what is measured
@@ -160,10 +160,8 @@ def about(run):
 
 
 def data_of(run):
-    """The Stream or Rows of a run: its data set, cut into windows or rows as in its training."""
-    s = run.settings
-    return open_data(s['dataset'], s['block_size'], s['batch_size'], predict_pad=s['predict_pad'],
-                     train_tokens=s.get('train_tokens', 0))
+    """The Stream or Rows of a run as in its training, but with all rows: row_share is not read."""
+    return open_run_data(run.settings | {'row_share': 1.0})
 
 
 def common_windows(runs, settings, most=math.inf):
