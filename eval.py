@@ -1461,16 +1461,16 @@ def main():
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f'{out_dir} has runs of the same name, which no table could tell apart')
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]
-    given = {name for word in words for name in (
-        [word[2:].partition('=')[0]] if word.startswith('--') else config.read_config(word))}
     work = REPORT if task == 'report' else {task: ALONE.get(task, {})}
     if save_texts:
         open(save_texts, 'a').close()  # what cannot be written is refused before the work
     for name, change in work.items():
-        change = {key: value for key, value in change.items() if key not in given}
-        command = shlex.join([*words, f'--task={name}', *(f'--{k}={v}' for k, v in change.items())])
+        # the words once more, since what the user says comes before the defaults of a task
+        own = config.override(dict(globals()), None, sample, sample.DECODING, earlier=change)
+        changed = [f'--{key}={own[key]}' for key in change if own[key] != settings[key]]
+        command = shlex.join([*words, f'--task={name}', *changed])
         try:
-            section = run_task(name, runs, settings | change, command)
+            section = run_task(name, runs, own, command)
         except UserError as e:
             if task != 'report':
                 raise
