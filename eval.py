@@ -142,8 +142,7 @@ def load_log(path):
     """
     try:
         settings = json.loads(Path(path, 'config.json').read_text())
-        with open(Path(path, 'log.csv'), newline='') as f:
-            rows = list(csv.DictReader(f))[1:]
+        rows = [*csv.DictReader(Path(path, 'log.csv').read_text().splitlines())][1:]
         log = {k: np.array([float(r[k]) for r in rows]) for k in 'iter tokens seconds val'.split()}
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise UserError(f'{path} has no whole log.csv and config.json: it is not a run, or one '
