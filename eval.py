@@ -798,14 +798,14 @@ class HuggingFace:
     Like ours it reads a start token before every text.
     """
 
-    def __init__(self, name, device, **how):
-        tokenizer = from_hub('AutoTokenizer', name, **how)
-        self.model = from_hub('AutoModelForCausalLM', name, dtype=torch.float32, **how)
-        self.model.to(device).eval()
+    def __init__(self, name, device, trust):
+        tokenizer = from_hub('AutoTokenizer', name, trust_remote_code=trust)
+        self.model = from_hub('AutoModelForCausalLM', name, dtype=torch.float32,
+                              trust_remote_code=trust).to(device).eval()
+        self.encode, self.device = partial(tokenizer.encode, add_special_tokens=False), device
         bos, eos, c = tokenizer.bos_token_id, tokenizer.eos_token_id, self.model.config
-        start_id, self.device = eos if bos is None else bos, device
+        start_id = eos if bos is None else bos
         require('judge', name, start_id is not None, 'a model with a start or an end token')
-        self.encode = partial(tokenizer.encode, add_special_tokens=False)
         self.config = SimpleNamespace(vocab_size=c.vocab_size, start_id=start_id,
                                       block_size=c.max_position_embeddings)
 
@@ -822,8 +822,7 @@ def load_judge(runs, settings):
     if not path:
         return next((run for run in runs if run.objective.exact), None)
     if not Path(path, 'ckpt.pt').exists():
-        how, meta = {'trust_remote_code': settings['trust_remote_code']}, {'tokenizer': path}
-        model = HuggingFace(path, device, **how)
+        meta, model = {'tokenizer': path}, HuggingFace(path, device, settings['trust_remote_code'])
         return Run(Path(path).name, model, Autoregression(), meta, model, {}, 0, path)
     (run,) = load_runs(path, device)
     require('judge', path, run.objective.exact, 'an ar run: no other says how likely a text is')
