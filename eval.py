@@ -506,6 +506,13 @@ def plot_likelihood(rows, path):
     return save_figure(fig, path)
 
 
+def only_levels(objective, lo, hi, schedule):
+    """The objective, but of levels in (lo, hi] alone, which have their weights in it."""
+    part = replace(objective, mask_range=(lo, hi), schedule=schedule, loss_weight='elbo')
+    part.corrupt_evenly = part.corrupt  # the one that reads mask_range
+    return part
+
+
 def parts(runs, settings):
     """What a bound consists of, by noise level, and in d3pm by step.
 
@@ -520,20 +527,13 @@ def parts(runs, settings):
     for run in [run for run in runs if not run.objective.exact]:
         batches = data_of(run).batches(s['split'], s['batch_size'], s['max_windows'])
         own, N = run.objective, getattr(run.objective, 'diffusion_steps', 0)
-
-        def between(lo, hi, schedule, own=own):
-            """The objective, but of levels in (lo, hi] alone, which have their weights in it."""
-            part = replace(own, mask_range=(lo, hi), schedule=schedule, loss_weight='elbo')
-            part.corrupt_evenly = part.corrupt  # the one that reads mask_range
-            return part
-
-        found = {}  # {part: (objective, its share of the levels)}
+        # {part: (objective, its share of the levels)}
+        found = {'nelbo': (own, 1)} | {f'at {100 * t:g}% noise': (
+            only_levels(own, t, t, 'linear'), 1) for t in s['levels']}
         if N:
             rows.append({'run': run.name, 'part': 'prior', 'nats/token': 0.0, 's.e.': 'exact'})
-            found = {'other steps': (between(1 / N, 1, own.schedule), 1 - 1 / N),
-                     'last step': (between(0, 1 / N, own.schedule), 1 / N)}
-        found |= {'nelbo': (own, 1)} | {
-            f'at {100 * t:g}% noise': (between(t, t, 'linear'), 1) for t in s['levels']}
+            found = {'other steps': (only_levels(own, 1 / N, 1, own.schedule), 1 - 1 / N),
+                     'last step': (only_levels(own, 0, 1 / N, own.schedule), 1 / N)} | found
         for part, (objective, share) in found.items():
             nats, error, _ = nll_or_bound(run, objective, batches, s)
             rows.append({'run': run.name, 'part': part, 'nats/token': Number(
