@@ -182,6 +182,12 @@ def records(run, score, **columns):
     return [dict(zip([*columns, 'score'], values)) for values in zip(*shown, score)]
 
 
+def decoding(run, settings):
+    """The settings; for AR, which has one decoder and writes its own end, those that suit it."""
+    only = PLAIN | {'decoder': 'auto', 'length': 'auto', 'length_candidates': 1}
+    return settings | (only if run.objective.exact else {})
+
+
 def training_text(run):
     """The training text of a run; of a long one, its first KNOWN_TOKENS tokens."""
     most = min(KNOWN_TOKENS, run.settings.get('train_tokens') or KNOWN_TOKENS)
@@ -855,9 +861,8 @@ def write(run, settings):
     cost: {column: figure}. nfe: passes of a text, mean over texts; a pass serves a whole batch.
     """
     T = run.model.config.block_size
-    how = settings | PLAIN | {'decoder': 'auto'} if run.objective.exact else settings
     canvases = [[run.model.mask_id] * T] * math.ceil(settings['gen_tokens'] / T)
-    done, (written, passes, seconds) = sample.complete(run, canvases, how)
+    done, (written, passes, seconds) = sample.complete(run, canvases, decoding(run, settings))
     return run.name, [ids for ids, _ in done], {
         'nfe': float(np.mean([figures['nfe'] for _, figures in done])),
         'tokens/s': written / seconds, 'ms/pass': 1000 * seconds / passes}
@@ -1209,14 +1214,12 @@ def make_score():
 
 def ways_to_answer(run, settings):
     """[(length, steps, settings)]: each `length` with each of answer_steps; of AR one way, ''."""
-    s, exact = settings, run.objective.exact
-    if exact:  # it has only one decoder, and writes its own end
-        s = s | PLAIN | {'decoder': 'auto', 'length': 'auto', 'length_candidates': 1}
-    s = s | (sample.greedy(run.objective, s['decoder']) if s['greedy'] else
-             {'decoder': sample.decoder_name(s['decoder'], run.objective)})
-    names = dict.fromkeys(sample.length_name(name.strip(), run) for name in s['length'].split(','))
-    if exact:
+    s = decoding(run, settings)
+    s |= sample.greedy(run.objective, s['decoder']) if s['greedy'] else \
+        {'decoder': sample.decoder_name(s['decoder'], run.objective)}
+    if run.objective.exact:
         return [('', '', s)]
+    names = dict.fromkeys(sample.length_name(name.strip(), run) for name in s['length'].split(','))
     if s['decoder'] == 'threshold':  # it takes as many steps as it needs
         return [(name, '', s | {'length': name}) for name in names]
     return [(name, n, s | {'length': name, 'steps': n}) for name in names
