@@ -47,7 +47,7 @@ import config
 import sample
 from config import UserError, one_of, require, write_atomically
 from model import Autoregression, cross_entropy, evaluate, flops_per_token, in_slices, \
-    make_objective, peak_memory, pick_device
+    make_objective, peak_memory, pick_device, spread
 from prepare import EOT, SURROGATE, download, evenly, from_hub, load_meta, load_split, \
     load_tokenizer, mixed_seed, open_run_data, optional, read_chunks, row_batches
 from sample import PLAIN, Run, load_run
@@ -340,8 +340,7 @@ def token_nll(model, x0, is_mask, scored, level=None):
     """
     level = is_mask.float().mean(1, keepdim=True) if level is None else level  # (B, 1)
     h = model(torch.where(is_mask, model.mask_id, x0), level, where=scored, hidden=True)  # (M, C)
-    nll = in_slices(cross_entropy, model, h, x0[scored])  # (M,)
-    return torch.zeros(x0.shape, device=x0.device).masked_scatter(scored, nll)
+    return spread(in_slices(cross_entropy, model, h, x0[scored]), scored)  # (B, T)
 
 
 def nll_by_place(run, x0, batch_size, seed):
@@ -621,11 +620,11 @@ def orders(runs, settings):
             found = {'left to right': nll_or_bound(run, run.objective, batches, s)[:2]}
         elif run.objective.any_order:
             each = [mean(run.model, order) for order in random]
-            spread = Number(np.mean(each), spread=np.std(each, ddof=1))
+            mixed = Number(np.mean(each), spread=np.std(each, ddof=1))
             nelbo, error, _ = nll_or_bound(run, run.objective, batches, s)
             found = {'left to right': (mean(run.model, left), 'exact'),
                      'right to left': (mean(run.model, left.flip(1)), 'exact'),
-                     f'{len(random)} random orders': (spread, 'exact'),
+                     f'{len(random)} random orders': (mixed, 'exact'),
                      'all orders': (Number(nelbo, bound=True), error)}
         rows += [{'run': run.name, 'order': order, 'measured': 'nll' if error == 'exact' else
                   'nelbo', 'nats/token': nats, 's.e.': error}
