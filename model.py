@@ -74,8 +74,6 @@ os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
 
 # ---------------------------------------------------------------------------- the transformer
 
-NORMS, POSITIONS = ('rmsnorm', 'layernorm'), ('rope', 'learned')
-MLPS = ('relu2', 'swiglu', 'gelu', 'gelu_tanh')
 LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress', 'encoder_classify')
 
 
@@ -116,9 +114,9 @@ class ModelConfig:
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise UserError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, '
                             f'and that of n_kv_head {self.n_kv_head}')
-        one_of('pos', self.pos, POSITIONS)
-        one_of('norm', self.norm, NORMS)
-        one_of('mlp', self.mlp, MLPS)
+        one_of('pos', self.pos, ('rope', 'learned'))
+        one_of('norm', self.norm, ('rmsnorm', 'layernorm'))
+        one_of('mlp', self.mlp, ('relu2', 'swiglu', 'gelu', 'gelu_tanh'))
         one_of('length_head', self.length_head, ('', *LENGTH_HEADS))
         if self.causal and self.time_cond:
             raise UserError('time_cond shows the network a noise level; causal models have none')
@@ -392,8 +390,6 @@ def time_features(level, size=256):
 # ------------------------------------------------------------------------- the probability models
 
 SCHEDULES = ('linear', 'cosine', 'polynomial')
-POWER = 2  # of the polynomial schedule
-LOSS_WEIGHTS = ('elbo', 'clipped', 'flat', 'masked_mean')
 MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')  # see sample.py
 
 
@@ -408,7 +404,7 @@ def alpha_and_weight(t, schedule):
         return 1 - t, 1 / t
     if schedule == 'cosine':
         return 1 - torch.sin(math.pi / 2 * t), math.pi / 2 / torch.tan(math.pi / 2 * t)
-    return 1 - t ** POWER, POWER / t
+    return 1 - t ** 2, 2 / t  # polynomial
 
 
 def low_discrepancy(n, rng, device):
@@ -525,7 +521,7 @@ class Objective:
 
     def __post_init__(self):
         one_of('schedule', self.schedule, SCHEDULES)
-        one_of('loss_weight', self.loss_weight, LOSS_WEIGHTS)
+        one_of('loss_weight', self.loss_weight, ('elbo', 'clipped', 'flat', 'masked_mean'))
         require('mask_range', self.mask_range, len(self.mask_range) == 2 and self.mask_range[1] > 0
                 and 0 <= self.mask_range[0] <= self.mask_range[1] <= 1,
                 '(lo, hi) with 0 <= lo <= hi <= 1 and hi > 0')
