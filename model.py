@@ -126,7 +126,7 @@ class ModelConfig:
 
 
 def rope_angles(T, D, base=10000.0):
-    """cos and sin (T, D) of position * frequency, frequencies base^(-2i/D) [RoFormer eq. 15].
+    """cos and sin, (2, T, D), of position * frequency, base^(-2i/D) [RoFormer eq. 15].
 
     Channel i is paired with i + D/2, as in GPT-NeoX, so both halves have the same angles; sin is
     negative in the first half.
@@ -134,7 +134,7 @@ def rope_angles(T, D, base=10000.0):
     frequency = base ** (-torch.arange(0, D, 2) / D)
     angle = torch.outer(torch.arange(T).float(), frequency)  # (T, D/2)
     cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
+    return torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)])
 
 
 def rotate(x, cos, sin):
@@ -289,9 +289,7 @@ class Transformer(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
         self.length_head = LengthHead(c) if c.length_head else None
-        cos, sin = rope_angles(places, c.n_embd // c.n_head)
-        self.register_buffer('cos', cos, persistent=False)
-        self.register_buffer('sin', sin, persistent=False)
+        self.register_buffer('rope', rope_angles(places, c.n_embd // c.n_head), persistent=False)
         self.init_weights()
 
     def forward(self, x, level=None, *, where=None, hidden=False, cache=None, clean=None,
@@ -330,7 +328,8 @@ class Transformer(nn.Module):
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
         h = self.drop(h)
-        rope = (self.cos[position], self.sin[position]) if self.embed_pos is None else None
+        # cos and sin, (T, D) each
+        rope = self.rope[:, position].unbind() if self.embed_pos is None else None
         condition = self.time_mlp(time_features(level)) if self.time_mlp else None  # (B, 1, C)
         for block in self.blocks:
             h = block(h, rope, cache, attn_mask, condition)
