@@ -150,19 +150,22 @@ def rotate(x, cos, sin):
 def attend(q, k, v, attn_mask, causal, dropout):
     """softmax(q k^T / sqrt(D)) v, (B, H, T, D); queries read the keys that attn_mask (T, S) allows.
 
-    At most one of attn_mask and causal is set.
+    causal: the T queries belong to the last T of the S tokens, and read the keys up to their own;
+    then there is no attn_mask.
 
     One fused kernel, except in bfloat16 on a CPU. There plain products, compiled, take a fifth off
     an update (RESULTS, Speed), and hold the scores, T x S for each head, in memory.
     """
-    gqa = k.size(1) < q.size(1)  # several heads of queries share one of keys and values
-    if q.device.type != 'cpu' or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal,
-                                              dropout_p=dropout, enable_gqa=gqa)
+    T, S, gqa = q.size(2), k.size(2), k.size(1) < q.size(1)  # gqa: heads of queries share keys
+    fused = q.device.type != 'cpu' or q.dtype != torch.bfloat16
+    if causal and (S > T or not fused):  # the kernel's is_causal would align query 0 with key 0
+        attn_mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if fused:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, is_causal=causal and attn_mask is None,
+            dropout_p=dropout, enable_gqa=gqa)
     if gqa:
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-    if causal:
-        attn_mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
     scores = q * q.size(-1) ** -0.5 @ k.transpose(2, 3)  # (B, H, T, S)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
@@ -193,12 +196,8 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, Hkv, S, D), S >= T
-        S = k.size(2)
         causal = c.causal and T > 1  # ar only; a single query is the last token and sees all keys
-        if causal and S > T:  # is_causal aligns query 0 with key 0, but query 0 stands at S - T
-            attn_mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        dropout = c.attn_dropout if self.training else 0.0
-        y = attend(q, k, v, attn_mask, causal and attn_mask is None, dropout)
+        y = attend(q, k, v, attn_mask, causal, c.attn_dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
