@@ -567,11 +567,6 @@ class Objective:
         lo, hi = self.mask_range
         return lo + (hi - lo) * (1 - low_discrepancy(n, rng, device))
 
-    def scored_fraction(self):
-        """The fraction of the tokens of a training batch that is scored, if none are given."""
-        t = torch.linspace(*self.mask_range, 1001)
-        return (1 - alpha_and_weight(t, self.schedule)[0]).mean().item() if self.masks else 1.0
-
     def training_weight(self, w):
         """The weight of t in training, in place of w(t), its weight in the bound."""
         if self.loss_weight == 'clipped':
@@ -1106,12 +1101,14 @@ def flops_per_token(settings, data):
     """
     with torch.device('meta'):  # shapes without numbers
         model = Transformer(model_config(settings, data.meta))
-    c, T, scored = model.config, data.mean_width, make_objective(settings).scored_fraction()
+    c, T, objective = model.config, data.mean_width, make_objective(settings)
+    t = torch.linspace(*objective.mask_range, 1001)
+    masked = (1 - alpha_and_weight(t, objective.schedule)[0]).mean().item()  # fraction of tokens
     layers = sum(p.numel() for name, p in model.blocks.named_parameters() if 'modulate' not in name)
     attended = (T + c.block_length) / 2 if model.config.causal or c.block_length else T
     halves = 2 if c.block_length else 1  # [xt ; x0], of which the head reads xt alone
     return halves * (6 * layers + 12 * c.n_layer * c.n_embd * attended) \
-        + 6 * scored * model.head.weight.numel()
+        + 6 * (masked if objective.masks else 1.0) * model.head.weight.numel()
 
 
 def load_model(checkpoint, device, trust=False):
