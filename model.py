@@ -304,7 +304,7 @@ class Transformer(nn.Module):
         cache: a KVCache with the tokens before x, for decoding; those of x are appended to it. With
         shift and a cache that holds tokens, x begins one token before `where`: its output predicts
         the first token of `where`.
-        clean (B, T), block_length: read [x ; clean] as block_mask says, for BlockDiffusion; level
+        clean (B, T), block_length: read [x ; clean], see beside_clean, for BlockDiffusion; level
         may then be (B, T).
         visible: each position sees each later one with this probability, see attn_anneal.
         """
@@ -318,11 +318,8 @@ class Transformer(nn.Module):
         position, attn_mask = torch.arange(start, start + T, device=x.device), None
         if visible is not None:  # [DiffuLLaMA sec. 3.2]
             attn_mask = ~(torch.rand(T, T, device=x.device) >= visible).triu(1)
-        if clean is not None:  # both halves stand at the same positions, and x0 has no noise
-            position, attn_mask = position.repeat(2), block_mask(T, block_length, x.device)
-            level = None if level is None else torch.cat(
-                [level.expand(B, T), torch.zeros_like(clean)], dim=1)
-            x = torch.cat([x, clean], dim=1)  # (B, 2T)
+        if clean is not None:
+            x, level, position, attn_mask = beside_clean(x, level, clean, block_length)
         h = self.embed(x)  # (B, T, C)
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
@@ -376,13 +373,6 @@ class Transformer(nn.Module):
     def count_parameters(self):
         """All numbers that are learned; a tied head is counted once."""
         return sum(p.numel() for p in self.parameters())
-
-
-def time_features(level, size=256):
-    """Sinusoids (..., size) of level (...), wavelengths from 2 pi / 1000 up [DDPM, DiT]."""
-    frequency = 1e4 ** (-torch.arange(size // 2, device=level.device) / (size // 2))
-    angle = 1000 * level[..., None] * frequency  # (B, 1, size / 2)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 # ------------------------------------------------------------------------- the probability models
@@ -838,6 +828,13 @@ def make_objective(settings):
 # ----------------------------------------------------------------- options of the transformer
 
 
+def time_features(level, size=256):
+    """Sinusoids (..., size) of level (...), wavelengths from 2 pi / 1000 up [DDPM, DiT]."""
+    frequency = 1e4 ** (-torch.arange(size // 2, device=level.device) / (size // 2))
+    angle = 1000 * level[..., None] * frequency  # (B, 1, size / 2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
 class KVCache:
     """Keys and values of the tokens read so far, so that later tokens need not recompute them.
 
@@ -883,7 +880,7 @@ class LocalMixing(nn.Module):
         self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
 
     def forward(self, x, cache, attn_mask):
-        """x (B, T, C). With an attn_mask, that of block_mask, x is [xt ; x0]: two tokens stand at
+        """x (B, T, C). With an attn_mask, that of beside_clean, x is [xt ; x0]: two tokens stand at
         every position, and neighbour k is the one of them that a token may attend to. (attn_anneal
         makes another mask, and is refused with n_conv.)"""
         (B, T, C), K = x.shape, len(self.weight)
@@ -901,15 +898,20 @@ class LocalMixing(nn.Module):
         return x + sum(w * h for w, h in zip(self.weight, shifted))  # K x (B, T, C)
 
 
-def block_mask(T, block_length, device):
-    """(2T, 2T) bool, True where a token of [xt ; x0] may attend to another [BD3-LM].
+def beside_clean(xt, level, x0, block_length):
+    """[xt ; x0] (B, 2T), its level (B, 2T), positions (2T,) and attention mask (2T, 2T) [BD3-LM].
 
-    xt sees its own block and the clean blocks before it; x0 its own block and those before it.
+    xt sees its own block and the clean blocks before it; x0 its own block and those before it. Both
+    halves stand at the same positions, and x0 has no noise.
     """
-    block = torch.arange(T, device=device) // block_length
+    position = torch.arange(xt.size(1), device=xt.device)
+    block = position // block_length
     own, before = block[:, None] == block, block[:, None] > block  # 2 x (T, T)
-    return torch.cat([torch.cat([own, before], dim=1),
-                      torch.cat([torch.zeros_like(own), own | before], dim=1)])
+    attn_mask = torch.cat([torch.cat([own, before], dim=1),
+                           torch.cat([torch.zeros_like(own), own | before], dim=1)])
+    if level is not None:
+        level = torch.cat([level.expand(xt.shape), torch.zeros_like(x0)], dim=1)
+    return torch.cat([xt, x0], dim=1), level, position.repeat(2), attn_mask
 
 
 class LengthHead(nn.Module):
