@@ -396,13 +396,14 @@ def alpha_and_weight(t, schedule):
 
 
 def low_discrepancy(n, rng, device):
-    """n stratified numbers: one in each interval of length 1/n of [0, 1), with one common shift.
+    """(n, 1) stratified numbers: one in each interval of length 1/n of [0, 1), all shifted alike.
 
     Each is uniform, but together they cover (0, 1) more evenly than independent ones [VDM]. They
     are in random order, since rows may be neighbours in the text, or blocks of one text.
     """
     u = torch.rand(1, generator=rng, device=device)
-    return (u + torch.randperm(n, generator=rng, device=device) / n) % 1
+    k = torch.randperm(n, generator=rng, device=device)[:, None]
+    return (u + k / n) % 1  # (n, 1)
 
 
 def noise_fraction(p_noise, given):
@@ -422,7 +423,7 @@ def masks_by_count(given, rng):
     Returns is_mask (B, T), and l / L (B, 1), which is stratified over the rows.
     """
     L = (~given).sum(1, keepdim=True)  # (B, 1)
-    u = low_discrepancy(len(given), rng, given.device)[:, None]  # (B, 1)
+    u = low_discrepancy(len(given), rng, given.device)  # (B, 1)
     n_mask = 1 + (u * L).long().clamp(max=L - 1)  # l
     order = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
     is_mask = order.argsort(1).argsort(1) < n_mask  # twice: the rank; given tokens are last
@@ -553,7 +554,7 @@ class Objective:
         return weight.expand_as(x0)[scored] * in_slices(token_loss, model, h, *others)
 
     def draw_t(self, n, rng, device):
-        """n stratified values of t in (lo, hi] = mask_range."""
+        """(n, 1) stratified values of t in (lo, hi] = mask_range."""
         lo, hi = self.mask_range
         return lo + (hi - lo) * (1 - low_discrepancy(n, rng, device))
 
@@ -584,7 +585,7 @@ class MaskedDiffusion(Objective):
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')
 
     def corrupt(self, model, x0, given, rng):
-        t = self.draw_t(len(x0), rng, x0.device)[:, None]  # (B, 1)
+        t = self.draw_t(len(x0), rng, x0.device)  # (B, 1)
         alpha, w = alpha_and_weight(t, self.schedule)  # linear: 1 - t and 1 / t
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
         xt = torch.where(is_mask, model.mask_id, x0)
@@ -676,7 +677,7 @@ class D3PM(Objective):
         return m.float().to(device), c.float().to(device)
 
     def corrupt(self, model, x0, given, rng):
-        t = self.draw_t(len(x0), rng, x0.device)[:, None]  # (B, 1)
+        t = self.draw_t(len(x0), rng, x0.device)  # (B, 1)
         step = (t * self.diffusion_steps).ceil().long()  # (B, 1), 1..N
         m, c = self.grid(x0.device)
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]) & ~given
@@ -692,7 +693,7 @@ class D3PM(Objective):
         N c m_t and l / (L m_t), is L / l.
         """
         m, c = self.grid(x0.device)
-        u = low_discrepancy(len(x0), rng, x0.device)[:, None]  # (B, 1)
+        u = low_discrepancy(len(x0), rng, x0.device)  # (B, 1)
         step = torch.searchsorted(m, u, right=True).clamp(max=self.diffusion_steps)  # (B, 1), 1..N
         u = torch.rand(x0.shape, generator=rng, device=x0.device)
         sure = torch.rand(x0.shape, generator=rng, device=x0.device).masked_fill(given, -1.0)
@@ -740,7 +741,7 @@ class Uniform(Objective):
     decoders = ('uniform',)
 
     def corrupt(self, model, x0, given, rng):
-        t = self.draw_t(len(x0), rng, x0.device)[:, None]  # (B, 1)
+        t = self.draw_t(len(x0), rng, x0.device)  # (B, 1)
         alpha, w = alpha_and_weight(t, self.schedule)
         is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
         random = torch.randint(model.mask_id, x0.shape, generator=rng, device=x0.device)  # (B, T)
