@@ -624,6 +624,11 @@ class Autoregression(Objective):
         return spread(in_slices(cross_entropy, model, h, x0[scored]), scored)
 
 
+def on_device(batch, device):
+    """The tensors of a batch, (x0, given), on the device; given may be None."""
+    return [x if x is None else x.to(device, non_blocking=True) for x in batch]
+
+
 @torch.no_grad()
 def evaluate(model, objective, batches, seed=0, repeats=1):
     """Mean of objective.bound over a split, nats per token, and the standard error of that mean.
@@ -640,7 +645,7 @@ def evaluate(model, objective, batches, seed=0, repeats=1):
     for repeat in range(repeats):
         sums = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats, tokens that count
         for i in range(rank, len(batches), world):
-            x0, given = (part if part is None else part.to(device) for part in batches[i]())
+            x0, given = on_device(batches[i](), device)
             rng.manual_seed(mixed_seed(seed, repeat, i))  # the same on whichever process
             sums[i, 0] = objective.bound(model, x0, rng, given).sum().item()  # MPS has no float64
             sums[i, 1] = x0.numel() if given is None else (~given).sum().item()

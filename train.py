@@ -47,8 +47,8 @@ import config
 import sample
 from config import UserError, one_of, require, write_atomically
 from model import LengthLoss, ModelConfig, evaluate, fields_in, flops_per_token, hub_settings, \
-    load_checkpoint, load_hub, make_network, make_objective, model_config, peak_memory, \
-    pick_device, pick_dtype
+    load_checkpoint, load_hub, make_network, make_objective, model_config, on_device, \
+    peak_memory, pick_device, pick_dtype
 from prepare import mixed_seed, open_run_data, optional, prepare, recipe_names
 
 # the run
@@ -603,11 +603,6 @@ def write_answers(run, s):
 
 
 # ---------------------------------------------------------------------------------------- the loop
-
-
-def on_device(batch, device):
-    """The tensors of a batch, (x0, given), on the device; given may be None."""
-    return [x if x is None else x.to(device, non_blocking=True) for x in batch]
 
 
 def update(run, s, factor):
