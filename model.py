@@ -350,7 +350,7 @@ class Transformer(nn.Module):
         return logits
 
     def init_weights(self):
-        """Normal matrices; zero at the end of each branch, in local mixing, adaLN and an untied head.
+        """Normal matrices; zero at the end of a branch, in local mixing, adaLN and an untied head.
 
         So every layer is the identity at first and, with an untied head, the first loss is log V'
         (without subs log V).
@@ -786,8 +786,8 @@ class BlockDiffusion(Objective):
         nelbo per token = E of  1/L * sum over i of  is_mask[i] * w(t of its block)
                                       * -log p(x0[i] | xt of its block, x0 of the blocks before)
 
-    As MaskedDiffusion, but t is sampled for every block, and a block sees the clean blocks before it: all
-    in one pass over [xt ; x0]. With block_length = T it is MaskedDiffusion.
+    As MaskedDiffusion, but t is sampled for every block, and a block sees the clean blocks before
+    it: all in one pass over [xt ; x0]. With block_length = T it is MaskedDiffusion.
     """
     block_length: int = 16
 

@@ -18,10 +18,9 @@ make_decoder and run_decoder.
     loop      run_decoder: runs a decoder, counts the passes of the network, ends rows at EOS
     text      complete: the ids of each canvas up to its EOS, which the tokenizer decodes
 
-At a first reading take, in this order: "sampling a token"; the comment at the head of "decoders";
-decode_ancestral and decode_remdm, the default, with reverse_steps; decode_confidence with propose,
-confidence, confidence_rank and masks_left; run_decoder with Counted and end_rows; at last decode_ar
-with model.py's KVCache. Skip blocks and guidance, the lengths of answers, and the pictures.
+At a first reading go from top to bottom: a token, the decoders (remdm is the default of masked
+diffusion; decode_ar needs model.py's KVCache), the loop around them, canvases, text. Skip blocks
+and guidance, the lengths of answers, and the pictures.
 
 Letters are those of model.py: B rows of T tokens, which are the canvas x (B, T); V rows of the
 embedding, V' real tokens and the mask. where (B, T) bool are the M positions, of all rows together,
@@ -149,8 +148,8 @@ def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repe
 
     x, where (B, T): the canvas, and the M positions of the logits, of which only the rows matter
     here. repetition_penalty makes tokens less likely that the row has already [CTRL 1909.05858,
-    sec. 4.1], but not the ids `specials` (mask, EOS, SEP, PAD), or one end in a row would delay the
-    next.
+    sec. 4.1], but not the ids `specials` (mask, EOS, SEP, PAD): an EOS that is given would make the
+    row's own less likely.
     """
     logits = logits.double()
     if repetition_penalty != 1.0:
@@ -184,17 +183,25 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
     return token.to(logits.device)
 
 
-# --------------------------------------------------------------------------- what decoders share
-
-
-def window_start(i, size):
-    """Where the window of `size` tokens (or blocks) begins that is read to write the i-th.
-
-    The window drops its older half whenever it is full. Where it begins follows from i alone, so
-    that a text does not depend on where its prompt ended.
-    """
-    half = (size + 1) // 2
-    return 0 if i < size else ((i - size) // half + 1) * half
+# -------------------------------------------------------------------------------------- decoders
+#
+# decode_name(model, x, to_generate, rng, *, its own settings, **sampling) is a generator.
+#
+#     x (B, T) int64        canvases, filled in place
+#     to_generate (B, T)    bool, the positions to fill; masks elsewhere are read and left as they
+#                           are. It is shared with run_decoder(): where a row has generated an EOS
+#                           at a position that is True, it sets the row to False, which stops it.
+#                           (decode_uniform keeps it False until its last step, since an EOS may
+#                           change until then; decode_blocks gives `inner` a copy for each block.)
+#     rng                   the torch.Generator of everything random
+#     **sampling            the keywords of probabilities(); decode_blocks and decode_guided, which
+#                           wrap a decoder that has them already, take it as `inner`
+#
+# After every step that changed something it yields `where, logits`: the positions (B, T) that its
+# pass predicted, and the logits (M, V) there. All but decode_ar call model(x, level, where=...),
+# which returns the logits (M, V) at `where`; level (B, 1) is the fraction of the canvas that is
+# noise. To commit a token is to write it for good. nfe, the number of function evaluations, counts
+# passes.
 
 
 def reverse_steps(model, x, to_generate, steps, schedule):
@@ -209,6 +216,72 @@ def reverse_steps(model, x, to_generate, steps, schedule):
     here = to_generate.float().mean(1, keepdim=True)  # (B, 1)
     elsewhere = ((x == model.mask_id) & ~to_generate).float().mean(1, keepdim=True)  # (B, 1)
     return [(a, b, here * (1 - a) + elsewhere) for a, b in zip(alpha, alpha[1:])]
+
+
+def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linear', **sampling):
+    """The reverse process of masked diffusion in `steps` steps from t = 1 to 0 [MDLM eq. 7].
+
+        a masked token is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t),
+        s = t - 1/steps, and then drawn from p(x0 | xt)
+
+    Whether a token is revealed does not depend on the network, so that is drawn first: a step that
+    reveals nothing needs no pass, and one that does needs logits only where it does.
+
+    A d3pm model with subs=False gives the mask a probability p too, and before the last step a mask
+    is revealed less often: the posterior q(xs | xt, x0) at the prediction for x0 reveals one with
+    probability (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p)).
+    """
+    for alpha_t, alpha_s, level in reverse_steps(model, x, to_generate, steps, noise_schedule):
+        u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
+        is_mask = to_generate & (x == model.mask_id)
+        reveal = is_mask & (u < (alpha_s - alpha_t) / (1 - alpha_t))
+        if not reveal.any():
+            continue
+        logits = model(x, level, where=reveal)  # (M, V), M to reveal
+        p = logits.float().softmax(-1)[:, model.mask_id]  # (M,), of the mask: 0 with subs
+        logits[:, model.mask_id] = -torch.inf
+        token = sample_token(logits, x, reveal, rng, **sampling)  # (M,)
+        if not model.config.subs and alpha_s < 1:  # d3pm alone
+            fewer = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
+            token[u[reveal] >= fewer] = model.mask_id
+        x[reveal] = token
+        yield reveal, logits
+
+
+def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', eta, cool=0.0,
+                 temperature=1.0, **sampling):
+    """As decode_ancestral, but written tokens are masked again [ReMDM 2503.00307, schedule 'cap'].
+
+        a written token is masked again with probability sigma = min(eta, (1 - alpha_s) / alpha_t),
+        a masked one is revealed with (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+
+    so that the expected fraction of masks at each t stays 1 - alpha_t. The temperature falls as
+    text appears: the first tokens are sampled with all of their variety, and those that replace
+    them, to fit the text around them, from the likeliest. With eta = 0 nothing is replaced, and it
+    is decode_ancestral, at one temperature.
+    """
+    if eta == 0:  # apart, since only decode_ancestral knows that d3pm may predict the mask
+        yield from decode_ancestral(model, x, to_generate, rng, steps=steps, **sampling,
+                                    noise_schedule=noise_schedule, temperature=temperature)
+        return
+    for alpha_t, alpha_s, level in reverse_steps(model, x, to_generate, steps, noise_schedule):
+        u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
+        is_mask = to_generate & (x == model.mask_id)
+        sigma = min(eta, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 0.0  # at t = 1 all are masks
+        # one u for both, since no token is masked and written
+        reveal = is_mask & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
+        remask = to_generate & ~is_mask & (u < sigma)
+        if not (reveal | remask).any():
+            continue
+        if reveal.any():
+            logits = model(x, level, where=reveal)  # (M, V), M to reveal
+            logits[:, model.mask_id] = -torch.inf
+            now = temperature * (1 + cool * (1 - 2 * alpha_t))
+            x[reveal] = sample_token(logits, x, reveal, rng, temperature=now, **sampling)
+        else:  # tokens are masked again only after a step that wrote some: logits are of a pass
+            logits = logits[:0]
+        x[remask] = model.mask_id
+        yield reveal, logits
 
 
 def confidence(order, logits, token, rng):
@@ -232,9 +305,9 @@ def confidence(order, logits, token, rng):
 def propose(model, x, is_mask, order, rng, sampling):
     """Samples a token wherever is_mask (B, T): (tokens (B, T), scores (B, T), logits (M, V)).
 
-    tokens: x with its masks filled by the samples. A score is the logit log(p / (1 - p)) of a
-    confidence p, since in float32 p itself is 1 from 1 - p < 1e-7 on, and confident tokens would
-    have no order. It is -inf elsewhere, but finite at masks, even of confidence 0.
+    tokens: x with its masks filled by the samples. A score is log(p / (1 - p)) and not the
+    confidence p: in float32 all p above 1 - 1e-7 would be 1, and have no order. It is -inf
+    elsewhere, but finite at masks, even of confidence 0.
     """
     level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), as counted
     logits = model(x, level, where=is_mask)  # (M, V)
@@ -268,26 +341,70 @@ def masks_left(n, i, steps, counts):
     return (n.cpu().double() * math.cos(math.pi / 2 * i / steps)).long().to(n.device)
 
 
-# -------------------------------------------------------------------------------------- decoders
-#
-# decode_name(model, x, to_generate, rng, *, its own settings, **sampling) is a generator.
-#
-#     x (B, T) int64        canvases, filled in place
-#     to_generate (B, T)    bool, the positions to fill; masks elsewhere are read and left as they
-#                           are. It is shared: run_decoder() looks for an EOS only where it is True,
-#                           and sets it to False in rows that have ended, which stops them, also
-#                           where remdm or remask might still have changed the row. decode_uniform
-#                           keeps it False until its last step, for an EOS may change until then;
-#                           decode_blocks gives `inner` its own copy
-#     rng                   the torch.Generator of everything random
-#     **sampling            the keywords of probabilities(); decode_blocks and decode_guided, which
-#                           wrap a decoder that has them already, take it as `inner`
-#
-# After every step that changed something it yields `where, logits`: the positions (B, T) that its
-# pass predicted, and the logits (M, V) there. All but decode_ar call model(x, level, where=...),
-# which returns the logits (M, V) at `where`; level (B, 1) is the fraction of the canvas that is
-# noise. To commit a token is to write it for good. nfe, the number of function evaluations, counts
-# passes.
+def decode_confidence(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
+                      **sampling):
+    """The most confident tokens first, for good [MaskGIT sec. 3.2; LLaDA sec. 2.4].
+
+    Each pass samples a token for every mask and commits those of the highest confidence(), so many
+    that masks_left() masks remain in each row. The simplest decoder of all is this one with steps =
+    0 and temperature = 0: it writes the one token that the model is most confident of, reads the
+    canvas again, and goes on until no mask is left.
+    """
+    n_masks = to_generate.sum(1)  # (B,)
+    for i in range(1, (steps or x.size(1)) + 1):
+        is_mask = to_generate & (x == model.mask_id)
+        quota = is_mask.sum(1) - masks_left(n_masks, i, steps, counts)  # (B,)
+        if not (quota > 0).any():
+            continue
+        tokens, scores, logits = propose(model, x, is_mask, order, rng, sampling)
+        commit = is_mask & (confidence_rank(scores) < quota[:, None])
+        x[commit] = tokens[commit]
+        yield is_mask, logits
+
+
+def decode_threshold(model, x, to_generate, rng, *, threshold, order='max_prob', **sampling):
+    """All tokens of enough confidence, in as many passes as that takes [Fast-dLLM 2505.22618].
+
+    Each pass samples a token for every mask and commits those whose confidence is not below the
+    threshold, and the most confident of each row in any case. With threshold = 1 a pass commits
+    that one token and all those of probability 1 (in float64).
+    """
+    least = torch.tensor(threshold, dtype=torch.float64).logit().item()  # as the scores are
+    while (is_mask := to_generate & (x == model.mask_id)).any():
+        tokens, scores, logits = propose(model, x, is_mask, order, rng, sampling)
+        commit = is_mask & ((scores >= least) | (confidence_rank(scores) == 0))
+        x[commit] = tokens[commit]
+        yield is_mask, logits
+
+
+def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
+                  **sampling):
+    """The most confident tokens first, none for good until a row ends [Mask-Predict 1904.09324].
+
+    As decode_confidence, but every token keeps the score it had when it was sampled, and each step
+    keeps the most confident of all, old and new, and masks the others again.
+    """
+    n_masks, score_of_all = to_generate.sum(1), torch.full(x.shape, -torch.inf, device=x.device)
+    for i in range(1, (steps or x.size(1)) + 1):
+        is_mask = to_generate & (x == model.mask_id)
+        keep = n_masks - masks_left(n_masks, i, steps, counts)  # (B,)
+        if not (is_mask.any(1) & (keep > 0)).any():
+            continue
+        tokens, scores, logits = propose(model, x, is_mask, order, rng, sampling)
+        score_of_all = torch.where(is_mask, scores, score_of_all)
+        x[is_mask] = tokens[is_mask]
+        x[to_generate & (confidence_rank(score_of_all) >= keep[:, None])] = model.mask_id
+        yield is_mask, logits
+
+
+def window_start(i, size):
+    """Where the window of `size` tokens (or blocks) begins that is read to write the i-th.
+
+    The window drops its older half whenever it is full. Where it begins follows from i alone, so
+    that a text does not depend on where its prompt ended.
+    """
+    half = (size + 1) // 2
+    return 0 if i < size else ((i - size) // half + 1) * half
 
 
 def decode_ar(model, x, to_generate, rng, **sampling):
@@ -320,125 +437,6 @@ def decode_ar(model, x, to_generate, rng, **sampling):
         yield where, logits[where[:, i]]
 
 
-def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linear', **sampling):
-    """The reverse process of masked diffusion in `steps` steps from t = 1 to 0 [MDLM eq. 7].
-
-        a masked token is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t),
-        s = t - 1/steps, and then drawn from p(x0 | xt)
-
-    Whether a token is revealed does not depend on the network, so that is drawn first: a step that
-    reveals nothing needs no pass, and one that does needs logits only where it does.
-
-    A d3pm model with subs=False gives the mask a probability p too, and before the last step a mask
-    is revealed less often: the posterior q(xs | xt, x0) at the prediction for x0
-    reveals one with probability (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p)).
-    """
-    for alpha_t, alpha_s, level in reverse_steps(model, x, to_generate, steps, noise_schedule):
-        u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
-        is_mask = to_generate & (x == model.mask_id)
-        reveal = is_mask & (u < (alpha_s - alpha_t) / (1 - alpha_t))
-        if not reveal.any():
-            continue
-        logits = model(x, level, where=reveal)  # (M, V), M to reveal
-        p = logits.float().softmax(-1)[:, model.mask_id]  # (M,), of the mask: 0 with subs
-        logits[:, model.mask_id] = -torch.inf
-        token = sample_token(logits, x, reveal, rng, **sampling)  # (M,)
-        if not model.config.subs and alpha_s < 1:
-            fewer = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
-            token[u[reveal] >= fewer] = model.mask_id
-        x[reveal] = token
-        yield reveal, logits
-
-
-def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', eta, cool=0.0,
-                 temperature=1.0, **sampling):
-    """As decode_ancestral, but written tokens are masked again [ReMDM 2503.00307, 'cap'].
-
-        a written token is masked again with probability sigma = min(eta, (1 - alpha_s) / alpha_t),
-        a masked one is revealed with (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
-
-    so that the expected fraction of masks at each t stays 1 - alpha_t. The temperature falls as
-    text appears: the first tokens are sampled with all of their variety, and those that replace
-    them, to fit the text around them, from the likeliest. With eta = 0 nothing is replaced, and it
-    is decode_ancestral, at one temperature.
-    """
-    if eta == 0:  # apart, since only decode_ancestral knows that d3pm may predict the mask
-        yield from decode_ancestral(model, x, to_generate, rng, steps=steps, **sampling,
-                                    noise_schedule=noise_schedule, temperature=temperature)
-        return
-    for alpha_t, alpha_s, level in reverse_steps(model, x, to_generate, steps, noise_schedule):
-        u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
-        is_mask = to_generate & (x == model.mask_id)
-        sigma = min(eta, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 0.0  # at t = 1 all are masks
-        reveal = is_mask & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
-        remask = to_generate & ~is_mask & (u < sigma)
-        if not (reveal | remask).any():
-            continue
-        if reveal.any():  # so it is before any token is masked again: logits are bound below
-            logits = model(x, level, where=reveal)  # (M, V), M to reveal
-            logits[:, model.mask_id] = -torch.inf
-            now = temperature * (1 + cool * (1 - 2 * alpha_t))
-            x[reveal] = sample_token(logits, x, reveal, rng, temperature=now, **sampling)
-        x[remask] = model.mask_id
-        yield reveal, (logits if reveal.any() else logits[:0])
-
-
-def decode_confidence(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
-                      **sampling):
-    """The most confident tokens first, for good [MaskGIT sec. 3.2; LLaDA sec. 2.4].
-
-    Each pass samples a token for every mask and commits those of the highest confidence(), so many
-    that masks_left() masks remain in each row. The simplest decoder of all is this one with steps =
-    0 and temperature = 0: it writes the one token that the model is most confident of, reads the
-    canvas again, and goes on until no mask is left.
-    """
-    n_masks = to_generate.sum(1)  # (B,)
-    for i in range(1, (steps or x.size(1)) + 1):
-        is_mask = to_generate & (x == model.mask_id)
-        quota = is_mask.sum(1) - masks_left(n_masks, i, steps, counts)  # (B,)
-        if not (quota > 0).any():
-            continue
-        tokens, scores, logits = propose(model, x, is_mask, order, rng, sampling)
-        commit = is_mask & (confidence_rank(scores) < quota[:, None])
-        x[commit] = tokens[commit]
-        yield is_mask, logits
-
-
-def decode_threshold(model, x, to_generate, rng, *, threshold, order='max_prob', **sampling):
-    """All tokens of enough confidence, in as many passes as that takes [Fast-dLLM 2505.22618].
-
-    Each pass samples a token for every mask and commits those whose confidence is not below the
-    threshold, and the most confident of each row in any case. With threshold = 1 a pass commits
-    that one token and all those of probability 1 (in float64).
-    """
-    least = torch.tensor(threshold).double().logit().item()  # as the scores are
-    while (is_mask := to_generate & (x == model.mask_id)).any():
-        tokens, scores, logits = propose(model, x, is_mask, order, rng, sampling)
-        commit = is_mask & ((scores >= least) | (confidence_rank(scores) == 0))
-        x[commit] = tokens[commit]
-        yield is_mask, logits
-
-
-def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
-                  **sampling):
-    """The most confident tokens first, none for good until a row ends [Mask-Predict 1904.09324].
-
-    As decode_confidence, but every token keeps the score it had when it was sampled, and each step
-    keeps the most confident of all, old and new, and masks the others again.
-    """
-    n_masks, score_of_all = to_generate.sum(1), torch.full(x.shape, -torch.inf, device=x.device)
-    for i in range(1, (steps or x.size(1)) + 1):
-        is_mask = to_generate & (x == model.mask_id)
-        keep = n_masks - masks_left(n_masks, i, steps, counts)  # (B,)
-        if not (is_mask.any(1) & (keep > 0)).any():
-            continue
-        tokens, scores, logits = propose(model, x, is_mask, order, rng, sampling)
-        score_of_all = torch.where(is_mask, scores, score_of_all)
-        x[is_mask] = tokens[is_mask]
-        x[to_generate & (confidence_rank(score_of_all) >= keep[:, None])] = model.mask_id
-        yield is_mask, logits
-
-
 def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear', **sampling):
     """The reverse process of uniform-state diffusion in `steps` steps from t = 1 to 0.
 
@@ -453,17 +451,19 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
     Temperature and the filters shape p. At temperature 0 all of p is on the likeliest token, and
     the last step, where alpha_s = 1, takes it; the steps before it still sample noise.
     """
-    generated, n = to_generate.clone(), model.mask_id  # n = V', the number of real tokens
+    generated, n_real = to_generate.clone(), model.mask_id  # V', the number of real tokens
     to_generate[:] = False  # or run_decoder() would end rows at an EOS that may still change
-    noise = torch.randint(n, x.shape, generator=rng, device=rng.device).to(x.device)
+    noise = torch.randint(n_real, x.shape, generator=rng, device=rng.device).to(x.device)
     x[generated] = noise[generated]
     for alpha_t, alpha_s, level in reverse_steps(model, x, generated, steps, noise_schedule):
         if not generated.any():
             return
         logits = model(x, level, where=generated)  # (M, V)
-        p = probabilities(logits.to(rng.device), x, generated, **sampling)[:, :n]  # (M, V')
-        keep, now = alpha_t / alpha_s, F.one_hot(x[generated], n).to(p)  # [i = j], (M, V')
-        p = (keep * now + (1 - keep) / n) * (alpha_s * p + (1 - alpha_s) / n)
+        p = probabilities(logits.to(rng.device), x, generated, **sampling)[:, :n_real]  # (M, V')
+        keep = alpha_t / alpha_s
+        # [i = j], (M, V'), on the device of p, since MPS has no float64
+        now = F.one_hot(x[generated].to(p.device), n_real).double()
+        p = (keep * now + (1 - keep) / n_real) * (alpha_s * p + (1 - alpha_s) / n_real)
         x[generated] = sample_categorical(p, rng).to(x.device)
         to_generate[:] = generated & (alpha_s == 1)  # what the last step wrote is final
         yield generated, logits
@@ -477,6 +477,8 @@ class PrefixCached:
 
     An approximation if the model is bidirectional: the tokens before the block see what is written
     in it, so that their keys and values should change, but the cache keeps those of the first pass.
+    That pass finds an empty cache and reads the whole canvas; every later one sets the cache back
+    to the tokens before the block, and reads from the block on.
     """
 
     def __init__(self, model, x):
@@ -509,7 +511,7 @@ class BlockCached:
         """Goes to the block x[:, start:stop]: a pass for each earlier block that is not cached."""
         c, self.block = self.config, slice(start, stop)
         if stop - self.begin > c.block_size:
-            begin = window_start(start // c.block_length, c.block_size // c.block_length or 1)
+            begin = window_start(start // c.block_length, c.block_size // c.block_length)
             self.begin, self.cache.length = begin * c.block_length, 0
         clean = torch.zeros(len(x), 1, device=x.device)  # the level of a finished block
         for k in range(self.begin + self.cache.length, start, c.block_length):
@@ -785,7 +787,7 @@ def decode(run, rows, settings, eos_id=None, watch=None):
 
 
 def keep_log_p(log_p, x, nfe, where, logits):
-    """partial(keep_log_p, log_p) is a watch that keeps in log_p (B, T) that of every new token.
+    """partial(keep_log_p, log_p), as `watch`, writes to log_p (B, T) that of every new token.
 
     Every pass overwrites what it predicted, and the last of these passes wrote what stands there.
     """
