@@ -242,21 +242,21 @@ class Block(nn.Module):
         self.drop = nn.Dropout(c.dropout)
         self.modulate = nn.Linear(c.n_embd, 6 * c.n_embd) if c.time_cond else None
 
-    def forward(self, x, rope, cache, attn_mask, condition):
-        x = self.mix(0, x, cache, attn_mask)
+    def forward(self, x, rope, cache, attn_mask, neighbours, condition):
+        x = self.mix(0, x, cache, neighbours)
         if self.modulate is None:
             x = x + self.drop(self.attn(self.norm1(x), rope, cache, attn_mask))
-            x = self.mix(1, x, cache, attn_mask)
+            x = self.mix(1, x, cache, neighbours)
             return x + self.drop(self.mlp(self.norm2(x)))
         # zero at init as in DiT, but the gate is 1 + gate: an unconditional layer until it learns
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(condition).chunk(6, dim=-1)
         h = self.attn(self.norm1(x) * (1 + scale1) + shift1, rope, cache, attn_mask)
-        x = self.mix(1, x + self.drop(h) * (1 + gate1), cache, attn_mask)
+        x = self.mix(1, x + self.drop(h) * (1 + gate1), cache, neighbours)
         h = self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return x + self.drop(h) * (1 + gate2)
 
-    def mix(self, i, x, cache, attn_mask):
-        return self.mixing[i](x, cache, attn_mask) if self.mixing else x
+    def mix(self, i, x, cache, neighbours):
+        return self.mixing[i](x, cache, neighbours) if self.mixing else x
 
 
 def after_start(model, x):
@@ -315,11 +315,13 @@ class Transformer(nn.Module):
         if start + T > self.config.block_size + self.config.shift:
             raise UserError(f'{start + T} tokens do not fit into the context of this model, '
                             f'block_size is {self.config.block_size}')
-        position, attn_mask = torch.arange(start, start + T, device=x.device), None
+        position = torch.arange(start, start + T, device=x.device)
+        attn_mask = neighbours = None
         if visible is not None:  # [DiffuLLaMA sec. 3.2]
             attn_mask = ~(torch.rand(T, T, device=x.device) >= visible).triu(1)
         if clean is not None:
             x, level, position, attn_mask = beside_clean(x, level, clean, block_length)
+            neighbours = visible_neighbours(position, attn_mask, self.config.n_conv)
         h = self.embed(x)  # (B, T, C)
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
@@ -328,7 +330,7 @@ class Transformer(nn.Module):
         rope = self.rope[:, position].unbind() if self.embed_pos is None else None
         condition = self.time_mlp(time_features(level)) if self.time_mlp else None  # (B, 1, C)
         for block in self.blocks:
-            h = block(h, rope, cache, attn_mask, condition)
+            h = block(h, rope, cache, attn_mask, neighbours, condition)
         if cache is not None:
             cache.length += T
         # with clean, xt's half; with shift, all but the last, which would predict token T
@@ -885,17 +887,11 @@ class LocalMixing(nn.Module):
         self.i, self.past = i, c.n_conv - 1 if c.causal else c.n_conv // 2
         self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
 
-    def forward(self, x, cache, attn_mask):
-        """x (B, T, C). With an attn_mask, that of beside_clean, x is [xt ; x0]: two tokens stand at
-        every position, and neighbour k is the one of them that a token may attend to. (attn_anneal
-        makes another mask, and is refused with n_conv.)"""
+    def forward(self, x, cache, neighbours):
+        """x (B, T, C). neighbours: None, or those that visible_neighbours found in [xt ; x0]."""
         (B, T, C), K = x.shape, len(self.weight)
-        if attn_mask is not None:
-            position = torch.arange(T // 2, device=x.device).repeat(2)
-            offset = position - position[:, None]  # (T, T); here T counts both halves
-            # found[k][i, j]: j is the neighbour k of i, and i may see it; at most one j for an i
-            found = [attn_mask & (offset == k - self.past) for k in range(K)]
-            shifted = [x[:, here.int().argmax(1)].where(here.any(1)[:, None], 0) for here in found]
+        if neighbours is not None:
+            shifted = [x[:, j].where(found, 0) for j, found in neighbours]
         else:
             before = x.new_zeros(B, self.past, C) if cache is None else \
                 cache.neighbours(self.i, x, self.past)
@@ -918,6 +914,17 @@ def beside_clean(xt, level, x0, block_length):
     if level is not None:
         level = torch.cat([level.expand(xt.shape), torch.zeros_like(x0)], dim=1)
     return torch.cat([xt, x0], dim=1), level, position.repeat(2), attn_mask
+
+
+def visible_neighbours(position, attn_mask, K):
+    """[(j, found)] for each of K neighbours: where it is, (2T,), and whether it is visible.
+
+    In [xt ; x0] two tokens stand at every position. The neighbour is the one of them that a token
+    may attend to, if any: found (2T, 1).
+    """
+    offset = position - position[:, None]  # (2T, 2T)
+    visible = [attn_mask & (offset == k - K // 2) for k in range(K)]  # at most one in a row
+    return [(here.int().argmax(1), here.any(1, keepdim=True)) for here in visible]
 
 
 class LengthHead(nn.Module):
@@ -1032,17 +1039,20 @@ def pick_device(device, cuda=torch.cuda.is_available, mps=torch.backends.mps.is_
     return device
 
 
-def pick_dtype(dtype, device, features=getattr(torch.cpu, 'get_capabilities', dict)):
+def pick_dtype(dtype, device, features=getattr(torch.cpu, 'get_capabilities', dict),
+               cuda=partial(torch.cuda.is_bf16_supported, including_emulation=False)):
     """'float32' or 'bfloat16' for autocast: `dtype` itself, or for 'auto' what is fast on `device`.
 
-    A CPU with bfloat16 instructions multiplies matrices several times faster in it; one without
-    has to imitate them, which is slower than float32.
+    A CPU or GPU with bfloat16 instructions multiplies matrices several times faster in it; one
+    without (a T4, a V100) has to imitate them, which is slower than float32.
     """
     one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
     if dtype != 'auto':
         return dtype
-    fast = device.startswith('cuda') or device == 'cpu' and (
-        features().get('avx512_bf16') or features().get('amx_bf16'))
+    if device == 'cpu':
+        fast = features().get('avx512_bf16') or features().get('amx_bf16')
+    else:
+        fast = device.startswith('cuda') and cuda()
     return 'bfloat16' if fast else 'float32'
 
 

@@ -232,9 +232,8 @@ def check_settings(s):
              'False: it is for objective=ar alone'),
             ('subs', s.subs or s.objective == 'd3pm', 'True (d3pm alone may use the mask)'),
             ('shift', not s.shift or objective.masks_anywhere, 'False but for mdm and d3pm'),
-            ('attn_anneal', not s.attn_anneal or (
-                objective.masks_anywhere and not s.n_conv and not s.length_head),
-             '0 but for mdm and d3pm, without n_conv and length_head'),
+            ('attn_anneal', not s.attn_anneal or objective.masks_anywhere and not s.length_head,
+             '0 but for mdm and d3pm, without a length_head'),
             ('block_length', s.objective != 'block' or 1 <= s.block_length <= s.block_size,
              'in [1, block_size]'),
             ('pad_curriculum', s.predict_pad or not s.pad_curriculum, '0 without predict_pad'),
@@ -443,7 +442,7 @@ def compile_model(run, s):
             x0, given = on_device(run.data.batch(0, run.rank, run.world), run.device)
             rng = torch.Generator(run.device)
             with run.autocast():
-                run.objective.loss(run.network, x0, rng, given)[0].backward()
+                run.objective.loss(run.network, x0, rng, given, **annealed(run, s))[0].backward()
         except Exception as e:  # of many kinds: no headers, no space, a bug of the compiler
             run.network = run.model
             print(f'torch.compile failed ({type(e).__name__}): going on without it')
@@ -605,6 +604,14 @@ def write_answers(run, s):
 # ---------------------------------------------------------------------------------------- the loop
 
 
+def annealed(run, s):
+    """What the network reads besides: with attn_anneal, how probably a later token is visible.
+
+    A tensor, since torch.compile would compile anew for each number."""
+    return {} if run.iteration >= s.attn_anneal else \
+        {'visible': torch.tensor(run.iteration / s.attn_anneal, device=run.device)}
+
+
 def update(run, s, factor):
     """One update: data, corruption and loss, backward, clip, step.
 
@@ -612,10 +619,6 @@ def update(run, s, factor):
     count, and, with several processes, signals that any of them caught.
     """
     sums = torch.zeros(3, device=run.device)  # nats, tokens that count, signals
-    # attn_anneal: with which probability a later token is visible; a tensor, since torch.compile
-    # would compile anew for each number
-    inputs = {} if run.iteration >= s.attn_anneal else \
-        {'visible': torch.tensor(run.iteration / s.attn_anneal, device=run.device)}
     for part in range(run.rank, run.parts, run.world):  # numbers of this process's batches
         seed = mixed_seed(s.seed, run.iteration, part)
         torch.manual_seed(mixed_seed(seed, 1))  # a second one: for dropout, attn_anneal
@@ -624,7 +627,7 @@ def update(run, s, factor):
         x0, given = on_device(run.data.batch(run.iteration, part, run.parts), run.device)
         run.tokens += x0.numel() * run.world  # the others' batches are about as wide
         with run.autocast():
-            nats, count = run.objective.loss(run.network, x0, rng, given, **inputs)
+            nats, count = run.objective.loss(run.network, x0, rng, given, **annealed(run, s))
         nats.backward()  # of a sum: it becomes a mean below, divided by sums[1]
         sums[:2] += torch.stack([nats.detach(), count])
     learned = [p for p in run.model.parameters() if p.grad is not None]

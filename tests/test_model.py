@@ -281,7 +281,7 @@ def test_adaln_scales_shifts_and_gates_each_sublayer_by_its_own():
     scale1, shift1, gate1, scale2, shift2, gate2 = block.modulate(time).view(2, 1, 6, 32).unbind(2)
     y = x + (1 + gate1) * block.attn((1 + scale1) * block.norm1(x) + shift1, None, None, None)
     y = y + (1 + gate2) * block.mlp((1 + scale2) * block.norm2(y) + shift2)
-    torch.testing.assert_close(block(x, None, None, None, time), y)
+    torch.testing.assert_close(block(x, None, None, None, None, time), y)
 
 
 @pytest.mark.parametrize('tied, pos, time_cond', [
@@ -1001,12 +1001,14 @@ def test_absent_devices_are_refused(asked):
 
 
 @pytest.mark.parametrize('device, features, found', [
-    ('cuda:0', {}, 'bfloat16'), ('mps', {}, 'float32'), ('cpu', {}, 'float32'),
+    ('cuda:0', {'cuda': True}, 'bfloat16'), ('cuda', {'cuda': False}, 'float32'),
+    ('mps', {'cuda': True}, 'float32'), ('cpu', {'cuda': True}, 'float32'),
     ('cpu', {'avx512_bf16': False, 'avx2': True}, 'float32'),
     ('cpu', {'amx_bf16': True}, 'bfloat16'), ('cpu', {'avx512_bf16': True}, 'bfloat16')])
 def test_bfloat16_where_it_is_fast(device, features, found):
-    assert pick_dtype('auto', device, lambda: features) == found
-    assert pick_dtype('float32', device, lambda: features) == 'float32'
+    ask = {'features': lambda: features, 'cuda': lambda: features.get('cuda')}
+    assert pick_dtype('auto', device, **ask) == found
+    assert pick_dtype('float32', device, **ask) == 'float32'
     with pytest.raises(UserError, match='dtype'):
         pick_dtype('int8', device)
 
