@@ -689,7 +689,7 @@ class D3PM(Objective):
         m, c = self.grid(x0.device)
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]) & ~given
         weight = self.training_weight(self.diffusion_steps * c[step])
-        return self.noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
+        return self.as_noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
 
     def corrupt_evenly(self, model, x0, given, rng):
         """Never a row without masks, and with uniform logits (and subs) no variance.
@@ -706,9 +706,9 @@ class D3PM(Objective):
         sure = torch.rand(x0.shape, generator=rng, device=x0.device).masked_fill(given, -1.0)
         is_mask = (u < m[step]).scatter(1, sure.argmax(1, keepdim=True), True) & ~given
         weight = (~given).sum(1, keepdim=True) / is_mask.sum(1, keepdim=True).clamp(min=1)  # L / l
-        return self.noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
+        return self.as_noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
 
-    def noised(self, model, x0, given, is_mask, weight, m_t, m_s, c):
+    def as_noised(self, model, x0, given, is_mask, weight, m_t, m_s, c):
         """m_t, m_s and c, (B, 1), are those of the step from t to s."""
         xt = torch.where(is_mask, model.mask_id, x0)
         return Noised(xt, is_mask, weight, noise_fraction(m_t, given),
@@ -799,7 +799,7 @@ class BlockDiffusion(Objective):
         t = t.repeat_interleave(self.block_length, dim=1)[:, :T]  # (B, T)
         alpha, w = alpha_and_weight(t, self.schedule)
         is_mask = (torch.rand(B, T, generator=rng, device=x0.device) >= alpha) & ~given
-        return self.noised(model, x0, given, is_mask, self.training_weight(w), 1 - alpha)
+        return self.as_noised(model, x0, given, is_mask, self.training_weight(w), 1 - alpha)
 
     def corrupt_evenly(self, model, x0, given, rng):
         (B, T), n = x0.shape, self.block_length
@@ -807,9 +807,9 @@ class BlockDiffusion(Objective):
         blocks = F.pad(given, (0, -T % n), value=True).view(-1, n)
         is_mask, fraction = (part.expand_as(blocks).reshape(B, -1)[:, :T]  # 2 x (B, T)
                              for part in masks_by_count(blocks, rng))
-        return self.noised(model, x0, given, is_mask, 1 / fraction, fraction)
+        return self.as_noised(model, x0, given, is_mask, 1 / fraction, fraction)
 
-    def noised(self, model, x0, given, is_mask, weight, p_noise):
+    def as_noised(self, model, x0, given, is_mask, weight, p_noise):
         """p_noise (B, T): the same for all tokens of a block, as is the level made from it."""
         xt, n = torch.where(is_mask, model.mask_id, x0), self.block_length
         level = torch.cat([noise_fraction(*of_block) for of_block

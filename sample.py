@@ -663,10 +663,10 @@ def end_rows(x, to_generate, eos_id, mask_id):
 
 
 @torch.no_grad()
-def run_decoder(decoder, model, x, rng, eos_id=None, watch=None):
+def run_decoder(decoder, model, x, rng, eos_id=None, on_step=None):
     """The canvases x (B, T) filled by a decoder, and how many passes of the network that took.
 
-    With an eos_id, a row ends where it generates one; given tokens behind it stay. watch(x, nfe,
+    With an eos_id, a row ends where it generates one; given tokens behind it stay. on_step(x, nfe,
     where, logits) is called after every step, with the `where, logits` that the decoder yielded; x
     changes in place after the call, so clone what is to be kept.
     """
@@ -675,8 +675,8 @@ def run_decoder(decoder, model, x, rng, eos_id=None, watch=None):
     for where, logits in decoder(model, x, to_generate, rng):
         if eos_id is not None:
             end_rows(x, to_generate, eos_id, model.mask_id)
-        if watch is not None:
-            watch(x, model.nfe, where, logits)
+        if on_step is not None:
+            on_step(x, model.nfe, where, logits)
     return x, model.nfe
 
 
@@ -769,7 +769,7 @@ def batches(run, canvases, batch_size, same_columns):
             for k in range(0, len(group), batch_size)]
 
 
-def decode(run, rows, settings, eos_id=None, watch=None):
+def decode(run, rows, settings, eos_id=None, on_step=None):
     """Fills rows, canvases of one length, by the decoder of the settings: (x (B, T), nfe, seconds).
 
     With an eos_id, a row ends where it generates one; without, at the end of the canvas.
@@ -782,12 +782,12 @@ def decode(run, rows, settings, eos_id=None, watch=None):
     decoder = make_decoder(run.objective, settings, specials)
     rng = torch.Generator('cpu' if device.type == 'mps' else device).manual_seed(settings['seed'])
     began, x = time.perf_counter(), torch.tensor(rows, device=device)
-    x, nfe = run_decoder(decoder, run.model, x, rng, eos_id, watch)
+    x, nfe = run_decoder(decoder, run.model, x, rng, eos_id, on_step)
     return x.cpu(), nfe, time.perf_counter() - began
 
 
 def keep_log_p(log_p, x, nfe, where, logits):
-    """partial(keep_log_p, log_p), as `watch`, writes to log_p (B, T) that of every new token.
+    """partial(keep_log_p, log_p), as `on_step`, writes to log_p (B, T) that of every new token.
 
     Every pass overwrites what it predicted, and the last of these passes wrote what stands there.
     """
@@ -800,23 +800,24 @@ def end_of(ids, canvas, eos_id, mask_id):
     return pairs.index((eos_id, mask_id)) if (eos_id, mask_id) in pairs else len(pairs)
 
 
-def complete(run, canvases, settings, eos_id=None, watch=None, log_p=False):
+def complete(run, canvases, settings, eos_id=None, on_step=None, log_p=False):
     """Fills canvases of any lengths, batch by batch: ([(ids, figures)] in their order, totals).
 
     ids: the canvas, filled, up to the first eos_id that was generated.
     figures: nfe, seconds and tokens_per_second of the whole batch; `ended`, whether an eos_id was
     generated. With log_p also `log_p`, the mean log probability of the generated tokens.
     totals: (generated tokens, with the first eos_id of each row; nfe; seconds).
-    watch sees the first batch, whose row 0 is the first canvas. With log_p it is not called.
+    on_step sees the first batch, whose row 0 is the first canvas. With log_p it is not called.
     """
     done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), run.model.mask_id
     for batch in batches(run, canvases, settings['batch_size'], settings['block_length'] > 0):
         T = max(len(canvases[i]) for i in batch)
         rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
         kept = torch.zeros(len(rows), T)  # log p of the tokens
-        watcher = partial(keep_log_p, kept) if log_p else watch if batch[0] == 0 else None
+        if log_p:
+            on_step = partial(keep_log_p, kept)
         x, nfe, seconds = decode(run, rows, settings | {'seed': settings['seed'] + batch[0]},
-                                 eos_id, watcher)
+                                 eos_id, on_step if log_p or batch[0] == 0 else None)
         ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]
         written = [canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends)]
         figures = {'nfe': nfe, 'seconds': seconds, 'tokens_per_second': sum(written) / seconds}
@@ -924,7 +925,7 @@ def crop_to_predicted(run, canvases, settings):
     return canvases, predicted, len(groups), time.perf_counter() - began
 
 
-def complete_best(run, canvases, settings, watch=None):
+def complete_best(run, canvases, settings, on_step=None):
     """As complete(), but with length_candidates > 1 it tries as many numbers of masks for a canvas.
 
     They lie around the number that the canvas has. The answer with the highest log_p stays: its
@@ -933,9 +934,9 @@ def complete_best(run, canvases, settings, watch=None):
     """
     n, eos_id, mask_id = settings['length_candidates'], run.meta['eos_id'], run.model.mask_id
     if n == 1:
-        return complete(run, canvases, settings, eos_id, watch)
+        return complete(run, canvases, settings, eos_id, on_step)
     name = length_name(settings['length'], run)
-    require('length_candidates', n, watch is None, '1 with watch or save')
+    require('length_candidates', n, on_step is None, '1 with watch or save')
     require('length_candidates', n, run.objective.masks and name in ('fit', 'ratio', 'reference'),
             '1 unless masks are filled and length is fit, ratio or reference')
     tried = []  # for each canvas the same canvas with several numbers of masks at its end
@@ -1109,7 +1110,7 @@ def main():
 
 # -------------------------------------------------------------------------------------- pictures
 #
-# A Recorder is a watch that keeps every step of a text. A Screen shows the steps as they come, and
+# A Recorder is an on_step that keeps every step of a text. A Screen shows the steps as they come, and
 # each save_*(recorder, path, about) writes them to a file, under about['title'].
 
 WATCH_DELAY = 0.05     # seconds for which watch shows a step
@@ -1124,7 +1125,7 @@ MASK_COLOR, MASK_256 = '#3d4454', 240
 
 
 class Recorder:
-    """Keeps how row 0 of a canvas changed, whatever the decoder; called as its watch.
+    """Keeps how row 0 of a canvas changed, whatever the decoder; called as its on_step.
 
     steps: for the canvas as given, then for each step, {'step': 0, 1, ..., 'nfe': passes so far,
     'ids': the canvas then, 'new': what changed}. new is a list of {'i': position, 'id': the new id,

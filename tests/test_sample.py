@@ -34,13 +34,13 @@ REPOSITORY = Path(__file__).parents[1]
 ORDERS = ('max_prob', 'margin', 'entropy', 'random')
 
 
-def decoded(decoder, model, x, *, generator, eos_id=None, watch=None, **settings):
-    """(x, nfe) of run_decoder; watch gets copies of x, to keep."""
+def decoded(decoder, model, x, *, generator, eos_id=None, on_step=None, **settings):
+    """(x, nfe) of run_decoder; on_step gets copies of x, to keep."""
     def watch_copies(x, *step):
-        watch(x.clone(), *step)
+        on_step(x.clone(), *step)
 
     return sample.run_decoder(partial(decoder, **settings), model, x, generator, eos_id,
-                              watch_copies if watch else None)
+                              watch_copies if on_step else None)
 
 
 def blocks(model, x, to_generate, rng, *, inner, block_length, steps=None, prefix_cache=False,
@@ -277,7 +277,7 @@ def test_every_decoder_keeps_its_promises(decoder, x, steps, seed, sampling):
     hook = model.register_forward_hook(lambda *_: calls.append(1))
     decode = partial(decoded, DECODERS[decoder], model, x, steps=steps, **sampling)
     y, nfe = decode(generator=noise_source(seed),
-                    watch=lambda x, nfe, where, logits: recorded.append((x.clone(), nfe, where)))
+                    on_step=lambda x, nfe, where, logits: recorded.append((x.clone(), nfe, where)))
     hook.remove()
     assert torch.equal(x, canvas), 'the canvas that came in is the caller\'s'
     assert torch.equal(y[x != MASK], x[x != MASK]), 'a given token was changed'
@@ -326,7 +326,7 @@ def test_watch_gets_what_was_predicted(decoder):
         assert torch.allclose(logits[:, :MASK], whole[where][:, :MASK], atol=1e-4)
         assert (logits[:, MASK] == -torch.inf).all()
 
-    decoded(DECODERS[decoder], model, x, steps=5, generator=noise_source(), watch=check)
+    decoded(DECODERS[decoder], model, x, steps=5, generator=noise_source(), on_step=check)
     assert seen >= (x == MASK).sum()
 
 
@@ -419,7 +419,7 @@ def test_remdm_follows_its_chain_step_by_step(N, schedule, eta, start, cool):
     model = tiny_model(V=LETTERS + 1, T=LENGTH, seed=7, time_cond=True)
     recorded = [torch.tensor([start] * ROWS)]
     y, _ = decode_remdm(model, recorded[0], steps=N, noise_schedule=schedule, eta=eta, cool=cool,
-                        generator=noise_source(N + 1), watch=lambda x, *_: recorded.append(x))
+                        generator=noise_source(N + 1), on_step=lambda x, *_: recorded.append(x))
     assert len(recorded) == N + 1 and torch.equal(recorded[-1], y)
     moves = [tally(torch.cat(pair, dim=1)) for pair in zip(recorded, recorded[1:])]
 
@@ -502,7 +502,7 @@ def test_d3pm_may_predict_the_mask(time_cond, N, schedule):
     recorded = []
     y, _ = decode_ancestral(model, torch.tensor([BLANK_ROW] * ROWS), steps=N,
                             noise_schedule=schedule, generator=noise_source(N),
-                            watch=lambda x, *_: recorded.append(x))
+                            on_step=lambda x, *_: recorded.append(x))
     states, alpha = {BLANK_ROW: 1.0}, ALPHA[schedule]
     for n in range(N, 0, -1):
         after = collections.Counter()
@@ -519,7 +519,7 @@ def test_d3pm_may_predict_the_mask(time_cond, N, schedule):
         model.config.subs = True
         first = []
         decode_ancestral(model, torch.tensor([BLANK_ROW] * ROWS), steps=N, noise_schedule=schedule,
-                         generator=noise_source(N), watch=lambda x, *_: first.append(x))
+                         generator=noise_source(N), on_step=lambda x, *_: first.append(x))
         assert (first[-2] == LETTERS).sum() < (recorded[-2] == LETTERS).sum()
 
 
@@ -545,7 +545,7 @@ def test_no_mask_is_left_where_the_mask_may_be_predicted(decoder):
     x[:, 3] = 1
     for temperature in (0, 1.0):
         y, _ = decoder(model, x, temperature=temperature, generator=noise_source(),
-                       watch=lambda *step: step[3][:, MASK].max() == -torch.inf or 1 / 0)
+                       on_step=lambda *step: step[3][:, MASK].max() == -torch.inf or 1 / 0)
         assert (y != MASK).all() and (y[:, 3] == 1).all()
 
 
@@ -586,7 +586,7 @@ def test_uniform_follows_the_reverse_chain(N, schedule, temperature, given):
     generated = [0, 1] if given is None else [0]
     x[:, 1] = UNIFORM_K if given is None else given
     y, nfe = decode_uniform(model, x, steps=N, noise_schedule=schedule, temperature=temperature,
-                            generator=noise_source(N), watch=lambda x, *_: recorded.append(x))
+                            generator=noise_source(N), on_step=lambda x, *_: recorded.append(x))
     assert nfe == N == len(recorded) and torch.equal(recorded[-1], y)
     letters = range(UNIFORM_K)
     texts = list(itertools.product(letters, letters if given is None else [given]))
@@ -627,7 +627,7 @@ def test_the_best_uniform_model_writes_the_texts_it_knows():
     p = torch.tensor([[0.3, 0.01, 0.02], [0.02, 0.25, 0.05], [0.01, 0.04, 0.3]])
     x, recorded = torch.full((8000, 2), UNIFORM_K), []
     y, _ = decode_uniform(Optimal(p), x, steps=150, generator=noise_source(),
-                          watch=lambda x, *_: recorded.append(x))
+                          on_step=lambda x, *_: recorded.append(x))
     data = {(i, j): p[i, j].item() for i in range(UNIFORM_K) for j in range(UNIFORM_K)}
     assert p_value(tally(y), data) > 1e-4
     at_once, _ = decode_uniform(Optimal(p), x, steps=1, generator=noise_source())
@@ -645,7 +645,7 @@ def test_uniform_keeps_its_promises(x, steps, seed, eos, sampling):
     hook = model.register_forward_hook(
         lambda _, words, out: calls.append(([word.clone() for word in words], out)))
     decode = partial(decode_uniform, model, x, steps=steps, eos_id=eos, **sampling)
-    y, nfe = decode(generator=noise_source(seed), watch=lambda *step: recorded.append(step))
+    y, nfe = decode(generator=noise_source(seed), on_step=lambda *step: recorded.append(step))
     hook.remove()
     assert torch.equal(x, canvas) and torch.equal(y[x != MASK], x[x != MASK])
     assert y.shape == x.shape and y.min() >= 0 and y.max() < MASK, 'a mask is left'
@@ -748,7 +748,7 @@ def test_remask_keeps_the_most_confident_of_old_and_new():
     """Three steps, the distribution after each; what was kept before may be masked again."""
     model, recorded = tiny_model(V=LETTERS + 1, T=LENGTH, seed=14, pos='learned'), []
     decode_remask(model, torch.tensor([BLANK_ROW] * ROWS), steps=3, generator=noise_source(1),
-                  watch=lambda x, *_: recorded.append(x))
+                  on_step=lambda x, *_: recorded.append(x))
     for n in (1, 2, 3):
         right = collections.Counter()
         states = chain([partial(remask_step, model, keep) for keep in range(1, n + 1)],
@@ -1018,7 +1018,7 @@ def test_the_first_pass_of_every_block_is_exact():
     model, x, passes = tiny_model(seed=6, pos='learned', **WIDE), wide_canvas(1, 1, 0.9), []
     decode_blocks(model, x, inner=partial(confidence, steps=12), block_length=4,
                  prefix_cache=True, generator=noise_source(),
-                 watch=lambda x, nfe, where, logits: passes.append((x.clone(), where, logits)))
+                 on_step=lambda x, nfe, where, logits: passes.append((x.clone(), where, logits)))
     before, exact = [x, *(y for y, *_ in passes)], []
     for y, (_, where, logits) in zip(before, passes):
         exact.append(torch.allclose(model(y, where=where), logits, atol=1e-4))
@@ -1083,7 +1083,7 @@ def test_a_block_model_reads_as_if_there_were_no_cache(shape, inner, L, T):
     x[:, 0], x[:, 1], x[:, L + 2:L + 3], before = 1, WIDE_MASK, 3, [x]
     hook = model.register_forward_hook(lambda *_: calls.append(1))
     y, nfe = decode_blocks(model, x, inner=INNER[inner], block_length=0, steps=2 * T // L + 2,
-                          generator=noise_source(), watch=lambda *step: steps.append(
+                          generator=noise_source(), on_step=lambda *step: steps.append(
                               [a.clone() if torch.is_tensor(a) else a for a in step]))
     hook.remove()
     assert nfe == len(calls) and (y != WIDE_MASK).all()
@@ -1114,7 +1114,7 @@ def test_a_block_model_reads_the_rest_of_its_block_and_nothing_behind_it():
                      generator=noise_source())
     logits = []
     for canvas in (behind, beside):
-        decode(canvas, watch=lambda *step: logits.append(step[3]))
+        decode(canvas, on_step=lambda *step: logits.append(step[3]))
     assert (logits[0] == logits[0][0]).all() and not torch.allclose(logits[1], logits[1][:1])
 
 
@@ -1227,7 +1227,7 @@ def test_nothing_is_drawn_after_the_end(decoder):
         x, steps = torch.full((2, 16), WIDE_MASK), []
         x[:, 0], x[:, 11] = 3, 3  # 3 is the eos: those that are given do not end a text
         y, _ = decoder(model, x, eos_id=3, generator=noise_source(seed),
-                       watch=lambda x, nfe, where, _: steps.append((x.clone(), where)))
+                       on_step=lambda x, nfe, where, _: steps.append((x.clone(), where)))
         assert torch.equal(y, ended(y, x, 3)) and (y != WIDE_MASK).all()
         finished = torch.zeros(2, dtype=torch.bool)
         for canvas, where in steps:
@@ -1289,7 +1289,7 @@ def test_a_new_decoder_works_with_all_that_stands_around_one(toy, settings):
     x[:, 0], x[:, 9] = torch.arange(6), 1
     run, steps = run_of(model), []
     how = sample.defaults() | {'temperature': 0.0} | settings
-    free, passes, _ = sample.decode(run, x.tolist(), how, watch=lambda x, nfe, where, logits: (
+    free, passes, _ = sample.decode(run, x.tolist(), how, on_step=lambda x, nfe, where, logits: (
         steps.append((x.clone(), nfe, where, logits))))
     each = 2 if 'guidance' in settings else 1
     assert passes == 14 * each and torch.equal(steps[-1][0], free)
@@ -1344,7 +1344,7 @@ def test_confident_models_keep_their_order():
     log_odds = torch.tensor([14.0, 25.0, 18.0, 30.0, 16.0])
     seen, x = [], torch.full((1, 5), 2)
     decode_confidence(Certain(log_odds), x, steps=0, temperature=0, generator=noise_source(),
-                      watch=lambda x, *_: seen.append((x[0] != 2).tolist()))
+                      on_step=lambda x, *_: seen.append((x[0] != 2).tolist()))
     written = [sum(step) for step in zip(*seen)]  # in how many of the 5 steps each stood there
     assert np.argsort(written)[::-1].tolist() == log_odds.argsort(descending=True).tolist()
 
@@ -1374,7 +1374,7 @@ def test_confidence_leaves_as_many_masks_as_stated(masks, steps, counts):
     recorded = []
     decode_confidence(COUNTED, x, steps=steps, order='random', counts=counts,
                       generator=noise_source(),
-                      watch=lambda x, *_: recorded.append((x == WIDE_MASK).sum(1).tolist()))
+                      on_step=lambda x, *_: recorded.append((x == WIDE_MASK).sum(1).tolist()))
     stated = [list(left) for left in zip(*(remaining(n, steps, counts) for n in masks))]
     changed = [b for a, b in zip([masks, *stated], stated) if a != b]
     assert recorded == changed
@@ -1731,7 +1731,8 @@ def test_corrupt_shows_the_noise_of_the_run_and_what_it_makes_of_it(run_main, ru
         assert line.startswith(f't = {k / 5}  ') and shown == text
         assert len(line) <= 80
         rng.manual_seed(1337)
-        torch.rand(1, generator=rng)  # the common shift of the levels
+        torch.rand(1, generator=rng)  # the common shift of the levels, and their order
+        torch.randperm(-(-T // (block_length or T)), generator=rng)
         u = torch.rand(1, T, generator=rng)
         is_noise = u < k / 5 if name == 'd3pm' else u >= 1 - k / 5  # schedule linear
         noise = mask_id if masks else torch.randint(mask_id, (1, T), generator=rng)
@@ -2081,11 +2082,11 @@ def test_log_p_is_the_likelihood_of_what_was_written(objective, decoder):
     x, orders = torch.tensor(canvases), torch.zeros(3, 7, dtype=torch.long)
     how = row_settings(decoder=decoder, steps=0, temperature=1.0, batch_size=3)
 
-    def watch(x, nfe, where, logits):
+    def on_step(x, nfe, where, logits):
         orders[(orders == 0) & (x != torch.tensor(canvases))] = nfe
 
     run = run_of(model, objective=objective)
-    done, _ = sample.complete(run, canvases, how, watch=watch)
+    done, _ = sample.complete(run, canvases, how, on_step=on_step)
     again, _ = sample.complete(run, canvases, how, log_p=True)
     assert [ids for ids, _ in done] == [ids for ids, _ in again]
     x0, given = torch.tensor([ids for ids, _ in done]), x != 11

@@ -63,13 +63,13 @@ def test_a_recorder_keeps_what_the_decoder_did(kind):
     for seed in range(6):
         seen, recorder = [], Recorder(x[0].tolist(), LETTERS, MASK)
 
-        def watch(x, nfe, where, logits):
+        def on_step(x, nfe, where, logits):
             assert where.shape == x.shape and where.dtype == torch.bool
             assert logits.shape == (where.sum(), MASK + 1) and (logits[:, MASK] == -torch.inf).all()
             recorder(x, nfe, where, logits)
             seen.append((nfe, x[0].tolist()))
 
-        final, nfe = DECODERS[kind](x, generator=noise_source(seed), watch=watch)
+        final, nfe = DECODERS[kind](x, generator=noise_source(seed), on_step=on_step)
         steps = recorder.steps
         assert [(step['nfe'], step['ids']) for step in steps] == [(0, x[0].tolist()), *seen]
         assert [step['step'] for step in steps] == list(range(len(seen) + 1))
@@ -123,11 +123,11 @@ def test_a_recording_of_uniform_noise(tmp_path):
     x, canvases = torch.tensor([[MASK, 3, *[MASK] * 6]]), []
     recorder = Recorder(x[0].tolist(), LETTERS, MASK)
 
-    def watch(x, *rest):
+    def on_step(x, *rest):
         canvases.append(x[0].tolist())
         recorder(x, *rest)
 
-    decoded(decode_uniform, MODELS['mdm'], x, steps=5, generator=noise_source(), watch=watch)
+    decoded(decode_uniform, MODELS['mdm'], x, steps=5, generator=noise_source(), on_step=on_step)
     assert [step['ids'] for step in recorder.steps[1:]] == canvases
     changes = [[a != b for a, b in zip(*pair)]
                for pair in zip([x[0].tolist(), *canvases], canvases)]
@@ -394,7 +394,7 @@ def test_watch_shows_how_uniform_noise_settles(monkeypatch, capsys, terminal):
     monkeypatch.setattr(sample, 'WATCH_DELAY', 0)
     x = torch.tensor([[MASK] * 12])
     recorder = Recorder(x[0].tolist(), LETTERS, MASK, sample.Screen())
-    decoded(decode_uniform, MODELS['mdm'], x, steps=12, generator=noise_source(), watch=recorder)
+    decoded(decode_uniform, MODELS['mdm'], x, steps=12, generator=noise_source(), on_step=recorder)
     out = capsys.readouterr().out
     changed = [12, *(int(n) for n in re.findall(r'(\d+) tokens changed', out))]
     assert changed == [len(step['new']) for step in recorder.steps[1:]]
