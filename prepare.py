@@ -136,7 +136,8 @@ def load_recipe(name):
 
 def choose_recipe(what, prompts, answers, fields, documents, text_field, max_docs):
     """The recipe called `what`; if there is none, one for the user's own files or for hf:NAME."""
-    known, names = what in recipe_names(), (fields or text_field).split(',')
+    # a column of text may have a comma in its name
+    known, names = what in recipe_names(), fields.split(',') if fields else [text_field]
     ways = known, prompts, fields, documents or text_field
     if sum(map(bool, ways)) > 1 or bool(prompts) != bool(answers):
         raise UserError('rows are made from --prompts=FILE --answers=FILE, or from a file with '

@@ -525,6 +525,7 @@ def test_what_the_hub_cannot_give_is_one_line(hub_folder, monkeypatch):
     datasets = pytest.importorskip('datasets')
     for what, choices, message in (
             ('hf:set', {'text_field': 'nix'}, "nix.*'text', 'n', 'talk'"),
+            ('hf:set', {'text_field': 'n,talk'}, "'n,talk'.*'text', 'n', 'talk'"),
             ('hf:set', {}, 'text_field is'),
             ('hf:set::nix', {'text_field': 'n'}, 'train.*validation'),
             ('hf:set:nix', {'text_field': 'n'}, 'default'), ('hf:', {'text_field': 'n'}, '--name'),
