@@ -95,7 +95,7 @@ class ModelConfig:
     qk_norm: bool = True      # normalise queries and keys, so that attention logits stay small
     bias: bool = False        # biases in linear layers and in layernorm
     tied: bool = False        # the head shares the embedding's matrix
-    time_cond: bool = False   # adaLN on the noise level; masks show it already, random tokens not
+    time_cond: bool = False   # adaLN on the noise level, which masks show already
     dropout: float = 0.0      # of what attention and mlp add, and of the embedding
     attn_dropout: float = 0.0  # of the weights of attention
     subs: bool = True         # MDLM's SUBS: the mask is never predicted; False: it may be (D3PM)
@@ -166,7 +166,7 @@ def attend(q, k, v, attn_mask, causal, dropout):
             dropout_p=dropout, enable_gqa=gqa)
     if gqa:
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-    scores = q * q.size(-1) ** -0.5 @ k.transpose(2, 3)  # (B, H, T, S)
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(2, 3)  # (B, H, T, S)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     return F.dropout(scores.softmax(-1).type_as(v), dropout) @ v
@@ -262,8 +262,8 @@ class Block(nn.Module):
 def after_start(model, x):
     """x (B, T) behind a start token, (B, T + 1): the output at its position i predicts x[:, i].
 
-    AR reads its text so, and masked diffusion with shift its canvas: a causal network that is
-    trained on as a masked one still predicts each token where it learned to [DiffuLLaMA sec. 3.2].
+    AR reads its text so, and masked diffusion with shift its canvas: a network that was AR first
+    still predicts each token at the position where it learned to [DiffuLLaMA sec. 3.2].
     """
     return F.pad(x, (1, 0), value=model.config.start_id)
 
@@ -302,11 +302,12 @@ class Transformer(nn.Module):
         level (B, 1): the fraction of all tokens that is noise, see noise_fraction; for time_cond.
         hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
         cache: a KVCache with the tokens before x, for decoding; those of x are appended to it. With
-        shift and a cache that holds tokens, x begins one token before `where`: its output predicts
-        the first token of `where`.
+        shift and a cache that is not empty, x begins with the token before the first of `where`,
+        whose output predicts that one.
         clean (B, T), block_length: read [x ; clean], see beside_clean, for BlockDiffusion; level
         may then be (B, T).
-        visible: each position sees each later one with this probability, see attn_anneal.
+        visible: the probability that a position sees a later one, see attn_anneal; it is drawn once
+        for all rows and layers.
         """
         start = cache.length if cache is not None else 0
         if self.config.shift and start == 0:
@@ -322,7 +323,7 @@ class Transformer(nn.Module):
         if clean is not None:
             x, level, position, attn_mask = beside_clean(x, level, clean, block_length)
             neighbours = visible_neighbours(position, attn_mask, self.config.n_conv)
-        h = self.embed(x)  # (B, T, C)
+        h = self.embed(x)  # (B, T, C), with clean (B, 2T, C)
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
         h = self.drop(h)
@@ -344,7 +345,8 @@ class Transformer(nn.Module):
         """Logits (..., V) of hidden states (..., C); with subs the mask's is -inf.
 
         SUBS, MDLM's substitution of the network's output, has two halves: the mask has probability
-        0, here; and given tokens are copied, which needs no code: only masks are scored.
+        0, here; and tokens that are no masks are copied, which needs no code: masks alone are
+        scored.
         """
         logits = self.head(h)
         if self.config.subs:  # [MDLM sec. 3.2]
@@ -380,7 +382,8 @@ class Transformer(nn.Module):
 # ------------------------------------------------------------------------- the probability models
 
 SCHEDULES = ('linear', 'cosine', 'polynomial')
-MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')  # see sample.py
+# see sample.py; the first is the default, of d3pm and block: mdm has another
+MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')
 
 
 def alpha_and_weight(t, schedule):
@@ -495,12 +498,12 @@ class Objective:
     """
     # annotated: settings
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
-    loss_weight: str = 'elbo'        # elbo w(t), clipped min(w(t), w_max), flat 1, masked_mean
+    loss_weight: str = 'elbo'        # elbo w(t), clipped min(w(t), w_max), flat and masked_mean 1
     w_max: float = 5.0
     mask_range: tuple = (0.0, 1.0)   # of t in training; (0.15, 0.15) is BERT's rate
 
-    # Without annotations these are no dataclass fields, so that no setting changes them.
-    # (BlockDiffusion annotates block_length, which makes it one.)
+    # attributes of the class, not fields: no setting changes them (but block_length, which
+    # BlockDiffusion annotates, is a field there)
     exact = False                # True: the bound is the nll itself, of ar
     causal = False               # True: the network sees no later token
     masks = True                 # the network reads masks; False for ar and uniform
@@ -545,6 +548,7 @@ class Objective:
         return spread(self.weighted_losses(model, x0, noised), noised.scored).sum(1)
 
     def corrupt_evenly(self, model, x0, given, rng):
+        """Of Uniform alone: the others replace it."""
         everywhere = replace(self, loss_weight='elbo', mask_range=(0.0, 1.0))
         return everywhere.corrupt(model, x0, given, rng)
 
@@ -579,9 +583,9 @@ class MaskedDiffusion(Objective):
     its output is moved back). Training follows the first line: one t for each row, uniform in
     mask_range, and each token is masked with probability 1 - alpha_t. Evaluation follows the
     second: l is uniform in 1..L, and l tokens are masked. That is the first line with t integrated
-    out: for every l from 1 to L the integral of 1/t * P(l masks | t) over t is 1/l, so that each l
-    has the same share, and within it each mask counts 1/l. Without time conditioning both are the
-    same bound; the estimate of the second varies less, and with uniform logits not at all.
+    out: for every l from 1 to L the integral of 1/t * P(l masks | t) over t is 1/l. (In code the
+    weight is L/l, since the losses of a row are divided by L later.) Without time conditioning both
+    are the same bound; the estimate of the second varies less, and with uniform logits not at all.
     """
     any_order = True
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')
@@ -1099,8 +1103,8 @@ def model_config(settings, meta):
     """The ModelConfig that a run's settings and its data set's meta describe."""
     objective = make_objective(settings)
     require('objective', settings['objective'], objective.masks or objective.exact
-            or meta['mask_id'] == meta['vocab_size'], 'another: the mask is not the last id here')
-    # GPT-2 was trained to begin behind an end of text
+            or meta['mask_id'] == meta['vocab_size'], 'another: the mask must be the last id')
+    # models of the hub begin behind an end of text, as GPT-2 was trained to
     start = 'eos_id' if settings.get('hub') and meta['eos_id'] is not None else 'mask_id'
     # V = V' + 1: meta counts the real tokens
     return ModelConfig(vocab_size=meta['vocab_size'] + 1, **fields_in(ModelConfig, settings) | {
@@ -1224,8 +1228,9 @@ def by_our_names(gpt2):
 def load_hub(s, meta):
     """Like load_checkpoint(), of the model hf:... that the settings s begin with. Raises UserError.
 
-    A row that it lacks, such as the mask's in GPT-2, is about the mean of its rows: such a token is
-    read as an average one. DiffuGPT's mask is a token of GPT-2's: our mask gets a copy of its row.
+    resize_token_embeddings makes a row that it lacks, such as the mask's in GPT-2, about the mean
+    of the others: such a token is read as an average one. DiffuGPT's mask is a token of GPT-2's:
+    our mask gets a copy of its row.
     """
     settings = vars(s) | hub_settings(s.init_from[3:], s.trust_remote_code)
     hub, c = json.loads(settings['hub']), model_config(settings, meta)

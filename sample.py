@@ -8,8 +8,8 @@
     python sample.py --out_dir=out/talk --chat  # a run on prompts and answers; an empty line ends
     python sample.py --corrupt="What's in a name?"
 
-From a checkpoint to text: main() calls make_canvases, then complete_best (which is complete, but
-for the lengths of answers), which calls decode for every batch of canvases, which calls
+From a checkpoint to text: main() calls make_canvases, then complete_best (that is complete, unless
+several lengths of an answer are tried), which calls decode for every batch of canvases, which calls
 make_decoder and run_decoder.
 
     canvas    make_canvases: the ids of a text, with mask_id wherever a token is to be generated.
@@ -19,12 +19,12 @@ make_decoder and run_decoder.
     text      complete: the ids of each canvas up to its EOS, which the tokenizer decodes
 
 At a first reading go from top to bottom: a token, the decoders (remdm is the default of masked
-diffusion; decode_ar needs model.py's KVCache), the loop around them, canvases, text. Skip blocks
-and guidance, the lengths of answers, and the pictures.
+diffusion by mdm; decode_ar needs model.py's KVCache), the loop around them, canvases, text. Skip
+blocks and guidance, the lengths of answers, and the pictures.
 
 Letters are those of model.py: B rows of T tokens, which are the canvas x (B, T); V rows of the
-embedding, V' real tokens and the mask. where (B, T) bool are the M positions, of all rows together,
-whose logits (M, V) a pass returns.
+embedding, V' real tokens and the mask. where (B, T) bool marks the positions that a pass predicts,
+M in all rows together, and the pass returns their logits (M, V).
 """
 
 import math
@@ -37,7 +37,7 @@ from dataclasses import replace
 from functools import partial
 from inspect import getfullargspec
 from itertools import groupby, takewhile
-from json import dumps
+from json import dumps  # by name: json is a setting
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -66,7 +66,8 @@ start = ''             # the text to continue; in a run on prompts and answers, 
 template = ''          # a text with blanks to fill: [___] is 5 tokens wide, [___:9] is 9
 prompt_file = ''       # a prompt or a template on every line; - reads them from stdin
 chat = False           # answer each line of stdin; a run on conversations reads all turns before it
-corrupt = ''           # a text: only show what noise makes of it, and what the run makes of that
+corrupt = ''           # a text: only show what noise makes of it and, if out_dir holds a run, what
+                       # the run makes of that
 num_samples = 1        # of each prompt
 batch_size = 16        # rows at a time
 gen_length = 0         # tokens to write after start; 0 fills the model's context
@@ -80,21 +81,21 @@ counts = 'linear'      # confidence, remask: linear (as many each step), cosine 
 threshold = 0.9        # threshold: a pass commits all tokens of so much confidence or more, one at
                        # least
 eta = 0.08             # remdm: largest probability per step that a written token is masked again
-cool = 0.7             # remdm: temperature falls from (1 + cool) to (1 - cool) times the one below
+cool = 0.7             # remdm: from (1 + cool) * temperature at first to (1 - cool) * temperature
 block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
 prefix_cache = False   # read what precedes a block once: faster, but an approximation
 guidance = 0.0         # above 0: follow the given text more closely, at two passes a step
 temperature = 0.7      # 0 takes the most likely token; see data/RESULTS.md
 top_k = 0              # sample among the k most likely tokens; 0 = all
 top_p = 1.0            # sample among the fewest tokens that hold this probability together
-repetition_penalty = 1.0  # above 1: tokens that the text has already become less likely, but not
+repetition_penalty = 1.0  # above 1: tokens that the text already holds are made less likely, except
                        # EOS, SEP and PAD
 length = 'auto'        # masks for the answer to a prompt. full: as many as in training; fit: the
                        # average in training for so long a prompt; ratio: by length_line. Predicted
                        # in one pass by the model: argmax, quantile; by a head that
                        # config/length_*.py train: regress, classify, encoder. auto: the head, if
                        # the run has one; else full, if it was trained with predict_pad; else fit
-length_line = (1.3, 2.0)  # ratio: so many masks for a token of the prompt, and so many more
+length_line = (1.3, 2.0)  # ratio, (a, b): a * (tokens of the prompt) + b masks
 length_quantile = 0.9  # quantile and heads that classify: P(the answer is at most as long as
                        # predicted); a head that regresses has that of its training
 length_candidates = 1  # fit, ratio, reference: lengths to try; the most confident answer stays
@@ -146,10 +147,10 @@ def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repe
                   specials=()):
     """The distributions (M, V) float64 to sample from, given the model's logits (M, V).
 
-    x, where (B, T): the canvas, and the M positions of the logits, of which only the rows matter
-    here. repetition_penalty makes tokens less likely that the row has already [CTRL 1909.05858,
-    sec. 4.1], but not the ids `specials` (mask, EOS, SEP, PAD): an EOS that is given would make the
-    row's own less likely.
+    x, where (B, any width): the canvas, and the M positions of the logits, of which only the rows
+    matter here. repetition_penalty makes tokens less likely that the row already holds [CTRL
+    1909.05858, sec. 4.1], except the ids `specials` (mask, EOS, SEP, PAD): an EOS that is given
+    would make the row's own less likely.
     """
     logits = logits.double()
     if repetition_penalty != 1.0:
@@ -278,7 +279,7 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
             logits[:, model.mask_id] = -torch.inf
             now = temperature * (1 + cool * (1 - 2 * alpha_t))
             x[reveal] = sample_token(logits, x, reveal, rng, temperature=now, **sampling)
-        else:  # tokens are masked again only after a step that wrote some: logits are of a pass
+        else:  # masks tokens again, without a pass: logits are those of the one that wrote a token
             logits = logits[:0]
         x[remask] = model.mask_id
         yield reveal, logits
@@ -398,7 +399,7 @@ def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts
 
 
 def window_start(i, size):
-    """Where the window of `size` tokens (or blocks) begins that is read to write the i-th.
+    """The first of the at most `size` tokens (or blocks) that are read to write the i-th.
 
     The window drops its older half whenever it is full. Where it begins follows from i alone, so
     that a text does not depend on where its prompt ended.
@@ -424,7 +425,8 @@ def decode_ar(model, x, to_generate, rng, **sampling):
             continue
         if (new := window_start(i, model.config.block_size)) > begin:
             begin, cache.length = new, 0  # positions have shifted, so all is read again
-        unread = x[:, begin + max(cache.length - 1, 0):i]  # -1: the start token is in the cache
+        read = max(cache.length - 1, 0)  # tokens of the window in the cache, beside the start token
+        unread = x[:, begin + read:i]
         if cache.length == 0:
             unread = after_start(model, unread)
         last = torch.zeros_like(unread, dtype=torch.bool)
@@ -528,10 +530,10 @@ class BlockCached:
 def decode_blocks(model, x, to_generate, rng, *, inner, block_length, steps=None, cached=None):
     """Block by block from left to right, each by the decoder `inner` (semi-autoregressive).
 
-    Blocks of block_length columns begin at the first column to be generated, and the last ends with
-    the last; all rows have the same blocks. What follows a block is read as it stands, masks mostly
-    (by BlockCached not at all). The steps (None: inner takes none) are spread over the blocks by
-    their lengths, at least one for each.
+    Blocks of block_length columns cover the first to the last column to be generated, and the last
+    block may be shorter; all rows have the same blocks. What follows a block is read as it stands,
+    masks mostly (by BlockCached not at all). The steps (None: inner takes none) are spread over the
+    blocks by their lengths, at least one for each.
 
     cached: None, or the class PrefixCached or BlockCached, which wraps the model. The blocks of a
     model that was trained on blocks [BD3-LM 2503.09573] begin at multiples of block_length.
@@ -549,11 +551,11 @@ def decode_blocks(model, x, to_generate, rng, *, inner, block_length, steps=None
             continue
         if cached:
             reader.enter(x, start, stop)
-        pace = {}
+        own_steps = {}
         if steps is not None:
-            spent, due = (steps * (column - first) // (end - first) for column in (start, stop))
-            pace['steps'] = max(1, due - spent) if steps else 0
-        for step in inner(reader, x, block, rng, **pace):
+            before, after = (steps * (edge - first) // (end - first) for edge in (start, stop))
+            own_steps['steps'] = max(1, after - before) if steps else 0
+        for step in inner(reader, x, block, rng, **own_steps):
             yield step
             block &= to_generate  # rows that have ended since
 
@@ -790,6 +792,7 @@ def keep_log_p(log_p, x, nfe, where, logits):
     """partial(keep_log_p, log_p), as `on_step`, writes to log_p (B, T) that of every new token.
 
     Every pass overwrites what it predicted, and the last of these passes wrote what stands there.
+    (Where a mask still stands it is -inf until then.)
     """
     log_p[where.cpu()] = -cross_entropy(logits.float(), x[where]).cpu()  # (M,)
 
@@ -1078,10 +1081,10 @@ def main():
     require('watch', watch, not (watch and json), 'False with json')
     is_run = not corrupt or (Path(out_dir) / 'ckpt.pt').is_file()
     run = load_run(out_dir, pick_device(device), ckpt, trust_remote_code) if is_run else None
-    if export:
-        return export_model(run, export)
     if corrupt:
         return show_corruption(run, corrupt, seed)
+    if export:
+        return export_model(run, export)
     if chat:
         alone = not (start or template or prompt_file or watch or save or json)
         require('chat', chat, alone, 'alone: it reads stdin, so leave out start, save and the like')
@@ -1110,7 +1113,7 @@ def main():
 
 # -------------------------------------------------------------------------------------- pictures
 #
-# A Recorder is an on_step that keeps every step of a text. A Screen shows the steps as they come, and
+# A Recorder is an on_step that keeps every step of a text. A Screen shows them as they come, and
 # each save_*(recorder, path, about) writes them to a file, under about['title'].
 
 WATCH_DELAY = 0.05     # seconds for which watch shows a step

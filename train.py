@@ -30,6 +30,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -71,8 +72,8 @@ batch_size = 16             # B, windows per forward and backward pass
 gradient_accumulation_steps = 1  # batches per update, of each process
 block_size = 256            # T, tokens per window
 train_tokens = 0            # use only this many tokens, the first of the training split; 0 = all
-random_length = 0.0         # share of batches cropped to a random width: windows of a stream to
-                            # any, rows with predict_pad to one that holds their longest answer
+random_length = 0.0         # share of batches cropped to a random width: of a stream, any; of rows,
+                            # with predict_pad, any that holds the longest answer of the batch
 # data of rows: prompts and answers, or documents; a batch holds rows of one width
 predict_pad = False         # predict PAD too, and so learn where an answer ends; False: rows have
                             # no PAD, and their width shows where the answer ends
@@ -100,8 +101,8 @@ attn_dropout = 0.0          # of the weights of attention: slow on a CPU
 objective = 'mdm'           # ar, mdm, d3pm, uniform, block; the rest of this group: all but ar
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
 loss_weight = 'clipped'     # of time t: elbo = w(t), clipped = min(w(t), w_max), flat = 1;
-                            # masked_mean = 1, and the mean is over masked tokens alone. uniform
-                            # scores all tokens, and multiplies the weight by 1 - alpha_t
+                            # masked_mean = 1, and the mean is over masked tokens alone.
+                            # objective=uniform scores all tokens, with weights times 1 - alpha_t
 w_max = 5.0                 # for loss_weight = clipped
 mask_range = (0.15, 0.99)   # of t in training; below it, a row has few masks to learn from
 diffusion_steps = 1000      # d3pm: N, from all masks to none
@@ -133,7 +134,7 @@ keep_best = False           # also keep, in best.pt, the weights of the lowest v
 log_interval = 10           # updates between training losses, which go to steps.csv
 decode_rows = 0             # prompts to answer at each evaluation, greedily, into samples.csv
 eval_repeats = 4            # independent estimates of the final bound, for its standard error
-track = ''                  # tensorboard (curves in out_dir), wandb, or both
+track = ''                  # tensorboard (curves in out_dir), wandb, or tensorboard,wandb
 wandb_project = 'nanomdm'   # wandb shows the run among those of this project
 wandb_run_name = ''         # and under this name; '' = the last part of out_dir
 bench = 0                   # only time this many updates and profile a few: nothing is written
@@ -240,6 +241,7 @@ def check_settings(s):
             ('length_head', not s.length_head or (s.predict_pad and objective.masks_anywhere),
              "'', unless predict_pad is on and objective is mdm or d3pm"),
             ('init_from', s.init_from or not s.length_head, 'the run that a length_head is for'),
+            ('dropout', not (s.length_head and s.dropout), '0 with a length_head'),
             ('length_quantile', s.length_quantile < 1, 'in (0, 1)')):
         require(name, vars(s)[name], fine, wanted)
 
@@ -274,7 +276,7 @@ class Training:
             if s.length_head else make_objective(vars(s))
         self.optimizers = make_optimizers(self.model, s, getattr(torch, self.dtype))
         self.iteration = 0      # updates done
-        self.tokens = 0         # read in these updates, by all processes
+        self.tokens = 0         # read in these updates by all processes; of rows about
         self.seconds = 0.0      # spent on these updates, without evaluations
         self.speed = 0.0        # tokens/s of all processes, since the run was started or resumed
         self.log, self.steps = [], []  # rows of log.csv, of steps.csv
@@ -309,7 +311,7 @@ def open_training_data(s, rank, world):
             and not Path('data', s.dataset, 'meta.json').exists():
         print(f'data/{s.dataset} is missing: preparing it')
         prepare(s.dataset)
-    if world > 1:  # until the data is complete, and no process is in main()'s check of out_dir
+    if world > 1:  # until the data is complete, and all have passed main()'s check of out_dir
         dist.barrier()
     data = open_run_data(vars(s))
     for name in ('decode_rows', 'length_head'):
@@ -357,9 +359,9 @@ def restore(run, s, checkpoint):
     try:
         run.log, run.steps = (read_rows(Path(s.out_dir, name), run.iteration)
                               for name in ('log.csv', 'steps.csv'))
-        # as they stand in the log where an older checkpoint lacks them; a log there must be
-        run.tokens = int(checkpoint.get('tokens', run.log[-1]['tokens']))
-        run.seconds = float(checkpoint.get('seconds', run.log[-1]['seconds']))
+        last = run.log[-1]  # there must be one
+        run.tokens = int(checkpoint.get('tokens', last['tokens']))  # older checkpoints lack both
+        run.seconds = float(checkpoint.get('seconds', last['seconds']))
     except (OSError, ValueError, TypeError, LookupError, csv.Error) as e:
         raise UserError(f'{s.out_dir}: log.csv or steps.csv is damaged ({type(e).__name__})') from e
 
@@ -414,8 +416,8 @@ def fastest_flops(device, dtype):
 def compile_or_not(asked, device, dtype, data, seconds):
     """(whether to compile, why). 'auto' compiles where that saves time within this run.
 
-    seconds: what the updates of this run take when they are compiled. On 2 cores compiling costs
-    about 40 s. In bfloat16 it halves the time of an update, in float32 it saves a tenth.
+    seconds: what the updates of this run would take if compiled. Otherwise they take twice as long
+    in bfloat16, a tenth longer in float32. On 2 cores compiling costs about 40 s.
     """
     if asked != 'auto':
         return asked == 'on', 'as set'
@@ -607,7 +609,8 @@ def write_answers(run, s):
 def annealed(run, s):
     """What the network reads besides: with attn_anneal, how probably a later token is visible.
 
-    A tensor, since torch.compile would compile anew for each number."""
+    A tensor, since torch.compile would compile anew for each number. Evaluation sees all tokens.
+    """
     return {} if run.iteration >= s.attn_anneal else \
         {'visible': torch.tensor(run.iteration / s.attn_anneal, device=run.device)}
 
@@ -653,7 +656,7 @@ def train(run, s):
     """The loop: evaluate, save, update, until max_iters or a signal."""
     # disable=None: tqdm shows a bar only on a terminal
     bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
-    tokens_before, seconds_before = run.tokens, run.seconds  # of this process, for its speed
+    tokens_before, seconds_before = run.tokens, run.seconds  # run.speed counts from this start
     stop = False  # leave at the top of a round
     # SIGINT and SIGTERM only leave a note. An update that stopped halfway would have changed some
     # weights and not others; so it is finished first, and saved.
@@ -697,8 +700,8 @@ def train(run, s):
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
         signal.signal(number, signal.SIG_DFL)
-    # `stop` is set after an update, and the last evaluation has none after it: there a single
-    # process looks at what it caught itself. Several may have caught different signals: all finish.
+    # A signal during the last evaluation comes after the last `stop`: a single process still exits
+    # on it. Several ignore it, since not all may have caught one.
     if stop or run.world == 1 and run.caught:
         print(f'stopped and saved after {run.iteration} updates; go on with\n'
               f'python train.py --out_dir={s.out_dir} --resume')
@@ -725,20 +728,20 @@ def show_sample(run, s):
     trained = sample.load_run(s.out_dir, run.device, trust=s.trust_remote_code)
     how = sample.defaults() | {'seed': s.seed}
     if trained.meta['sep_id'] is None:
-        task, start = 'likelihood', '--num_samples=3'
+        task, option = 'likelihood', '--num_samples=3'
         canvas = [trained.model.mask_id] * s.block_size
         done, _ = sample.complete(trained, [canvas], how, trained.meta['eos_id'])
         print(trained.tokenizer.decode(done[0][0]), end='\n\n')
     else:
         for prompt, reference, answer in sample.first_answers(trained, run.data, 2, how):
             print(f'prompt:    {prompt}\nreference: {reference}\nanswer:    {answer}\n')
-        task, start = 'translation', f'--start={prompt!r}'
-    print(f'To try next:\npython sample.py --out_dir={s.out_dir} {start}\n'
+        task, option = 'translation', f'--start={shlex.quote(prompt)}'
+    print(f'To try next:\npython sample.py --out_dir={s.out_dir} {option}\n'
           f'python eval.py --out_dir={s.out_dir} --task={task}')
 
 
 def main():
-    # sets the globals above; a second time below, where the defaults are those of another run
+    # sets the globals above; a second time below, over the settings of another run
     settings = config.override(globals())
     if Path(out_dir, 'ckpt.pt').exists() and not (resume or overwrite or bench):
         raise UserError(f'{out_dir} holds a run already: --resume goes on with it, --overwrite '
