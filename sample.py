@@ -537,6 +537,10 @@ def decode_blocks(model, x, to_generate, rng, *, inner, block_length, steps=None
 
     cached: None, or the class PrefixCached or BlockCached, which wraps the model. The blocks of a
     model that was trained on blocks [BD3-LM 2503.09573] begin at multiples of block_length.
+
+    With block_length = 4 and two given tokens before 8 masks, the blocks are columns 2-5 and 6-9.
+    At 6-9 PrefixCached reads 0-9 in its first pass and 6-9 in every later one. BlockCached has
+    blocks 0-3, 4-7, 8-9: at 4-7 it reads 0-3 once, for the cache, and 4-7 in every pass.
     """
     columns = to_generate.any(0).nonzero()[:, 0].tolist()
     first, end = (columns[0], columns[-1] + 1) if columns else (0, 0)
