@@ -1103,7 +1103,7 @@ def model_config(settings, meta):
     """The ModelConfig that a run's settings and its data set's meta describe."""
     objective = make_objective(settings)
     require('objective', settings['objective'], objective.masks or objective.exact
-            or meta['mask_id'] == meta['vocab_size'], 'another: the mask must be the last id')
+            or meta['mask_id'] == meta['vocab_size'], 'another: the mask is not the last id here')
     # models of the hub begin behind an end of text, as GPT-2 was trained to
     start = 'eos_id' if settings.get('hub') and meta['eos_id'] is not None else 'mask_id'
     # V = V' + 1: meta counts the real tokens
