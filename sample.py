@@ -269,7 +269,7 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
         is_mask = to_generate & (x == model.mask_id)
         sigma = min(eta, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 0.0  # at t = 1 all are masks
-        # one u for both, since no token is masked and written
+        # one u serves both: a token is either masked or written
         reveal = is_mask & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
         remask = to_generate & ~is_mask & (u < sigma)
         if not (reveal | remask).any():

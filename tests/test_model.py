@@ -1389,6 +1389,19 @@ def test_a_shifted_model_predicts_a_token_where_the_one_before_is_read():
                 torch.testing.assert_close(cached(x, where=where), expected[where])
 
 
+def test_local_mixing_reads_later_neighbours_where_attention_is_still_closed():
+    """Two mixings of a layer reach one token ahead each; n_conv = 1 reads no neighbour at all."""
+    closed, open_ = {'visible': torch.tensor(0.0)}, {'visible': torch.tensor(1.0)}
+    x = tokens(2, 16)
+    torch.testing.assert_close(tiny(n_conv=1)(x, **closed), tiny(n_conv=1, causal=True)(x))
+    model, changed = tiny(n_conv=3, n_layer=1), x.clone()
+    torch.testing.assert_close(model(x, **open_), model(x))
+    changed[:, 10] = (x[:, 10] + 1) % 11
+    before, after = model(x, **closed), model(changed, **closed)
+    assert torch.equal(before[:, :8], after[:, :8])
+    assert (before[:, 8] != after[:, 8]).any(-1).all()
+
+
 def test_attention_opens_from_causal_to_all():
     model, causal, x, seen = tiny(), tiny(causal=True), tokens(2, 16), []
     torch.testing.assert_close(model(x, visible=torch.tensor(0.0)), causal(x))

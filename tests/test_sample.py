@@ -1745,6 +1745,11 @@ def test_corrupt_shows_the_noise_of_the_run_and_what_it_makes_of_it(run_main, ru
         assert guess == sample.visible(run.tokenizer.decode(best[0].tolist())).ljust(T)
 
 
+def test_noise_is_shown_without_a_run_even_beside_export(run_main):
+    alone = run_main('--corrupt=What', '--out_dir=none')
+    assert alone[0] == 0 and run_main('--corrupt=What', '--out_dir=none', '--export=x') == alone
+
+
 def test_ar_learns_to_undo_no_noise(run_main):
     status, out, err = run_main('--out_dir=ar', '--corrupt=What')
     assert (status, out) == (2, '') and 'undoes no noise' in err
