@@ -34,6 +34,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import defaultdict
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -153,18 +154,19 @@ GONE = {'soft_inputs': False, 'divergence': 'elbo', 'length_curriculum': 0,
 
 
 def orthogonalize(G, dtype):
-    """G with all its singular values near 1: about U V^T where G = U S V^T [Jordan 2024, Muon].
+    """G (N, n, m), N matrices, with all singular values near 1: about U V^T where G = U S V^T
+    [Jordan 2024, Muon].
 
     Five steps of X <- a X + (b A + c A A) X, A = X X^T. A step maps each singular value s of X
     to a s + b s^3 + c s^5; five take all of (0.002, 1] into about (0.7, 1.2). X is G, or the
     transpose of a tall G, so that A is as small as can be. kellerjordan.github.io/posts/muon
     """
-    X = (G if G.size(0) <= G.size(1) else G.T).to(dtype)
-    X = X / (X.norm() + 1e-7)
+    X = (G if G.size(1) <= G.size(2) else G.mT).to(dtype)
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        A = X @ X.T  # (n, n), n the smaller side of G
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
-    return X if G.size(0) <= G.size(1) else X.T
+        A = X @ X.mT  # (N, n, n), n the smaller side of G
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    return X if G.size(1) <= G.size(2) else X.mT
 
 
 class Muon(torch.optim.Optimizer):
@@ -181,14 +183,20 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            by_shape = defaultdict(list)
             for p in group['params']:
-                average = self.state[p].setdefault('momentum', torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - group['momentum'])
-                nesterov = p.grad.lerp(average, group['momentum'])
-                p.mul_(1 - group['lr'] * group['weight_decay'])
+                by_shape[p.shape].append(p)
+            for (rows, columns), params in by_shape.items():  # a batched product for each shape
+                nesterov = []
+                for p in params:
+                    average = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                    average.lerp_(p.grad, 1 - group['momentum'])
+                    nesterov.append(p.grad.lerp(average, group['momentum']))
                 # rows of a tall orthogonal matrix have a length of about sqrt(columns / rows)
-                size = max(1, p.size(0) / p.size(1)) ** 0.5
-                p.add_(orthogonalize(nesterov, self.dtype), alpha=-group['lr'] * size)
+                step = group['lr'] * max(1, rows / columns) ** 0.5
+                for p, update in zip(params, orthogonalize(torch.stack(nesterov), self.dtype)):
+                    p.mul_(1 - group['lr'] * group['weight_decay'])
+                    p.add_(update, alpha=-step)
 
 
 def make_optimizers(model, s, dtype):
