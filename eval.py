@@ -48,21 +48,21 @@ import sample
 from config import UserError, one_of, require, write_atomically
 from model import Autoregression, cross_entropy, evaluate, flops_per_token, in_slices, \
     make_objective, peak_memory, pick_device, spread
-from prepare import EOT, SURROGATE, download, evenly, from_hub, load_meta, load_split, \
-    load_tokenizer, mixed_seed, open_run_data, optional, read_chunks, row_batches
+from prepare import EOT, SURROGATE, from_hub, load_meta, load_split, load_tokenizer, mixed_seed, \
+    open_run_data, optional, read_chunks, row_batches
 from sample import PLAIN, Run, load_run
 
 # what is measured
 out_dir = 'out/shakespeare_ar,out/shakespeare_mdm'  # runs, separated by commas
 ckpt = 'last'          # their weights: last; or best, of the lowest validation loss (keep_best)
 task = 'likelihood'    # likelihood, parts, generation, speed, curves, scaling, infill, order,
-                       # lambada, recover, noises, translation, length, reversal; report: half of
-                       # them, on one page
+                       # recover, noises, translation, length, reversal; report: half of them, on
+                       # one page
 report_dir = 'out/report'  # where report.md, report.json and the pictures go
 split = 'val'          # train, val, test; likelihood: or several with commas; generation and
                        # speed: val, always
-max_windows = 64       # windows of the split, or texts, that a task reads, evenly spread; 0 = all;
-                       # likelihood: for train only, it reads all of the other splits
+max_windows = 64       # windows of the split that a task reads, evenly spread; 0 = all; likelihood:
+                       # for train only, it reads all of the other splits
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 save_texts = ''        # generation, translation, infill, recover, reversal: a file, x.jsonl, to
                        # which the texts are added: given, corrupted, written, right, score (% of
@@ -73,8 +73,8 @@ trust_remote_code = False  # run the code that a model of the Hugging Face hub c
 seed = 1
 batch_size = 16        # rows at a time
 repeats = 4            # independent draws of a bound, each with its own noise
-target_se = 0.005      # likelihood, noises, parts, order, lambada: 8 to 64 draws, as many as bring
-                       # the standard error of a bound down to this (nats/token); 0: only repeats
+target_se = 0.005      # likelihood, noises, parts, order: 8 to 64 draws, as many as bring the
+                       # standard error of a bound down to this (nats/token); 0: only repeats
 discrete_steps = ()    # likelihood: also the bounds of mdm and d3pm in these numbers of diffusion
                        # steps, as (10, 1000)
 levels = (0.15, 0.3, 0.5, 0.7, 0.9)  # parts: shares of noise at which the loss is measured
@@ -86,7 +86,6 @@ judge = ''             # generation, speed: an AR run, or a causal model of Hugg
 data = ''              # likelihood: score these texts in place of each run's own: files or names in
                        # data/, with commas; bits/byte compare runs of different tokenizers
 skip_unknown = False   # data: leave out characters that a run's tokenizer lacks ("less" so many)
-lambada_file = ''      # lambada: a local copy of lambada_test.jsonl
 grid_steps = (4, 8, 16, 32, 64, 128, 256)  # speed: steps of each decoder
 # answers to prompts, for translation and length; --length, a setting of sample.py, may here also be
 # reference, as many masks as the reference answer needs, or several names with commas
@@ -96,8 +95,6 @@ greedy = True          # take the most likely tokens, most confident first if de
                        # False: sample them with temperature
 answer_steps = (1, 4, 8, 16)  # steps of masked models, one after the other; length: only the last
 
-LAMBADA = ('https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl',
-           '4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226')
 KNOWN_TOKENS = 20_000_000  # only the beginning of the training text is searched for words, copies
 EOS_SHARES = (0.25, 0.5, 0.75, 1.0)  # length.png: shares of an answer's window that are masked
 LENGTH_BLOCK = 8       # length: tokens per block of the decoding in blocks, for comparison
@@ -1073,61 +1070,6 @@ def token_by_token(run, x, rate):
     return sum(token_nll(model, x, eighth == k, eighth == k) for k in range(8)).cpu()
 
 
-def lambada_texts(path, n):
-    """n texts of LAMBADA [1606.06031], evenly spread; without a path OpenAI's are downloaded."""
-    if not path:
-        path = Path('data/downloads/lambada_test.jsonl')
-        download(LAMBADA[:1], path, LAMBADA[1])
-    try:
-        texts = [json.loads(line)['text'] for line in Path(path).read_text('utf-8').splitlines()]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f'{path} is not lambada_test.jsonl ({type(e).__name__})') from e
-    return [texts[i] for i in evenly(len(texts), n)]
-
-
-def last_words(run, texts, batch_size):
-    """Yields x0 (B, T), the ends of texts that fit into the context, and is_word (B, T) bool.
-
-    Texts of equal length share a batch; is_word is True in the last word and the space before it.
-    """
-    found = []  # (ids of the text, number of the word's tokens)
-    for text in texts:
-        before, _, word = text.rstrip().rpartition(' ')
-        with suppress(UserError):  # a character that the training text does not have
-            ids, target = run.tokenizer.encode(before), run.tokenizer.encode(f' {word}')
-            found.append(((ids + target)[-run.model.config.block_size:], len(target)))
-    require('out_dir', run.path, found, 'a run whose tokenizer has all characters of a text')
-    for batch in row_batches(np.array([len(ids) for ids, _ in found]), batch_size):
-        x0, n = map(torch.tensor, zip(*(found[i] for i in batch)))  # (B, T), (B,)
-        yield x0, torch.arange(x0.size(1)) >= x0.size(1) - n[:, None]
-
-
-def lambada(runs, settings):
-    """LAMBADA: how often a run knows the last word of a text, and how well.
-
-    A run is given what fits into the context before the word, and the number of the word's tokens
-    (which ar has no use for). accuracy: share of the words whose tokens are all right, decoded
-    greedily; s.e. over words. Perplexity is that of the word. skipped: texts with characters that
-    the tokenizer lacks.
-    """
-    s, rows = settings, []
-    texts = lambada_texts(s['lambada_file'], s['max_windows'])
-    for run in tqdm(runs, 'lambada', disable=None):
-        how = s | {'steps': 0} if run.objective.masks else s  # one token a step
-        batches = [*last_words(run, texts, s['batch_size'])]
-        known = torch.cat([(fill(run, *batch, how)[0] == batch[0]).all(1) for batch in batches])
-        nats, error, _ = nll_or_bound(run, run.objective, [
-            lambda x0=x0, is_word=is_word: (x0, ~is_word) for x0, is_word in batches], s)
-        n = len(known)
-        nats *= sum(is_word.sum().item() for _, is_word in batches) / n  # tokens of a word
-        rows.append({'run': run.name, 'words': n, 'skipped': len(texts) - n,
-                     'accuracy (%)': 100 * known.float().mean().item(),
-                     's.e. (%)': 100 * known.float().std(correction=0).item() / n ** 0.5,
-                     'nats/word': Number(nats, bound=error != 'exact'),
-                     'perplexity': Number(math.exp(nats), bound=error != 'exact')})
-    return rows, ''
-
-
 FACT = re.compile(r'(?m)^(\w+ \w+) is (the \w+ of \w+)\.$')  # of the data set reversal
 TURNED = re.compile(r'(?m)^(the \w+ of \w+) is (\w+ \w+)\.$')
 
@@ -1391,7 +1333,6 @@ TASKS = {
     'infill': Task(infill, 'split steps seed'),
     'recover': Task(recover, 'split steps seed'),
     'speed': Task(speed, 'gen_tokens batch_size seed temperature', plot_speed),
-    'lambada': Task(lambada, 'max_windows target_se seed'),
     'noises': Task(noises, 'split max_windows seed', plot_noises),
     'translation': Task(translation, 'split batch_size greedy temperature seed', plot_translation,
                         on='prompts and answers'),

@@ -154,7 +154,6 @@ def test_lines_of_a_picture_differ():
     (['--split=test'], "no split 'test'"),
     (['--repeats=1'], 'repeats is 1'),
     (['--judge=out/mdm', '--task=generation'], 'must be an ar run'),
-    (['--task=lambada', '--lambada_file=verse.txt'], 'is not lambada'),
     (['--decoder=ar', '--task=generation'], "decoder is 'ar', not one of auto, remdm"),
     (['--taks=x'], 'did you mean task'),
     (['--steps=0', '--task=generation'], 'steps is 0'),
@@ -791,45 +790,6 @@ def test_a_fraction_of_correct_tokens_is_counted(settings):
     assert [text['score'] for text in found['texts']] == pytest.approx([200 / 3, 50])
     assert found['accuracy (%)'] == pytest.approx((200 / 3 + 50) / 2)
     assert found['s.e. (%)'] == pytest.approx((200 / 3 - 50) / 2)
-
-
-def test_lambada_scores_the_last_word(settings, runs):
-    words = ['The cat sees the moon.', 'The old king forgets the owl.']
-    path = runs / 'lambada.jsonl'
-    path.write_text('\n'.join(json.dumps({'text': text}) for text in [*words, 'It\u2019s %%']))
-    both = evaluation.load_runs('out/ar,out/mdm', 'cpu')
-    rows, _ = evaluation.lambada(both, settings | {'lambada_file': str(path), 'repeats': 200})
-    assert [(row['words'], row['skipped']) for row in rows] == [(2, 1)] * 2
-    tokenizer, model = both[0].tokenizer, both[0].model
-    nats = []
-    with torch.no_grad():
-        for text, word in zip(words, (' moon.', ' owl.')):
-            x = torch.tensor([model.mask_id, *tokenizer.encode(text)[-16:]])
-            logp = model(x[None, :-1])[0].log_softmax(-1)
-            nats.append(-logp[torch.arange(16), x[1:]][-len(word):].sum().item())
-    assert rows[0]['nats/word'] == pytest.approx(np.mean(nats), rel=1e-4)
-    assert rows[0]['perplexity'] == pytest.approx(math.exp(np.mean(nats)), rel=1e-3)
-    model, by_draws = both[1].model, []  # and the bound, by masking each token with probability t
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for text, n in zip(words, (6, 5)):
-            x0 = torch.tensor(tokenizer.encode(text)[-16:]).expand(3000, 16)
-            t = 0.02 + 0.98 * torch.rand(3000, 1, generator=generator)
-            is_mask = (torch.rand(3000, 16, generator=generator) < t) & (torch.arange(16) >= 16 - n)
-            nll = -model(torch.where(is_mask, model.mask_id, x0)).log_softmax(-1) \
-                .gather(-1, x0[..., None])[..., 0]
-            by_draws.append((torch.where(is_mask, nll, 0.0) / t).sum(1).mean().item() * 0.98)
-    assert rows[1]['nats/word'] == pytest.approx(np.mean(by_draws), rel=0.06)
-    for objective in ('d3pm', 'uniform', 'block'):
-        (row,), _ = evaluation.lambada([taken_for(objective)],
-                                       settings | {'lambada_file': str(path)})
-        assert row['words'] == 2 and row['nats/word'].bound
-    text = tokenizer.encode(words[0])[-16:]
-    sure = a_run(Knowing(text, model.mask_id), 'mdm')
-    path.write_text(json.dumps({'text': words[0]}))
-    section = evaluation.run_task('lambada', [sure], settings | {'lambada_file': str(path)}, '')
-    (row,) = section['rows']
-    assert row['accuracy (%)'] == 100 and row['perplexity'] == pytest.approx(1, abs=1e-4)
 
 
 def taken_for(objective):
