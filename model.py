@@ -357,7 +357,7 @@ class Transformer(nn.Module):
         """Normal matrices; zero at the end of a branch, in local mixing, adaLN and an untied head.
 
         So every layer is the identity at first and, with an untied head, the first loss is log V'
-        (without subs log V).
+        (without subs log V). Embeddings have variance 1; tied ones, which are the head too, 0.02^2.
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -366,7 +366,7 @@ class Transformer(nn.Module):
                     name.endswith(('proj.weight', 'modulate.weight', 'head.weight')):
                 nn.init.zeros_(p)
             elif 'embed' in name:
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=0.02 if self.config.tied else 1.0)
             else:
                 nn.init.normal_(p, std=p.size(1) ** -0.5)
 
@@ -855,13 +855,13 @@ class KVCache:
     The inputs of every LocalMixing, two in a layer, are held too, after n_conv rows of zeros.
     """
 
-    def __init__(self, config, B, device, dtype=torch.float32):
-        c, how = config, {'device': device, 'dtype': dtype}
+    def __init__(self, config, B, device):
+        c, zeros = config, partial(torch.zeros, device=device)
         T = c.block_size + c.shift  # with shift, the start token has a place, too
-        self.kv = torch.zeros(c.n_layer, 2, B, c.n_kv_head, T, c.n_embd // c.n_head, **how)
+        self.kv = zeros(c.n_layer, 2, B, c.n_kv_head, T, c.n_embd // c.n_head)
         self.n_conv, self.length = c.n_conv, 0
         if c.n_conv:
-            self.inputs = torch.zeros(2 * c.n_layer, B, c.n_conv + T, c.n_embd, **how)
+            self.inputs = zeros(2 * c.n_layer, B, c.n_conv + T, c.n_embd)
 
     def extend(self, layer, k, v):
         """Appends k, v (B, Hkv, T, D) of `layer`; returns all its keys and values."""
