@@ -119,7 +119,7 @@ length_head = ''            # regress_mean, regress_concat, classify, encoder_re
 length_quantile = 0.95      # regress: the share of answers that are no longer than predicted
 # optimiser
 optimizer = 'muon'          # muon: Muon for matrices in blocks, AdamW for the rest; adamw: for all
-max_iters = 3000            # updates
+max_iters = 3600            # updates
 epochs = 0.0                # another way to say max_iters: so many times all of the training text
 learning_rate = 6e-3        # AdamW's
 muon_lr = 0.02              # Muon's
@@ -183,15 +183,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = defaultdict(list)
+            by_shape = defaultdict(list)  # matrices of one shape share their products
             for p in group['params']:
-                by_shape[p.shape].append(p)
-            for (rows, columns), params in by_shape.items():  # a batched product for each shape
-                nesterov = []
-                for p in params:
-                    average = self.state[p].setdefault('momentum', torch.zeros_like(p))
-                    average.lerp_(p.grad, 1 - group['momentum'])
-                    nesterov.append(p.grad.lerp(average, group['momentum']))
+                average = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group['momentum'])
+                by_shape[p.shape].append((p, p.grad.lerp(average, group['momentum'])))
+            for (rows, columns), pairs in by_shape.items():
+                params, nesterov = zip(*pairs)
                 # rows of a tall orthogonal matrix have a length of about sqrt(columns / rows)
                 step = group['lr'] * max(1, rows / columns) ** 0.5
                 for p, update in zip(params, orthogonalize(torch.stack(nesterov), self.dtype)):
@@ -777,12 +775,13 @@ def main():
           f'on {run.world} x {run.device} in {run.dtype}')
     compile_model(run, s)
     if s.bench:
-        return time_updates(run, s)
-    train(run, s)
-    print_final_loss(run, s)
+        time_updates(run, s)
+    else:
+        train(run, s)
+        print_final_loss(run, s)
     if run.world > 1:
         dist.destroy_process_group()
-    if run.rank == 0:
+    if run.rank == 0 and not s.bench:
         show_sample(run, s)
 
 
