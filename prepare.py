@@ -26,10 +26,11 @@ like; what is read of it is kept in data/downloads, as JSON lines:
     python prepare.py hf:FOLDER --fields=messages --val_share=0.05
 
 Of a file of yours the last 10% are val; --val_share=0.05 draws 5% of its documents instead. A data
-set has a recipe, data/<name>.py beside this file; data/__init__.py lists what a recipe may say. The
-times leave out the download, which happens once (of hf: at each run) and is kept in data/downloads.
-Text is read in pieces, and the bins are flat ids (uint16, or uint32 where a vocabulary needs it)
-that are read as memmaps, so a stream may be larger than memory, both here and in training.
+set has a recipe, data/<name>.py beside this file; data/__init__.py lists what a recipe may say.
+What is made of it goes to data/<name>/ of the working directory. The times leave out the download,
+which happens once (of hf: at each run) and is kept in data/downloads. Text is read in pieces, and
+the bins are flat ids (uint16, or uint32 where a vocabulary needs it) that are read as memmaps, so a
+stream may be larger than memory, both here and in training.
 
 First half: prepare() and what it calls, from the download to the files. Second half, from
 load_meta() on: Stream and Rows, which training and evaluation read.
@@ -65,7 +66,8 @@ from tqdm import tqdm
 
 from config import UserError, one_of, override, require
 
-name = ''          # the folder in data/; '' = named as the data set, or as the file without .txt
+name = ''          # the folder in data/; '' = named as the data set, or as the file without its
+                   # suffix
 source = ''        # a local copy of the data set: the text, a zip, or a folder with its files
 tokenizer = ''     # char, gpt2, bpe (learned from the train split), or hf:NAME, that of a model of
                    # the Hugging Face hub, or of a folder; '' = as the recipe says, or char for a
@@ -82,7 +84,8 @@ fields = ''        # of a .csv or .jsonl: PROMPT,ANSWER, two names of columns or
 documents = False  # a row for each text between EOTs; in a file without an EOT, for each line
 max_prompt = 128   # tokens; a pair with a longer side is dropped: half an answer is a wrong one
 max_answer = 128   # tokens; the same, but a longer document is cut
-truncate = False   # keep these pairs: a prompt loses its beginning, an answer its end
+truncate = False   # keep these pairs: a prompt loses its beginning, an answer its end (and EOS
+                   # follows where it was cut)
 # which part is val
 val_share = 0.0    # so large a random part of the documents; 0 = the splits of the recipe or, of a
                    # file of yours, the last 10%
@@ -93,6 +96,7 @@ RECIPES = Path(__file__).parent / 'data'
 EOT = '<|endoftext|>'  # in a file: ends a text. It is the text of the token EOS, id eos_id
 SURROGATE = '\ud800'   # no UTF-8 text has this character: it stands for an EOT inside this program
 SPECIALS = {'eos_id': EOT, 'sep_id': '<|sep|>', 'pad_id': '<|pad|>'}  # in the order of their ids
+# by a recipe's layout; meta.json calls documents and pairs both 'rows'
 SPECIALS_OF = {'stream': ['eos_id'], 'documents': ['eos_id', 'pad_id'], 'pairs': [*SPECIALS]}
 # GPT-2's, in possessive form (++), which matches the same but hardly ever has to backtrack.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -113,9 +117,9 @@ READ_SIZE = 1 << 18      # bytes or characters that are read at a time
 MAX_UNCUT = 32_000_000   # characters without a place to cut, beyond which recut() gives up
 THREADS = os.cpu_count() or 1  # that tokenise a stream at the same time
 DOWNLOADS = Path('data', 'downloads')
-# of each kind, in meta.json
+# {kind of tokenizer: the other keys of meta['tokenizer']}
 TOKENIZER_KEYS = {'char': {'chars'}, 'gpt2': set(), 'bpe': {'pattern', 'ranks'}, 'hf': {'json'}}
-META_TYPES = {
+META_TYPES = {  # vocab_size: V', without the mask; that of ModelConfig is V = V' + 1
     'name': str, 'layout': str, 'row_length': int | None, 'max_answer': int | None,
     'vocab_size': int, 'mask_id': int, 'eos_id': int | None, 'sep_id': int | None,
     'pad_id': int | None, 'tokenizer': dict, 'source': str, 'sha256': str, 'counts': dict}
@@ -136,16 +140,19 @@ def load_recipe(name):
 
 def choose_recipe(what, prompts, answers, fields, documents, text_field, max_docs):
     """The recipe called `what`; if there is none, one for the user's own files or for hf:NAME."""
-    # a column of text may have a comma in its name
-    known, names = what in recipe_names(), fields.split(',') if fields else [text_field]
+    known = what in recipe_names()
+    names = fields.split(',') if fields else [text_field]  # of text_field even with a comma in it
     ways = known, prompts, fields, documents or text_field
+    if known and any(ways[1:]):
+        raise UserError(f'{what} has a recipe, which says how it is read: leave out --prompts, '
+                        '--fields, --documents and --text_field')
     if sum(map(bool, ways)) > 1 or bool(prompts) != bool(answers):
         raise UserError('rows are made from --prompts=FILE --answers=FILE, or from a file with '
                         '--fields=PROMPT,ANSWER, or from a text or --text_field with --documents')
     recipe = load_recipe(what if known else '__init__')
     if what.startswith('hf:'):
         require('text_field', text_field, text_field or fields, 'a column, unless fields is set')
-        recipe |= {'files': {what: None}, 'make': partial(stream_hub, what, names, max_docs)}
+        recipe |= {'files': {what: None}, 'make': partial(save_hub_data, what, names, max_docs)}
     if text_field:
         recipe['read'] = partial(read_texts, name=text_field, rows=documents)
     if fields:
@@ -244,14 +251,15 @@ def fetch(recipe):
     return DOWNLOADS / place, recipe['mirrors'][0] + place
 
 
-def stream_hub(what, columns, max_docs, folder):
-    """(path, source in words) of hf:NAME, hf:NAME:SUBSET or hf:NAME:SUBSET:SPLIT, as JSON lines.
+def save_hub_data(what, columns, max_docs, folder):
+    """Writes hf:NAME[:SUBSET[:SPLIT]] as JSON lines: (path, source in words).
 
     NAME is a data set of Hugging Face's hub, or the path of a folder or file in one of its formats.
     The library `datasets` streams the columns of its first max_docs records (0 = all) to a file in
     folder, so that neither the download nor the file must fit the memory. A stopped run begins
     anew, for `datasets` would read again what it is to skip. Raises UserError."""
-    name, subset, split = (re.split(r':(?![\\/])', what)[1:] + ['', ''])[:3]  # C:\ is one name
+    parts = re.split(r':(?![\\/])', what.removeprefix('hf:'))  # C:\ is one name
+    name, subset, split = (parts + ['', ''])[:3]
     path = Path(name)
     place, file = (str(path.resolve().parent), path.name) if path.is_file() else (name, None)
     target = folder / f'{path.stem}.jsonl'
@@ -425,38 +433,44 @@ def read_documents(file):
 READERS = {'stream': read_chunks, 'pairs': read_pairs, 'documents': read_documents}
 
 
+def short_eots(chunks):
+    """Yields the text with SURROGATEs as EOTs, single characters that no cut goes through."""
+    return (piece.replace(EOT, SURROGATE) for piece in recut(chunks, OUTSIDE_EOT))
+
+
 def cut_text(chunks, start, stop):
     """Yields characters start to stop of a text, as itertools.islice does with rows."""
-    done = 0  # characters before this chunk
-    for chunk in chunks:
-        yield chunk[max(0, start - done):max(0, stop - done)]
-        done += len(chunk)
+    done = 0  # characters before this piece
+    for piece in short_eots(chunks):
+        yield piece[max(0, start - done):max(0, stop - done)].replace(SURROGATE, EOT)
+        done += len(piece)
 
 
-def cut_splits(read, shares, stream):
+def cut_splits(read, ends, stream):
     """{split: function that yields its part} of what read() yields: pieces of a stream, or rows.
 
-    shares {split: the share of characters or rows at which it ends}."""
-    n = sum(len(item) if stream else 1 for item in tqdm(read(), 'counting', delay=1))
-    stops = [int(n * share) for share in shares.values()]
+    ends {split: the share of all characters or rows at which it ends}."""
+    items = tqdm(short_eots(read()) if stream else read(), 'counting', delay=1)
+    n = sum(len(item) if stream else 1 for item in items)
+    stops = [int(n * end) for end in ends.values()]
     cut = cut_text if stream else itertools.islice
     return {split: lambda start=start, stop=stop: cut(read(), start, stop)
-            for split, start, stop in zip(shares, [0, *stops], stops)}
+            for split, start, stop in zip(ends, [0, *stops], stops)}
 
 
-def split_of(document, shares, seed):
-    """The split of a document, a text or a list of texts: the first whose share is above its hash.
+def split_of(document, ends, seed):
+    """The split of a document, a text or a list of texts: the first whose end is above its hash.
 
     The hash of seed and text is a number in [0, 1); blanks and line ends do not count. So a
     document is in the same split in every file, layout and order, and all its copies are."""
     text = ''.join(''.join(document).split()).removesuffix(EOT)
     u = int(hashlib.sha256(f'{seed} {text}'.encode()).hexdigest()[:12], 16) / 2 ** 48
-    return next(split for split, share in shares.items() if u < share)
+    return next(split for split, end in ends.items() if u < end)
 
 
-def drawn_for(split, read, shares, seed):
+def drawn_for(split, read, ends, seed):
     """The documents of read() that split_of() puts into this split."""
-    return (document for document in read() if split_of(document, shares, seed) == split)
+    return (document for document in read() if split_of(document, ends, seed) == split)
 
 
 def open_splits(recipe, texts, kind, val_share, seed):
@@ -470,8 +484,8 @@ def open_splits(recipe, texts, kind, val_share, seed):
     if val_share or recipe['drawn']:
         require('val_share', val_share, '' in splits, '0 for data that has its own val')
         whole = partial(cut_documents, splits['']) if stream else splits['']
-        shares = {'train': 1 - val_share, 'val': 1} if val_share else recipe['splits']
-        splits = {split: partial(drawn_for, split, whole, shares, seed) for split in shares}
+        ends = {'train': 1 - val_share, 'val': 1} if val_share else recipe['splits']
+        splits = {split: partial(drawn_for, split, whole, ends, seed) for split in ends}
     elif '' in splits:
         splits = cut_splits(splits[''], recipe['splits'], stream)
 
@@ -546,7 +560,7 @@ class HubTokenizer:
         ids = []
         for part in [text] if self.eos_id is None else text.split(EOT):
             ids += [self.eos_id, *self.tokenizer.encode(part, add_special_tokens=False).ids]
-        return ids[1:]
+        return ids[1:]  # without the first EOS, since EOTs are between the parts
 
     def decode(self, ids):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -603,10 +617,10 @@ def from_hub(kind, name, **how):
 
 
 def hub_vocabulary(name, layout):
-    """As make_vocabulary, but the ids are those of a tokenizer of the hub, as is its mask.
+    """As make_vocabulary, for a tokenizer of the hub, which keeps its ids, that of its mask too.
 
-    EOS is its own or, as in BERT, its sep token, and SEP its cls token. What it lacks follows
-    behind all of its ids. PAD may be EOS, as in LLaDA."""
+    EOS is its own or, as in BERT, its sep token; SEP is its cls token. What it lacks gets new ids
+    behind all of its own. PAD may be EOS, as in LLaDA."""
     hub = from_hub('AutoTokenizer', name)
     require('tokenizer', f'hf:{name}', hub.is_fast, 'one that has a tokenizer.json')
     own = {'eos_id': hub.sep_token_id if hub.eos_token_id is None else hub.eos_token_id,
@@ -625,7 +639,7 @@ def make_vocabulary(kind, layout, splits, vocab_size):
 
     But for hf: the n ordinary tokens come first, then special tokens, then the mask. Characters are
     those of all splits; byte pairs are learned from train. Raises UserError."""
-    if kind.startswith('hf'):
+    if kind.startswith('hf:'):
         return hub_vocabulary(kind[3:], layout)
     specials, spec = SPECIALS_OF[layout], {'kind': kind}
     if kind == 'gpt2':
@@ -654,7 +668,7 @@ def encode_stream(pieces, encoder, count):
 
     An EOT is no part of the text, so its characters are not counted. Several threads share the
     work: tiktoken is written in Rust and holds no lock of Python's."""
-    count |= dict.fromkeys(('tokens', 'characters', 'bytes'), 0)  # tokens: by write_dataset
+    count.update(dict.fromkeys(('tokens', 'characters', 'bytes'), 0))  # tokens: by write_dataset
     pieces = iter(pieces)
     with ThreadPoolExecutor(THREADS) as pool:
         while batch := list(itertools.islice(pieces, 4 * THREADS)):  # all that is in memory
@@ -680,7 +694,8 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer, truncate):
                            tokens of the answer with EOS = a * tokens of the prompt + b
     """
     is_pair, lengths, kept = meta['sep_id'] is not None, [], []
-    count |= dict.fromkeys(('rows', 'scored', 'longest', 'characters', 'bytes', 'empty', 'long'), 0)
+    count.update(dict.fromkeys(
+        ('rows', 'scored', 'longest', 'characters', 'bytes', 'empty', 'long'), 0))
     for prompt, answer in pairs:
         prompt, answer = encoder.encode(prompt.strip()), encoder.encode(answer.strip())
         if not answer or (is_pair and not prompt):
@@ -700,8 +715,8 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer, truncate):
         row = [*row, meta['eos_id']]
         yield row + [meta['pad_id']] * (meta['row_length'] - len(row))
     n_prompt, n_scored = np.array(kept, int).reshape(-1, 2).T  # (rows,) each
-    count |= {'rows': len(kept), 'scored': n_scored.sum().item(),
-              'longest': n_scored.max(initial=1).item() - 1}
+    count.update(rows=len(kept), scored=n_scored.sum().item(),
+                 longest=n_scored.max(initial=1).item() - 1)
     sides = zip(('prompt', 'answer' if is_pair else 'document'), np.transpose(lengths))  # (N,) each
     count['lengths'] = {side: [n.mean().item(), *np.quantile(n, (0.5, 0.9, 0.99, 1)).tolist()]
                         for side, n in sides if n.any()}
@@ -746,7 +761,8 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
     arguments are the settings at the top of this file. Raises UserError."""
     recipe = choose_recipe(what, prompts, answers, fields, documents, text_field, max_docs)
     layout, kind = recipe['layout'], tokenizer or recipe['tokenizer']
-    one_of('tokenizer', 'hf' if kind.startswith('hf:') else kind, TOKENIZER_KEYS)
+    one_of('tokenizer', 'hf:NAME' if kind.startswith('hf:') else kind,
+           ('char', 'gpt2', 'bpe', 'hf:NAME'))
     path = Path(what.removeprefix('hf:'))
     own_name = path.name if what.startswith('hf:') and not path.is_file() else path.stem
     target = Path('data', name or own_name.replace(':', '-'))
@@ -778,6 +794,7 @@ def load_meta(dataset):
             'prepare.py makes a folder of data/ from a file, and dataset is its name'
         raise UserError(f'there is no {path}: {hint}')
     try:
+        # data sets of earlier versions have no dtype
         meta = {'dtype': 'uint16'} | json.loads(path.read_text(encoding='utf-8'))
         wrong = [key for key, kind in META_TYPES.items() if not isinstance(meta.get(key), kind)]
         if TOKENIZER_KEYS[meta['tokenizer']['kind']] != meta['tokenizer'].keys() - {'kind'}:
@@ -861,12 +878,12 @@ def mixed_seed(*numbers):
     return int(np.random.SeedSequence([n % 2 ** 64 for n in numbers]).generate_state(1)[0])
 
 
-def crop_batch(x0, given, shortest, fraction):
-    """(x0, given) without their last columns: fraction=1 keeps all T, fraction=0 only `shortest`.
+def crop_batch(x0, given, least, fraction):
+    """(x0, given) without their last columns: fraction=1 keeps all T, fraction=0 only `least`.
 
     x0 (B, T) int64; given (B, T) bool, or None for streams.
     """
-    width = shortest + round(fraction * (x0.size(1) - shortest))
+    width = least + round(fraction * (x0.size(1) - least))
     return x0[:, :width], None if given is None else given[:, :width]
 
 
@@ -880,7 +897,7 @@ def random_fraction(number, random_length):
 
 
 def evenly(n, limit):
-    """Indices (limit,) of n things, evenly spread; of all n where limit is 0, or n or more."""
+    """Indices of n things: `limit` of them, evenly spread; all n if limit is 0, or n or more."""
     return np.linspace(0, n - 1, limit).astype(int) if 0 < limit < n else np.arange(n)
 
 
@@ -923,9 +940,9 @@ class Stream:
     def batch(self, update, part=0, parts=1):
         """Windows x0 (B, T) int64 from random places of the training text; no prompts, so None.
 
-        update: number of the update, whose batches are parts 0 to parts - 1. A batch depends on the
-        seed and on these numbers alone: a resumed run sees what the stopped one would have seen,
-        and the parts of an update are the same one after the other or on many processes.
+        part of parts: which of the batches of this update, those of all processes. A batch depends
+        on the seed and on these numbers alone: a resumed run sees what the stopped one would have
+        seen, and an update the same batches, one after the other or on many processes.
         """
         number = mixed_seed(self.seed, update, part)
         places = len(self.train) - self.block_size + 1
@@ -967,7 +984,7 @@ class Stream:
 class Rows:
     """A data set of rows: prompts and answers, or documents. A batch holds rows of one width.
 
-    Of the N rows of train it keeps the n shortest, which are the share row_share."""
+    Of the N rows of train it keeps the n shortest: row_share * N, rounded up."""
 
     def __init__(self, dataset, meta, block_size, batch_size, seed, random_length, predict_pad,
                  score_prompt, row_share, pad_curriculum):
@@ -1031,8 +1048,8 @@ class Rows:
         x0, given = self.read('train', self.kept[self.epoch(epoch)[i]])
         fraction = min(1.0, update / self.pad_curriculum) if self.pad_curriculum else 1.0
         fraction *= random_fraction(mixed_seed(self.seed, update, part), self.random_length)
-        longest = row_lengths(x0.numpy(), self.meta)[1].max()  # up to an EOS; PAD may be EOS
-        x0, given = crop_batch(x0, given, longest, fraction)
+        least = row_lengths(x0.numpy(), self.meta)[1].max()  # all but PAD, to EOS: PAD may be EOS
+        x0, given = crop_batch(x0, given, least, fraction)
         return x0, None if self.score_prompt else given
 
     def batches(self, split, batch_size, limit=0):

@@ -68,13 +68,13 @@ def check_limits(settings):
 def show_one_line(kind, error, trace):
     """sys.excepthook of every script: one line instead of a traceback, unless it is a bug.
 
-    Not bugs: UserError, a full disk (OSError), text in an unknown encoding, Ctrl-C, and too little
-    memory, be it the GPU's or the CPU's.
+    Not bugs: UserError, an OSError (a full disk, a file that is gone), text in an unknown encoding,
+    Ctrl-C, and too little memory, be it the GPU's or the CPU's.
     """
     if issubclass(kind, KeyboardInterrupt):
         error = 'stopped'
     elif 'Memory' in kind.__name__ or "can't allocate memory" in str(error):
-        error = f'out of memory, lower batch_size, block_size: {" ".join(str(error).split())[:99]}'
+        error = f'out of memory, lower batch_size: {" ".join(str(error).split())[:99]}'
     elif not issubclass(kind, (UserError, OSError, UnicodeError)):
         return sys.__excepthook__(kind, error, trace)
     print(f'error: {error}', file=sys.stderr)
@@ -94,14 +94,14 @@ def override(settings, argv=None, inherited=None, names=(), earlier={}):
 
     argv: the words, by default those of the command line. A config file also sets out_dir to
     out/<its name>, unless it or a later word sets out_dir. inherited, names: another script, as a
-    module, and those of its settings that this script takes, too; they are returned, but not
-    written into its globals. earlier: {name: value} of another run (one that is resumed, or
-    whose shape this one takes) in place of the defaults; the words change these.
-    Returns {name: value} of all settings. Also installs show_one_line.
+    module, and those of its settings that this script takes, too; they are only returned. earlier:
+    {name: value} of another run (one that is resumed, or whose shape this one takes) in place of
+    the defaults; the words change these. Returns {name: value} of all settings. Also installs
+    show_one_line, and lets a console print '?' for a character that it lacks.
     """
     sys.excepthook = show_one_line
     for stream in filter(lambda s: hasattr(s, 'reconfigure'), (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors='replace')  # a console without some character shows a '?'
+        stream.reconfigure(errors='replace')
     own = names_of(settings)
     found = {n: settings[n] for n in own} | {n: vars(inherited)[n] for n in names}
     found |= {n: convert(n, v, found[n], False) for n, v in earlier.items() if n in found}
@@ -147,7 +147,8 @@ def convert(name, value, default, from_text):
         if kind is float and type(value) is int:
             value = float(value)
     if type(value) is not kind or kind is tuple and {*map(type, value)} - {int, float}:
-        hint = f': write --{name}=VALUE' * (value is True) + ' of numbers' * (kind is tuple)
+        of_what = ' of numbers, as 8, or (4, 8)' * (kind is tuple)
+        hint = of_what + f': write --{name}=VALUE' * (value is True)
         raise UserError(f'{name} is {value!r}, but it must be of type {kind.__name__}{hint}')
     return value
 

@@ -472,7 +472,8 @@ def test_the_file_that_a_hub_data_set_was_kept_in_can_be_read_again(hub_folder):
 def test_a_hub_data_set_is_the_stream_of_its_texts(hub_folder):
     texts = [f'train {i}\nof {i * i} \u20ac' for i in range(40)]
     oracle = prepare.prepare(write('o.txt', ''.join(text + EOT for text in texts)), val_share=0.3)
-    for what in ('hf:set', 'hf:set:default:train', 'hf:set/data/train-00000-of-00001.parquet'):
+    for what in ('hf:set', 'hf:set:default:train', 'hf:set/data/train-00000-of-00001.parquet',
+                 f'hf:{Path.cwd()}/set', f'hf:{Path.cwd()}/set:default'):
         meta = prepare.prepare(what, 's', text_field='text', val_share=0.3)
         assert meta['tokenizer'] == oracle['tokenizer'] and meta['counts'] == oracle['counts']
         for split in ('train', 'val'):
@@ -592,7 +593,7 @@ def test_bad_rows_are_one_line():
             ('b.txt ends', 'x', {'prompts': 'b.txt', 'answers': 'a.txt'}),
             ('no file', 'x', two | {'answers': 'c.txt'}), ('--answers=FILE', 'x', {'prompts': 'a'}),
             ('--answers=FILE', 'c.csv', two | {'fields': 'from,to'}),
-            ('--answers=FILE', 'multi30k', two), ('--answers=FILE', 'text8', {'documents': True}),
+            ('a recipe', 'multi30k', two), ('a recipe', 'text8', {'documents': True}),
             ("record 2 of c.csv has no 'to'", 'c.csv', {'fields': 'from,to'}),
             ("no 'into', only from, to", 'c.csv', {'fields': 'from,into'}),
             ('two names', 'c.csv', {'fields': 'from,to,n'}),
@@ -1114,7 +1115,8 @@ def test_bad_choices_are_one_line():
     write('a.txt', VERSE)
     for message, what, choices in [
             ('is not a text', '.', {'name': 'a'}), ('no file', 'b.txt', {}),
-            ('one of char', 'a.txt', {'tokenizer': 'word'}), ('no file', 'text8', {'source': 'x'}),
+            ('one of char', 'a.txt', {'tokenizer': 'word'}),
+            ('hf:NAME', 'a.txt', {'tokenizer': 'hf'}), ('no file', 'text8', {'source': 'x'}),
             ('257 or more', 'a.txt', {'tokenizer': 'bpe', 'vocab_size': 256}),
             ('another --name', 'a.txt', {'name': '../a'}), ('--name', 'a.txt', {'name': '..'}),
             ('--name', 'a.txt', {'name': 'downloads'}),
@@ -1201,6 +1203,16 @@ def test_a_hub_tokenizer_gives_the_ids_that_transformers_gives(hub, like):
     else:  # inside
         assert (meta['vocab_size'], meta['mask_id'], meta['eos_id']) == (len(theirs) - 1, 4, 3)
         assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_no_cut_between_splits_goes_through_an_eot():
+    """Whatever the length of the text before it."""
+    for n in range(70, 100):
+        meta = prepare.prepare(write('s.txt', 'a' * n + EOT + 'b' * 3 + EOT + 'c' * 4))
+        both = [ids_of('s', split) for split in ('train', 'val')]
+        decode = prepare.load_tokenizer(meta).decode
+        assert decode(both[0] + both[1]) == 'a' * n + EOT + 'b' * 3 + EOT + 'c' * 4
+        assert meta['vocab_size'] == 4 and len(both[0]) == int(0.9 * (n + 9))
 
 
 def test_a_tokenizer_that_was_saved_to_truncate_and_pad_reads_all_of_a_text(hub):
