@@ -15,9 +15,9 @@ cores curves take a second, likelihood a minute or two, generation of the full 1
 each run ten minutes, and report, which runs half of the tasks at sizes for a laptop, about five.
 
 A task is a function (runs, settings) -> (rows, note) and one line of TASKS at the end. A row is
-{column: value}; values that are lists are left out of the table and go to the picture. The
-docstring is printed below the table: it tells a reader of the report what the columns mean. To
-read this file, begin with likelihood(), the task that matters most, and run_task(), which calls it.
+{column: value}; values that are lists go to the picture, and `texts` to save_texts. The docstring
+is printed below the table: it tells a reader of the report what the columns mean. To read this
+file, begin with likelihood(), the task that matters most, and run_task(), which calls it.
 """
 
 import csv
@@ -61,8 +61,8 @@ task = 'likelihood'    # likelihood, parts, generation, speed, curves, scaling, 
 report_dir = 'out/report'  # where report.md, report.json and the pictures go
 split = 'val'          # train, val, test; likelihood: or several with commas; generation and
                        # speed: val, always
-max_windows = 64       # windows of the split that a task reads, evenly spread; 0 = all; likelihood:
-                       # for train only, it reads all of the other splits
+max_windows = 64       # parts, infill, recover, order: windows of the split, evenly spread; 0 =
+                       # all; likelihood: of train only, it reads all of the other splits
 device = 'auto'        # cuda, mps, cpu; auto takes the first that is there
 save_texts = ''        # generation, translation, infill, recover, reversal: a file, x.jsonl, to
                        # which the texts are added: given, corrupted, written, right, score (% of
@@ -80,7 +80,7 @@ discrete_steps = ()    # likelihood: also the bounds of mdm and d3pm in these nu
 levels = (0.15, 0.3, 0.5, 0.7, 0.9)  # parts: shares of noise at which the loss is measured
 gen_tokens = 100_000   # generation: tokens to write, in texts as long as the context; speed and
                        # report write fewer unless it is given
-gen_length = 64        # order: tokens of a text; an exact nll takes as many passes
+gen_length = 64        # order: tokens of a text that is scored; an exact nll takes as many passes
 judge = ''             # generation, speed: an AR run, or a causal model of Hugging Face's
                        # transformers; '' = the first AR run of out_dir
 data = ''              # likelihood: score these texts in place of each run's own: files or names in
@@ -95,23 +95,22 @@ greedy = True          # take the most likely tokens, most confident first if de
                        # False: sample them with temperature
 answer_steps = (1, 4, 8, 16)  # steps of masked models, one after the other; length: only the last
 
-KNOWN_TOKENS = 20_000_000  # only the beginning of the training text is searched for words, copies
+KNOWN_TOKENS = 20_000_000  # of training text are read: for words, copies, facts and frequent tokens
 EOS_SHARES = (0.25, 0.5, 0.75, 1.0)  # length.png: shares of an answer's window that are masked
 LENGTH_BLOCK = 8       # length: tokens per block of the decoding in blocks, for comparison
 MOST_DRAWS = 64        # draws of a bound, even if its standard error is still above target_se
-LEVELS, PLACES = 16, 16  # points of the two curves of likelihood.png
+N_LEVELS, N_PLACES = 16, 16  # points of the two curves of likelihood.png
 # settings that seeds of one configuration may change
 MAY_DIFFER = ('seed', 'out_dir', 'resume', 'overwrite', 'init_from', 'eval_interval', 'keep_best',
               'log_interval', 'eval_repeats', 'wandb_run_name')
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
           '#882255')   # distinct for the colour-blind; printed in grey, the markers are
 MARKERS = '*s^Dv<>Po'
-DIGITS = {             # digits after the point in a column; 3 in all others
+DIGITS = {             # digits after the point in a column; 1 of others in %, 3 of the rest
     'tokens/s': 0, **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L'), 2),
     **dict.fromkeys(('nats/token', 's.e.', 'bits/token', 'bits/char', 'bits/byte', 'PFLOP'), 4),
-    **dict.fromkeys(('known words (%)', 'ms/pass', 'accuracy (%)', 's.e. (%)', 'minutes', 'nfe',
-                     'fits (%)', 'too long by', 'masks', 'saved', 'ms/sentence', 'sentences/s',
-                     'seconds', 'found (%)', 'precision (%)', 'before (%)'), 1)}
+    **dict.fromkeys(('ms/pass', 's.e. (%)', 'minutes', 'nfe', 'too long by', 'masks', 'saved',
+                     'ms/sentence', 'sentences/s', 'seconds'), 1)}
 
 
 # --------------------------------------------------------------------------------- runs and data
@@ -146,8 +145,9 @@ def load_log(path):
                         f'that is half written ({type(e).__name__})') from e
     if not rows:
         raise UserError(f'{path} was not evaluated on its validation text yet: train it further')
-    return Run(Path(path).name, None, None, load_meta(settings['dataset']), None, settings,
-               log['iter'][-1], path), log | {'measured': rows[0]['measured']}
+    run = Run(name=Path(path).name, model=None, objective=None, meta=load_meta(settings['dataset']),
+              tokenizer=None, settings=settings, updates=log['iter'][-1], path=path)
+    return run, log | {'measured': rows[0]['measured']}
 
 
 def about(run):
@@ -219,11 +219,11 @@ def seeds_together(rows, runs):
     The n-th row of a run is averaged with the n-th rows of the other seeds, unless their curves
     have other numbers of points. Two runs of the same seed are not averaged.
     """
-    same_seed, rows_of, owners, groups = Counter(), Counter(), {}, {}
+    copies, rows_of, owners, groups = Counter(), Counter(), {}, {}
     for run in runs:
-        kind = configuration(run)
-        same_seed[kind, run.settings['seed']] += 1
-        owners[run.name] = kind, same_seed[kind, run.settings['seed']]
+        key = configuration(run), run.settings['seed']
+        copies[key] += 1
+        owners[run.name] = key[0], copies[key]  # a second run of one seed is in another group
     for row in rows:
         rows_of[row['run']] += 1
         points = [len(value) for value in row.values() if isinstance(value, list)]
@@ -247,7 +247,9 @@ def mean_row(rows):
 
 def shown(column, value):
     """The text of a value in a column of a table."""
-    digits = f'.{DIGITS.get(column, 3)}f' if isinstance(value, float) else ''
+    of_kind = DIGITS.get(column.split()[0], 1 if '(%)' in column else 3)  # as of 'BLEU shorter'
+    digits = DIGITS.get(column, of_kind)
+    digits = f'.{digits}f' if isinstance(value, float) else ''
     return value if isinstance(value, str) else f'{value:,{digits}}'
 
 
@@ -320,7 +322,7 @@ def draw_until(target_se, repeats, draw):
 
 
 def nll_or_bound(run, objective, batches, settings):
-    """(nats per token of all batches, standard error, draws); ('exact', '') for an exact nll."""
+    """(nats per token of all batches, standard error, draws); an exact nll, 'exact', ''."""
     def draw(n):
         return evaluate(run.model, objective, batches, mixed_seed(settings['seed'], n))[0]
 
@@ -341,16 +343,16 @@ def token_nll(model, x0, is_mask, scored, level=None):
 
 
 def nll_by_place(run, x0, batch_size, seed):
-    """(LEVELS, PLACES) mean -log p(x0_i | xt) of masked tokens, by noise level and by position.
+    """(N_LEVELS, N_PLACES) mean -log p(x0_i | xt) of masked tokens, by noise level and by position.
 
-    x0 (N, T). Level k masks each token with probability t = (k + 1/2) / LEVELS. The nelbo per token
-    is the integral over t of the mean nll of a masked token: the mean of the table. That of AR has
-    one row, its nll, in which every token counts: t = 1.
+    x0 (N, T). Level k masks each token with probability t = (k + 1/2) / N_LEVELS. The nelbo per
+    token is the integral over t of the mean nll of a masked token: the mean of the table. That of
+    AR has one row, its nll, in which every token counts: t = 1.
     """
     model, exact, table = run.model, run.objective.exact, []
-    places = np.array_split(np.arange(x0.size(1)), min(PLACES, x0.size(1)))
+    places = np.array_split(np.arange(x0.size(1)), min(N_PLACES, x0.size(1)))
     rng = torch.Generator(model.device).manual_seed(mixed_seed(seed))
-    for level in [1.0] if exact else (np.arange(LEVELS) + 0.5) / LEVELS:
+    for level in [1.0] if exact else (np.arange(N_LEVELS) + 0.5) / N_LEVELS:
         nats, count = torch.zeros(2, x0.size(1), device=model.device)  # 2 x (T,)
         for rows in x0.to(model.device).split(batch_size):
             t = torch.full((len(rows), 1), level, device=model.device)  # (B, 1)
@@ -415,11 +417,11 @@ def likelihood_curves(run, split, settings):
         return {}
     x0 = data_of(run).windows(split, run.model.config.block_size, 64)
     table = nll_by_place(run, x0, settings['batch_size'], settings['seed'])
-    by_share = np.nanmean(table, 1).tolist() * (LEVELS // len(table))  # of AR the same everywhere
+    by_share = np.nanmean(table, 1).tolist() * (N_LEVELS // len(table))  # of AR the same everywhere
     return {'by share': by_share, 'by position': np.nanmean(table, 0).tolist()}
 
 
-def texts_of(run, settings):
+def scored_texts(run, settings):
     """[(data, split, batches, tokens that are scored, counts)] of the texts for likelihood()."""
     splits = [word.strip() for word in settings['split'].split(',')]
     if settings['data']:
@@ -469,7 +471,7 @@ def likelihood(runs, settings):
     """
     rows, s = [], settings
     for run in tqdm(runs, 'likelihood', disable=None):
-        for data, split, batches, tokens, counts in texts_of(run, s):
+        for data, split, batches, tokens, counts in scored_texts(run, s):
             for measured, objective in objectives_of(run, s['discrete_steps']).items():
                 began = time.perf_counter()
                 nats, error, draws = nll_or_bound(run, objective, batches, s)
@@ -480,10 +482,10 @@ def likelihood(runs, settings):
                              'evaluation batches/s': len(batches) / seconds,
                              'measured': measured, 'draws': draws}
                             | in_units(nats, error, tokens, counts))
-                if objective is run.objective and not s['data']:
+                if objective is run.objective and s['task'] != 'noises' and not s['data']:
                     rows[-1] |= likelihood_curves(run, split, s)
     sizes = ', '.join(sorted({str(run.model.config.block_size) for run in runs}))
-    note = f'windows of {sizes} tokens'
+    note = f'context {sizes}'
     if len({str(run.meta['tokenizer']) for run in runs}) > 1:
         note += '; tokens differ, so only bits per character or byte can be compared'
     if len({run.meta['sha256'] for run in runs}) > 1 and not s['data']:
@@ -509,9 +511,9 @@ def plot_likelihood(rows, path):
 
 
 def only_levels(objective, lo, hi, schedule):
-    """The objective, but of levels in (lo, hi] alone, which have their weights in it."""
+    """The objective, but its bound reads levels in (lo, hi] alone, or lo = hi."""
     part = replace(objective, mask_range=(lo, hi), schedule=schedule, loss_weight='elbo')
-    part.corrupt_evenly = part.corrupt  # the one that reads mask_range
+    part.corrupt_evenly = part.corrupt  # its own reads all levels, whatever mask_range says
     return part
 
 
@@ -750,7 +752,7 @@ def plot_scaling(rows, path):
 
 def words_of(text):
     """Runs of letters, apostrophes inside them, in lower case."""
-    return re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())
+    return re.findall(sample.WORD, text.lower())
 
 
 def text_row(name, texts, ids, known):
@@ -807,9 +809,11 @@ class HuggingFace:
         self.encode, self.device = partial(tokenizer.encode, add_special_tokens=False), device
         bos, eos, c = tokenizer.bos_token_id, tokenizer.eos_token_id, self.model.config
         start_id = eos if bos is None else bos
-        require('judge', name, start_id is not None, 'a model with a start or an end token')
+        context = getattr(c, 'max_position_embeddings', None)
+        require('judge', name, context and start_id is not None,
+                'a model that has a start or an end token, and a longest context')
         self.config = SimpleNamespace(vocab_size=c.vocab_size, start_id=start_id,
-                                      block_size=c.max_position_embeddings)
+                                      block_size=context)
 
     def __call__(self, x, where, hidden=True):
         return self.model(x).logits[where]  # (M, V)
@@ -841,31 +845,32 @@ def judged(judge, run, texts, ids):
     if judge is None:
         return {}
     T, same = judge.model.config.block_size, judge.meta['tokenizer'] == run.meta['tokenizer']
-    rows, nats = ids if same else [judge.tokenizer.encode(text) for text in texts], 0.0
+    rows = ids if same else [judge.tokenizer.encode(text) for text in texts]
     windows = [row[i:i + T] for row in rows for i in range(0, len(row), T)]
+    nats = 0.0
     for batch in row_batches(np.array([*map(len, windows)]), 16):
         x0 = torch.tensor([windows[i] for i in batch], device=judge.model.device)  # (B, <= T)
         nats += judge.objective.bound(judge.model, x0).sum().item()
-    unit, parts = ('nll', ids) if same else ('nats/char', texts)
-    return {f'{unit} under {judge.name}': nats / sum(map(len, parts)),
+    unit, counted = ('nll', ids) if same else ('nats/char', texts)
+    return {f'{unit} under {judge.name}': nats / sum(map(len, counted)),
             f'perplexity under {judge.name}': math.exp(nats / sum(map(len, rows)))}
 
 
-def write(run, settings):
+def write_texts(run, settings):
     """(name, ids of texts, cost): at least gen_tokens, in texts as long as the context.
 
     cost: {column: figure}. nfe: passes of a text, mean over texts; a pass serves a whole batch.
     """
     T = run.model.config.block_size
     canvases = [[run.model.mask_id] * T] * math.ceil(settings['gen_tokens'] / T)
-    done, (written, passes, seconds) = sample.complete(run, canvases, decoding(run, settings))
+    done, (n_tokens, passes, seconds) = sample.complete(run, canvases, decoding(run, settings))
     return run.name, [ids for ids, _ in done], {
         'nfe': float(np.mean([figures['nfe'] for _, figures in done])),
-        'tokens/s': written / seconds, 'ms/pass': 1000 * seconds / passes}
+        'tokens/s': n_tokens / seconds, 'ms/pass': 1000 * seconds / passes}
 
 
 def held_out(run, settings):
-    """As write(), but the texts are of the validation split, and the figures of the cost ''."""
+    """As write_texts(), but the texts are of the validation split, and the cost is ''."""
     T = run.model.config.block_size
     windows = data_of(run).windows('val', T, math.ceil(settings['gen_tokens'] / T))
     return 'validation text', windows.tolist(), dict.fromkeys(('nfe', 'tokens/s', 'ms/pass'), '')
@@ -881,8 +886,8 @@ def generation(runs, settings):
     """
     run, judge, training = runs[0], load_judge(runs, settings), training_text(runs[0])
     known, rows = set(words_of(training)), []
-    written = [held_out(run, settings), *(write(each, settings) for each in runs)]
-    for name, ids, cost in written:
+    for name, ids, cost in [held_out(run, settings),
+                            *(write_texts(each, settings) for each in runs)]:
         texts = decoded(run, ids, settings)
         ids = [*map(run.tokenizer.encode, texts)] if settings['cleanup'] else ids
         scores = [text_row('', [text], [row], known)['known words (%)']
@@ -928,8 +933,8 @@ def speed(runs, settings):
     written = [('', '', *held_out(run, settings))]
     for each in runs:
         T = each.model.config.block_size
-        write(each, settings | {'gen_tokens': T, 'steps': 4})  # warm-up
-        written += [(decoder, setting, *write(each, settings | how))
+        write_texts(each, settings | {'gen_tokens': T, 'steps': 4})  # warm-up
+        written += [(decoder, setting, *write_texts(each, settings | how))
                     for decoder, setting, how in decoders_of(each.objective, T, steps)]
     for decoder, setting, name, ids, cost in written:
         texts = [run.tokenizer.decode(row) for row in ids]
@@ -955,7 +960,8 @@ def plot_speed(rows, path):
 
 def fill(run, x0, is_mask, settings):
     """x0 (B, T) with the tokens at is_mask (B, T) decoded anew, greedily; and the mean nfe."""
-    how = settings | PLAIN | sample.greedy(run.objective) | {'repetition_penalty': 1.0}
+    how = settings | PLAIN | sample.greedy(run.objective)
+    how |= {'repetition_penalty': 1.0}  # a blank may well hold what the text already has
     canvases = torch.where(is_mask, run.model.mask_id, x0).tolist()
     ids, figures = zip(*sample.complete(run, canvases, how)[0])
     return torch.tensor(ids), float(np.mean([each['nfe'] for each in figures]))
@@ -1359,6 +1365,7 @@ def run_task(name, runs, settings, command):
     rows, note = task.measure(runs, settings)
     if not rows:
         raise UserError(f'task {name} has nothing to say about objectives like those of these runs')
+    # of each row its words (run, decoder, steps), not its measurements, go into every line
     texts = [{'task': name, **{k: v for k, v in row.items() if v and isinstance(v, (str, int))},
               **text} for row in rows for text in row.get('texts', [])]
     if texts and settings['save_texts']:
@@ -1368,9 +1375,9 @@ def run_task(name, runs, settings, command):
     picture.unlink(missing_ok=True)
     said = [f'{setting} {settings[setting]}' for setting in task.settings.split()]
     seeds = '(n seeds): mean +- standard deviation; s.e.: the mean of theirs' * (len(rows) < n_rows)
-    note = [*dict.fromkeys(map(about, runs)), note, f'{torch.get_num_threads()} threads', *said]
+    notes = [*dict.fromkeys(map(about, runs)), note, f'{torch.get_num_threads()} threads', *said]
     parts = [markdown(rows), task.show(rows, picture) if task.show else '', getdoc(task.measure),
-             f'{"; ".join(filter(None, [*note, seeds]))}. Command: python eval.py {command}\n']
+             f'{"; ".join(filter(None, [*notes, seeds]))}. Command: python eval.py {command}\n']
     rows = [{key: value for key, value in row.items() if key != 'texts'}
             | {f'{column} s.d.': value.spread for column, value in row.items()
                if getattr(value, 'spread', None) is not None} for row in rows]

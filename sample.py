@@ -114,6 +114,7 @@ PLAIN = {'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}  # no blocks
 ORDERS, COUNTS = ('max_prob', 'margin', 'entropy', 'random'), ('linear', 'cosine')
 PREDICTED = ('argmax', 'quantile', 'regress', 'classify', 'encoder')
 LENGTHS = ('full', 'fit', 'ratio', 'reference', *PREDICTED)
+WORD = r"[^\W\d_]+(?:['’][^\W\d_]+)*"  # letters, apostrophes inside them
 BLANK = re.compile(r'\[_+(?::(\d{1,6}))?\]')
 BLANK_WIDTH = 5        # tokens, of a [___] without a number
 MASK_SHOWN = '█'
@@ -1074,8 +1075,7 @@ def show_corruption(run, text, seed):
 
 def without_repeated_words(text):
     """The text with each word once where it stands several times in a row, in capitals or not."""
-    word = r"[^\W\d_]+(?:['’][^\W\d_]+)*"
-    return re.sub(rf"(?i)(?<![\w'’])({word})(?:\s+\1(?!['’]?\w))+", r'\1', text)
+    return re.sub(rf"(?i)(?<![\w'’])({WORD})(?:\s+\1(?!['’]?\w))+", r'\1', text)
 
 
 def main():
