@@ -74,13 +74,13 @@ gen_length = 0         # tokens to write after start; 0 fills the model's contex
 seed = 1337
 # how it is decoded
 decoder = 'auto'       # ar, ancestral, confidence, threshold, remask, remdm, uniform, auto
-steps = 128            # decoding steps; confidence, remask: 0 is one token a step
+steps = 192            # decoding steps; confidence, remask: 0 is one token a step
 noise_schedule = 'linear'  # ancestral, remdm, uniform: alpha over the steps; cosine, polynomial
 order = 'max_prob'     # confidence, threshold, remask: max_prob, margin, entropy, random
 counts = 'linear'      # confidence, remask: linear (as many each step), cosine (few first)
 threshold = 0.9        # threshold: a pass commits all tokens of so much confidence or more, one at
                        # least
-eta = 0.08             # remdm: largest probability per step that a written token is masked again
+eta = 0.06             # remdm: largest probability per step that a written token is masked again
 cool = 0.7             # remdm: from (1 + cool) * temperature at first to (1 - cool) * temperature
 block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
 prefix_cache = False   # read what precedes a block once: faster, but an approximation
