@@ -1041,6 +1041,7 @@ def recover(runs, settings):
     for rate in (0.05, 0.1, 0.2):
         corrupted = hide(x0.shape, rate, 1, rng)  # (N, T)
         other = (x0 + torch.randint(1, V, x0.shape, generator=rng)) % V
+        corrupted &= other != runs[0].model.mask_id  # which is one of the V in a run from the hub
         xt, n = torch.where(corrupted, other, x0), corrupted.sum(1, keepdim=True)  # (N, T), (N, 1)
         # a run on blocks never reads the blocks that follow
         for run in [run for run in runs if not run.objective.block_length]:
