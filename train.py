@@ -353,15 +353,21 @@ def restore(run, s, checkpoint):
     """Brings weights, optimizers, counters and the log back to where they were at a checkpoint."""
     if checkpoint['meta'] != run.data.meta:
         raise UserError(f'data/{s.dataset} is not what {s.out_dir} was trained on')
+    theirs, own = model_config(checkpoint['config'], checkpoint['meta']), vars(run.model.config)
+    if changed := [k for k in own if vars(theirs)[k] != own[k] and 'dropout' not in k]:
+        raise UserError(f'{s.out_dir} was trained with another {", ".join(changed)}: '
+                        'resume without changing the model')
+    done = checkpoint['iter']
+    require('max_iters', s.max_iters, s.max_iters >= done, f'{done} or more: so many are done')
     try:
         run.model.load_state_dict(checkpoint['model'])
         for o, state in zip(run.optimizers, checkpoint['optimizer'], strict=True):
             # only the averages of gradients: weight decay and betas are those of the settings
             o.load_state_dict(o.state_dict() | {'state': state['state']})
-    except (RuntimeError, ValueError) as e:
+    except (RuntimeError, ValueError, KeyError) as e:
         raise UserError(f'the weights in {s.out_dir} have another shape than these settings ask '
                         'for: resume without changing the model or the optimizer') from e
-    run.iteration = run.saved_at = checkpoint['iter']
+    run.iteration = run.saved_at = done
     try:
         run.log, run.steps = (read_rows(Path(s.out_dir, name), run.iteration)
                               for name in ('log.csv', 'steps.csv'))
@@ -710,7 +716,7 @@ def train(run, s):
     # on it. Several ignore it, since not all may have caught one.
     if stop or run.world == 1 and run.caught:
         print(f'stopped and saved after {run.iteration} updates; go on with\n'
-              f'python train.py --out_dir={s.out_dir} --resume')
+              f'python train.py --out_dir={shlex.quote(s.out_dir)} --resume')
         sys.exit(128 + (run.caught or [signal.SIGTERM])[0])
 
 
@@ -742,8 +748,9 @@ def show_sample(run, s):
         for prompt, reference, answer in sample.first_answers(trained, run.data, 2, how):
             print(f'prompt:    {prompt}\nreference: {reference}\nanswer:    {answer}\n')
         task, option = 'translation', f'--start={shlex.quote(prompt)}'
-    print(f'To try next:\npython sample.py --out_dir={s.out_dir} {option}\n'
-          f'python eval.py --out_dir={s.out_dir} --task={task}')
+    run_dir = shlex.quote(s.out_dir)
+    print(f'To try next:\npython sample.py --out_dir={run_dir} {option}\n'
+          f'python eval.py --out_dir={run_dir} --task={task}')
 
 
 def main():
@@ -759,7 +766,8 @@ def main():
             raise UserError(f'{out_dir} was trained with {gone[0]}, which train.py has no more: '
                             'sample from it as it is, or train anew with --overwrite')
         settings = config.override(globals(), earlier=before)
-        require('objective', objective, objective == before['objective'], 'that of the run')
+        for name in ('objective', 'init_from'):
+            require(name, settings[name], settings[name] == before.get(name, ''), 'that of the run')
     elif init_from:  # with its shape
         theirs = hub_settings(init_from[3:], trust_remote_code) if init_from.startswith('hf:') \
             else load_checkpoint(init_from)['config']
