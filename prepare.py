@@ -493,7 +493,9 @@ def open_splits(recipe, texts, kind, val_share, seed):
         items = splits[split]()
         if recipe['unfold']:
             items = itertools.chain.from_iterable(map(recipe['unfold'], items))
-        return recut(items, OUTSIDE_EOT if kind == 'char' else BEFORE_BLANK) if stream else items
+        if not stream:  # a file may begin with a byte order mark
+            return ([side.removeprefix('\ufeff').strip() for side in row] for row in items)
+        return recut(items, OUTSIDE_EOT if kind == 'char' else BEFORE_BLANK)
 
     return {split: partial(items_of, split) for split in splits}
 
@@ -697,7 +699,7 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer, truncate):
     count.update(dict.fromkeys(
         ('rows', 'scored', 'longest', 'characters', 'bytes', 'empty', 'long'), 0))
     for prompt, answer in pairs:
-        prompt, answer = encoder.encode(prompt.strip()), encoder.encode(answer.strip())
+        prompt, answer = encoder.encode(prompt), encoder.encode(answer)
         if not answer or (is_pair and not prompt):
             count['empty'] += 1
             continue
@@ -741,8 +743,10 @@ def write_dataset(target, meta, encoded):
                     f.write(np.array(ids, dtype).tobytes())
                 meta['counts'][split]['tokens'] = tokens = f.tell() // dtype.itemsize
             if tokens < 2:
+                count = {'empty': 0, 'long': 0} | meta['counts'][split]
                 raise UserError(f'{target.name} is too short: its {split} split has {tokens} '
-                                'tokens')
+                                f'tokens ({count["empty"]} rows are empty, {count["long"]} too '
+                                'long)')
         if meta['layout'] == 'rows':
             meta['max_answer'] = max(count['longest'] for count in meta['counts'].values())
         (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
@@ -1081,9 +1085,9 @@ def split_row(ids, meta):
 
     A row that a model has written may lack the EOS, and have a SEP or PAD in its answer, which are
     left out."""
-    middle = ids.index(meta['sep_id'])
+    middle = -1 if meta['sep_id'] is None else ids.index(meta['sep_id'])  # documents have none
     answer = itertools.takewhile(lambda i: i != meta['eos_id'], ids[middle + 1:])
-    return ids[:middle], [i for i in answer if i not in (meta['sep_id'], meta['pad_id'])]
+    return ids[:max(0, middle)], [i for i in answer if i not in (meta['sep_id'], meta['pad_id'])]
 
 
 def open_data(dataset, block_size, batch_size, seed=0, *, random_length=0.0, train_tokens=0,
@@ -1113,8 +1117,11 @@ def open_run_data(settings):
 
 def main():
     what = [word for word in sys.argv[1:] if not word.startswith('-')][:1]  # the data set or file
-    words = [word for word in sys.argv[1:] if word not in what] if what else ['--help']
-    meta = prepare(*what, **override(globals(), words))
+    words = [word for word in sys.argv[1:] if word not in what] or ['--help'] * (not what)
+    settings = override(globals(), words)
+    if not what:
+        raise UserError('name a data set or a file: python prepare.py WHAT --name=value')
+    meta = prepare(*what, **settings)
     for split, count in meta['counts'].items():
         if meta['layout'] == 'rows':
             print(f'{split}: {count["rows"]:,} rows, {count["scored"]:,} tokens to predict; '

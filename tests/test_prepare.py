@@ -292,11 +292,29 @@ def texts_of(meta, split):
     return pairs
 
 
+def test_rows_begin_behind_a_byte_order_mark():
+    for name in ('bp', 'ba', 'docs.txt'):
+        Path(name).write_text('\ufeffab\n' * 20, 'utf-8')
+    for how in ({'what': 'marked', 'prompts': 'bp', 'answers': 'ba'},
+                {'what': 'docs.txt', 'documents': True}):
+        meta = prepare.prepare(**how, tokenizer='char')
+        assert meta['tokenizer']['chars'] == 'ab', 'nor the ends of lines, which are cut off'
+
+
+def test_what_is_missing_or_left_out_is_said(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', '--val_share=0.1'])
+    with pytest.raises(UserError, match='name a data set'):
+        prepare.main()
+    with pytest.raises(UserError, match='0 rows are empty, 9 too long'):
+        Path('p').write_text('abc\n' * 10), Path('a').write_text('abc\n' * 10)
+        prepare.prepare('long', tokenizer='char', prompts='p', answers='a', max_prompt=2)
+
+
 @pytest.mark.parametrize('kind, V, end', [('char', None, '\n'), ('bpe', 300, '\r\n')])
 def test_pairs_round_trip_and_no_text_is_a_special_token(kind, V, end):
     meta = prepare.prepare('talk', tokenizer=kind, vocab_size=V or 0, **write_pairs(end=end))
     assert meta['layout'] == 'rows' and meta == prepare.load_meta('talk')
-    V = V or len({c for pair in PAIRS for side in pair for c in side} | set(end)) + 3
+    V = V or len({c for pair in PAIRS for side in pair for c in side}) + 3
     assert (meta['vocab_size'], meta['mask_id']) == (V, V)
     assert [meta[k] for k in ('eos_id', 'sep_id', 'pad_id')] == [V - 3, V - 2, V - 1]
     assert texts_of(meta, 'train') == PAIRS[:36] and texts_of(meta, 'val') == PAIRS[36:]
