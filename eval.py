@@ -140,12 +140,13 @@ def load_log(path):
         settings = json.loads(Path(path, 'config.json').read_text())
         rows = [*csv.DictReader(Path(path, 'log.csv').read_text().splitlines())][1:]
         log = {k: np.array([float(r[k]) for r in rows]) for k in 'iter tokens seconds val'.split()}
+        dataset = settings['dataset']
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise UserError(f'{path} has no whole log.csv and config.json: it is not a run, or one '
                         f'that is half written ({type(e).__name__})') from e
     if not rows:
         raise UserError(f'{path} was not evaluated on its validation text yet: train it further')
-    run = Run(name=Path(path).name, model=None, objective=None, meta=load_meta(settings['dataset']),
+    run = Run(name=Path(path).name, model=None, objective=None, meta=load_meta(dataset),
               tokenizer=None, settings=settings, updates=log['iter'][-1], path=path)
     return run, log | {'measured': rows[0]['measured']}
 
@@ -810,8 +811,8 @@ class HuggingFace:
         bos, eos, c = tokenizer.bos_token_id, tokenizer.eos_token_id, self.model.config
         start_id = eos if bos is None else bos
         context = getattr(c, 'max_position_embeddings', None)
-        require('judge', name, context and start_id is not None,
-                'a model that has a start or an end token, and a longest context')
+        require('judge', name, context and start_id is not None and self.encode('a'),
+                'a model with a tokenizer, a start or an end token, and a longest context')
         self.config = SimpleNamespace(vocab_size=c.vocab_size, start_id=start_id,
                                       block_size=context)
 
@@ -828,6 +829,7 @@ def load_judge(runs, settings):
     if not path:
         return next((run for run in runs if run.objective.exact), None)
     if not Path(path, 'ckpt.pt').exists():
+        path = path.removeprefix('hf:')
         meta, model = {'tokenizer': path}, HuggingFace(path, device, settings['trust_remote_code'])
         return Run(Path(path).name, model, Autoregression(), meta, model, {}, 0, path)
     (run,) = load_runs(path, device)
@@ -935,7 +937,8 @@ def speed(runs, settings):
         T = each.model.config.block_size
         write_texts(each, settings | {'gen_tokens': T, 'steps': 4})  # warm-up
         written += [(decoder, setting, *write_texts(each, settings | how))
-                    for decoder, setting, how in decoders_of(each.objective, T, steps)]
+                    for decoder, setting, how in decoders_of(each.objective, T, steps)
+                    if not (settings['guidance'] and how.get('prefix_cache'))]  # never both
     for decoder, setting, name, ids, cost in written:
         texts = [run.tokenizer.decode(row) for row in ids]
         rows.append({'run': name, 'decoder': decoder, 'setting': setting} | cost
@@ -1389,9 +1392,10 @@ def run_task(name, runs, settings, command):
 def save_report(sections, folder):
     """Adds {task: section} to report.json, and makes report.md of all that it then holds."""
     path = Path(folder, 'report.json')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(OSError, ValueError):  # none yet, or a damaged one
-        sections = json.loads(path.read_text(encoding='utf-8')) | sections
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or damaged
+        earlier = json.loads(path.read_text(encoding='utf-8'))
+        [x['markdown'] + x['settings']['out_dir'] for x in earlier.values()]  # what is read below
+        sections = earlier | sections
     write_atomically(path, json.dumps(sections, indent=1).encode())
     out_dirs = dict.fromkeys(section['settings']['out_dir'] for section in sections.values())
     page = [f'# {" and ".join(out_dirs)}\n', *(f'## {name}\n\n{section["markdown"]}'
@@ -1411,6 +1415,7 @@ def main():
         raise UserError(f'{out_dir} has runs of the same name, which no table could tell apart')
     words = [word for word in sys.argv[1:] if not word.startswith('--task=')]
     work = REPORT if task == 'report' else {task: ALONE.get(task, {})}
+    Path(report_dir).mkdir(parents=True, exist_ok=True)
     if save_texts:
         open(save_texts, 'a').close()  # what cannot be written is refused before the work
     for name, change in work.items():

@@ -1090,7 +1090,7 @@ def main():
     if export:
         return export_model(run, export)
     if chat:
-        alone = not (start or template or prompt_file or watch or save or json)
+        alone = not (start or template or prompt_file or watch or save or json or cleanup)
         require('chat', chat, alone, 'alone: it reads stdin, so leave out start, save and the like')
         return chat_with(run, settings, sys.stdin)
     name = decoder_name(decoder, run.objective)
@@ -1101,7 +1101,7 @@ def main():
     done, (written, nfe, seconds) = complete_best(run, canvases, settings,
                                                   recorder if watch or save else None)
     for (kind, asked), (ids, figures) in zip(prompts, done):
-        ids = ids if run.meta['sep_id'] is None else split_row(ids, run.meta)[1]
+        ids = ids if run.meta['layout'] == 'stream' else split_row(ids, run.meta)[1]
         text = run.tokenizer.decode(ids)
         text = without_repeated_words(text) if cleanup else text
         figures['nfe'] += passes > 0  # with the one that predicted its length

@@ -147,7 +147,7 @@ def convert(name, value, default, from_text):
         if kind is float and type(value) is int:
             value = float(value)
     if type(value) is not kind or kind is tuple and {*map(type, value)} - {int, float}:
-        of_what = ' of numbers, as 8, or (4, 8)' * (kind is tuple)
+        of_what = ' of numbers, as (8,) or (4, 8)' * (kind is tuple)
         hint = of_what + f': write --{name}=VALUE' * (value is True)
         raise UserError(f'{name} is {value!r}, but it must be of type {kind.__name__}{hint}')
     return value

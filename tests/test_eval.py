@@ -801,6 +801,24 @@ def taken_for(objective):
     return evaluation.load_runs(f'out/{objective}', 'cpu')[0]
 
 
+@pytest.mark.parametrize('text', ['null', '[1]', '{"curves": {"markdown": "x"}}', '{"a": 1', ''])
+def test_a_report_of_another_shape_is_made_anew(tmp_path, text):
+    section = {'markdown': 'a table', 'command': '', 'rows': [], 'settings': {'out_dir': 'out/x'}}
+    (tmp_path / 'report.json').write_text(text)
+    evaluation.save_report({'parts': section}, tmp_path)
+    assert json.loads((tmp_path / 'report.json').read_text()) == {'parts': section}
+    evaluation.save_report({'order': section}, tmp_path)
+    assert list(json.loads((tmp_path / 'report.json').read_text())) == ['parts', 'order']
+
+
+def test_a_damaged_config_json_is_no_run(runs, tmp_path):
+    shutil.copytree(runs / 'out/mdm', tmp_path / 'x')
+    for text in ('[1]', '{}', 'null'):
+        (tmp_path / 'x/config.json').write_text(text)
+        with pytest.raises(UserError, match='no whole log.csv and config.json'):
+            evaluation.load_log(tmp_path / 'x')
+
+
 def test_a_report_leaves_out_what_a_task_cannot_say(settings, runs):
     taken_for('d3pm')
     words = ['--out_dir=out/d3pm', '--gen_tokens=16', '--gen_length=4', '--max_windows=2',

@@ -2287,6 +2287,7 @@ def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main)
     (['--start=ab', '--length_candidates=3', '--watch'], '1 with watch or save'),
     (['--start=ab', '--watch', '--json'], 'False with json'),
     (['--chat', '--start=ab'], 'chat is True, but it must be alone'),
+    (['--chat', '--cleanup'], 'chat is True, but it must be alone'),
     (['--chat', '--out_dir=mdm'], 'False for a run without answers'),
     (['--start=ab', '--length_candidates=3', '--out_dir=row_pad'], 'unless masks are filled'),
     (['--start=a', '--length_candidates=3', '--out_dir=mdm'], 'without answers')])
