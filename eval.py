@@ -1406,6 +1406,7 @@ def save_report(sections, folder):
 def main():
     settings = config.override(globals(), inherited=sample, names=sample.DECODING)
     one_of('task', task, (*TASKS, 'report'))
+    require('data', data, not data or task in ('likelihood', 'report'), "'' for other tasks")
     if task in ('curves', 'scaling'):  # they read logs, no models
         runs = [load_log(path.strip())[0] for path in out_dir.split(',')]
     else:

@@ -767,6 +767,7 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
     layout, kind = recipe['layout'], tokenizer or recipe['tokenizer']
     one_of('tokenizer', 'hf:NAME' if kind.startswith('hf:') else kind,
            ('char', 'gpt2', 'bpe', 'hf:NAME'))
+    require('vocab_size', vocab_size, kind == 'bpe' or not vocab_size, '0 without --tokenizer=bpe')
     path = Path(what.removeprefix('hf:'))
     own_name = path.name if what.startswith('hf:') and not path.is_file() else path.stem
     target = Path('data', name or own_name.replace(':', '-'))

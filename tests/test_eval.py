@@ -162,6 +162,7 @@ def test_lines_of_a_picture_differ():
     (['--grid_steps=(4.5,)', '--task=speed'], 'grid_steps is (4.5,)'),
     (['--discrete_steps=(4.5,)'], 'discrete_steps is (4.5,)'),
     (['--gen_length=0', '--task=order'], 'gen_length is 0'),
+    (['--data=verse.txt', '--task=order'], "data is 'verse.txt', but it must be '' for other"),
     (['--data=nothing'], 'there is no data/nothing/meta.json'),
     (['--data=verse.txt,odd.txt'], "odd.txt has 3 characters that ar does not know, '#' 'é'"),
     (['--data=empty.txt'], "data is 'empty.txt', but it must be a text that is not empty"),

@@ -305,6 +305,8 @@ def test_what_is_missing_or_left_out_is_said(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['prepare.py', '--val_share=0.1'])
     with pytest.raises(UserError, match='name a data set'):
         prepare.main()
+    with pytest.raises(UserError, match='vocab_size is 300, but it must be 0 without'):
+        prepare.prepare('verse.txt', tokenizer='char', vocab_size=300)
     with pytest.raises(UserError, match='0 rows are empty, 9 too long'):
         Path('p').write_text('abc\n' * 10), Path('a').write_text('abc\n' * 10)
         prepare.prepare('long', tokenizer='char', prompts='p', answers='a', max_prompt=2)
@@ -1047,8 +1049,8 @@ def test_gather_reads_windows():
 
 
 def test_a_tokenizer_is_made_from_meta_alone():
-    for kind in ('char', 'bpe'):
-        meta = prepare.prepare(write('verse.txt', VERSE), 'v', tokenizer=kind, vocab_size=300)
+    for kind, V in (('char', 0), ('bpe', 300)):
+        meta = prepare.prepare(write('verse.txt', VERSE), 'v', tokenizer=kind, vocab_size=V)
         copy = json.loads(json.dumps(meta))
         shutil.rmtree('data')
         tokenizer = prepare.load_tokenizer(copy)
