@@ -1181,7 +1181,12 @@ def make_network(config, trust=False):
     transformers = optional('transformers', extra='hf')
     theirs = from_hub('AutoConfig', hub['name'], **how) if 'auto_map' in hub else \
         transformers.AutoConfig.for_model(**hub)
-    network = getattr(transformers, hub['class']).from_config(theirs, dtype=torch.float32, **how)
+    try:
+        network = getattr(transformers, hub['class']).from_config(
+            theirs, dtype=torch.float32, **how)
+    except ValueError as e:  # of a model type that has no masked language model
+        raise UserError(f'init_from is a {hub["model_type"]} of the hub, but it must be a GPT-2 or '
+                        'a masked model') from e
     return HubNetwork(config, network)
 
 
@@ -1194,9 +1199,10 @@ class HubNetwork(nn.Module):
     def __init__(self, config, network):
         super().__init__()
         c = self.config = config
-        plain = not (config.causal or c.block_length or c.shift or c.time_cond or c.length_head)
-        require('init_from', 'a masked model', plain,
-                'trained by mdm or d3pm, without shift, time_cond and length_head')
+        plain = not (config.causal or c.block_length or c.shift or c.time_cond or c.length_head
+                     or c.dropout or c.attn_dropout)
+        require('init_from', 'a masked model', plain, 'trained by mdm or d3pm, without shift, '
+                'time_cond and length_head, and with the dropout of its own config alone')
         network.resize_token_embeddings(c.vocab_size)
         self.network, self.embed = network, network.get_input_embeddings()
         self.mask_id, self.length_head = c.mask_id, None
@@ -1272,6 +1278,7 @@ def export_model(run, folder):
     weights = run.model.state_dict()
     for name, w in by_our_names(network).items():
         w.copy_(weights.get(name, torch.zeros(1)))
+    network.generation_config.suppress_tokens = [c.mask_id]  # ours never predicts it
     network.save_pretrained(folder)
     if run.meta['tokenizer']['kind'] == 'hf':
         end = run.tokenizer.decode([run.meta['eos_id']])

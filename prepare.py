@@ -624,7 +624,8 @@ def hub_vocabulary(name, layout):
     EOS is its own or, as in BERT, its sep token; SEP is its cls token. What it lacks gets new ids
     behind all of its own. PAD may be EOS, as in LLaDA."""
     hub = from_hub('AutoTokenizer', name)
-    require('tokenizer', f'hf:{name}', hub.is_fast, 'one that has a tokenizer.json')
+    has_one = hub.is_fast and len(hub) > len(set(hub.all_special_ids))  # not one made of nothing
+    require('tokenizer', f'hf:{name}', has_one, 'one that has a tokenizer.json')
     own = {'eos_id': hub.sep_token_id if hub.eos_token_id is None else hub.eos_token_id,
            'sep_id': hub.cls_token_id, 'pad_id': hub.pad_token_id, 'mask_id': hub.mask_token_id}
     if own['mask_id'] is None:  # LLaDA's is in its config alone

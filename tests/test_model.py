@@ -1327,6 +1327,7 @@ def test_what_a_hub_model_cannot_be_is_one_line(tmp_path):
              lambda: imported(gpt2, 'ar', block_size=65)),
             ('must be trained by mdm or d3pm', lambda: imported(bert, 'ar')),
             ('must be trained by mdm or d3pm', lambda: imported(bert, 'block')),
+            ('the dropout of its own config alone', lambda: imported(bert, 'mdm', dropout=0.1)),
             ('the mask is not the last id', lambda: imported(bert, 'uniform')),
             ('another qk_norm', lambda: imported(gpt2, 'ar', qk_norm=True)),
             ('another n_layer', lambda: imported(gpt2, 'ar', n_layer=3)),
