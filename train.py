@@ -48,9 +48,9 @@ from tqdm import tqdm
 import config
 import sample
 from config import UserError, one_of, require, write_atomically
-from model import LengthLoss, ModelConfig, evaluate, fields_in, flops_per_token, hub_settings, \
-    load_checkpoint, load_hub, make_network, make_objective, model_config, on_device, \
-    peak_memory, pick_device, pick_dtype
+from model import HubNetwork, LengthLoss, ModelConfig, evaluate, fields_in, flops_per_token, \
+    hub_settings, load_checkpoint, load_hub, make_network, make_objective, model_config, \
+    on_device, peak_memory, pick_device, pick_dtype
 from prepare import mixed_seed, open_run_data, optional, prepare, recipe_names
 
 # the run
@@ -248,6 +248,7 @@ def check_settings(s):
              "'', unless predict_pad is on and objective is mdm or d3pm"),
             ('init_from', s.init_from or not s.length_head, 'the run that a length_head is for'),
             ('dropout', not (s.length_head and s.dropout), '0 with a length_head'),
+            ('attn_dropout', not (s.length_head and s.attn_dropout), '0 with a length_head'),
             ('length_quantile', s.length_quantile < 1, 'in (0, 1)')):
         require(name, vars(s)[name], fine, wanted)
 
@@ -275,6 +276,8 @@ class Training:
         torch.manual_seed(s.seed)
         shape = model_config(vars(s), self.data.meta)
         self.model = make_network(shape, s.trust_remote_code).to(self.device)
+        require('attn_anneal', s.attn_anneal, not (s.attn_anneal and isinstance(
+            self.model, HubNetwork)), '0 for a masked model of the hub')
         if s.init_from and not checkpoint:
             load_first_weights(self.model, s, self.data.meta)
         self.network = self.model  # what updates call: compile_model() may compile it
@@ -499,7 +502,8 @@ def evaluate_now(run, s, learning_rate):
     with run.autocast():
         val, _ = mean_loss(run.data.batches('val', s.batch_size))
         train, _ = mean_loss(run.data.batches('train', s.batch_size, limit=4 * s.batch_size))
-    check_loss(run, s, 'validation', val, 2, learning_rate)
+    # of training text: on other text, a model of little text read often may well be that sure
+    check_loss(run, s, train, 2, learning_rate)
     name = run.objective.measured
     run.log.append({
         'iter': run.iteration, 'tokens': run.tokens, 'measured': name, 'train': f'{train:.6f}',
@@ -514,15 +518,15 @@ def evaluate_now(run, s, learning_rate):
             f'{run.objective.unit} on the validation split, {train:.4f} on training text')
 
 
-def check_loss(run, s, kind, loss, highest, learning_rate):
-    """Raises UserError if a loss is nan, or above `highest` times the loss of a uniform guess.
+def check_loss(run, s, loss, highest, learning_rate):
+    """Raises UserError if a training loss is nan, or above `highest` times the loss of a uniform guess.
 
-    highest: 2 for a whole split; 10 for an update, whose few batches make a noisy loss.
+    highest: 2 for an evaluation; 10 for an update, whose few batches make a noisy loss.
     Before the first checkpoint, nothing is trained yet that could diverge.
     """
     # "not <=", since nan is neither above nor below
     if run.saved_at is not None and not loss <= highest * math.log(run.data.meta['vocab_size']):
-        raise UserError(f'diverged: the {kind} loss is {loss:.4g} after {run.iteration} updates '
+        raise UserError(f'diverged: the training loss is {loss:.4g} after {run.iteration} updates '
                         f'and at learning rate {learning_rate:.2e}: lower it; {s.out_dir}/ckpt.pt '
                         f'has the weights after {run.saved_at} updates')
 
@@ -695,7 +699,7 @@ def train(run, s):
         to_record = run.iteration % s.log_interval == 0
         if to_record or stop:
             loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: now and then
-            check_loss(run, s, 'training', loss, 10, factor * s.learning_rate)
+            check_loss(run, s, loss, 10, factor * s.learning_rate)
         run.seconds += time.perf_counter() - began  # with that wait
         run.speed = (run.tokens - tokens_before) / (run.seconds - seconds_before)
         bar.update()

@@ -911,6 +911,7 @@ def test_a_length_head_is_trained_on_a_run_that_stays_as_it_is(verse, monkeypatc
         assert float(rows[-1]['val']) < 0.7 * float(rows[0]['val'])
     head = [*words, '--length_head=classify', '--out_dir=out/bad']
     for bad, said in (('--init_from=', 'init_from is'), ('--predict_pad=False', 'length_head is'),
+                      ('--attn_dropout=0.1', 'attn_dropout is'),
                       ('--dropout=0.1', 'dropout is'),  # hidden states of a frozen model are exact
                       ('--objective=ar', 'length_head is'), ('--length_head=x', 'length_head is'),
                       ('--length_quantile=1.0', 'length_quantile'), ('--n_layer=1', 'n_layer'),
@@ -1010,9 +1011,18 @@ def test_a_model_of_the_hub_is_trained_resumed_sampled_and_measured(tmp_path, li
 
 def test_settings_that_contradict_a_model_of_the_hub_are_one_line(tmp_path):
     """And a run goes on from a run of it, in another objective, with what it brought along."""
+    import transformers
     save_hub_model(tmp_path / 'hub', 'gpt2')
+    save_hub_model(tmp_path / 'bert', 'bert')
+    transformers.LlamaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1).save_pretrained(
+        tmp_path / 'llama')
     (tmp_path / 'prose.txt').write_text(PROSE)
+    (tmp_path / 'nothing').mkdir()
+    (tmp_path / 'nothing/config.json').write_bytes((tmp_path / 'hub/config.json').read_bytes())
+    assert_one_line(run('prepare.py', 'prose.txt', '--tokenizer=hf:nothing', cwd=tmp_path),
+                    'hf:nothing')
     run('prepare.py', 'prose.txt', '--tokenizer=hf:hub', cwd=tmp_path)
+    run('prepare.py', 'prose.txt', '--tokenizer=hf:bert', '--name=of_bert', cwd=tmp_path)
     run('prepare.py', 'prose.txt', '--name=chars', cwd=tmp_path)
     tiny = ['--max_iters=1', '--block_size=16', '--batch_size=2', '--device=cpu', '--compile=off',
             '--eval_repeats=2']
@@ -1021,9 +1031,13 @@ def test_settings_that_contradict_a_model_of_the_hub_are_one_line(tmp_path):
                        ('--mlp=relu2', 'it has another mlp'),
                        ('--dataset=chars', 'must be prepared with --tokenizer=hf:hub'),
                        ('--shift', 'shift is True, but it must be False but for mdm and d3pm'),
+                       ('--init_from=hf:llama', 'a llama of the hub, but it must be a GPT-2 or a'),
                        ('--init_from=hf:nowhere', 'write hf:FOLDER')):
         assert_one_line(run('train.py', *words, word, cwd=tmp_path), said)
         assert not (tmp_path / 'out').exists()
+    assert_one_line(run('train.py', '--init_from=hf:bert', '--dataset=of_bert', '--attn_anneal=5',
+                        '--out_dir=out/bert', *tiny, cwd=tmp_path), 'attn_anneal is 5')
+    assert not (tmp_path / 'out').exists()
     train(tmp_path, *words)
     config = load_checkpoint(tmp_path / 'out/ar')['config']
     assert (config['mlp'], config['tied'], config['n_embd']) == ('gelu_tanh', True, 32)
