@@ -46,7 +46,7 @@ from tqdm import tqdm
 import config
 import sample
 from config import UserError, one_of, require, write_atomically
-from model import Autoregression, cross_entropy, evaluate, flops_per_token, in_slices, \
+from model import Autoregression, HubNetwork, cross_entropy, evaluate, flops_per_token, in_slices, \
     make_objective, peak_memory, pick_device, spread
 from prepare import EOT, SURROGATE, from_hub, load_meta, load_split, load_tokenizer, mixed_seed, \
     open_run_data, optional, read_chunks, row_batches
@@ -571,7 +571,7 @@ def plot_noises(rows, path):
     kinds, y = [row['objective'].split()[0] for row in rows], [row['bits/char'] for row in rows]
     for i, bits in enumerate(y):
         ax.plot(i, bits, **style(kinds.index(kinds[i])) | {'ms': 9})  # named by its tick
-        ax.annotate(f'{bits:.2f}', (i, bits), xytext=(0, 8), textcoords='offset points',
+        ax.annotate(f'{float(bits):.2f}', (i, bits), xytext=(0, 8), textcoords='offset points',
                     ha='center', fontsize=8, color='0.4')
     ax.set_xticks(range(len(rows)), [row['objective'].replace(' ', '\n', 1) for row in rows])
     ax.set(ylabel='bits per character (all but ar: an upper bound)',
@@ -600,6 +600,7 @@ def orders(runs, settings):
     Masked diffusion that reveals one token at a time has an exact likelihood in each order, as AR
     has in its own. Its mean over all orders is the nelbo. Each text is read alone. In random orders
     every text has an order of its own; +- of one run: standard deviation over `repeats` draws.
+    Runs on blocks, of random tokens and of d3pm are left out.
     """
     rows, s = [], settings
     require('gen_length', s['gen_length'], s['gen_length'] >= 1, '1 or more')
@@ -813,6 +814,10 @@ class HuggingFace:
         context = getattr(c, 'max_position_embeddings', None)
         require('judge', name, context and start_id is not None and self.encode('a'),
                 'a model with a tokenizer, a start or an end token, and a longest context')
+        with torch.no_grad():
+            a, b = self.model(torch.tensor([[start_id, 0], [start_id, 1]], device=device)).logits
+        require('judge', name, torch.allclose(a[0], b[0], atol=1e-4),
+                'a causal model: this one sees the tokens that it scores')
         self.config = SimpleNamespace(vocab_size=c.vocab_size, start_id=start_id,
                                       block_size=context)
 
@@ -938,7 +943,8 @@ def speed(runs, settings):
         write_texts(each, settings | {'gen_tokens': T, 'steps': 4})  # warm-up
         written += [(decoder, setting, *write_texts(each, settings | how))
                     for decoder, setting, how in decoders_of(each.objective, T, steps)
-                    if not (settings['guidance'] and how.get('prefix_cache'))]  # never both
+                    if not (how.get('prefix_cache') and
+                            (settings['guidance'] or isinstance(each.model, HubNetwork)))]
     for decoder, setting, name, ids, cost in written:
         texts = [run.tokenizer.decode(row) for row in ids]
         rows.append({'run': name, 'decoder': decoder, 'setting': setting} | cost

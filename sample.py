@@ -1080,8 +1080,9 @@ def without_repeated_words(text):
 
 def main():
     settings = config.override(globals())
-    require('save', save, not save or Path(save).suffix in SAVERS,
-            f'a file ending in one of {", ".join(SAVERS)}')
+    can_save = Path(save).suffix in SAVERS and Path(save).parent.is_dir()
+    require('save', save, not save or can_save,
+            f'a file ending in one of {", ".join(SAVERS)}, in a folder that is there')
     require('watch', watch, not (watch and json), 'False with json')
     is_run = not corrupt or (Path(out_dir) / 'ckpt.pt').is_file()
     run = load_run(out_dir, pick_device(device), ckpt, trust_remote_code) if is_run else None

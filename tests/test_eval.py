@@ -861,6 +861,14 @@ def test_a_judge_of_hugging_face(settings, runs):
         'perplexity under gpt': pytest.approx(math.exp(nats / 42), rel=1e-4)}
     with pytest.raises(UserError, match='cannot be loaded'):
         evaluation.load_judge([], settings | {'judge': str(runs / 'no_gpt'), 'device': 'cpu'})
+    torch.manual_seed(0)
+    transformers.BertLMHeadModel(transformers.BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, initializer_range=1.0)).save_pretrained(runs / 'bert')
+    shutil.copy(runs / 'gpt/tokenizer.json', runs / 'bert')
+    shutil.copy(runs / 'gpt/tokenizer_config.json', runs / 'bert')
+    with pytest.raises(UserError, match='sees the tokens that it scores'):
+        evaluation.load_judge([], settings | {'judge': f'hf:{runs / "bert"}', 'device': 'cpu'})
 
 
 def test_report_is_one_page(runs):
