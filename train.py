@@ -519,7 +519,7 @@ def evaluate_now(run, s, learning_rate):
 
 
 def check_loss(run, s, loss, highest, learning_rate):
-    """Raises UserError if a training loss is nan, or above `highest` times the loss of a uniform guess.
+    """Raises UserError if a training loss is nan, or `highest` times that of a uniform guess.
 
     highest: 2 for an evaluation; 10 for an update, whose few batches make a noisy loss.
     Before the first checkpoint, nothing is trained yet that could diverge.
