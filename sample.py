@@ -1102,7 +1102,7 @@ def main():
     done, (written, nfe, seconds) = complete_best(run, canvases, settings,
                                                   recorder if watch or save else None)
     for (kind, asked), (ids, figures) in zip(prompts, done):
-        ids = ids if run.meta['layout'] == 'stream' else split_row(ids, run.meta)[1]
+        ids = ids if run.meta['pad_id'] is None else split_row(ids, run.meta)[1]  # or a stream
         text = run.tokenizer.decode(ids)
         text = without_repeated_words(text) if cleanup else text
         figures['nfe'] += passes > 0  # with the one that predicted its length

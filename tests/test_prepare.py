@@ -301,10 +301,10 @@ def test_rows_begin_behind_a_byte_order_mark():
         assert meta['tokenizer']['chars'] == 'ab', 'nor the ends of lines, which are cut off'
 
 
-def test_what_is_missing_or_left_out_is_said(monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['prepare.py', '--val_share=0.1'])
-    with pytest.raises(UserError, match='name a data set'):
-        prepare.main()
+def test_what_is_missing_or_left_out_is_said():
+    done = run('--val_share=0.1')
+    assert done.returncode == 2 and 'name a data set' in done.stderr
+    assert done.stderr.count('\n') == 1
     with pytest.raises(UserError, match='vocab_size is 300, but it must be 0 without'):
         prepare.prepare('verse.txt', tokenizer='char', vocab_size=300)
     with pytest.raises(UserError, match='0 rows are empty, 9 too long'):

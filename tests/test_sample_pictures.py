@@ -309,7 +309,7 @@ def run(tmp_path_factory):
     model = tiny_model(V=len(CHARS) + 1, T=400, pos='rope')
     shape = {k: v for k, v in vars(model.config).items() if k not in ('vocab_size', 'causal')}
     meta = {'tokenizer': {'kind': 'char', 'chars': CHARS}, 'vocab_size': len(CHARS),
-            'mask_id': len(CHARS), 'eos_id': None, 'sep_id': None}
+            'mask_id': len(CHARS), 'eos_id': None, 'sep_id': None, 'pad_id': None}
     torch.save({'model': model.state_dict(), 'optimizer': [], 'meta': meta, 'iter': 7,
                 'config': shape | {'objective': 'mdm'}, 'rng': 0, 'best': 1.5}, folder / 'ckpt.pt')
     return folder
@@ -421,8 +421,9 @@ def test_save_writes_by_the_extension(run, tmp_path, ending):
 
 @pytest.mark.parametrize('name, says', [
     ('x.mp4', "error: save is '{}', but it must be a file "
-     'ending in one of .gif, .png, .html, .jsonl'),
-    ('no/folder/x.gif', "error: [Errno 2] No such file or directory: '{}'")])
+     'ending in one of .gif, .png, .html, .jsonl, in a folder that is there'),
+    ('no/folder/x.gif', "error: save is '{}', but it must be a file "
+     'ending in one of .gif, .png, .html, .jsonl, in a folder that is there')])
 def test_what_cannot_be_saved_is_said_in_one_line(run, tmp_path, name, says):
     path = tmp_path / name
     done = subprocess.run(command(run, '--gen_length=9', f'--save={path}'), capture_output=True,
