@@ -357,7 +357,8 @@ class Transformer(nn.Module):
         """Normal matrices; zero at the end of a branch, in local mixing, adaLN and an untied head.
 
         So every layer is the identity at first and, with an untied head, the first loss is log V'
-        (without subs log V). Embeddings have variance 1; tied ones, which are the head too, 0.02^2.
+        (without subs log V). The standard deviation of embeddings is 0.25, but 0.02 if they are
+        tied, and so the head too.
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -366,7 +367,7 @@ class Transformer(nn.Module):
                     name.endswith(('proj.weight', 'modulate.weight', 'head.weight')):
                 nn.init.zeros_(p)
             elif 'embed' in name:
-                nn.init.normal_(p, std=0.02 if self.config.tied else 1.0)
+                nn.init.normal_(p, std=0.02 if self.config.tied else 0.25)
             else:
                 nn.init.normal_(p, std=p.size(1) ** -0.5)
 
