@@ -539,7 +539,7 @@ def test_other_data_are_scored_byte_by_byte_whatever_their_tokens(runs, settings
 
 def test_the_mean_of_the_curves_is_the_bound(settings):
     (run_,) = evaluation.load_runs('out/mdm', 'cpu')
-    (row,), _ = evaluation.likelihood([run_], settings | {'repeats': 40, 'target_se': 0})
+    (row,), _ = evaluation.likelihood([run_], settings | {'repeats': 300, 'target_se': 0})
     x0 = evaluation.data_of(run_).windows('val', 16, 0)
     table = np.nanmean([evaluation.nll_by_place(run_, x0, 16, seed) for seed in range(20)], axis=0)
     assert np.nanmean(table) == pytest.approx(row['nats/token'], abs=0.06)
