@@ -299,6 +299,8 @@ def test_rows_begin_behind_a_byte_order_mark():
                 {'what': 'docs.txt', 'documents': True}):
         meta = prepare.prepare(**how, tokenizer='char')
         assert meta['tokenizer']['chars'] == 'ab', 'nor the ends of lines, which are cut off'
+    written = [0, 1, meta['pad_id'], 1, meta['eos_id'], 0]  # by a model of documents
+    assert prepare.split_row(written, meta) == ([], [0, 1, 1])
 
 
 def test_what_is_missing_or_left_out_is_said():
