@@ -392,7 +392,7 @@ def read_fields(file, names):
                      for name in names)
             # JSON can hold half a surrogate pair, which is no text
             yield [text.encode('utf-8', 'replace').decode() for text in texts]
-    except (ValueError, AttributeError, csv.Error) as e:
+    except (ValueError, AttributeError, RecursionError, csv.Error) as e:
         raise UserError(f'{file} is not a .csv or .jsonl of records: {e}') from e
 
 

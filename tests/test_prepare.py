@@ -609,6 +609,7 @@ def test_bad_rows_are_one_line():
     write('c.csv', 'from,to\na,b\nc\n')
     write('d.jsonl', '{"from": "a", "to": "b"}\n{\n')
     write('e.jsonl', '[1, 2]\n')
+    write('f.jsonl', '[' * 100_000)  # deeper than Python goes
     two = {'prompts': 'a.txt', 'answers': 'b.txt'}
     for message, what, choices in [
             ('^b.txt ends before line 2 of the other file', 'x', two),
@@ -621,6 +622,7 @@ def test_bad_rows_are_one_line():
             ('two names', 'c.csv', {'fields': 'from,to,n'}),
             ('records', 'd.jsonl', {'fields': 'from,to'}),
             ('records', 'e.jsonl', {'fields': 'from,to'}),
+            ('records', 'f.jsonl', {'fields': 'from,to'}),
             ('259 or more', 'x', {'prompts': 'a.txt', 'answers': 'a.txt', 'tokenizer': 'bpe',
                              'vocab_size': 258}),
             ('too short', 'b.txt', {'documents': True}),

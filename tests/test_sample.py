@@ -2272,6 +2272,7 @@ def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main)
     (['--start=ab', '--length=reference'], 'no reference is known'),
     (['--start=ab', '--length=ratio', '--length_line=(1e999,2)'], 'length_line is (inf, 2)'),
     (['--start=ab', '--length=ratio', '--length_line=(1,-1)'], 'length_line is (1, -1)'),
+    (['--start=ab', '--length=ratio', '--length_line=(1e308,2)'], 'length_line is (1e+308, 2)'),
     (['--start=ab', '--length_line=(1,2,3)'], 'must be two numbers'),
     (['--start=ab', '--length_ratio=1'], "no setting is called 'length_ratio'"),
     (['--start=ab', '--length=full', '--out_dir=row_ar'], 'until it is done'),
