@@ -1365,6 +1365,7 @@ def test_an_exported_model_has_our_logits_in_transformers(tmp_path, shape):
     with torch.no_grad():
         torch.testing.assert_close(theirs(x).logits[..., :300], ours(x)[..., :300], atol=1e-4,
                                    rtol=0)
+    assert theirs.generation_config.suppress_tokens == [ours.mask_id]
     assert theirs.config.bos_token_id == ours.mask_id and (folder / 'model.safetensors').exists()
     ids = AutoTokenizer.from_pretrained(folder).encode('said the fox', add_special_tokens=False)
     assert ids == run.tokenizer.encode('said the fox')

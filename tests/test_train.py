@@ -589,6 +589,18 @@ def test_a_loss_far_above_a_blind_guess_stops_the_run(verse):
     assert_one_line(done, 'diverged', 'learning rate', 'ckpt.pt has the weights after 0 updates')
 
 
+def test_a_run_that_only_overfits_goes_on(verse):
+    """Sure of letters that the end of the text, which is val, does not have."""
+    (verse / 'turn.txt').write_text('ab' * 1800 + 'cd' * 200)
+    assert run('prepare.py', 'turn.txt', cwd=verse).returncode == 0
+    done = run('train.py', *TINY, '--dataset=turn', '--objective=ar', '--out_dir=out/the turn',
+               '--max_iters=60', '--eval_interval=30', cwd=verse)
+    assert done.returncode == 0, done.stderr
+    log = [*csv.DictReader((verse / 'out/the turn/log.csv').read_text().splitlines())]
+    assert float(log[-1]['val']) > 2 * math.log(4) > 10 * float(log[-1]['train'])
+    assert "sample.py --out_dir='out/the turn'" in done.stdout, 'to be copied into a shell'
+
+
 def header_count(path):
     return int(re.search(r'^# parameters: ([\d,]+)', path.read_text(), re.M)[1].replace(',', ''))
 
