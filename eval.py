@@ -969,7 +969,7 @@ def plot_speed(rows, path):
 
 def fill(run, x0, is_mask, settings):
     """x0 (B, T) with the tokens at is_mask (B, T) decoded anew, greedily; and the mean nfe."""
-    how = settings | PLAIN | sample.greedy(run.objective)
+    how = settings | PLAIN | sample.greedy(run.objective, decoding(run, settings)['decoder'])
     how |= {'repetition_penalty': 1.0}  # a blank may well hold what the text already has
     canvases = torch.where(is_mask, run.model.mask_id, x0).tolist()
     ids, figures = zip(*sample.complete(run, canvases, how)[0])
@@ -1011,10 +1011,10 @@ def rouge(texts, references):
 def infill(runs, settings):
     """How many masked tokens of held-out text are found again, filled in greedily.
 
-    AR fills from left to right without what follows, masked diffusion the most confident first (on
-    blocks one block after the other, without what follows), uniform all in each step. accuracy:
-    share of the masked tokens that are right, s.e. over windows. ROUGE (pip install -e '.[eval]'):
-    F1 of the words of whole windows.
+    AR fills from left to right without what follows, masked diffusion the most confident first
+    unless decoder is set (on blocks one block after the other, without what follows), uniform all
+    in each step. accuracy: share of the masked tokens that are right, s.e. over windows. ROUGE (pip
+    install -e '.[eval]'): F1 of the words of whole windows.
     """
     decode, mask_id, rows = runs[0].tokenizer.decode, runs[0].model.mask_id, []
     x0, rng = common_windows(runs, settings), torch.Generator().manual_seed(settings['seed'])
@@ -1346,8 +1346,8 @@ TASKS = {
     'order': Task(orders, 'split repeats seed'),
     'parts': Task(parts, 'split max_windows seed', on=''),
     'generation': Task(generation, 'batch_size seed temperature decoder steps', first_texts),
-    'infill': Task(infill, 'split steps seed'),
-    'recover': Task(recover, 'split steps seed'),
+    'infill': Task(infill, 'split steps decoder seed'),
+    'recover': Task(recover, 'split steps decoder seed'),
     'speed': Task(speed, 'gen_tokens batch_size seed temperature', plot_speed),
     'noises': Task(noises, 'split max_windows seed', plot_noises),
     'translation': Task(translation, 'split batch_size greedy temperature seed', plot_translation,
