@@ -107,7 +107,7 @@ COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#00
           '#882255')   # distinct for the colour-blind; printed in grey, the markers are
 MARKERS = '*s^Dv<>Po'
 DIGITS = {             # digits after the point in a column; 1 of others in %, 3 of the rest
-    'tokens/s': 0, **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L'), 2),
+    'tokens/s': 0, 'updates': 0, **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L'), 2),
     **dict.fromkeys(('nats/token', 's.e.', 'bits/token', 'bits/char', 'bits/byte', 'PFLOP'), 4),
     **dict.fromkeys(('ms/pass', 's.e. (%)', 'minutes', 'nfe', 'too long by', 'masks', 'saved',
                      'ms/sentence', 'sentences/s', 'seconds'), 1)}
@@ -1381,6 +1381,8 @@ def run_task(name, runs, settings, command):
     if texts and settings['save_texts']:
         with open(settings['save_texts'], 'a', encoding='utf-8') as f:
             f.writelines(json.dumps(text, ensure_ascii=False) + '\n' for text in texts)
+    if settings['ckpt'] == 'best':  # which differ in their updates from seed to seed
+        runs = [run._replace(updates=0) for run in runs]
     n_rows, rows = len(rows), seeds_together(rows, runs)
     picture.unlink(missing_ok=True)
     said = [f'{setting} {settings[setting]}' for setting in task.settings.split()]

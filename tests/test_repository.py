@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {'config/__init__.py': 127, 'prepare.py': 727, 'model.py': 723, 'train.py': 556,
-           'sample.py': 810, 'eval.py': 931, 'data/*.py': 109}
+           'sample.py': 810, 'eval.py': 932, 'data/*.py': 109}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 
