@@ -1401,9 +1401,8 @@ def save_report(sections, folder):
     """Adds {task: section} to report.json, and makes report.md of all that it then holds."""
     path = Path(folder, 'report.json')
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or damaged
-        earlier = json.loads(path.read_text(encoding='utf-8'))
-        [x['markdown'] + x['settings']['out_dir'] for x in earlier.values()]  # what is read below
-        sections = earlier | sections
+        sections = {name: x for name, x in json.loads(path.read_text(encoding='utf-8')).items()
+                    if x['markdown'] and x['settings']['out_dir']} | sections
     write_atomically(path, json.dumps(sections, indent=1).encode())
     out_dirs = dict.fromkeys(section['settings']['out_dir'] for section in sections.values())
     page = [f'# {" and ".join(out_dirs)}\n', *(f'## {name}\n\n{section["markdown"]}'
