@@ -166,6 +166,7 @@ def test_lines_of_a_picture_differ():
     (['--data=nothing'], 'there is no data/nothing/meta.json'),
     (['--data=verse.txt,odd.txt'], "odd.txt has 3 characters that ar does not know, '#' 'é'"),
     (['--data=empty.txt'], "data is 'empty.txt', but it must be a text that is not empty"),
+    (['--task=infill', '--decoder=nonsense'], "decoder is 'nonsense', not one of auto, remdm"),
     (['--task=infill', '--save_texts=nowhere/x.jsonl'], 'No such file'),
     (['--task=infill', '--save_texts=out'], 'Is a directory')])
 def test_bad_input_is_one_line(runs, words, said):
@@ -206,6 +207,26 @@ def test_speed_has_a_row_for_every_decoder_and_a_picture(runs):
         assert float(row['nll under ar']) > 0 and 'distinct-2' in row
     picture = (runs / 'out/speed/speed.png').read_bytes()
     assert picture[:8] == b'\x89PNG\r\n\x1a\n' and len(picture) > 10_000
+
+
+def test_speed_leaves_out_the_cache_that_guidance_cannot_have(runs):
+    done = run('eval.py', '--out_dir=out/ar,out/mdm', '--task=speed', '--gen_tokens=16',
+               '--grid_steps=(8,)', '--guidance=1', cwd=runs)
+    assert done.returncode == 0, done.stderr
+    decoders = [row['decoder'] for row in table(done.stdout)]
+    assert 'in blocks' in decoders and 'in blocks, cached' not in decoders
+
+
+def test_the_best_weights_of_seeds_are_one_row_after_however_many_updates(runs):
+    checkpoint = load_checkpoint(runs / 'out/ar')
+    for seed, updates in ((1, 10), (2, 30)):
+        folder = runs / f'out/best_{seed}'
+        folder.mkdir()
+        settings = checkpoint['config'] | {'seed': seed, 'out_dir': str(folder)}
+        torch.save(checkpoint | {'config': settings, 'iter': updates}, folder / 'best.pt')
+    done = run('eval.py', '--out_dir=out/best_1,out/best_2', '--ckpt=best', cwd=runs)
+    (row,) = table(done.stdout)
+    assert (row['run'], row['updates']) == ('best_1 (2 seeds)', '20 +- 14')
 
 
 def test_a_config_file_wins_over_the_defaults_of_a_task(runs):
@@ -721,6 +742,8 @@ def test_who_knows_the_text_fills_it_in(settings):
             assert row['accuracy (%)'] <= 100 * text.count(common) / 4
         else:
             assert row['accuracy (%)'] == 100 and row['ROUGE-1'] == row['ROUGE-L'] == 100
+    sure = wide | {'decoder': 'threshold', 'threshold': 0.5}
+    assert [row['nfe'] for row in evaluation.infill(both[1:], sure)[0]] == [0, 1] * 5, 'one pass'
     rows, _ = evaluation.recover([*both, a_run(Knowing(text, V), 'uniform')], wide)
     assert {row['run'] for row in rows} == {'ar', 'mdm', 'uniform'}
     assert all(row['accuracy (%)'] == row['found (%)'] == 100 for row in rows)
@@ -731,6 +754,18 @@ def test_who_knows_the_text_fills_it_in(settings):
     hidden = evaluation.hide((5, 64), 0.25, 8, torch.Generator().manual_seed(0))
     assert hidden.sum(1).tolist() == [16] * 5
     assert (hidden.view(5, 8, 8).float().mean(2) % 1 == 0).all(), 'whole spans'
+
+
+def test_no_token_is_replaced_by_a_mask_inside_the_vocabulary(settings, monkeypatch):
+    """As that of BERT is."""
+    run_, given = a_run(Knowing([0] * 16, 12), 'mdm'), []
+    run_.model.mask_id = 5
+    monkeypatch.setattr(evaluation, 'token_by_token', lambda run, x, rate: torch.zeros(x.shape))
+    monkeypatch.setattr(evaluation, 'fill', lambda run, x, where, s: given.append(x) or (x, 0))
+    evaluation.recover([run_], settings)
+    x0 = evaluation.common_windows([run_], settings)
+    replaced = torch.stack([x[x != x0].bincount(minlength=6)[:6] for x in given]).sum(0)
+    assert replaced[5] == 0 and (replaced[:5] > 0).all()
 
 
 def test_tokens_less_likely_than_by_chance_are_suspects(settings, monkeypatch):
