@@ -187,9 +187,8 @@ def decoding(run, settings):
 
 
 def training_text(run):
-    """The training text of a run; of a long one, its first KNOWN_TOKENS tokens."""
-    most = min(KNOWN_TOKENS, run.settings.get('train_tokens') or KNOWN_TOKENS)
-    return run.tokenizer.decode(load_split(run.settings['dataset'], 'train')[:most].tolist())
+    """The training text of a run on a stream; of a long one, its first KNOWN_TOKENS tokens."""
+    return run.tokenizer.decode(data_of(run).train[:KNOWN_TOKENS].tolist())
 
 
 # --------------------------------------------------------------------------- tables and pictures

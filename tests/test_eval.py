@@ -257,8 +257,8 @@ def test_reversal_asks_for_facts_as_stated_and_turned(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sample, 'complete', complete)
     model = SimpleNamespace(mask_id=meta['mask_id'])
-    (row,), note = evaluation.reversal([row_run(model, meta, dataset='reversal')],
-                                       {'cleanup': False})
+    run_ = row_run(model, meta, dataset='reversal', batch_size=1, predict_pad=False)
+    (row,), note = evaluation.reversal([run_], {'cleanup': False})
     texts = row.pop('texts')
     assert list(row.values()) == ['run', 100, 100, 100, 0]
     assert [text['score'] for text in texts] == [100] * 500 + [0] * 100
