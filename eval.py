@@ -813,8 +813,7 @@ class HuggingFace:
         context = getattr(c, 'max_position_embeddings', None)
         require('judge', name, context and start_id is not None and self.encode('a'),
                 'a model with a tokenizer, a start or an end token, and a longest context')
-        with torch.no_grad():
-            a, b = self.model(torch.tensor([[start_id, 0], [start_id, 1]], device=device)).logits
+        a, b = self.model(torch.tensor([[start_id, 0], [start_id, 1]], device=device)).logits
         require('judge', name, torch.allclose(a[0], b[0], atol=1e-4),
                 'a causal model: this one sees the tokens that it scores')
         self.config = SimpleNamespace(vocab_size=c.vocab_size, start_id=start_id,
