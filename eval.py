@@ -1175,10 +1175,9 @@ def ways_to_answer(run, settings):
     if run.objective.exact:
         return [('', '', s)]
     names = dict.fromkeys(sample.length_name(name.strip(), run) for name in s['length'].split(','))
-    if s['decoder'] == 'threshold':  # it takes as many steps as it needs
-        return [(name, '', s | {'length': name}) for name in names]
-    return [(name, n, s | {'length': name, 'steps': n}) for name in names
-            for n in whole_numbers('answer_steps', s['answer_steps'])]
+    steps = whole_numbers('answer_steps', s['answer_steps'])
+    steps = steps if s['decoder'] != 'threshold' else ['']  # it takes as many as it needs
+    return [(name, n, s | {'length': name, 'steps': n}) for name in names for n in steps]
 
 
 def translation(runs, settings):
