@@ -909,8 +909,9 @@ def first_texts(rows, path, characters=300):
                        for row in rows)
 
 
-def decoders_of(objective, T, steps):
-    """[(decoder, its varied setting as text, settings)]: the points of speed.png for texts of T."""
+def decoders_of(run, steps, guidance):
+    """[(decoder, its varied setting as text, settings)]: the points of speed.png."""
+    objective, T = run.objective, run.model.config.block_size
     if objective.exact:
         return [(objective.decoders[0], '', {})]
     ways = {name: {'decoder': name} for name in objective.decoders if name != 'threshold'}
@@ -918,7 +919,8 @@ def decoders_of(objective, T, steps):
         ways['confidence, cosine'] = {'decoder': 'confidence', 'counts': 'cosine'}
     if objective.masks_anywhere:  # it has no blocks of its own
         ways['in blocks'] = {'decoder': 'confidence', 'block_length': math.ceil(T / 8)}
-        ways['in blocks, cached'] = ways['in blocks'] | {'prefix_cache': True}
+        if not (guidance or isinstance(run.model, HubNetwork)):
+            ways['in blocks, cached'] = ways['in blocks'] | {'prefix_cache': True}
     # T masks take T steps at most, and 8 blocks take 8 at least
     points = [(name, f'steps={n}', how | {'steps': n}) for name, how in ways.items() for n in steps
               if not objective.masks or n <= T and (n >= 8 or 'block_length' not in how)]
@@ -937,12 +939,9 @@ def speed(runs, settings):
     rows, steps = [], whole_numbers('grid_steps', settings['grid_steps'])
     written = [('', '', *held_out(run, settings))]
     for each in runs:
-        T = each.model.config.block_size
-        write_texts(each, settings | {'gen_tokens': T, 'steps': 4})  # warm-up
-        written += [(decoder, setting, *write_texts(each, settings | how))
-                    for decoder, setting, how in decoders_of(each.objective, T, steps)
-                    if not (how.get('prefix_cache') and
-                            (settings['guidance'] or isinstance(each.model, HubNetwork)))]
+        write_texts(each, settings | {'gen_tokens': 1, 'steps': 4})  # warm-up, one text
+        written += [(decoder, setting, *write_texts(each, settings | how)) for
+                    decoder, setting, how in decoders_of(each, steps, settings['guidance'])]
     for decoder, setting, name, ids, cost in written:
         texts = [run.tokenizer.decode(row) for row in ids]
         rows.append({'run': name, 'decoder': decoder, 'setting': setting} | cost
