@@ -334,10 +334,9 @@ def nll_or_bound(run, objective, batches, settings):
 def token_nll(model, x0, is_mask, scored, level=None):
     """-log p(x0_i | xt) at every scored position i, (B, T) nats; 0 at the others.
 
-    xt is x0 with masks at is_mask. x0 int64, is_mask, scored bool: (B, T). level (B, 1): what time
-    conditioning is given; None: the fraction of masks.
+    xt is x0 with masks at is_mask. x0 int64, is_mask, scored bool: (B, T). level (B, 1), None: as
+    Transformer has it.
     """
-    level = is_mask.float().mean(1, keepdim=True) if level is None else level  # (B, 1)
     h = model(torch.where(is_mask, model.mask_id, x0), level, where=scored, hidden=True)  # (M, C)
     return spread(in_slices(cross_entropy, model, h, x0[scored]), scored)  # (B, T)
 
@@ -1244,8 +1243,7 @@ def eos_probabilities(run, n, share, settings):
         is_eos &= is_eos.cumsum(1) == 1  # PAD may be EOS
         is_mask = ~given & (torch.rand(x0.shape, generator=rng) < share) | is_eos
         xt = torch.where(is_mask, model.mask_id, x0).to(model.device)
-        fraction = is_mask.float().mean(1, keepdim=True).to(model.device)  # (B, 1)
-        logits = model(xt, fraction, where=is_mask.to(model.device)).cpu()  # (M, V)
+        logits = model(xt, where=is_mask.to(model.device)).cpu()  # (M, V)
         correct += (logits.argmax(1) == eos_id)[is_eos[is_mask]].sum().item()
         distance = torch.arange(x0.size(1)) - is_eos.long().argmax(1, keepdim=True)  # (B, T)
         for i, p in zip(distance[is_mask].tolist(), logits.softmax(1)[:, eos_id].tolist()):

@@ -300,6 +300,7 @@ class Transformer(nn.Module):
 
         x (B, T) int64: tokens, mask_id among them.
         level (B, 1): the fraction of all tokens that is noise, see noise_fraction; for time_cond.
+        None: the fraction of x that is masks.
         hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
         cache: a KVCache with the tokens before x, for decoding; those of x are appended to it. With
         shift and a cache that is not empty, x begins with the token before the first of `where`,
@@ -310,6 +311,8 @@ class Transformer(nn.Module):
         for all rows and layers.
         """
         start = cache.length if cache is not None else 0
+        if self.time_mlp and level is None:
+            level = (x == self.mask_id).float().mean(1, keepdim=True)
         if self.config.shift and start == 0:
             x = after_start(self, x)
         B, T = x.shape  # T: with shift, the start token too; with clean, xt alone
@@ -963,9 +966,8 @@ class LengthHead(nn.Module):
         if self.encoder is not None:
             h = self.encoder(x[:, :P], hidden=True).mean(1)  # (B, C)
         else:
-            fraction = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1)
             with torch.no_grad():
-                h = model(x, fraction, hidden=True)  # (B, P + W, C)
+                h = model(x, hidden=True)  # (B, P + W, C)
             if self.kind == 'classify':
                 h = h[:, P:]
             elif self.kind == 'regress_mean':

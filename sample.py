@@ -521,9 +521,8 @@ class BlockCached:
             self.model(x[:, k:k + c.block_length], clean, hidden=True, cache=self.cache)
 
     def __call__(self, x, level=None, *, where):
-        x = x[:, self.block]
-        level = (x == self.mask_id).float().mean(1, keepdim=True)  # (B, 1), of this block
-        logits = self.model(x, level, where=where[:, self.block], cache=self.cache)  # (M, V)
+        x = x[:, self.block]  # its level is that of this block, which the model counts
+        logits = self.model(x, where=where[:, self.block], cache=self.cache)  # (M, V)
         self.cache.length -= x.size(1)  # only finished blocks stay
         return logits
 
@@ -580,9 +579,8 @@ class Guided:
         self.config, self.mask_id = model.config, model.mask_id
 
     def __call__(self, x, level=None, *, where):
-        xt = torch.where(self.given, self.mask_id, x)
-        share = (xt == self.mask_id).float().mean(1, keepdim=True)  # (B, 1), level of xt
-        blind, seeing = self.model(xt, share, where=where), self.model(x, level, where=where)
+        xt = torch.where(self.given, self.mask_id, x)  # its level is counted by the model
+        blind, seeing = self.model(xt, where=where), self.model(x, level, where=where)
         logits = blind + (self.guidance + 1) * (seeing - blind)
         if self.config.subs:
             logits[..., self.mask_id] = -torch.inf  # inf - inf is nan
