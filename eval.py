@@ -40,7 +40,6 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 import config
@@ -786,7 +785,7 @@ def longest_copy(texts, source):
         if n > min(map(len, codes)):
             return True
         powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(n, dtype=np.uint64)  # modulo 2^64
-        hashes, known = (sliding_window_view(each, n) @ powers for each in codes)
+        hashes, known = (np.lib.stride_tricks.sliding_window_view(x, n) @ powers for x in codes)
         found = np.isin(hashes, known).nonzero()[0]
         return not any(text[i:i + n] in source for i in found)
 
