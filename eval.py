@@ -482,8 +482,7 @@ def likelihood(runs, settings):
                             | in_units(nats, error, tokens, counts))
                 if objective is run.objective and s['task'] != 'noises' and not s['data']:
                     rows[-1] |= likelihood_curves(run, split, s)
-    sizes = ', '.join(sorted({str(run.model.config.block_size) for run in runs}))
-    note = f'context {sizes}'
+    note = 'context ' + ', '.join(sorted({str(run.model.config.block_size) for run in runs}))
     if len({str(run.meta['tokenizer']) for run in runs}) > 1:
         note += '; tokens differ, so only bits per character or byte can be compared'
     if len({run.meta['sha256'] for run in runs}) > 1 and not s['data']:
