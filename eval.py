@@ -900,9 +900,9 @@ def generation(runs, settings):
     return rows, ''
 
 
-def first_texts(rows, path, characters=300):
+def first_texts(rows, path):
     """The beginning of each row's first text, one below the other; path is not used."""
-    return '\n\n'.join(f'{row["run"]}:\n\n```text\n{row["texts"][0]["written"][:characters]}\n```'
+    return '\n\n'.join(f'{row["run"]}:\n\n```text\n{row["texts"][0]["written"][:300]}\n```'
                        for row in rows)
 
 
