@@ -1081,7 +1081,6 @@ def token_by_token(run, x, rate):
 
 
 FACT = re.compile(r'(?m)^(\w+ \w+) is (the \w+ of \w+)\.$')  # of the data set reversal
-TURNED = re.compile(r'(?m)^(the \w+ of \w+) is (\w+ \w+)\.$')
 
 
 def reversal(runs, settings):
@@ -1094,7 +1093,8 @@ def reversal(runs, settings):
     rows, a_is_b, b_is_a = [], '\n{0} is {1}.\n', '\n{1} is {0}.\n'
     for run in runs:
         training, row = training_text(run), {'run': run.name, 'texts': []}
-        facts, turned = set(FACT.findall(training)), {(a, b) for b, a in TURNED.findall(training)}
+        facts = set(FACT.findall(training))
+        turned = {fact for fact in facts if b_is_a.format(*fact) in training}
         fine = turned and facts - turned and run.meta['tokenizer']['kind'] == 'char'
         require('out_dir', run.path, fine, 'a run on facts: python prepare.py reversal')
         how = settings | sample.greedy(run.objective)
