@@ -105,10 +105,10 @@ MAY_DIFFER = ('seed', 'out_dir', 'resume', 'overwrite', 'init_from', 'eval_inter
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
           '#882255')   # distinct for the colour-blind; printed in grey, the markers are
 MARKERS = '*s^Dv<>Po'
-DIGITS = {             # digits after the point in a column; 1 of others in %, 3 of the rest
+DIGITS = {             # digits after the point in a column; 1 of what is in %, 3 of the rest
     'tokens/s': 0, 'updates': 0, **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L'), 2),
     **dict.fromkeys(('nats/token', 's.e.', 'bits/token', 'bits/char', 'bits/byte', 'PFLOP'), 4),
-    **dict.fromkeys(('ms/pass', 's.e. (%)', 'minutes', 'nfe', 'too long by', 'masks', 'saved',
+    **dict.fromkeys(('ms/pass', 'minutes', 'nfe', 'too long by', 'masks', 'saved',
                      'ms/sentence', 'sentences/s', 'seconds'), 1)}
 
 
@@ -246,8 +246,8 @@ def mean_row(rows):
 
 def shown(column, value):
     """The text of a value in a column of a table."""
-    of_kind = DIGITS.get(column.split()[0], 1 if '(%)' in column else 3)  # as of 'BLEU shorter'
-    digits = DIGITS.get(column, of_kind)
+    # its first word is for 'BLEU shorter', which is like 'BLEU'
+    digits = 1 if '(%)' in column else DIGITS.get(column, DIGITS.get(column.split()[0], 3))
     digits = f'.{digits}f' if isinstance(value, float) else ''
     return value if isinstance(value, str) else f'{value:,{digits}}'
 
