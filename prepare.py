@@ -907,10 +907,10 @@ def evenly(n, limit):
     return np.linspace(0, n - 1, limit).astype(int) if 0 < limit < n else np.arange(n)
 
 
-def describe_data(data, meta):
-    """What train.py prints about a Stream or Rows alike."""
-    return (f'{data.dataset} ({meta["source"]}): {data.tokens_per_epoch:,} training tokens of '
-            f"{meta['vocab_size']:,} kinds, log V' = {math.log(meta['vocab_size']):.4f}")
+def describe_data(data):
+    """What train.py prints about a Stream and, before a line on the rows, about Rows."""
+    return (f'{data.dataset} ({data.meta["source"]}): {data.tokens_per_epoch:,} training tokens of '
+            f"{data.meta['vocab_size']:,} kinds, log V' = {math.log(data.meta['vocab_size']):.4f}")
 
 
 class Stream:
@@ -939,9 +939,7 @@ class Stream:
         """How many tokens of a split an evaluation scores: all."""
         return self.meta['counts'][split]['tokens']
 
-    def describe(self):
-        """What train.py prints about the data."""
-        return describe_data(self, self.meta)
+    describe = describe_data
 
     def batch(self, update, part=0, parts=1):
         """Windows x0 (B, T) int64 from random places of the training text; no prompts, so None.
@@ -1039,7 +1037,7 @@ class Rows:
 
     def describe(self):
         """What train.py prints about the data."""
-        return (f'{describe_data(self, self.meta)}\n'
+        return (f'{describe_data(self)}\n'
                 f'{len(self.widths):,} rows of {self.widths.min()} to {self.widths.max()} tokens, '
                 f'{self.batches_per_epoch:,} batches an epoch, '
                 f'{100 * self.pad_share:.1f}% of what is computed is PAD')
