@@ -633,12 +633,11 @@ def make_decoder(objective, settings, specials=()):
             'off where block_length is 0: with no blocks, nothing precedes one')
     require('guidance', s['guidance'], not (s['guidance'] and cached),
             '0 with a cache: guidance reads finished text again, masked, and a cache reads it once')
-    own = getfullargspec(DECODERS[name]).kwonlyargs
-    decoder = partial(DECODERS[name], specials=specials,
-                      **{setting: s[setting] for setting in (*own, *SAMPLING)})
+    own = {key: s[key] for key in (*getfullargspec(DECODERS[name]).kwonlyargs, *SAMPLING)}
+    decoder = partial(DECODERS[name], specials=specials, **own)
     if size:
         decoder = partial(decode_blocks, inner=decoder, block_length=size, cached=cached,
-                          steps=s['steps'] if 'steps' in own else None)
+                          steps=own.get('steps'))
     if s['guidance']:
         decoder = partial(decode_guided, inner=decoder, guidance=s['guidance'])
     return decoder
