@@ -532,8 +532,8 @@ def decode_blocks(model, x, to_generate, rng, *, inner, block_length, steps=None
 
     Blocks of block_length columns cover the first to the last column to be generated, and the last
     block may be shorter; all rows have the same blocks. What follows a block is read as it stands,
-    masks mostly (by BlockCached not at all). The steps (None: inner takes none) are spread over the
-    blocks by their lengths, at least one for each.
+    masks mostly (by BlockCached not at all). The steps are spread over the blocks by their lengths,
+    at least one for each; without them (0, or None), `inner` decodes every block as it is.
 
     cached: None, or the class PrefixCached or BlockCached, which wraps the model. The blocks of a
     model that was trained on blocks [BD3-LM 2503.09573] begin at multiples of block_length.
@@ -555,11 +555,10 @@ def decode_blocks(model, x, to_generate, rng, *, inner, block_length, steps=None
             continue
         if cached:
             reader.enter(x, start, stop)
-        own_steps = {}
-        if steps is not None:
+        if steps:
             before, after = (steps * (edge - first) // (end - first) for edge in (start, stop))
-            own_steps['steps'] = max(1, after - before) if steps else 0
-        for step in inner(reader, x, block, rng, **own_steps):
+            inner = partial(inner, steps=max(1, after - before))
+        for step in inner(reader, x, block, rng):
             yield step
             block &= to_generate  # rows that have ended since
 

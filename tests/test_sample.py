@@ -47,6 +47,7 @@ def blocks(model, x, to_generate, rng, *, inner, block_length, steps=None, prefi
            **settings):
     """decode_blocks with a decoder that is given its settings here."""
     cached = BlockCached if model.config.block_length else PrefixCached if prefix_cache else None
+    settings |= {} if steps is None else {'steps': steps}
     return sample.decode_blocks(model, x, to_generate, rng, inner=partial(inner, **settings),
                                 block_length=model.config.block_length or block_length,
                                 steps=steps, cached=cached)
