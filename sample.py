@@ -763,10 +763,9 @@ def batches(run, canvases, batch_size, same_columns):
     """
     groups = {}
     for i, canvas in enumerate(canvases):
-        key = None
-        if not run.objective.causal:
-            ends = canvas.index(run.model.mask_id), canvas[::-1].index(run.model.mask_id)
-            key = len(canvas), ends if same_columns or run.objective.block_length else None
+        key = () if run.objective.causal else (len(canvas),)
+        if same_columns or run.objective.block_length:
+            key += canvas.index(run.model.mask_id), canvas[::-1].index(run.model.mask_id)
         groups.setdefault(key, []).append(i)
     return [group[k:k + batch_size] for group in groups.values()
             for k in range(0, len(group), batch_size)]
