@@ -512,13 +512,12 @@ class BlockCached:
 
     def enter(self, x, start, stop):
         """Goes to the block x[:, start:stop]: a pass for each earlier block that is not cached."""
-        c, self.block = self.config, slice(start, stop)
-        if stop - self.begin > c.block_size:
-            begin = window_start(start // c.block_length, c.block_size // c.block_length)
-            self.begin, self.cache.length = begin * c.block_length, 0
+        size, n, self.block = self.config.block_size, self.config.block_length, slice(start, stop)
+        if stop - self.begin > size:
+            self.begin, self.cache.length = n * window_start(start // n, size // n), 0
         clean = torch.zeros(len(x), 1, device=x.device)  # the level of a finished block
-        for k in range(self.begin + self.cache.length, start, c.block_length):
-            self.model(x[:, k:k + c.block_length], clean, hidden=True, cache=self.cache)
+        for k in range(self.begin + self.cache.length, start, n):
+            self.model(x[:, k:k + n], clean, hidden=True, cache=self.cache)
 
     def __call__(self, x, level=None, *, where):
         x = x[:, self.block]  # its level is that of this block, which the model counts
