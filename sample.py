@@ -993,12 +993,12 @@ def first_answers(run, data, n, settings):
 
 
 def make_canvases(run, prompts, settings):
-    """(canvases, passes, seconds): one for each (kind, text), and what predicting lengths took."""
+    """As crop_to_predicted(), (canvases, predicted, passes, seconds): one for each (kind, text)."""
     if run.meta['sep_id'] is None:
         for name, usual in (('length', 'auto'), ('length_candidates', 1)):
             require(name, settings[name], settings[name] == usual,
                     f'{usual} for a run without answers')
-        return [text_canvas(run, kind, text, settings) for kind, text in prompts], 0, 0.0
+        return [text_canvas(run, kind, text, settings) for kind, text in prompts], None, 0, 0.0
     require('gen_length', settings['gen_length'], settings['gen_length'] == 0,
             '0 for a run on prompts and answers: length says how long an answer is')
     require('length', settings['length'], not run.objective.causal or settings['length'] == 'auto',
@@ -1009,8 +1009,7 @@ def make_canvases(run, prompts, settings):
                             'ask it by start or prompt_file')
     canvases = answer_canvases(run, [run.tokenizer.encode(text.strip()) for _, text in prompts],
                                settings)
-    canvases, _, *cost = crop_to_predicted(run, canvases, settings)
-    return canvases, *cost
+    return crop_to_predicted(run, canvases, settings)
 
 
 def chat_with(run, settings, lines):
@@ -1091,7 +1090,7 @@ def main():
     name = decoder_name(decoder, run.objective)
     prompts = [prompt for prompt in read_prompts(start, template, prompt_file, gen_length)
                for _ in range(num_samples)]
-    canvases, passes, took = make_canvases(run, prompts, settings)
+    canvases, predicted, passes, took = make_canvases(run, prompts, settings)
     recorder = Recorder(canvases[0], run.tokenizer, run.model.mask_id, Screen() if watch else None)
     done, (written, nfe, seconds) = complete_best(run, canvases, settings,
                                                   recorder if watch or save else None)
@@ -1099,7 +1098,7 @@ def main():
         ids = ids if run.meta['pad_id'] is None else split_row(ids, run.meta)[1]  # or a stream
         text = run.tokenizer.decode(ids)
         text = without_repeated_words(text) if cleanup else text
-        figures['nfe'] += passes > 0  # with the one that predicted its length
+        figures['nfe'] += predicted is not None  # with the pass that predicted its length
         print(dumps({kind: asked, 'text': text, 'tokens': ids, **figures, 'seed': seed,
                      'decoder': name}) if json else f'{text}\n{"-" * 80}')
     if not json:
