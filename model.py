@@ -324,7 +324,7 @@ class Transformer(nn.Module):
         if visible is not None:  # [DiffuLLaMA sec. 3.2]
             attn_mask = ~(torch.rand(T, T, device=x.device) >= visible).triu(1)
         if clean is not None:
-            x, level, position, attn_mask = beside_clean(x, level, clean, block_length)
+            x, level, position, attn_mask = beside_clean(x, level, position, clean, block_length)
             neighbours = visible_neighbours(position, attn_mask, self.config.n_conv)
         h = self.embed(x)  # (B, T, C), with clean (B, 2T, C)
         if self.embed_pos is not None:
@@ -908,13 +908,12 @@ class LocalMixing(nn.Module):
         return x + sum(w * h for w, h in zip(self.weight, shifted))  # K x (B, T, C)
 
 
-def beside_clean(xt, level, x0, block_length):
+def beside_clean(xt, level, position, x0, block_length):
     """[xt ; x0] (B, 2T), its level (B, 2T), positions (2T,) and attention mask (2T, 2T) [BD3-LM].
 
     xt sees its own block and the clean blocks before it; x0 its own block and those before it. Both
-    halves stand at the same positions, and x0 has no noise.
+    halves stand at the same positions (T,), and x0 has no noise.
     """
-    position = torch.arange(xt.size(1), device=xt.device)
     block = position // block_length
     own, before = block[:, None] == block, block[:, None] > block  # 2 x (T, T)
     attn_mask = torch.cat([torch.cat([own, before], dim=1),
