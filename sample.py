@@ -833,9 +833,8 @@ def complete(run, canvases, settings, eos_id=None, on_step=None, log_p=False):
 
 def show(ids, tokenizer, mask_id):
     """The text of ids, MASK_SHOWN for every mask; tokens between masks are decoded together."""
-    parts = ([*part] for _, part in groupby(ids, key=mask_id.__eq__))
-    return ''.join(MASK_SHOWN * len(part) if part[0] == mask_id else tokenizer.decode(part)
-                   for part in parts)
+    return ''.join(MASK_SHOWN * len([*part]) if is_mask else tokenizer.decode([*part])
+                   for is_mask, part in groupby(ids, key=mask_id.__eq__))
 
 
 # ------------------------------------------------------------ answers to prompts, and their lengths
