@@ -273,22 +273,21 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = self.config = config
-        self.mask_id = c.mask_id
+        c, C = config, config.n_embd
+        self.config, self.mask_id = c, c.mask_id
         places = c.block_size + c.shift  # with shift, the start token has one
-        self.embed = nn.Embedding(c.vocab_size, c.n_embd)
-        self.embed_pos = nn.Embedding(places, c.n_embd) if c.pos == 'learned' else None
+        self.embed = nn.Embedding(c.vocab_size, C)
+        self.embed_pos = nn.Embedding(places, C) if c.pos == 'learned' else None
         self.drop = nn.Dropout(c.dropout)
-        self.time_mlp = nn.Sequential(nn.Linear(256, c.n_embd), nn.SiLU(),
-                                      nn.Linear(c.n_embd, c.n_embd), nn.SiLU()) \
+        self.time_mlp = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C), nn.SiLU()) \
             if c.time_cond else None
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm = make_norm(c)
-        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.head = nn.Linear(C, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.embed.weight
         self.length_head = LengthHead(c) if c.length_head else None
-        self.register_buffer('rope', rope_angles(places, c.n_embd // c.n_head), persistent=False)
+        self.register_buffer('rope', rope_angles(places, C // c.n_head), persistent=False)
         self.init_weights()
 
     def forward(self, x, level=None, *, where=None, hidden=False, cache=None, clean=None,
