@@ -966,12 +966,10 @@ class LengthHead(nn.Module):
         else:
             with torch.no_grad():
                 h = model(x, hidden=True)  # (B, P + W, C)
-            if self.kind == 'classify':
-                h = h[:, P:]
-            elif self.kind == 'regress_mean':
-                h = h.mean(1)
-            else:
-                h = torch.cat([h[:, :P].mean(1), h[:, P:].mean(1)], dim=1)
+            prompt, masks = h[:, :P], h[:, P:]
+            h = {'regress_mean': h.mean(1),
+                 'regress_concat': torch.cat([prompt.mean(1), masks.mean(1)], dim=1),
+                 'classify': masks}[self.kind]
         out = self.mlp(h).squeeze(-1)
         return out[:, :x.size(1) - P] if self.kind == 'encoder_classify' else out
 
