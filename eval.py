@@ -355,7 +355,7 @@ def nll_by_place(run, x0, batch_size, seed):
         for rows in x0.to(model.device).split(batch_size):
             t = torch.full((len(rows), 1), level, device=model.device)  # (B, 1)
             is_mask = torch.rand(rows.shape, generator=rng, device=rows.device) < t  # (B, T)
-            nll = run.objective.token_nll(model, rows) if exact else \
+            nll = run.objective.token_bounds(model, rows, rng) if exact else \
                 token_nll(model, rows, is_mask, is_mask, t)  # (B, T)
             nats, count = nats + nll.sum(0), count + is_mask.sum(0)
         table.append([(nats[part].sum() / count[part].sum()).item() for part in places])
@@ -816,7 +816,7 @@ class HuggingFace:
         self.config = SimpleNamespace(vocab_size=c.vocab_size, start_id=start_id,
                                       block_size=context)
 
-    def __call__(self, x, where, hidden=True):
+    def __call__(self, x, level=None, *, where, hidden=True):
         return self.model(x).logits[where]  # (M, V)
 
     def logits(self, h):
@@ -852,7 +852,7 @@ def judged(judge, run, texts, ids):
     nats = 0.0
     for batch in row_batches(np.array([*map(len, windows)]), 16):
         x0 = torch.tensor([windows[i] for i in batch], device=judge.model.device)  # (B, <= T)
-        nats += judge.objective.bound(judge.model, x0).sum().item()
+        nats += judge.objective.bound(judge.model, x0, None).sum().item()
     unit, counted = ('nll', ids) if same else ('nats/char', texts)
     return {f'{unit} under {judge.name}': nats / sum(map(len, counted)),
             f'perplexity under {judge.name}': math.exp(nats / sum(map(len, rows)))}
@@ -1072,7 +1072,7 @@ def token_by_token(run, x, rate):
     model, x = run.model, x.to(run.model.device)
     nowhere = torch.zeros_like(x, dtype=torch.bool)
     if run.objective.exact:
-        return run.objective.token_nll(model, x).cpu()
+        return run.objective.token_bounds(model, x, None).cpu()  # its nll: AR draws nothing
     if not run.objective.masks:
         level = torch.full((len(x), 1), rate, device=x.device)
         return token_nll(model, x, nowhere, ~nowhere, level).cpu()

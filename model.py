@@ -473,7 +473,7 @@ class Noised(NamedTuple):
     xt: torch.Tensor      # (B, T) int64, what the network reads
     scored: torch.Tensor  # (B, T) bool, the M positions that have a loss
     weight: torch.Tensor  # (B, T) or (B, 1), of the losses
-    level: torch.Tensor   # (B, 1), or (B, T) in blocks: noise_fraction, for time_cond
+    level: torch.Tensor   # (B, 1), or (B, T) in blocks: noise_fraction, for time_cond; None in ar
     token_loss: Callable = cross_entropy  # (logits (M, V), x0 (M,), *extra (M,)) -> (M,)
     extra: tuple = ()     # what else token_loss reads: tensors (B, T) or (B, 1)
     inputs: dict = {}     # what else the network reads, in blocks: keywords of Transformer.forward
@@ -495,9 +495,8 @@ class Objective:
         weight = noised.weight.expand_as(x0)[noised.scored]
         losses = weight * cross_entropy(logits, x0[noised.scored])
 
-    Autoregression corrupts nothing, and defines loss and bound instead. The other files read the
-    attributes below and, but for the checks of settings in train.py, do not ask which subclass it
-    is.
+    The other files read the attributes below and, but for the checks of settings in train.py, do
+    not ask which subclass it is.
     """
     # annotated: settings
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
@@ -546,12 +545,16 @@ class Objective:
 
     def bound(self, model, x0, rng, given=None):
         """An unbiased one-sample estimate of the nelbo of every row, (B,), in nats."""
+        return self.token_bounds(model, x0, rng, given).sum(1)
+
+    def token_bounds(self, model, x0, rng, given=None):
+        """The terms of that estimate, (B, T), 0 at tokens that this sample does not score."""
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt_evenly(model, x0, given, rng)
-        return spread(self.weighted_losses(model, x0, noised), noised.scored).sum(1)
+        return spread(self.weighted_losses(model, x0, noised), noised.scored)
 
     def corrupt_evenly(self, model, x0, given, rng):
-        """Of Uniform alone: the others replace it."""
+        """Of Uniform, and of Autoregression, which samples nothing: the others replace it."""
         everywhere = replace(self, loss_weight='elbo', mask_range=(0.0, 1.0))
         return everywhere.corrupt(model, x0, given, rng)
 
@@ -608,7 +611,7 @@ class MaskedDiffusion(Objective):
 
 @dataclass
 class Autoregression(Objective):
-    """Next-token prediction: nothing is corrupted, and loss and bound are the nll itself.
+    """Next-token prediction: nothing is noise, and loss and bound are the nll itself.
 
         nll per token = mean over (b, i) of  -log p(x0[b, i] | x0[b, :i])
 
@@ -619,18 +622,9 @@ class Autoregression(Objective):
     exact, causal, masks = True, True, False
     decoders, measured = ('ar',), 'nll'
 
-    def loss(self, model, x0, rng=None, given=None):
-        return self.token_nll(model, x0, given).sum(), \
-            torch.ones_like(x0).sum() if given is None else (~given).sum()
-
-    def bound(self, model, x0, rng=None, given=None):
-        return self.token_nll(model, x0, given).sum(1)
-
-    def token_nll(self, model, x0, given=None):
-        """-log p(x_i | x_<i) at every position, 0 where given, (B, T), from one causal pass."""
-        scored = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given
-        h = model(after_start(model, x0[:, :-1]), where=scored, hidden=True)  # (M, C)
-        return spread(in_slices(cross_entropy, model, h, x0[scored]), scored)
+    def corrupt(self, model, x0, given, rng):
+        xt = after_start(model, x0[:, :-1])
+        return Noised(xt, ~given, weight=torch.ones(1, 1, device=x0.device), level=None)
 
 
 def on_device(batch, device):
