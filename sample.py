@@ -653,13 +653,13 @@ class Counted:
         return self.model(*inputs, **options)
 
 
-def end_rows(x, to_generate, eos_id, mask_id):
-    """Ends the rows that have generated an eos_id with no mask before it, in place.
+def end_rows(x, to_generate, may_end, eos_id, mask_id):
+    """Ends the rows that have generated an eos_id where they may, with no mask before it, in place.
 
     All that was to be generated behind it becomes eos_id, and to_generate is cleared in the row.
     """
     before = (x == mask_id).cumsum(1)  # masks up to here
-    ended = to_generate & (x == eos_id) & (before == 0)
+    ended = to_generate & may_end & (x == eos_id) & (before == 0)
     x[to_generate & (ended.cumsum(1) > 0)] = eos_id
     to_generate &= ~ended.any(1, keepdim=True)
 
@@ -668,15 +668,17 @@ def end_rows(x, to_generate, eos_id, mask_id):
 def run_decoder(decoder, model, x, rng, eos_id=None, on_step=None):
     """The canvases x (B, T) filled by a decoder, and how many passes of the network that took.
 
-    With an eos_id, a row ends where it generates one; given tokens behind it stay. on_step(x, nfe,
-    where, logits) is called after every step, with the `where, logits` that the decoder yielded; x
-    changes in place after the call, so clone what is to be kept.
+    With an eos_id, a row ends where it generates one behind all tokens that are given: in a blank
+    before one of them an eos_id is a token like others. on_step(x, nfe, where, logits) is called
+    after every step, with the `where, logits` that the decoder yielded; x changes in place after
+    the call, so clone what is to be kept.
     """
     x, model = x.clone(), Counted(model)
     to_generate = x == model.mask_id
+    may_end = to_generate.flip(1).cumprod(1).flip(1).bool()  # nothing is given from here on
     for where, logits in decoder(model, x, to_generate, rng):
         if eos_id is not None:
-            end_rows(x, to_generate, eos_id, model.mask_id)
+            end_rows(x, to_generate, may_end, eos_id, model.mask_id)
         if on_step is not None:
             on_step(x, model.nfe, where, logits)
     return x, model.nfe
@@ -797,9 +799,10 @@ def keep_log_p(log_p, x, nfe, where, logits):
 
 
 def end_of(ids, canvas, eos_id, mask_id):
-    """The number of ids before the first eos_id that was generated, where canvas has a mask."""
-    pairs = list(zip(ids, canvas))
-    return pairs.index((eos_id, mask_id)) if (eos_id, mask_id) in pairs else len(pairs)
+    """The number of ids before the first eos_id among the masks with which the canvas ends."""
+    begin = len(canvas) - sum(1 for _ in takewhile(mask_id.__eq__, reversed(canvas)))
+    written = ids[begin:len(canvas)]
+    return begin + written.index(eos_id) if eos_id in written else len(canvas)
 
 
 def complete(run, canvases, settings, eos_id=None, on_step=None, log_p=False):

@@ -981,7 +981,7 @@ def write_log(name, C, loss, seed=1, **settings):
 
 def scaling_of(paths, name='scaling'):
     runs = [evaluation.load_log(path)[0] for path in paths]
-    settings = {'seed': 1, 'report_dir': 'r', 'out_dir': ','.join(paths)}
+    settings = {'seed': 1, 'report_dir': 'r', 'out_dir': ','.join(paths), 'ckpt': 'last'}
     return evaluation.run_task(name, runs, settings, '...')
 
 

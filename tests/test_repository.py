@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {'config/__init__.py': 127, 'prepare.py': 726, 'model.py': 716, 'train.py': 556,
-           'sample.py': 802, 'eval.py': 923, 'data/*.py': 105}
+           'sample.py': 804, 'eval.py': 923, 'data/*.py': 105}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 

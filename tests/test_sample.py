@@ -1186,12 +1186,12 @@ def test_guidance_agrees_with_a_naive_loop(guidance, time_cond):
 
 
 def ended(free, x, eos, mask=WIDE_MASK):
-    """The rows of free with eos, from the first that was written on, wherever x has masks."""
+    """The rows of free with eos from the first on that was written behind all given tokens."""
     rows = free.clone()
     for row, was in zip(rows, x == mask):
         for i in range(len(row)):
-            if was[i] and row[i] == eos:
-                row[i + 1:][was[i + 1:]] = eos
+            if was[i:].all() and row[i] == eos:
+                row[i:] = eos
                 break
     return rows
 
@@ -1202,12 +1202,12 @@ def ended(free, x, eos, mask=WIDE_MASK):
     partial(decode_blocks, inner=confidence, block_length=4, steps=8),
     partial(decode_guided, inner=partial(confidence, steps=9), guidance=1.0)])
 def test_masked_decoders_stop_at_eos(decoder):
-    """Each row is as without an eos up to its first one; what was given behind it stays."""
+    """Each row is as without an eos up to its first one behind what is given."""
     model, x = tiny_model(seed=8, pos='learned', **WIDE), torch.full((6, 16), WIDE_MASK)
-    x[:, 0], x[:, 9] = torch.arange(6), 1
+    x[:, 0], x[:, 2] = torch.arange(6), 1
     decode = partial(decoder, model, x, temperature=0)
     free, passes = decode(generator=noise_source())
-    eos = next(v for v in free[:, 1:6].flatten().tolist() if v != 1)
+    eos = next(v for v in free[:, 3:8].flatten().tolist() if v != 1)
     y, nfe = decode(eos_id=eos, generator=noise_source())
     assert torch.equal(y, ended(free, x, eos)) and not torch.equal(y, free)
     assert nfe <= passes
@@ -1222,11 +1222,11 @@ def test_masked_decoders_stop_at_eos(decoder):
     partial(decode_blocks, inner=remask, steps=9, block_length=4),
     partial(decode_blocks, inner=ancestral, steps=12, block_length=4, prefix_cache=True)])
 def test_nothing_is_drawn_after_the_end(decoder):
-    """Once an eos stands with no mask before it, a row is finished at once and stays so."""
+    """Once an eos stands behind what is given, and no mask before it, a row stays as it is."""
     model, stopped = tiny_model(seed=9, pos='learned', **WIDE), 0
     for seed in range(30):
         x, steps = torch.full((2, 16), WIDE_MASK), []
-        x[:, 0], x[:, 11] = 3, 3  # 3 is the eos: those that are given do not end a text
+        x[:, 0], x[:, 3] = 3, 3  # 3 is the eos: those that are given do not end a text
         y, _ = decoder(model, x, eos_id=3, generator=noise_source(seed),
                        on_step=lambda x, nfe, where, _: steps.append((x.clone(), where)))
         assert torch.equal(y, ended(y, x, 3)) and (y != WIDE_MASK).all()
@@ -1235,7 +1235,7 @@ def test_nothing_is_drawn_after_the_end(decoder):
             assert not where[finished].any()
             if finished.any():
                 assert torch.equal(canvas[finished], y[finished])
-            is_end = (canvas == 3) & (x == WIDE_MASK) & (
+            is_end = (canvas == 3) & (torch.arange(16) > 3) & (
                 (canvas == WIDE_MASK).cumsum(1) == 0)
             finished = is_end.any(1)
             assert not (canvas[finished] == WIDE_MASK).any()
@@ -1247,18 +1247,18 @@ def test_ar_writes_nothing_after_eos():
     """Rows end apart; each is the row without an eos up to its first one, then eos only."""
     model = tiny_model(causal=True, seed=5, **WIDE)
     x = torch.full((6, 14), WIDE_MASK)
-    x[:, 9] = 1  # given, behind where most rows end
+    x[:, 2] = 1  # given: no row ends before it
     free, _ = decode_ar(model, x, generator=noise_source(2))
     eos = free[:, 3].mode().values.item()
     y, nfe = decode_ar(model, x, eos_id=eos, generator=noise_source(2))
     ends = []
     for row, same in zip(y.tolist(), free.tolist()):
-        end = next((i for i, token in enumerate(row) if token == eos and i != 9), 14)
+        end = next((i for i, token in enumerate(row) if token == eos and i > 2), 14)
         ends.append(end)
         assert row[:end] == same[:end]
-        assert all(token == (1 if i == 9 else eos) for i, token in enumerate(row) if i > end)
+        assert all(token == eos for token in row[end:])
     assert len(set(ends)) > 1 and nfe <= 13
-    greedy = x[:1].clone()
+    greedy = torch.full((1, 14), WIDE_MASK)
     first = decode_ar(model, greedy, temperature=0, generator=noise_source())[0][0, 0].item()
     assert decode_ar(model, greedy, eos_id=first, temperature=0, generator=noise_source())[1] == 1
 
@@ -1287,7 +1287,7 @@ def toy(monkeypatch):
 def test_a_new_decoder_works_with_all_that_stands_around_one(toy, settings):
     """Blocks, guidance, EOS, watching and the count of passes, none of which it knows about."""
     model, x = tiny_model(seed=8, pos='learned', **WIDE), torch.full((6, 16), WIDE_MASK)
-    x[:, 0], x[:, 9] = torch.arange(6), 1
+    x[:, 0], x[:, 2] = torch.arange(6), 1
     run, steps = run_of(model), []
     how = sample.defaults() | {'temperature': 0.0} | settings
     free, passes, _ = sample.decode(run, x.tolist(), how, on_step=lambda x, nfe, where, logits: (
@@ -1297,7 +1297,7 @@ def test_a_new_decoder_works_with_all_that_stands_around_one(toy, settings):
     for k, (canvas, nfe, where, logits) in enumerate(steps, 1):
         assert nfe == each * k and where.sum(1).tolist() == [1] * 6
         assert torch.equal(canvas[where], logits.argmax(-1))
-    eos = next(v for v in free[:, 1:6].flatten().tolist() if v != 1)
+    eos = next(v for v in free[:, 3:8].flatten().tolist() if v != 1)
     y, fewer, _ = sample.decode(run, x.tolist(), how, eos)
     assert torch.equal(y, ended(free, x, eos)) and not torch.equal(y, free) and fewer <= passes
     for row in range(6):
@@ -1659,15 +1659,21 @@ def test_json_lines_say_what_was_done(run_main, runs):
 
 def test_what_follows_a_written_eos_is_not_shown():
     model = tiny_model(causal=True, V=12, T=8, seed=4)
-    canvas = [3, 11, 11, 3, 11, 11]  # the eos is 3; those that are given end nothing
+    # the eos is 3; those that are given end nothing, nor do those that are written before them
+    canvas = [3, 11, 11, 3, 11, 11]
     done, (written, nfe, _) = sample.complete(run_of(model, objective='ar'), [canvas] * 200,
                                               sample.defaults(), eos_id=3)
     whole = [ids for ids, _ in done if len(ids) == 6]
     cut = [ids for ids, _ in done if len(ids) < 6]
-    assert len(whole) > 50 and {len(ids) for ids in cut} == {1, 2, 4, 5}
-    assert written == 4 * len(whole) + sum({1: 1, 2: 2, 4: 3, 5: 4}[len(ids)] for ids in cut)
-    assert all(ids[0] == 3 and 3 not in ids[1:3] and (len(ids) < 4 or ids[3] == 3)
-               for ids in whole + cut)
+    assert len(whole) > 50 and {len(ids) for ids in cut} == {4, 5}
+    assert written == 4 * len(whole) + sum({4: 3, 5: 4}[len(ids)] for ids in cut)
+    assert all(ids[0] == ids[3] == 3 and 3 not in ids[4:] for ids in whole + cut)
+    assert any(3 in ids[1:3] for ids in whole + cut)
+    for objective in ('ar', 'mdm'):  # a template that ends in given text is filled, and not cut
+        run_, canvases = run_of(model, objective=objective), [[3, 11, 11, 5, 3]] * 5
+        free = [ids for ids, _ in sample.complete(run_, canvases, sample.defaults())[0]]
+        done, _ = sample.complete(run_, canvases, sample.defaults(), eos_id=free[0][1])
+        assert [ids for ids, _ in done] == free and {*map(len, free)} == {5}
 
 
 @pytest.mark.parametrize('text, clean', [
