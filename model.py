@@ -28,7 +28,8 @@ Letters here, and in the papers:
 
     here                                                             in the papers
     x0        clean tokens (B, T) int64                              x, z_0 in MDLM, x_0 in LLaDA
-    xt        corrupted tokens: each of x0 kept, or replaced         z_t, x_t
+    xt        corrupted tokens: each of x0 kept, or replaced; in     z_t, x_t
+              ar x0 shifted by one
     t         time (B, 1) in (0, 1]; at t = 1 all is noise           t
     alpha     P(a token is kept at time t)                           alpha_t
     w(t)      weight of time t in the bound                          -alpha'_t / (1 - alpha_t)
@@ -219,7 +220,7 @@ class MLP(nn.Module):
         if self.kind in ('gelu', 'gelu_tanh'):
             return self.proj(F.gelu(h, approximate='none' if self.kind == 'gelu' else 'tanh'))
         h = F.relu(h)  # relu2 [Primer 2109.08668]
-        return self.proj(h * h)  # .square() has a three times slower backward on CPUs
+        return self.proj(h * h)  # the backward pass of .square() is three times slower on CPUs
 
 
 def make_norm(c):
@@ -229,8 +230,9 @@ def make_norm(c):
 class Block(nn.Module):
     """A layer: x + attention(norm(x)), then x + mlp(norm(x)); with n_conv local mixing before each.
 
-    Local mixing adds to a token a learned mixture of its neighbours; at first nothing. With
-    time_cond the noise level scales, shifts and gates both branches (adaLN) [DiT].
+    Local mixing adds to a token a learned mixture of itself and its neighbours; at first nothing.
+    With time_cond the noise level scales, shifts and gates both branches (adaLN) [DiT].
+    neighbours: None but in block diffusion, see LocalMixing; condition: (B, 1, C) with time_cond.
     """
 
     def __init__(self, c, layer):
@@ -275,7 +277,7 @@ class Transformer(nn.Module):
         super().__init__()
         c, C = config, config.n_embd
         self.config, self.mask_id = c, c.mask_id
-        places = c.block_size + c.shift  # with shift, the start token has one
+        places = c.block_size + c.shift  # with shift, all of x is read behind the start token
         self.embed = nn.Embedding(c.vocab_size, C)
         self.embed_pos = nn.Embedding(places, C) if c.pos == 'learned' else None
         self.drop = nn.Dropout(c.dropout)
@@ -302,23 +304,23 @@ class Transformer(nn.Module):
         None: the fraction of x that is masks.
         hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
         cache: a KVCache with the tokens before x, for decoding; those of x are appended to it. With
-        shift and a cache that is not empty, x begins with the token before the first of `where`,
-        whose output predicts that one.
+        shift and a cache that is not empty, x begins one token early, since its first output
+        predicts the second token of x; `where` is then (B, T - 1).
         clean (B, T), block_length: read [x ; clean], see beside_clean, for BlockDiffusion; level
         may then be (B, T).
         visible: the probability that a position sees a later one, see attn_anneal; it is drawn once
         for all rows and layers.
         """
-        start = cache.length if cache is not None else 0
+        n_before = cache.length if cache is not None else 0  # tokens that were read before x
         if self.time_mlp and level is None:
             level = (x == self.mask_id).float().mean(1, keepdim=True)
-        if self.config.shift and start == 0:
+        if self.config.shift and n_before == 0:
             x = after_start(self, x)
         B, T = x.shape  # T: with shift, the start token too; with clean, xt alone
-        if start + T > self.config.block_size + self.config.shift:
-            raise UserError(f'{start + T} tokens do not fit into the context of this model, '
+        if n_before + T > self.config.block_size + self.config.shift:
+            raise UserError(f'{n_before + T} tokens do not fit into the context of this model, '
                             f'block_size is {self.config.block_size}')
-        position = torch.arange(start, start + T, device=x.device)
+        position = torch.arange(n_before, n_before + T, device=x.device)
         attn_mask = neighbours = None
         if visible is not None:  # [DiffuLLaMA sec. 3.2]
             attn_mask = ~(torch.rand(T, T, device=x.device) >= visible).triu(1)
@@ -336,7 +338,7 @@ class Transformer(nn.Module):
             h = block(h, rope, cache, attn_mask, neighbours, condition)
         if cache is not None:
             cache.length += T
-        # with clean, xt's half; with shift, all but the last, which would predict token T
+        # with clean, xt's half; with shift, all but the last, which would predict a token behind x
         h = h[:, :T - self.config.shift]
         if where is not None:
             h = h[where]  # (M, C): with a large V the head is most of the work
@@ -385,15 +387,16 @@ class Transformer(nn.Module):
 # ------------------------------------------------------------------------- the probability models
 
 SCHEDULES = ('linear', 'cosine', 'polynomial')
-# see sample.py; the first is the default, of d3pm and block: mdm has another
+# decoders of sample.py; the first is the default of d3pm and block, while mdm has remdm first
 MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')
 
 
 def alpha_and_weight(t, schedule):
     """alpha_t, the fraction of tokens kept at t, and the weight w(t) = -alpha'_t / (1 - alpha_t).
 
-    The bound does not depend on the schedule (substitute alpha for t; for D3PM only in the limit
-    of large N); its variance does.
+    The bound does not depend on the schedule, since it is an integral over w(t) dt = -dalpha /
+    (1 - alpha): with alpha as the variable, t is gone. (Of D3PM only in the limit of large N.) Its
+    variance does.
     """
     one_of('schedule', schedule, SCHEDULES)
     if schedule == 'linear':
@@ -466,13 +469,13 @@ def in_slices(token_loss, model, h, *others, at_once=2 ** 28):
 
 
 class Noised(NamedTuple):
-    """One sample of q(xt | x0), and how the prediction of x0 from it is scored.
+    """What the network reads, a sample of q(xt | x0), and how its prediction of x0 is scored.
 
     The last three are for D3PM, Uniform and BlockDiffusion.
     """
     xt: torch.Tensor      # (B, T) int64, what the network reads
     scored: torch.Tensor  # (B, T) bool, the M positions that have a loss
-    weight: torch.Tensor  # (B, T) or (B, 1), of the losses
+    weight: torch.Tensor  # of the losses; (B, T), or what expands to it
     level: torch.Tensor   # (B, 1), or (B, T) in blocks: noise_fraction, for time_cond; None in ar
     token_loss: Callable = cross_entropy  # (logits (M, V), x0 (M,), *extra (M,)) -> (M,)
     extra: tuple = ()     # what else token_loss reads: tensors (B, T) or (B, 1)
@@ -498,14 +501,14 @@ class Objective:
     The other files read the attributes below and, but for the checks of settings in train.py, do
     not ask which subclass it is.
     """
-    # annotated: settings
+    # with a type: fields of the dataclass, which are settings of a run
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
-    loss_weight: str = 'elbo'        # elbo w(t), clipped min(w(t), w_max), flat and masked_mean 1
+    loss_weight: str = 'elbo'        # of t: w(t) (elbo), min(w(t), w_max) (clipped), else 1
     w_max: float = 5.0
     mask_range: tuple = (0.0, 1.0)   # of t in training; (0.15, 0.15) is BERT's rate
 
-    # attributes of the class, not fields: no setting changes them (but block_length, which
-    # BlockDiffusion annotates, is a field there)
+    # without: constants of the class (but block_length, which has a type in BlockDiffusion, and is
+    # a setting there)
     exact = False                # True: the bound is the nll itself, of ar
     causal = False               # True: the network sees no later token
     masks = True                 # the network reads masks; False for ar and uniform
@@ -524,7 +527,7 @@ class Objective:
 
     @property
     def masks_anywhere(self):
-        """Whether masks may stand anywhere in a canvas, not only in the block being written."""
+        """Whether masks may stand anywhere in a canvas: of mdm and d3pm (block: in one block)."""
         return self.masks and not self.block_length
 
     def loss(self, model, x0, rng, given=None, **more):
@@ -535,8 +538,8 @@ class Objective:
 
         x0 (B, T) int64, clean tokens; rng: a torch.Generator; more: keywords of Transformer.forward
         (visible). With loss_weight='elbo' and the whole mask_range, nats / count is in expectation
-        an upper bound on the nll per token. Other weights and ranges give no bound; the best
-        network is still p(x0[i] | xt), at the levels that are trained.
+        an upper bound on the nll per token. Other weights and ranges give no bound: they change
+        which levels count most, but not the best prediction at a level, p(x0[i] | xt).
         """
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt(model, x0, given, rng)
@@ -554,7 +557,10 @@ class Objective:
         return spread(self.weighted_losses(model, x0, noised), noised.scored)
 
     def corrupt_evenly(self, model, x0, given, rng):
-        """Of Uniform, and of Autoregression, which samples nothing: the others replace it."""
+        """As corrupt, but over all of t and with the weight of the bound: so for Uniform and ar.
+
+        The others replace it by a sampling of less variance.
+        """
         everywhere = replace(self, loss_weight='elbo', mask_range=(0.0, 1.0))
         return everywhere.corrupt(model, x0, given, rng)
 
@@ -592,6 +598,11 @@ class MaskedDiffusion(Objective):
     out: for every l from 1 to L the integral of 1/t * P(l masks | t) over t is 1/l. (In code the
     weight is L/l, since the losses of a row are divided by L later.) Without time conditioning both
     are the same bound; the estimate of the second varies less, and with uniform logits not at all.
+
+    Why it is a bound: choose a random order, and write the row in it, token after token. The step
+    that finds l masks scores one of them, each with probability 1/l. So the nelbo is the mean, over
+    all orders, of the nll of writing the row in that order; and the nll of the mixture of all
+    orders is at most that, by Jensen's inequality.
     """
     any_order = True
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')
@@ -637,9 +648,9 @@ def evaluate(model, objective, batches, seed=0, repeats=1):
     """Mean of objective.bound over a split, nats per token, and the standard error of that mean.
 
     batches: functions that read (x0, given), of prepare.py's Stream or Rows; every token that is
-    not given counts once. The error is that of the Monte Carlo estimate over `repeats` independent
-    runs, nan for one; it does not include that of a finite split. The processes of a torchrun share
-    the batches and all return the same.
+    not given counts once. The error is that of the Monte Carlo estimate from `repeats` independent
+    draws, nan for one; it does not include that of a finite split. The processes of a torchrun
+    share the batches and all return the same.
     """
     was_training, device = model.training, model.device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -695,10 +706,10 @@ class D3PM(Objective):
     def corrupt_evenly(self, model, x0, given, rng):
         """Never a row without masks, and with uniform logits (and subs) no variance.
 
-        A step has probability m_t - m_s = c m_t in place of 1/N. One token, any of the L, is masked
-        for sure, the others with probability m_t: that makes a set of l masks l / (L m_t) times as
-        probable, since each of its tokens may be that one. The weight N c, divided by both changes,
-        N c m_t and l / (L m_t), is L / l.
+        A step has probability m_t - m_s = c m_t in place of 1/N: N c m_t times as much. One token,
+        any of the L, is masked for sure, the others with probability m_t. That makes a set of l
+        masks l / (L m_t) times as probable, since each of its tokens may be the sure one. So the
+        weight N c becomes N c / (N c m_t) / (l / (L m_t)) = L / l.
         """
         m, c = self.grid(x0.device)
         u = low_discrepancy(len(x0), rng, x0.device)  # (B, 1)
@@ -1095,6 +1106,7 @@ def load_checkpoint(out_dir, device='cpu', ckpt='last'):
 def model_config(settings, meta):
     """The ModelConfig that a run's settings and its data set's meta describe."""
     objective = make_objective(settings)
+    # uniform draws ids below mask_id, which must all be tokens
     require('objective', settings['objective'], objective.masks or objective.exact
             or meta['mask_id'] == meta['vocab_size'], 'another: the mask is not the last id here')
     # models of the hub begin behind an end of text, as GPT-2 was trained to
@@ -1111,8 +1123,8 @@ def flops_per_token(settings, data):
     6 for every weight of the layers, and of the head for the fraction of tokens that is scored;
     12 C per layer and position attended to: all T; half of them if causal; in block diffusion a
     token's own block and half of the rest. An embedding is looked up, which costs none, and time
-    conditioning is computed once for a row (in blocks, for every token): both are left out. data: a
-    Stream or Rows.
+    conditioning is computed once for a row (in blocks, for every token): both are left out. Of a
+    length head, the frozen model is counted as if it were trained. data: a Stream or Rows.
     """
     with torch.device('meta'):  # shapes without numbers
         model = Transformer(model_config(settings, data.meta))
@@ -1253,8 +1265,8 @@ def export_model(run, folder):
     """Writes the model of a Run (sample.py) of ar to a new folder, as a GPT-2 of transformers.
 
     The mask's row goes with it: where it is the start token, it is bos_token_id there. A bias that
-    ours lacks is 0. The tokenizer goes with it if it is one of the hub. As a Llama (rope, rmsnorm,
-    swiglu) nothing is written. Raises UserError.
+    ours lacks is 0. The tokenizer goes with it if it is one of the hub. A model of Llama's shape
+    (rope, rmsnorm, swiglu) is not exported. Raises UserError.
     """
     c, transformers = run.model.config, optional('transformers', extra='hf')
     require('export', folder, not Path(folder).exists(), 'a folder that is not there yet')

@@ -20,7 +20,8 @@ make_decoder and run_decoder.
 
 At a first reading go from top to bottom: a token, the decoders (remdm is the default of masked
 diffusion by mdm; decode_ar needs model.py's KVCache), the loop around them, canvases, text. Skip
-blocks and guidance, the lengths of answers, and the pictures.
+blocks and guidance (take size, cached and guidance in make_decoder as 0), the lengths of answers,
+and the pictures; of the command line, make_canvases and main() close the circle.
 
 Letters are those of model.py: B rows of T tokens, which are the canvas x (B, T); V rows of the
 embedding, V' real tokens and the mask. where (B, T) bool marks the positions that a pass predicts,
@@ -75,11 +76,12 @@ seed = 1337
 # how it is decoded
 decoder = 'auto'       # ar, ancestral, confidence, threshold, remask, remdm, uniform, auto
 steps = 192            # decoding steps; confidence, remask: 0 is one token a step
-noise_schedule = 'linear'  # ancestral, remdm, uniform: alpha over the steps; cosine, polynomial
+noise_schedule = 'linear'  # ancestral, remdm, uniform: alpha over the steps, whichever one the
+                       # model was trained with; cosine, polynomial
 order = 'max_prob'     # confidence, threshold, remask: max_prob, margin, entropy, random
 counts = 'linear'      # confidence, remask: linear (as many each step), cosine (few first)
-threshold = 0.9        # threshold: a pass commits all tokens of so much confidence or more, one at
-                       # least
+threshold = 0.9        # threshold: a pass commits all tokens of at least this confidence, and
+                       # always at least one
 eta = 0.06             # remdm: largest probability per step that a written token is masked again
 cool = 0.7             # remdm: from (1 + cool) * temperature at first to (1 - cool) * temperature
 block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
@@ -131,7 +133,8 @@ def defaults():
 def filter_logits(logits, top_k, top_p):
     """logits (M, V) with -inf outside the top_k likeliest tokens and the nucleus of top_p of these.
 
-    The nucleus [1904.09751] is the smallest set of likeliest tokens that holds at least top_p.
+    Tokens as likely as the last of the top_k stay too. The nucleus [1904.09751] is the smallest set
+    of likeliest tokens that holds at least top_p.
     """
     if 0 < top_k < logits.size(-1):
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -187,14 +190,13 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 
 # -------------------------------------------------------------------------------------- decoders
 #
+# At a first reading begin with decode_ancestral, and come back to this contract of all decoders:
 # decode_name(model, x, to_generate, rng, *, its own settings, **sampling) is a generator.
 #
 #     x (B, T) int64        canvases, filled in place
 #     to_generate (B, T)    bool, the positions to fill; masks elsewhere are read and left as they
-#                           are. It is shared with run_decoder(): where a row has generated an EOS
-#                           at a position that is True, it sets the row to False, which stops it.
-#                           (decode_uniform keeps it False until its last step, since an EOS may
-#                           change until then; decode_blocks gives `inner` a copy for each block.)
+#                           are. It is shared with run_decoder(), which ends a row that has
+#                           generated an EOS by setting it to False there
 #     rng                   the torch.Generator of everything random
 #     **sampling            the keywords of probabilities(); decode_blocks and decode_guided, which
 #                           wrap a decoder that has them already, take it as `inner`
@@ -240,7 +242,8 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
         if not reveal.any():
             continue
         logits = model(x, level, where=reveal)  # (M, V), M to reveal
-        p = logits.float().softmax(-1)[:, model.mask_id]  # (M,), of the mask: 0 with subs
+        # with subs the mask has probability 0 already; d3pm may predict it
+        p = logits.float().softmax(-1)[:, model.mask_id]  # (M,), of the mask
         logits[:, model.mask_id] = -torch.inf
         token = sample_token(logits, x, reveal, rng, **sampling)  # (M,)
         if not model.config.subs and alpha_s < 1:  # d3pm alone
@@ -257,10 +260,11 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         a written token is masked again with probability sigma = min(eta, (1 - alpha_s) / alpha_t),
         a masked one is revealed with (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
 
-    so that the expected fraction of masks at each t stays 1 - alpha_t. The temperature falls as
-    text appears: the first tokens are sampled with all of their variety, and those that replace
-    them, to fit the text around them, from the likeliest. With eta = 0 nothing is replaced, and it
-    is decode_ancestral, at one temperature.
+    so that the expected fraction of written tokens at s is alpha_s: (1 - sigma) * alpha_t stay, and
+    alpha_s - (1 - sigma) * alpha_t come. The temperature falls as text appears: the first tokens
+    are sampled with all of their variety, and those that replace them, to fit the text around them,
+    from the likeliest. With eta = 0 nothing is replaced, and it is decode_ancestral, at one
+    temperature.
     """
     if eta == 0:  # apart, since only decode_ancestral knows that d3pm may predict the mask
         yield from decode_ancestral(model, x, to_generate, rng, steps=steps, **sampling,
@@ -278,9 +282,9 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         if reveal.any():
             logits = model(x, level, where=reveal)  # (M, V), M to reveal
             logits[:, model.mask_id] = -torch.inf
-            now = temperature * (1 + cool * (1 - 2 * alpha_t))
-            x[reveal] = sample_token(logits, x, reveal, rng, temperature=now, **sampling)
-        else:  # masks tokens again, without a pass: logits are those of the one that wrote a token
+            warmth = temperature * (1 + cool * (1 - 2 * alpha_t))
+            x[reveal] = sample_token(logits, x, reveal, rng, temperature=warmth, **sampling)
+        else:  # tokens are only masked again, without a pass: none of its logits are of this step
             logits = logits[:0]
         x[remask] = model.mask_id
         yield reveal, logits
@@ -416,9 +420,9 @@ def decode_ar(model, x, to_generate, rng, **sampling):
     their masks at different places. A canvas longer than the context is read through a window, the
     start token and the newest tokens.
 
-    The cache holds the start token and x[:, begin:begin + cache.length - 1]; unread is the rest up
-    to i. At i = 3 the first pass may read start, x0, x1, x2, and the next one x3 alone. When the
-    window moves, the cache is emptied.
+    The cache holds the start token and x[:, begin:begin + n_cached]; unread is the rest up to i. At
+    i = 3 the first pass may read start, x0, x1, x2, and the next one x3 alone. When the window
+    moves, the cache is emptied, and a pass reads the start token and all of x[:, begin:i].
     """
     cache, begin = KVCache(model.config, len(x), x.device), 0  # begin: of the window in the canvas
     for i in to_generate.any(0).nonzero()[:, 0].tolist():
@@ -426,13 +430,14 @@ def decode_ar(model, x, to_generate, rng, **sampling):
             continue
         if (new := window_start(i, model.config.block_size)) > begin:
             begin, cache.length = new, 0  # positions have shifted, so all is read again
-        read = max(cache.length - 1, 0)  # tokens of the window in the cache, beside the start token
-        unread = x[:, begin + read:i]
+        n_cached = max(cache.length - 1, 0)  # tokens of the window, beside the start token
+        unread = x[:, begin + n_cached:i]
         if cache.length == 0:
             unread = after_start(model, unread)
         last = torch.zeros_like(unread, dtype=torch.bool)
         last[:, -1] = True  # the logits of token i are those behind token i - 1
         logits = model(unread, cache=cache, where=last)  # (B, V)
+        # last[:, -1:] (B, 1), all True: one position of each row
         token = sample_token(logits, x[:, :i], last[:, -1:], rng, **sampling)  # (B,)
         where = torch.zeros_like(to_generate)
         where[:, i] = to_generate[:, i]
@@ -465,8 +470,8 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
         p = probabilities(logits.to(rng.device), x, generated, **sampling)[:, :n_real]  # (M, V')
         keep = alpha_t / alpha_s
         # [i = j], (M, V'), on the device of p, since MPS has no float64
-        now = F.one_hot(x[generated].to(p.device), n_real).double()
-        p = (keep * now + (1 - keep) / n_real) * (alpha_s * p + (1 - alpha_s) / n_real)
+        current = F.one_hot(x[generated].to(p.device), n_real).double()
+        p = (keep * current + (1 - keep) / n_real) * (alpha_s * p + (1 - alpha_s) / n_real)
         x[generated] = sample_categorical(p, rng).to(x.device)
         to_generate[:] = generated & (alpha_s == 1)  # what the last step wrote is final
         yield generated, logits
@@ -790,7 +795,7 @@ def decode(run, rows, settings, eos_id=None, on_step=None):
 
 
 def keep_log_p(log_p, x, nfe, where, logits):
-    """partial(keep_log_p, log_p), as `on_step`, writes to log_p (B, T) that of every new token.
+    """An on_step, once log_p (B, T) is bound: writes there the log probability of each new token.
 
     Every pass overwrites what it predicted, and the last of these passes wrote what stands there.
     (Where a mask still stands it is -inf until then.)

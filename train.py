@@ -14,15 +14,15 @@ hour on others). It prepares the data set if that is missing and writes a run to
 losses) and loss.png (both). An interrupted run goes on with --resume as if nothing had happened.
 
 In an update, each process of a torchrun works through batch_size * gradient_accumulation_steps
-windows of its own: 2 processes with 1 pass train as 1 process with 2 passes does. With several
-machines, which must all see the same folder, start on each:
+windows of its own: 2 processes with gradient_accumulation_steps=1 train as 1 process with 2. With
+several machines, which must all see the same folder, start on each:
 
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=<0 or 1> --master_addr=<of machine 0>
         --master_port=1234 train.py config/shakespeare_mdm_10m.py
 
-Read main() at the end of the file first, then Training (in set-up), then train() (the loop:
-evaluate, save, update) and update(). The sections are: optimisers, set-up, speed, evaluation and
-records, the loop, from start to end.
+Read the docstrings of config/__init__.py and of Stream.batch in prepare.py first; then main() at
+the end of this file, Training (in set-up), train() (the loop: evaluate, save, update) and update().
+The sections are: optimisers, set-up, speed, evaluation and records, the loop, from start to end.
 """
 
 import csv
@@ -170,7 +170,7 @@ def orthogonalize(G, dtype):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised: equally long in every direction [Jordan 2024].
+    """Nesterov momentum with all of its singular values made near 1 [Jordan 2024].
 
     Differs from torch.optim.Muon in the dtype of orthogonalize() alone. torch's is always bfloat16,
     in which an update takes 80 times longer on a CPU without bfloat16 instructions.
@@ -191,10 +191,10 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), pairs in by_shape.items():
                 params, nesterov = zip(*pairs)
                 # rows of a tall orthogonal matrix have a length of about sqrt(columns / rows)
-                step = group['lr'] * max(1, rows / columns) ** 0.5
-                for p, update in zip(params, orthogonalize(torch.stack(nesterov), self.dtype)):
+                rate = group['lr'] * max(1, rows / columns) ** 0.5
+                for p, direction in zip(params, orthogonalize(torch.stack(nesterov), self.dtype)):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
-                    p.add_(update, alpha=-step)
+                    p.add_(direction, alpha=-rate)
 
 
 def make_optimizers(model, s, dtype):
@@ -256,8 +256,8 @@ def check_settings(s):
 class Training:
     """What the loop works with (model, data, objective, optimizers) and how far it has come.
 
-    Called run in what follows; sample.Run is a finished one. Built from the settings and, of a
-    resumed run, its checkpoint. Where epochs is set it writes max_iters into the settings.
+    The variable is called run below; sample.Run is a finished one. Built from the settings and, of
+    a resumed run, its checkpoint. Where epochs is set it writes max_iters into the settings.
     open_out_dir() is the first to write to out_dir, and is called late, so that a mistake found
     before it leaves an earlier run intact.
     """
@@ -285,7 +285,7 @@ class Training:
             if s.length_head else make_objective(vars(s))
         self.optimizers = make_optimizers(self.model, s, getattr(torch, self.dtype))
         self.iteration = 0      # updates done
-        self.tokens = 0         # read in these updates by all processes; of rows about
+        self.tokens = 0         # read in these updates by all processes; of Rows approximately
         self.seconds = 0.0      # spent on these updates, without evaluations
         self.speed = 0.0        # tokens/s of all processes, since the run was started or resumed
         self.log, self.steps = [], []  # rows of log.csv, of steps.csv
@@ -607,7 +607,7 @@ def save(run, s):
 def write_answers(run, s):
     """Appends to samples.csv how ckpt.pt answers the first prompts; BLEU, if sacrebleu is there."""
     path, bleu = Path(s.out_dir, 'samples.csv'), ''
-    rows = [] if path.exists() else [('iter', 'BLEU of all', 'prompt', 'reference', 'answer')]
+    rows = [] if path.exists() else [('iter', 'BLEU', 'prompt', 'reference', 'answer')]
     trained = sample.load_run(s.out_dir, run.device, trust=s.trust_remote_code)
     answers = sample.first_answers(trained, run.data, s.decode_rows, sample.defaults())
     with suppress(ImportError):
