@@ -96,7 +96,7 @@ class ModelConfig:
     qk_norm: bool = True      # normalise queries and keys, so that attention logits stay small
     bias: bool = False        # biases in linear layers and in layernorm
     tied: bool = False        # the head shares the embedding's matrix
-    time_cond: bool = False   # adaLN on the noise level, which masks show already
+    time_cond: bool = False   # scale and shift by the noise level (adaLN), which masks show anyway
     dropout: float = 0.0      # of what attention and mlp add, and of the embedding
     attn_dropout: float = 0.0  # of the weights of attention
     subs: bool = True         # MDLM's SUBS: the mask is never predicted; False: it may be (D3PM)
@@ -230,9 +230,10 @@ def make_norm(c):
 class Block(nn.Module):
     """A layer: x + attention(norm(x)), then x + mlp(norm(x)); with n_conv local mixing before each.
 
-    Local mixing adds to a token a learned mixture of itself and its neighbours; at first nothing.
-    With time_cond the noise level scales, shifts and gates both branches (adaLN) [DiT].
-    neighbours: None but in block diffusion, see LocalMixing; condition: (B, 1, C) with time_cond.
+    Local mixing, a convolution, adds to a token a mixture of itself and its neighbours, with
+    weights that begin at 0. With time_cond the noise level scales, shifts and gates both branches
+    (adaLN) [DiT]. neighbours: None but in block diffusion, see LocalMixing; condition: (B, 1, C)
+    with time_cond.
     """
 
     def __init__(self, c, layer):
@@ -387,16 +388,17 @@ class Transformer(nn.Module):
 # ------------------------------------------------------------------------- the probability models
 
 SCHEDULES = ('linear', 'cosine', 'polynomial')
-# decoders of sample.py; the first is the default of d3pm and block, while mdm has remdm first
+# decoders of sample.py for networks that read masks; the first is an objective's default
 MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')
 
 
 def alpha_and_weight(t, schedule):
     """alpha_t, the fraction of tokens kept at t, and the weight w(t) = -alpha'_t / (1 - alpha_t).
 
+    Going back from t by dt, a masked token is revealed with probability w(t) dt, and its loss paid.
     The bound does not depend on the schedule, since it is an integral over w(t) dt = -dalpha /
-    (1 - alpha): with alpha as the variable, t is gone. (Of D3PM only in the limit of large N.) Its
-    variance does.
+    (1 - alpha): with alpha as the variable, t is gone. (D3PM's does, but less the larger N is.) The
+    variance of its estimates does.
     """
     one_of('schedule', schedule, SCHEDULES)
     if schedule == 'linear':
@@ -505,7 +507,7 @@ class Objective:
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
     loss_weight: str = 'elbo'        # of t: w(t) (elbo), min(w(t), w_max) (clipped), else 1
     w_max: float = 5.0
-    mask_range: tuple = (0.0, 1.0)   # of t in training; (0.15, 0.15) is BERT's rate
+    mask_range: tuple = (0.0, 1.0)   # of t in training; linear: share of masks, BERT's is 0.15
 
     # without: constants of the class (but block_length, which has a type in BlockDiffusion, and is
     # a setting there)
@@ -591,21 +593,24 @@ class MaskedDiffusion(Objective):
             = E over t, xt of  1/L * sum over i of  is_mask[i] * w(t) * -log p(x0[i] | xt)
             = E over l, xt of  1/l * sum over i of  is_mask[i] * -log p(x0[i] | xt)
 
-    The network predicts every masked token at its own position (shift is the network's own affair:
-    its output is moved back). Training follows the first line: one t for each row, uniform in
-    mask_range, and each token is masked with probability 1 - alpha_t. Evaluation follows the
-    second: l is uniform in 1..L, and l tokens are masked. That is the first line with t integrated
-    out: for every l from 1 to L the integral of 1/t * P(l masks | t) over t is 1/l. (In code the
-    weight is L/l, since the losses of a row are divided by L later.) Without time conditioning both
-    are the same bound; the estimate of the second varies less, and with uniform logits not at all.
+    The logits at position i are for token i (with shift, too: Transformer.forward puts a start
+    token before xt, and drops the last output). Training follows the first line: one t for each
+    row, uniform in mask_range, and each token is masked with probability 1 - alpha_t. Evaluation
+    follows the second: l is uniform in 1..L, and l tokens are masked. That is the first line with t
+    integrated out: for every l from 1 to L the integral of 1/t * P(l masks | t) over t is 1/l. (In
+    code the weight is L/l, since the losses of a row are divided by L later.) Without time
+    conditioning both are the same bound; the estimate of the second varies less, and with uniform
+    logits not at all.
 
     Why it is a bound: choose a random order, and write the row in it, token after token. The step
-    that finds l masks scores one of them, each with probability 1/l. So the nelbo is the mean, over
-    all orders, of the nll of writing the row in that order; and the nll of the mixture of all
-    orders is at most that, by Jensen's inequality.
+    that finds l masks scores one of them, each with probability 1/l: in expectation 1/l * sum over
+    masks. There is one such step for each l from L to 1, so all of them together are L times the
+    mean over l, which is L times the second line. So the nelbo is the mean, over all orders, of the
+    nll of writing the row in that order; and the nll of the mixture of all orders is at most that,
+    by Jensen's inequality.
     """
     any_order = True
-    decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')
+    decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')  # another default
 
     def corrupt(self, model, x0, given, rng):
         t = self.draw_t(len(x0), rng, x0.device)  # (B, 1)

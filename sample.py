@@ -20,8 +20,8 @@ make_decoder and run_decoder.
 
 At a first reading go from top to bottom: a token, the decoders (remdm is the default of masked
 diffusion by mdm; decode_ar needs model.py's KVCache), the loop around them, canvases, text. Skip
-blocks and guidance (take size, cached and guidance in make_decoder as 0), the lengths of answers,
-and the pictures; of the command line, make_canvases and main() close the circle.
+blocks and guidance (in make_decoder take size, cached and guidance as not set), the lengths of
+answers, and the pictures; of the command line, make_canvases and main() close the circle.
 
 Letters are those of model.py: B rows of T tokens, which are the canvas x (B, T); V rows of the
 embedding, V' real tokens and the mask. where (B, T) bool marks the positions that a pass predicts,
@@ -74,7 +74,10 @@ batch_size = 16        # rows at a time
 gen_length = 0         # tokens to write after start; 0 fills the model's context
 seed = 1337
 # how it is decoded
-decoder = 'auto'       # ar, ancestral, confidence, threshold, remask, remdm, uniform, auto
+decoder = 'auto'       # ar: left to right; ancestral: places at random; confidence, threshold: the
+                       # surest first; remask: the same, and the least sure are masked again; remdm:
+                       # ancestral, and some are masked again; uniform: from random tokens; auto:
+                       # the first that the objective has
 steps = 192            # decoding steps; confidence, remask: 0 is one token a step
 noise_schedule = 'linear'  # ancestral, remdm, uniform: alpha over the steps, whichever one the
                        # model was trained with; cosine, polynomial
@@ -83,7 +86,7 @@ counts = 'linear'      # confidence, remask: linear (as many each step), cosine 
 threshold = 0.9        # threshold: a pass commits all tokens of at least this confidence, and
                        # always at least one
 eta = 0.06             # remdm: largest probability per step that a written token is masked again
-cool = 0.7             # remdm: from (1 + cool) * temperature at first to (1 - cool) * temperature
+cool = 0.7             # remdm: the temperature falls from (1 + cool) to (1 - cool) times its value
 block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
 prefix_cache = False   # read what precedes a block once: faster, but an approximation
 guidance = 0.0         # above 0: follow the given text more closely, at two passes a step
@@ -190,7 +193,7 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 
 # -------------------------------------------------------------------------------------- decoders
 #
-# At a first reading begin with decode_ancestral, and come back to this contract of all decoders:
+# What all decoders have in common; decode_ancestral is the first to read with it.
 # decode_name(model, x, to_generate, rng, *, its own settings, **sampling) is a generator.
 #
 #     x (B, T) int64        canvases, filled in place
@@ -261,10 +264,9 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         a masked one is revealed with (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
 
     so that the expected fraction of written tokens at s is alpha_s: (1 - sigma) * alpha_t stay, and
-    alpha_s - (1 - sigma) * alpha_t come. The temperature falls as text appears: the first tokens
-    are sampled with all of their variety, and those that replace them, to fit the text around them,
-    from the likeliest. With eta = 0 nothing is replaced, and it is decode_ancestral, at one
-    temperature.
+    alpha_s - (1 - sigma) * alpha_t come. The temperature falls as text appears: early tokens are
+    sampled with variety, late ones, which must fit the text around them, from the likeliest. With
+    eta = 0 nothing is replaced, and it is decode_ancestral, at one temperature.
     """
     if eta == 0:  # apart, since only decode_ancestral knows that d3pm may predict the mask
         yield from decode_ancestral(model, x, to_generate, rng, steps=steps, **sampling,
@@ -313,7 +315,7 @@ def propose(model, x, is_mask, order, rng, sampling):
 
     tokens: x with its masks filled by the samples. A score is log(p / (1 - p)) and not the
     confidence p: in float32 all p above 1 - 1e-7 would be 1, and have no order. It is -inf
-    elsewhere, but finite at masks, even of confidence 0.
+    elsewhere; at masks it is at least -1e4, even of confidence 0.
     """
     level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), as counted
     logits = model(x, level, where=is_mask)  # (M, V)
@@ -813,9 +815,9 @@ def end_of(ids, canvas, eos_id, mask_id):
 def complete(run, canvases, settings, eos_id=None, on_step=None, log_p=False):
     """Fills canvases of any lengths, batch by batch: ([(ids, figures)] in their order, totals).
 
-    ids: the canvas, filled, up to the first eos_id that was generated.
-    figures: nfe, seconds and tokens_per_second of the whole batch; `ended`, whether an eos_id was
-    generated. With log_p also `log_p`, the mean log probability of the generated tokens.
+    ids: the canvas, filled, up to the first eos_id that was generated behind all that is given.
+    figures: nfe, seconds and tokens_per_second of the whole batch; `ended`, whether there is
+    one. With log_p also `log_p`, the mean log probability of the generated tokens.
     totals: (generated tokens, with the first eos_id of each row; nfe; seconds).
     on_step sees the first batch, whose row 0 is the first canvas. With log_p it is not called.
     """
@@ -1043,10 +1045,10 @@ def show_corruption(run, text, seed):
     """Prints the noise that a run learns to undo, and what it makes of each level, side by side.
 
     Tokens are corrupted by the run's own forward process, at level t of its schedule; the random
-    numbers are the same at every level, so that no token comes back. The reconstruction takes one
-    pass, and the most likely token wherever the run predicts one: at the masks or, if noise is
-    random tokens, everywhere; in blocks, each is given the text before it. Without a run (None) the
-    tokens are characters, become masks, and stay corrupted.
+    numbers are the same at every level, so that noise at one level is noise at the next. The
+    reconstruction takes one pass, and the most likely token wherever the run predicts one: at the
+    masks or, if noise is random tokens, everywhere; in blocks, each is given the text before it.
+    Without a run (None) the tokens are characters, become masks, and stay corrupted.
     """
     if run is None:
         chars = ''.join(sorted(set(text)))
@@ -1102,7 +1104,7 @@ def main():
     done, (written, nfe, seconds) = complete_best(run, canvases, settings,
                                                   recorder if watch or save else None)
     for (kind, asked), (ids, figures) in zip(prompts, done):
-        ids = ids if run.meta['pad_id'] is None else split_row(ids, run.meta)[1]  # or a stream
+        ids = ids if run.meta['pad_id'] is None else split_row(ids, run.meta)[1]  # the answer
         text = run.tokenizer.decode(ids)
         text = without_repeated_words(text) if cleanup else text
         figures['nfe'] += predicted is not None  # with the pass that predicted its length

@@ -58,9 +58,8 @@ out_dir = 'out/shakespeare_mdm'  # the run's folder; a config file sets out/<its
 resume = False              # continue the run in out_dir, with the settings that it has
 overwrite = False           # delete the run in out_dir and begin anew
 init_from = ''              # begin with the weights, and so the shape, of this run of the same
-                            # vocabulary: a short ar run saves masked diffusion a slow start, see
-                            # RESULTS; or hf:NAME, hf:FOLDER: of a model of the Hugging Face hub,
-                            # GPT-2 or a masked one (BERT, ModernBERT)
+                            # vocabulary, perhaps of another objective; or hf:NAME, hf:FOLDER: of a
+                            # model of the Hugging Face hub, GPT-2 or a masked one (BERT, ModernBERT)
 trust_remote_code = False   # hf: run the code that such a model consists of
 hub = ''                    # hf: its config.json, licence and revision; init_from sets it
 seed = 1337
@@ -103,9 +102,11 @@ objective = 'mdm'           # ar, mdm, d3pm, uniform, block; the rest of this gr
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
 loss_weight = 'clipped'     # of time t: elbo = w(t), clipped = min(w(t), w_max), flat = 1;
                             # masked_mean = 1, and the mean is over masked tokens alone.
-                            # objective=uniform scores all tokens, with weights times 1 - alpha_t
+                            # uniform scores all tokens, not noise alone: each weight is then
+                            # multiplied by 1 - alpha_t, the share of noise
 w_max = 5.0                 # for loss_weight = clipped
-mask_range = (0.15, 0.99)   # of t in training; below it, a row has few masks to learn from
+mask_range = (0.15, 0.99)   # of t in training, with the linear schedule the share of masks: below
+                            # it, a row has few masks to learn from; at 1 it has no text
 diffusion_steps = 1000      # d3pm: N, from all masks to none
 subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
 shift = False               # mdm, d3pm: predict token i where token i - 1 is read, as ar does
@@ -157,14 +158,15 @@ def orthogonalize(G, dtype):
     """G (N, n, m), N matrices, with all singular values near 1: about U V^T where G = U S V^T
     [Jordan 2024, Muon].
 
-    Five steps of X <- a X + (b A + c A A) X, A = X X^T. A step maps each singular value s of X
-    to a s + b s^3 + c s^5; five take all of (0.002, 1] into about (0.7, 1.2). X is G, or the
-    transpose of a tall G, so that A is as small as can be. kellerjordan.github.io/posts/muon
+    Five steps of X <- a X + (b A + c A A) X, A = X X^T, with a = 3.4445, b = -4.7750, c = 2.0315.
+    A step maps each singular value s of X to a s + b s^3 + c s^5; five take all of (0.002, 1] into
+    about (0.7, 1.2). X is G, or the transpose of a tall G, so that A is as small as can be.
+    kellerjordan.github.io/posts/muon
     """
     X = (G if G.size(1) <= G.size(2) else G.mT).to(dtype)
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        A = X @ X.mT  # (N, n, n), n the smaller side of G
+        A = X @ X.mT  # (N, k, k), k = min(n, m)
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
     return X if G.size(1) <= G.size(2) else X.mT
 
@@ -190,7 +192,8 @@ class Muon(torch.optim.Optimizer):
                 by_shape[p.shape].append((p, p.grad.lerp(average, group['momentum'])))
             for (rows, columns), pairs in by_shape.items():
                 params, nesterov = zip(*pairs)
-                # rows of a tall orthogonal matrix have a length of about sqrt(columns / rows)
+                # rows of a tall orthogonal matrix have a length of about sqrt(columns / rows): this
+                # makes it 1, as it is in a wide one
                 rate = group['lr'] * max(1, rows / columns) ** 0.5
                 for p, direction in zip(params, orthogonalize(torch.stack(nesterov), self.dtype)):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
@@ -268,7 +271,7 @@ class Training:
         self.autocast = partial(torch.autocast, torch.device(self.device).type, torch.bfloat16,
                                 enabled=self.dtype == 'bfloat16')
         self.data = open_training_data(s, self.rank, self.world)  # a Stream or Rows
-        self.parts = s.gradient_accumulation_steps * self.world  # batches per update
+        self.parts = s.gradient_accumulation_steps * self.world  # batches of an update
         self.tokens_per_update = round(self.parts * self.data.tokens_per_batch)
         if s.epochs:  # another way to say max_iters
             batches = s.epochs * self.data.tokens_per_epoch / self.data.tokens_per_batch
@@ -542,8 +545,8 @@ def write_rows(path, rows):
 def record_step(run, s, loss):
     """Appends an update to steps.csv, and reports it to the trackers.
 
-    loss: of its batches, in nats per token, weighted as in training (loss_weight): of all
-    objectives but ar it is not the bound, which log.csv has.
+    loss: of its batches, in nats per token, weighted as in training. But for ar, and for
+    loss_weight='elbo' with the whole mask_range, that is not the bound, which log.csv has.
     """
     rates = {f'lr_{type(o).__name__.lower()}': o.param_groups[0]['lr'] for o in run.optimizers}
     numbers = {'weighted_loss': loss, 'gradient_norm': run.gradient_norm.item(), **rates,
@@ -576,7 +579,7 @@ def plot_losses(run, s):
     if not s.length_head:
         ax.axhline(math.log(run.data.meta['vocab_size']), c='0.5', ls=':', label="log V' (uniform)")
     ax.set(xlabel='updates', title=f'{s.length_head or s.objective} on {s.dataset}',
-           ylabel=run.objective.measured.replace('<=', 'bound on the nll,') + run.objective.unit)
+           ylabel=run.objective.measured.replace(' <=', ', a bound,') + run.objective.unit)
     millions = (run.tokens or run.tokens_per_update) / max(1, run.iteration) / 1e6  # per update
     ax.secondary_xaxis('top', xlabel='training tokens (millions)',
                        functions=(lambda n: n * millions, lambda n: n / millions))
@@ -623,7 +626,7 @@ def write_answers(run, s):
 
 
 def annealed(run, s):
-    """What the network reads besides: with attn_anneal, how probably a later token is visible.
+    """More arguments of the network: with attn_anneal, how probably a later token is visible.
 
     A tensor, since torch.compile would compile anew for each number. Evaluation sees all tokens.
     """
@@ -640,7 +643,7 @@ def update(run, s, factor):
     sums = torch.zeros(3, device=run.device)  # nats, tokens that count, signals
     for part in range(run.rank, run.parts, run.world):  # numbers of this process's batches
         seed = mixed_seed(s.seed, run.iteration, part)
-        torch.manual_seed(mixed_seed(seed, 1))  # a second one: for dropout, attn_anneal
+        torch.manual_seed(mixed_seed(seed, 1))  # a second seed: for dropout, attn_anneal
         rng = torch.Generator(run.device).manual_seed(seed)  # for noise levels and masks
         # x0 (B, T); given (B, T) or None
         x0, given = on_device(run.data.batch(run.iteration, part, run.parts), run.device)
@@ -716,8 +719,8 @@ def train(run, s):
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
         signal.signal(number, signal.SIG_DFL)
-    # A signal during the last evaluation comes after the last `stop`: a single process still exits
-    # on it. Several ignore it, since not all may have caught one.
+    # `stop` does not know of a signal during the last evaluation: a single process still exits on
+    # it. Several ignore it, since perhaps only some of them caught one.
     if stop or run.world == 1 and run.caught:
         print(f'stopped and saved after {run.iteration} updates; go on with\n'
               f'python train.py --out_dir={shlex.quote(s.out_dir)} --resume')
