@@ -59,7 +59,7 @@ resume = False              # continue the run in out_dir, with the settings tha
 overwrite = False           # delete the run in out_dir and begin anew
 init_from = ''              # begin with the weights, and so the shape, of this run of the same
                             # vocabulary, perhaps of another objective; or hf:NAME, hf:FOLDER: of a
-                            # model of the Hugging Face hub, GPT-2 or a masked one (BERT, ModernBERT)
+                            # model of the Hugging Face hub, GPT-2 or masked (BERT, ModernBERT)
 trust_remote_code = False   # hf: run the code that such a model consists of
 hub = ''                    # hf: its config.json, licence and revision; init_from sets it
 seed = 1337
