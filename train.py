@@ -9,9 +9,10 @@
     torchrun --nproc_per_node=4 train.py config/shakespeare_mdm_10m.py
 
 The first command takes 12 to 15 minutes on 2 CPU cores that have bfloat16 instructions (half an
-hour to an hour on others). It prepares the data set if that is missing and writes a run to out_dir: ckpt.pt
-(the weights and all that resuming needs), config.json, log.csv (evaluations), steps.csv (training
-losses) and loss.png (both). An interrupted run goes on with --resume as if nothing had happened.
+hour to an hour on others). It prepares the data set if that is missing and writes a run to out_dir:
+ckpt.pt (the weights and all that resuming needs), config.json, log.csv (evaluations), steps.csv
+(training losses) and loss.png (both). An interrupted run goes on with --resume as if nothing had
+happened.
 
 In an update, each process of a torchrun works through batch_size * gradient_accumulation_steps
 windows of its own: 2 processes with gradient_accumulation_steps=1 train as 1 process with 2. With
