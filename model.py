@@ -395,7 +395,7 @@ MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')
 def alpha_and_weight(t, schedule):
     """alpha_t, the fraction of tokens kept at t, and the weight w(t) = -alpha'_t / (1 - alpha_t).
 
-    Going back from t by dt, a masked token is revealed with probability w(t) dt, and its loss paid.
+    Going back from t by dt, a masked token is revealed with probability w(t) dt, and then scored.
     The bound does not depend on the schedule, since it is an integral over w(t) dt = -dalpha /
     (1 - alpha): with alpha as the variable, t is gone. (D3PM's does, but less the larger N is.) The
     variance of its estimates does.

@@ -74,10 +74,10 @@ batch_size = 16        # rows at a time
 gen_length = 0         # tokens to write after start; 0 fills the model's context
 seed = 1337
 # how it is decoded
-decoder = 'auto'       # ar: left to right; ancestral: places at random; confidence, threshold: the
-                       # surest first; remask: the same, and the least sure are masked again; remdm:
-                       # ancestral, and some are masked again; uniform: from random tokens; auto:
-                       # the first that the objective has
+decoder = 'auto'       # ar: left to right; ancestral: places at random; confidence, threshold: most
+                       # confident first; remask: the same, and the least confident are masked
+                       # again; remdm: ancestral, and some are masked again; uniform: from random
+                       # tokens; auto: the default of the objective
 steps = 192            # decoding steps; confidence, remask: 0 is one token a step
 noise_schedule = 'linear'  # ancestral, remdm, uniform: alpha over the steps, whichever one the
                        # model was trained with; cosine, polynomial
@@ -284,8 +284,8 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         if reveal.any():
             logits = model(x, level, where=reveal)  # (M, V), M to reveal
             logits[:, model.mask_id] = -torch.inf
-            warmth = temperature * (1 + cool * (1 - 2 * alpha_t))
-            x[reveal] = sample_token(logits, x, reveal, rng, temperature=warmth, **sampling)
+            annealed = temperature * (1 + cool * (1 - 2 * alpha_t))
+            x[reveal] = sample_token(logits, x, reveal, rng, temperature=annealed, **sampling)
         else:  # tokens are only masked again, without a pass: none of its logits are of this step
             logits = logits[:0]
         x[remask] = model.mask_id
