@@ -60,7 +60,7 @@ def test_a_recorder_keeps_what_the_decoder_did(kind):
     """Two rows with different masks, so that taking the other row's logits would show."""
     x = torch.tensor([[MASK, 3, *[MASK] * 6, 1, *[MASK] * 3], [*[MASK] * 5, 4, *[MASK] * 5, 0]])
     predicted, unpredicted = 0, 0
-    for seed in range(6):
+    for seed in range(12):
         seen, recorder = [], Recorder(x[0].tolist(), LETTERS, MASK)
 
         def on_step(x, nfe, where, logits):
@@ -92,7 +92,7 @@ def test_a_recorder_keeps_what_the_decoder_did(kind):
                            for k, q, text in new['alternatives'])
                 predicted += 1
             assert ids == step['ids']
-    assert predicted > 20 and (unpredicted > 0) == (kind == 'ar-eos')
+    assert predicted > 20 and (unpredicted > 5 if kind == 'ar-eos' else unpredicted == 0)
 
 
 def recorded(tokenizer=LETTERS, n=3):
