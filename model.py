@@ -293,42 +293,39 @@ class Transformer(nn.Module):
         self.register_buffer('rope', rope_angles(places, C // c.n_head), persistent=False)
         self.init_weights()
 
-    def forward(self, x, level=None, *, where=None, hidden=False, cache=None, clean=None,
-                block_length=0, visible=None):
+    def forward(self, x, level=None, *, where=None, hidden=False, cache=None, position=None,
+                attn_mask=None):
         """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
         Training calls model(x, level, where=..., hidden=True), and then logits(). At a first
-        reading, skip what cache, clean, visible and shift are for: without them attn_mask is None.
+        reading, skip what shift, cache, position and attn_mask are for.
 
         x (B, T) int64: tokens, mask_id among them.
-        level (B, 1): the fraction of all tokens that is noise, see noise_fraction; for time_cond.
-        None: the fraction of x that is masks.
+        level (B, 1) or (B, T): the fraction of all tokens that is noise, see noise_fraction; for
+        time_cond. None: the fraction of x that is masks.
         hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
         cache: a KVCache with the tokens before x, for decoding; those of x are appended to it. With
         shift and a cache that is not empty, x begins one token early, since its first output
         predicts the second token of x; `where` is then (B, T - 1).
-        clean (B, T), block_length: read [x ; clean], see beside_clean, for BlockDiffusion; level
-        may then be (B, T).
-        visible: the probability that a position sees a later one, see attn_anneal; it is drawn once
-        for all rows and layers.
+        position (T,): of the tokens of x; None: one after the other, behind those of the cache.
+        Where two tokens share a position (BlockDiffusion), `where` is of the first of them alone.
+        attn_mask (T, T) bool: the tokens (columns) that each token (row) may see; None: all, or
+        with causal those up to itself.
         """
-        n_before = cache.length if cache is not None else 0  # tokens that were read before x
+        n_before, neighbours = cache.length if cache is not None else 0, None  # tokens before x
         if self.time_mlp and level is None:
             level = (x == self.mask_id).float().mean(1, keepdim=True)
         if self.config.shift and n_before == 0:
             x = after_start(self, x)
-        B, T = x.shape  # T: with shift, the start token too; with clean, xt alone
-        if n_before + T > self.config.block_size + self.config.shift:
-            raise UserError(f'{n_before + T} tokens do not fit into the context of this model, '
-                            f'block_size is {self.config.block_size}')
-        position = torch.arange(n_before, n_before + T, device=x.device)
-        attn_mask = neighbours = None
-        if visible is not None:  # [DiffuLLaMA sec. 3.2]
-            attn_mask = ~(torch.rand(T, T, device=x.device) >= visible).triu(1)
-        if clean is not None:
-            x, level, position, attn_mask = beside_clean(x, level, position, clean, block_length)
+        end = n_before + x.size(1)
+        if position is not None:
             neighbours = visible_neighbours(position, attn_mask, self.config.n_conv)
-        h = self.embed(x)  # (B, T, C), with clean (B, 2T, C)
+        elif end > self.config.block_size + self.config.shift:
+            raise UserError(f'{end} tokens do not fit into the context of this model, '
+                            f'block_size is {self.config.block_size}')
+        else:
+            position = torch.arange(n_before, end, device=x.device)
+        h = self.embed(x)  # (B, T, C)
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
         h = self.drop(h)
@@ -338,11 +335,10 @@ class Transformer(nn.Module):
         for block in self.blocks:
             h = block(h, rope, cache, attn_mask, neighbours, condition)
         if cache is not None:
-            cache.length += T
-        # with clean, xt's half; with shift, all but the last, which would predict a token behind x
-        h = h[:, :T - self.config.shift]
+            cache.length = end
+        h = h[:, :x.size(1) - self.config.shift]  # with shift the last predicts a token behind x
         if where is not None:
-            h = h[where]  # (M, C): with a large V the head is most of the work
+            h = h[:, :where.size(1)][where]  # (M, C): with a large V the head is most of the work
         h = self.norm(h)
         return h if hidden else self.logits(h)
 
@@ -475,13 +471,13 @@ class Noised(NamedTuple):
 
     The last three are for D3PM, Uniform and BlockDiffusion.
     """
-    xt: torch.Tensor      # (B, T) int64, what the network reads
+    xt: torch.Tensor      # (B, T) int64, what the network reads; in blocks [xt ; x0], (B, 2T)
     scored: torch.Tensor  # (B, T) bool, the M positions that have a loss
     weight: torch.Tensor  # of the losses; (B, T), or what expands to it
-    level: torch.Tensor   # (B, 1), or (B, T) in blocks: noise_fraction, for time_cond; None in ar
+    level: torch.Tensor   # (B, 1), in blocks (B, 2T): noise_fraction, for time_cond; None in ar
     token_loss: Callable = cross_entropy  # (logits (M, V), x0 (M,), *extra (M,)) -> (M,)
     extra: tuple = ()     # what else token_loss reads: tensors (B, T) or (B, 1)
-    inputs: dict = {}     # what else the network reads, in blocks: keywords of Transformer.forward
+    inputs: dict = {}     # in blocks: position and attn_mask of Transformer.forward
 
 
 @dataclass
@@ -538,10 +534,10 @@ class Objective:
         count: tokens that are not given; with masked_mean, tokens that are scored. train.py adds
         both up over all batches of an update and divides once, so that every token counts the same.
 
-        x0 (B, T) int64, clean tokens; rng: a torch.Generator; more: keywords of Transformer.forward
-        (visible). With loss_weight='elbo' and the whole mask_range, nats / count is in expectation
-        an upper bound on the nll per token. Other weights and ranges give no bound: they change
-        which levels count most, but not the best prediction at a level, p(x0[i] | xt).
+        x0 (B, T) int64, clean tokens; rng: a torch.Generator; more: attn_mask, for the network.
+        With loss_weight='elbo' and the whole mask_range, nats / count is in expectation an upper
+        bound on the nll per token. Other weights and ranges give no bound: they change which levels
+        count most, but not the best prediction at a level, p(x0[i] | xt).
         """
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt(model, x0, given, rng)
@@ -829,9 +825,10 @@ class BlockDiffusion(Objective):
     def as_noised(self, model, x0, given, is_mask, weight, p_noise):
         """p_noise (B, T): the same for all tokens of a block, as is the level made from it."""
         xt, n = torch.where(is_mask, model.mask_id, x0), self.block_length
-        level = torch.cat([noise_fraction(*of_block) for of_block
-                           in zip(p_noise.split(n, dim=1), given.split(n, dim=1))], dim=1)  # (B, T)
-        return Noised(xt, is_mask, weight, level, inputs={'clean': x0, 'block_length': n})
+        levels = map(noise_fraction, p_noise.split(n, dim=1), given.split(n, dim=1))  # of a block
+        level = torch.cat([*levels, torch.zeros_like(x0)], dim=1)  # (B, 2T): x0 has no noise
+        return Noised(torch.cat([xt, x0], dim=1), is_mask, weight, level,
+                      inputs=beside_clean(x0.size(1), n, x0.device))
 
 
 OBJECTIVES = {'ar': Autoregression, 'mdm': MaskedDiffusion, 'd3pm': D3PM, 'uniform': Uniform,
@@ -917,19 +914,18 @@ class LocalMixing(nn.Module):
         return x + sum(w * h for w, h in zip(self.weight, shifted))  # K x (B, T, C)
 
 
-def beside_clean(xt, level, position, x0, block_length):
-    """[xt ; x0] (B, 2T), its level (B, 2T), positions (2T,) and attention mask (2T, 2T) [BD3-LM].
+def beside_clean(T, block_length, device):
+    """How [xt ; x0] is read [BD3-LM]: {'position': (2T,), 'attn_mask': (2T, 2T)}.
 
-    xt sees its own block and the clean blocks before it; x0 its own block and those before it. Both
-    halves stand at the same positions (T,), and x0 has no noise.
+    Both halves stand at positions 0..T-1. xt sees its own block and the clean blocks before it; x0
+    its own block and those before it.
     """
+    position = torch.arange(T, device=device)
     block = position // block_length
     own, before = block[:, None] == block, block[:, None] > block  # 2 x (T, T)
     attn_mask = torch.cat([torch.cat([own, before], dim=1),
                            torch.cat([torch.zeros_like(own), own | before], dim=1)])
-    if level is not None:
-        level = torch.cat([level.expand(xt.shape), torch.zeros_like(x0)], dim=1)
-    return torch.cat([xt, x0], dim=1), level, position.repeat(2), attn_mask
+    return {'position': position.repeat(2), 'attn_mask': attn_mask}
 
 
 def visible_neighbours(position, attn_mask, K):

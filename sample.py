@@ -1061,11 +1061,11 @@ def show_corruption(run, text, seed):
     for t in (0.2, 0.4, 0.6, 0.8, 1.0):
         objective = replace(run.objective, mask_range=(t, t))
         noised = objective.corrupt(run.model, x0, given, rng.manual_seed(seed))
-        columns = [noised.xt]
+        columns = [xt := noised.xt[:, :x0.size(1)]]  # in blocks without the clean half
         if run.settings:
             logits = run.model(noised.xt, noised.level, where=noised.scored, **noised.inputs)
             logits[:, run.model.mask_id] = -torch.inf  # d3pm may predict the mask
-            columns = [x0, noised.xt, noised.xt.masked_scatter(noised.scored, logits.argmax(1))]
+            columns = [x0, xt, xt.masked_scatter(noised.scored, logits.argmax(1))]
         rows.append((f't = {t:.1f}', *(show(x[0].tolist(), run.tokenizer, run.model.mask_id)
                                        for x in columns)))
     width = (COLUMNS - 13) // 3 if run.settings else len(text)  # beside 7 + 3 * 2 characters

@@ -463,7 +463,8 @@ def compile_model(run, s):
             x0, given = on_device(run.data.batch(0, run.rank, run.world), run.device)
             rng = torch.Generator(run.device)
             with run.autocast():
-                run.objective.loss(run.network, x0, rng, given, **annealed(run, s))[0].backward()
+                nats, _ = run.objective.loss(run.network, x0, rng, given, **annealed(run, s, x0))
+                nats.backward()
         except Exception as e:  # of many kinds: no headers, no space, a bug of the compiler
             run.network = run.model
             print(f'torch.compile failed ({type(e).__name__}): going on without it')
@@ -626,13 +627,17 @@ def write_answers(run, s):
 # ---------------------------------------------------------------------------------------- the loop
 
 
-def annealed(run, s):
-    """More arguments of the network: with attn_anneal, how probably a later token is visible.
+def annealed(run, s, x0):
+    """While attn_anneal opens the attention: {'attn_mask': (T, T) bool} for x0 (B, T), else {}.
 
-    A tensor, since torch.compile would compile anew for each number. Evaluation sees all tokens.
+    A token sees those before it, and each later one with a probability that grows from 0 to 1
+    [DiffuLLaMA sec. 3.2]. Evaluation sees all tokens.
     """
-    return {} if run.iteration >= s.attn_anneal else \
-        {'visible': torch.tensor(run.iteration / s.attn_anneal, device=run.device)}
+    if run.iteration >= s.attn_anneal:
+        return {}
+    T = x0.size(1) + s.shift  # with the start token
+    hidden = torch.rand(T, T, device=run.device) >= run.iteration / s.attn_anneal
+    return {'attn_mask': ~hidden.triu(1)}
 
 
 def update(run, s, factor):
@@ -650,7 +655,7 @@ def update(run, s, factor):
         x0, given = on_device(run.data.batch(run.iteration, part, run.parts), run.device)
         run.tokens += x0.numel() * run.world  # the others' batches are about as wide
         with run.autocast():
-            nats, count = run.objective.loss(run.network, x0, rng, given, **annealed(run, s))
+            nats, count = run.objective.loss(run.network, x0, rng, given, **annealed(run, s, x0))
         nats.backward()  # of a sum: it becomes a mean below, divided by sums[1]
         sums[:2] += torch.stack([nats.detach(), count])
     learned = [p for p in run.model.parameters() if p.grad is not None]

@@ -20,11 +20,11 @@ from config import UserError
 from conftest import PROSE, save_hub_model, save_tokenizer
 from model import LENGTH_HEADS, OBJECTIVES, SCHEDULES, Autoregression, BlockDiffusion, KVCache, \
     LengthLoss, ModelConfig, Noised, Objective, Transformer, Uniform, alpha_and_weight, attend, \
-    evaluate, export_model, first_to_hold, flops_per_token, hub_settings, load_checkpoint, \
-    load_model, make_network, make_objective, model_config, noise_fraction, pick_device, \
-    pick_dtype, rope_angles, rotate, time_features, uniform_token_loss
+    beside_clean, evaluate, export_model, first_to_hold, flops_per_token, hub_settings, \
+    load_checkpoint, load_model, make_network, make_objective, model_config, noise_fraction, \
+    pick_device, pick_dtype, rope_angles, rotate, time_features, uniform_token_loss
 from prepare import hub_vocabulary, load_tokenizer, open_data
-from train import MAY_DIFFER, load_first_weights
+from train import MAY_DIFFER, annealed, load_first_weights
 
 GPT2_STYLE = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
 
@@ -102,8 +102,8 @@ class ContextFree(nn.Module):
         self.embed = nn.Embedding(1, 1)
         self.asked = []
 
-    def forward(self, x, level=None, where=None, cache=None, hidden=False, clean=None,
-                block_length=0):
+    def forward(self, x, level=None, where=None, cache=None, hidden=False, position=None,
+                attn_mask=None):
         self.asked.append((x, level))
         n = x.shape if where is None else (int(where.sum()),)
         h = torch.zeros(*n, 1)
@@ -500,7 +500,7 @@ def test_given_tokens_are_never_masked_nor_scored(fn):
     given_tokens = torch.rand(40, 10, generator=torch.Generator().manual_seed(5)) < 0.5
     given_tokens[:, 0] = False  # something is wanted in every row
     found = fn(model, x0, torch.Generator().manual_seed(0), given_tokens)
-    xt, _ = model.asked[0]
+    xt = model.asked[0][0][:, :10]  # in blocks the clean text follows
     assert not ((xt == 3) & given_tokens).any()
     assert torch.equal(xt[given_tokens], x0[given_tokens])
     if fn in BOUNDS.values():  # exact for uniform logits
@@ -750,6 +750,12 @@ def test_uniform_cost_is_precise_in_float32():
             torch.testing.assert_close(found.double(), exact, atol=2e-4, rtol=1e-3)
 
 
+def beside(model, xt, x0, block_length, level=None):
+    """The logits (B, T, V) of xt (B, T) in blocks, beside the clean x0."""
+    T = x0.size(1)
+    return model(torch.cat([xt, x0], dim=1), level, **beside_clean(T, block_length, 'cpu'))[:, :T]
+
+
 @pytest.mark.parametrize('time_cond, n_conv', [(False, 0), (True, 0), (True, 5)])
 def test_one_block_is_mdm(time_cond, n_conv):
     model, x0 = tiny(std=0.2, time_cond=time_cond, n_conv=n_conv), tokens(4, 16)
@@ -771,7 +777,7 @@ def test_finished_blocks_in_a_cache_are_the_block_mask(shape, T, block_length):
     xt = torch.where(torch.rand(3, T, generator=generator) < 0.5, model.mask_id, x0)
     t = torch.rand(3, math.ceil(T / block_length), generator=generator)
     levels = t.repeat_interleave(block_length, dim=1)[:, :T]
-    both = model(xt, levels, clean=x0, block_length=block_length)
+    both = beside(model, xt, x0, block_length, torch.cat([levels, torch.zeros(3, T)], dim=1))
     cache = KVCache(model.config, 3, x0.device)
     parts = []
     for n, (noisy, clean) in enumerate(zip(xt.split(block_length, 1), x0.split(block_length, 1))):
@@ -806,7 +812,7 @@ def test_blocks_of_one_mask_mix_what_precedes_them():
                             for name, p in model.state_dict().items()})
     x0 = tokens(2, 6)
     xt = torch.full_like(x0, 11)
-    logits = model(xt, clean=x0, block_length=1)
+    logits = beside(model, xt, x0, 1)
     for i in range(6):
         prefix = torch.cat([x0[:, :i], xt[:, :1]], dim=1)
         torch.testing.assert_close(logits[:, i], causal(prefix)[:, -1], atol=1e-5, rtol=1e-5)
@@ -818,7 +824,7 @@ def test_block_bound_enumerated():
     x0, generator = torch.tensor([[0, 2, 1]]), torch.Generator().manual_seed(0)
 
     def nll(xt, where):
-        logp = model(torch.tensor([xt]), clean=x0, block_length=2)[0].log_softmax(-1)
+        logp = beside(model, torch.tensor([xt]), x0, 2)[0].log_softmax(-1)
         return -sum(logp[i, x0[0, i]].item() for i in where)
 
     with torch.no_grad():  # in a block of two, B(1, 2) = 1/2 for one mask and B(2, 1) = 1/2 for two
@@ -864,10 +870,11 @@ def test_levels_are_one_for_each_block():
     parts = noised.weight.split(4, dim=1)
     assert all((part == part[:, :1]).all() for part in parts)
     assert len({part[row, 0].item() for part in parts for row in range(3)}) == 12
-    torch.testing.assert_close(noised.level, 1 / noised.weight)
+    torch.testing.assert_close(noised.level[:, :14], 1 / noised.weight)
+    assert not noised.level[:, 14:].any() and torch.equal(noised.xt[:, 14:], x0)
     evenly = BlockDiffusion(block_length=4).corrupt_evenly(model, x0, given_tokens,
                                                            torch.Generator().manual_seed(0))
-    for part, is_mask in zip(evenly.level.split(4, 1), evenly.scored.split(4, 1)):
+    for part, is_mask in zip(evenly.level[:, :14].split(4, 1), evenly.scored.split(4, 1)):
         torch.testing.assert_close(part, is_mask.float().mean(1, keepdim=True).expand_as(part))
 
 
@@ -1403,7 +1410,8 @@ def test_a_shifted_model_predicts_a_token_where_the_one_before_is_read():
 
 def test_local_mixing_reads_later_neighbours_where_attention_is_still_closed():
     """Two mixings of a layer reach one token ahead each; n_conv = 1 reads no neighbour at all."""
-    closed, open_ = {'visible': torch.tensor(0.0)}, {'visible': torch.tensor(1.0)}
+    closed = {'attn_mask': torch.ones(16, 16, dtype=torch.bool).tril()}
+    open_ = {'attn_mask': torch.ones(16, 16, dtype=torch.bool)}
     x = tokens(2, 16)
     torch.testing.assert_close(tiny(n_conv=1)(x, **closed), tiny(n_conv=1, causal=True)(x))
     model, changed = tiny(n_conv=3, n_layer=1), x.clone()
@@ -1415,25 +1423,33 @@ def test_local_mixing_reads_later_neighbours_where_attention_is_still_closed():
 
 
 def test_attention_opens_from_causal_to_all():
+    def opened(iteration, shift=False):
+        return annealed(SimpleNamespace(iteration=iteration, device='cpu'),
+                        SimpleNamespace(attn_anneal=10, shift=shift), x)
+
     model, causal, x, seen = tiny(), tiny(causal=True), tokens(2, 16), []
-    torch.testing.assert_close(model(x, visible=torch.tensor(0.0)), causal(x))
-    torch.testing.assert_close(model(x, visible=torch.tensor(1.0)), model(x))
-    torch.manual_seed(0)
+    torch.testing.assert_close(model(x, **opened(0)), causal(x))
+    shifted = tiny(shift=True)  # reads a start token before the 16
+    expected = shifted(x, attn_mask=torch.ones(17, 17, dtype=torch.bool).tril())
+    torch.testing.assert_close(shifted(x, **opened(0, shift=True)), expected)
+    assert opened(10) == {}
+    everything = torch.ones(16, 16, dtype=torch.bool)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('model.attend', lambda q, k, v, mask, *how: (
             seen.append(mask), attend(q, k, v, mask, *how))[1])
-        for _ in range(50):
-            model(x, visible=torch.tensor(0.3))
-    masks = torch.stack(seen)  # (50 * 2 layers, 16, 16), the same in all layers
-    assert torch.equal(masks[::2], masks[1::2]) and masks.tril().sum() == 100 * 16 * 17 / 2
+        torch.testing.assert_close(model(x, attn_mask=everything), model(x))
+    assert [mask is everything for mask in seen] == [True, True, False, False]  # in both layers
+    torch.manual_seed(0)
+    masks = torch.stack([opened(3)['attn_mask'] for _ in range(100)])
+    assert masks.tril().sum() == 100 * 16 * 17 / 2
     later = torch.ones(16, 16).triu(1).bool()
     assert masks[:, later].float().mean().item() == pytest.approx(0.3, abs=0.015)
     # a loss passes it on: of a mask alone at the first token, which then sees but itself
     x0, given = tokens(1, 16), torch.ones(1, 16, dtype=torch.bool)
     given[0, 0], xt, rng = False, x0.clone(), torch.Generator()
     xt[0, 0] = model.mask_id
-    for name, visible in (('mdm', None), ('mdm', torch.tensor(0.0)), ('d3pm', torch.tensor(0.0))):
+    for name, how in (('mdm', {}), ('mdm', opened(0)), ('d3pm', opened(0))):
         objective = OBJECTIVES[name](loss_weight='flat', mask_range=(1.0, 1.0))
-        nats, _ = objective.loss(model, x0, rng.manual_seed(1), given, visible=visible)
-        expected = (model if visible is None else causal)(xt)[0, 0].log_softmax(-1)[x0[0, 0]]
+        nats, _ = objective.loss(model, x0, rng.manual_seed(1), given, **how)
+        expected = (causal if how else model)(xt)[0, 0].log_softmax(-1)[x0[0, 0]]
         torch.testing.assert_close(nats, -expected)

@@ -27,7 +27,8 @@ import config
 import prepare
 import sample
 from config import UserError
-from model import LocalMixing, MaskedDiffusion, ModelConfig, Transformer, make_objective
+from model import LocalMixing, MaskedDiffusion, ModelConfig, Transformer, beside_clean, \
+    make_objective
 from sample import BlockCached, PrefixCached, filter_logits
 
 REPOSITORY = Path(__file__).parents[1]
@@ -1745,9 +1746,13 @@ def test_corrupt_shows_the_noise_of_the_run_and_what_it_makes_of_it(run_main, ru
         noise = mask_id if masks else torch.randint(mask_id, (1, T), generator=rng)
         xt = torch.where(is_noise, noise, x0)
         assert corrupted == sample.visible(sample.show(xt[0].tolist(), run.tokenizer, mask_id))
-        more = {'clean': x0, 'block_length': block_length} if block_length else {}
+        if block_length:  # behind it the clean text, of level 0
+            reads = torch.cat([xt, x0], dim=1), torch.tensor([[k / 5, 0.0]]).repeat_interleave(T, 1)
+            more = beside_clean(T, block_length, 'cpu')
+        else:
+            reads, more = (xt, torch.full((1, 1), k / 5)), {}
         with torch.no_grad():
-            logits = run.model(xt, torch.full((1, 1), k / 5), **more)
+            logits = run.model(*reads, **more)[:, :T]
         best = torch.where(is_noise | (not masks), logits[..., :-1].argmax(-1), xt)
         assert guess == sample.visible(run.tokenizer.decode(best[0].tolist())).ljust(T)
 
