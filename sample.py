@@ -1104,7 +1104,8 @@ def main():
     done, (written, nfe, seconds) = complete_best(run, canvases, settings,
                                                   recorder if watch or save else None)
     for (kind, asked), (ids, figures) in zip(prompts, done):
-        ids = ids if run.meta['pad_id'] is None else split_row(ids, run.meta)[1]  # the answer
+        if kind == 'prompt' and run.meta['pad_id'] is not None:
+            ids = split_row(ids, run.meta)[1]  # the answer, or the document
         text = run.tokenizer.decode(ids)
         text = without_repeated_words(text) if cleanup else text
         figures['nfe'] += predicted is not None  # with the pass that predicted its length

@@ -2181,18 +2181,32 @@ def test_an_answer_is_what_stands_between_sep_and_eos(ids, prompt, answer):
 
 @pytest.fixture(scope='module')
 def row_runs(runs):
-    """The runs row_ar, row_mdm, row_pad and row_head, random weights, beside the others."""
+    """The runs row_ar, row_mdm, row_pad, row_head, row_docs, random weights, with the others."""
     settings = torch.load(runs / 'mdm' / 'ckpt.pt', weights_only=True)['config']
     trained = {'objective': 'mdm', 'predict_pad': True, 'block_size': 20}
     for name, more in (('row_ar', {'objective': 'ar'}), ('row_mdm', {'predict_pad': False}),
-                       ('row_pad', {}), ('row_head', {'length_head': 'classify'})):
+                       ('row_pad', {}), ('row_head', {'length_head': 'classify'}),
+                       ('row_docs', {})):
         run = trained | more
         model = tiny_model(run['objective'] == 'ar', 13, 20, seed=3,
                            length_head=run.get('length_head', ''))
         (runs / name).mkdir()
-        torch.save({'model': model.state_dict(), 'optimizer': [], 'meta': META, 'iter': 7,
+        meta = META if name != 'row_docs' else META | {'sep_id': None, 'eos_id': 10, 'tokenizer': {
+            'kind': 'char', 'chars': ALPHABET + 'i'}}
+        torch.save({'model': model.state_dict(), 'optimizer': [], 'meta': meta, 'iter': 7,
                     'config': settings | run, 'rng': 0, 'best': 1.5}, runs / name / 'ckpt.pt')
     return runs
+
+
+def test_a_template_of_documents_keeps_what_is_given_behind_an_eos(row_runs, run_main):
+    words = ('--out_dir=row_docs', '--num_samples=40', '--json', '--temperature=1')
+    given = [encoded('ab'), encoded('cd')]
+    rows = objects(run_main('--template=ab[___]cd', *words)[1])
+    assert all([row['tokens'][:2], row['tokens'][7:]] == given for row in rows)
+    assert any(10 in row['tokens'] for row in rows), 'an EOS'
+    rows = objects(run_main('--start=ab', *words)[1])  # a text ends, and has no PAD
+    assert all(set(row['tokens']) <= set(range(10)) for row in rows)
+    assert {len(row['tokens']) for row in rows} != {20}
 
 
 @pytest.mark.parametrize('name, width', [('row_ar', 14), ('row_mdm', 9), ('row_pad', 8)])
