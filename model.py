@@ -24,7 +24,7 @@ Letters here, and in the papers:
     N, M      diffusion steps of D3PM; tokens of a batch that are scored, i.e. have a loss
     S         tokens whose keys are read: T, or more with a cache
     V         rows of the embedding: V' real tokens and the mask; mask_id = V - 1, but an imported
-              model may have it elsewhere
+              model may have it elsewhere. (vocab_size is V in ModelConfig, V' in meta.json.)
 
     here                                                             in the papers
     x0        clean tokens (B, T) int64                              x, z_0 in MDLM, x_0 in LLaDA
@@ -265,7 +265,7 @@ class Block(nn.Module):
 def after_start(model, x):
     """x (B, T) behind a start token, (B, T + 1): the output at its position i predicts x[:, i].
 
-    AR reads its text so, and masked diffusion with shift its canvas: a network that was AR first
+    AR reads its text so, and so does masked diffusion with shift: a network that was AR first
     still predicts each token at the position where it learned to [DiffuLLaMA sec. 3.2].
     """
     return F.pad(x, (1, 0), value=model.config.start_id)
@@ -525,7 +525,7 @@ class Objective:
 
     @property
     def masks_anywhere(self):
-        """Whether masks may stand anywhere in a canvas: of mdm and d3pm (block: in one block)."""
+        """Whether masks may stand anywhere in a row: of mdm and d3pm (block: in one block)."""
         return self.masks and not self.block_length
 
     def loss(self, model, x0, rng, given=None, **more):
@@ -585,25 +585,27 @@ class Objective:
 class MaskedDiffusion(Objective):
     """Masked diffusion [MDLM eq. 11; LLaDA eq. 3, 14; autoregressive diffusion].
 
-        nelbo per token
-            = E over t, xt of  1/L * sum over i of  is_mask[i] * w(t) * -log p(x0[i] | xt)
-            = E over l, xt of  1/l * sum over i of  is_mask[i] * -log p(x0[i] | xt)
+    Training samples a time t for each row, uniform in mask_range, and masks each of its tokens with
+    probability 1 - alpha_t. With all of (0, 1] as mask_range and w(t) as the weight,
 
-    The logits at position i are for token i (with shift, too: Transformer.forward puts a start
-    token before xt, and drops the last output). Training follows the first line: one t for each
-    row, uniform in mask_range, and each token is masked with probability 1 - alpha_t. Evaluation
-    follows the second: l is uniform in 1..L, and l tokens are masked. That is the first line with t
-    integrated out: for every l from 1 to L the integral of 1/t * P(l masks | t) over t is 1/l. (In
-    code the weight is L/l, since the losses of a row are divided by L later.) Without time
-    conditioning both are the same bound; the estimate of the second varies less, and with uniform
-    logits not at all.
+        nelbo per token = E over t, xt of  w(t) / L * sum over i of  is_mask[i] * -log p(x0[i] | xt)
 
-    Why it is a bound: choose a random order, and write the row in it, token after token. The step
-    that finds l masks scores one of them, each with probability 1/l: in expectation 1/l * sum over
-    masks. There is one such step for each l from L to 1, so all of them together are L times the
-    mean over l, which is L times the second line. So the nelbo is the mean, over all orders, of the
-    nll of writing the row in that order; and the nll of the mixture of all orders is at most that,
-    by Jensen's inequality.
+    where the logits at position i are for token i. Evaluation samples the number of masks instead,
+    l, uniform in 1..L, and then which l tokens are masked:
+
+        nelbo per token = E over l, xt of     1 / l * sum over i of  is_mask[i] * -log p(x0[i] | xt)
+
+    The second line is the first with t integrated out: for every l from 1 to L, the integral over t
+    of 1/t * P(l masks | t) is 1/l. Its estimate varies less, and with uniform logits not at all.
+    (In code its weight is L/l, since the losses of a row are divided by L later. A network with
+    time_cond is shown l/L there, and 1 - alpha_t in training: to it the two lines differ a little.)
+
+    Why the nelbo is a bound: write a row token after token, in a random order. The step that finds
+    l masks reveals one of them, any of them with probability 1/l: its expected loss is the mean of
+    -log p over the l masks. The row takes one such step for every l from L to 1, and so the nelbo
+    is the mean, over all orders, of the nll of writing the row in that order. The probability of
+    the row is the mean of its probabilities in all orders, and minus the logarithm of a mean is at
+    most the mean of minus the logarithms (Jensen's inequality).
     """
     any_order = True
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')  # another default

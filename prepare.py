@@ -941,14 +941,14 @@ class Stream:
 
     describe = describe_data
 
-    def batch(self, update, part=0, parts=1):
+    def batch(self, update, micro_step=0, micro_steps=1):
         """Windows x0 (B, T) int64 from random places of the training text; no prompts, so None.
 
-        part of parts: which of the batches of this update, those of all processes. A batch depends
-        on the seed and on these numbers alone: a resumed run sees what the stopped one would have
-        seen, and an update the same batches, one after the other or on many processes.
+        micro_step: which of the micro_steps batches of this update, those of all processes. A batch
+        depends on the seed and on these numbers alone: a resumed run sees what the stopped one
+        would have seen, and an update the same batches, one after the other or on many processes.
         """
-        number = mixed_seed(self.seed, update, part)
+        number = mixed_seed(self.seed, update, micro_step)
         places = len(self.train) - self.block_size + 1
         starts = np.random.default_rng(number).integers(0, places, self.batch_size)  # (B,)
         x0 = self.read(self.train, starts, self.block_size)  # (B, T)
@@ -1042,16 +1042,16 @@ class Rows:
                 f'{self.batches_per_epoch:,} batches an epoch, '
                 f'{100 * self.pad_share:.1f}% of what is computed is PAD')
 
-    def batch(self, update, part=0, parts=1):
+    def batch(self, update, micro_step=0, micro_steps=1):
         """Rows of one width, x0 (B, T) int64, and given (B, T) bool: True in the prompt, up to SEP.
 
         As in Stream.batch, they depend on the seed and on the arguments alone. With score_prompt
         the prompt is predicted, too, and given is None.
         """
-        epoch, i = divmod(update * parts + part, self.batches_per_epoch)
+        epoch, i = divmod(update * micro_steps + micro_step, self.batches_per_epoch)
         x0, given = self.read('train', self.kept[self.epoch(epoch)[i]])
         fraction = min(1.0, update / self.pad_curriculum) if self.pad_curriculum else 1.0
-        fraction *= random_fraction(mixed_seed(self.seed, update, part), self.random_length)
+        fraction *= random_fraction(mixed_seed(self.seed, update, micro_step), self.random_length)
         least = row_lengths(x0.numpy(), self.meta)[1].max()  # all but PAD, to EOS: PAD may be EOS
         x0, given = crop_batch(x0, given, least, fraction)
         return x0, None if self.score_prompt else given

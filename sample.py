@@ -488,7 +488,8 @@ class PrefixCached:
     An approximation if the model is bidirectional: the tokens before the block see what is written
     in it, so that their keys and values should change, but the cache keeps those of the first pass.
     That pass finds an empty cache and reads the whole canvas; every later one sets the cache back
-    to the tokens before the block, and reads from the block on.
+    to the tokens before the block, and reads from the block on: at x[:, 6:10] of 12 columns, x[:,
+    0:12] once, then x[:, 6:12]. (With shift x[:, 5:12]: the output at 5 predicts x[:, 6].)
     """
 
     def __init__(self, model, x):
@@ -1104,7 +1105,7 @@ def main():
     done, (written, nfe, seconds) = complete_best(run, canvases, settings,
                                                   recorder if watch or save else None)
     for (kind, asked), (ids, figures) in zip(prompts, done):
-        if kind == 'prompt' and run.meta['pad_id'] is not None:
+        if run.meta['pad_id'] is not None and kind == 'prompt':
             ids = split_row(ids, run.meta)[1]  # the answer, or the document
         text = run.tokenizer.decode(ids)
         text = without_repeated_words(text) if cleanup else text

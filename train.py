@@ -272,11 +272,11 @@ class Training:
         self.autocast = partial(torch.autocast, torch.device(self.device).type, torch.bfloat16,
                                 enabled=self.dtype == 'bfloat16')
         self.data = open_training_data(s, self.rank, self.world)  # a Stream or Rows
-        self.parts = s.gradient_accumulation_steps * self.world  # batches of an update
-        self.tokens_per_update = round(self.parts * self.data.tokens_per_batch)
+        self.micro_steps = s.gradient_accumulation_steps * self.world  # batches of an update
+        self.tokens_per_update = round(self.micro_steps * self.data.tokens_per_batch)
         if s.epochs:  # another way to say max_iters
             batches = s.epochs * self.data.tokens_per_epoch / self.data.tokens_per_batch
-            s.max_iters = round(batches / self.parts)
+            s.max_iters = round(batches / self.micro_steps)
         torch.manual_seed(s.seed)
         shape = model_config(vars(s), self.data.meta)
         self.model = make_network(shape, s.trust_remote_code).to(self.device)
@@ -647,12 +647,12 @@ def update(run, s, factor):
     count, and, with several processes, signals that any of them caught.
     """
     sums = torch.zeros(3, device=run.device)  # nats, tokens that count, signals
-    for part in range(run.rank, run.parts, run.world):  # numbers of this process's batches
-        seed = mixed_seed(s.seed, run.iteration, part)
+    for i in range(run.rank, run.micro_steps, run.world):  # micro-steps of this process
+        seed = mixed_seed(s.seed, run.iteration, i)
         torch.manual_seed(mixed_seed(seed, 1))  # a second seed: for dropout, attn_anneal
         rng = torch.Generator(run.device).manual_seed(seed)  # for noise levels and masks
         # x0 (B, T); given (B, T) or None
-        x0, given = on_device(run.data.batch(run.iteration, part, run.parts), run.device)
+        x0, given = on_device(run.data.batch(run.iteration, i, run.micro_steps), run.device)
         run.tokens += x0.numel() * run.world  # the others' batches are about as wide
         with run.autocast():
             nats, count = run.objective.loss(run.network, x0, rng, given, **annealed(run, s, x0))
