@@ -640,6 +640,8 @@ def test_twins_differ_in_the_objective_alone():
             if path.stem in ('scarce_ar', 'reversal_ar', 'shakespeare_ar'):  # each at its best
                 differ -= {'dropout', 'attn_dropout', 'weight_decay', 'learning_rate', 'muon_lr',
                            'lr_schedule', 'max_iters', 'eval_interval'}
+            if path.stem == 'multi30k_ar':  # in the same minutes
+                differ -= {'max_iters'}
             # of use to one of them alone
             only = {'objective', 'score_prompt', 'mask_range', 'loss_weight'}
             assert differ <= only, f'{path.name}: {differ}'
