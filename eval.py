@@ -604,7 +604,7 @@ def orders(runs, settings):
     left = torch.arange(x0.size(1)).expand_as(x0)  # (N, T)
     rng = torch.Generator().manual_seed(s['seed'])
     random = [torch.rand(x0.shape, generator=rng).argsort(1) for _ in range(s['repeats'])]
-    batches = [lambda part=part: (part, None) for part in x0.split(s['batch_size'])]
+    batches = [lambda part=part: (part, part < 0) for part in x0.split(s['batch_size'])]
 
     def mean(model, order):
         """The mean nll of a token of x0, revealed in the order (N, T), batch by batch."""

@@ -10,8 +10,8 @@
 A first reading ends at evaluate. What follows is for later:
 
     D3PM, Uniform, BlockDiffusion     objectives that corrupt text, or score a token, in other ways
-    KVCache, LocalMixing, LengthHead  options of the transformer: decoding that recomputes nothing,
-                                      convolutions, and the length of an answer before it is written
+    KVCache, LengthHead               options of the transformer: decoding that recomputes nothing,
+                                      and the length of an answer before it is written
     load_model                        devices and checkpoints
     HubNetwork, load_hub              models of the Hugging Face hub: GPT-2 in our transformer, and
                                       masked models behind the same call
@@ -80,7 +80,7 @@ LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress',
 
 @dataclass
 class ModelConfig:
-    """The shape of a Transformer. train.py has defaults of its own, which are the measured ones."""
+    """The shape of a Transformer. A run gives all of it; its defaults are those of train.py."""
     vocab_size: int           # V = V' + 1: the real tokens and the mask
     block_size: int = 256     # context length, the largest T
     causal: bool = False      # position i sees 0..i (ar); False: every position sees all (mdm)
@@ -220,20 +220,46 @@ class MLP(nn.Module):
         if self.kind in ('gelu', 'gelu_tanh'):
             return self.proj(F.gelu(h, approximate='none' if self.kind == 'gelu' else 'tanh'))
         h = F.relu(h)  # relu2 [Primer 2109.08668]
-        return self.proj(h * h)  # the backward pass of .square() is three times slower on CPUs
+        return self.proj(h * h)
 
 
 def make_norm(c):
     return nn.RMSNorm(c.n_embd) if c.norm == 'rmsnorm' else nn.LayerNorm(c.n_embd, bias=c.bias)
 
 
+class LocalMixing(nn.Module):
+    """A depthwise convolution over neighbours, added to the residual stream; zero at init.
+
+        y[i] = x[i] + sum over k of  w[k] * x[i + k - past],   past = K - 1 if causal else K // 2
+
+    Attention has to learn which positions are neighbours, and in masked diffusion it learns that
+    late, because most neighbours are masked. The convolution knows them from the start
+    [Primer 2109.08668; Canon layers, Allen-Zhu 2025].
+    """
+
+    def __init__(self, c, i):
+        super().__init__()
+        self.i, self.past = i, c.n_conv - 1 if c.causal else c.n_conv // 2
+        self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
+
+    def forward(self, x, cache, neighbours):
+        """x (B, T, C). For later: a cache; neighbours, None but in block diffusion."""
+        (B, T, C), K = x.shape, len(self.weight)
+        if neighbours is not None:
+            shifted = [x[:, j].where(found, 0) for j, found in neighbours]
+        else:
+            before = x.new_zeros(B, self.past, C) if cache is None else \
+                cache.neighbours(self.i, x, self.past)
+            h = torch.cat([before, x, x.new_zeros(B, K - 1 - self.past, C)], dim=1)
+            shifted = [h[:, k:k + T] for k in range(K)]
+        return x + sum(w * h for w, h in zip(self.weight, shifted))  # K x (B, T, C)
+
+
 class Block(nn.Module):
     """A layer: x + attention(norm(x)), then x + mlp(norm(x)); with n_conv local mixing before each.
 
-    Local mixing, a convolution, adds to a token a mixture of itself and its neighbours, with
-    weights that begin at 0. With time_cond the noise level scales, shifts and gates both branches
-    (adaLN) [DiT]. neighbours: None but in block diffusion, see LocalMixing; condition: (B, 1, C)
-    with time_cond.
+    With time_cond the noise level scales, shifts and gates both branches (adaLN) [DiT].
+    condition: with time_cond (B, 1, C), in block diffusion (B, 2T, C). neighbours: see LocalMixing.
     """
 
     def __init__(self, c, layer):
@@ -297,34 +323,19 @@ class Transformer(nn.Module):
                 attn_mask=None):
         """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
-        Training calls model(x, level, where=..., hidden=True), and then logits(). At a first
-        reading, skip what shift, cache, position and attn_mask are for.
+        Training calls model(x, level, where=..., hidden=True), and then logits().
 
         x (B, T) int64: tokens, mask_id among them.
         level (B, 1) or (B, T): the fraction of all tokens that is noise, see noise_fraction; for
         time_cond. None: the fraction of x that is masks.
         hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
-        cache: a KVCache with the tokens before x, for decoding; those of x are appended to it. With
-        shift and a cache that is not empty, x begins one token early, since its first output
-        predicts the second token of x; `where` is then (B, T - 1).
-        position (T,): of the tokens of x; None: one after the other, behind those of the cache.
-        Where two tokens share a position (BlockDiffusion), `where` is of the first of them alone.
-        attn_mask (T, T) bool: the tokens (columns) that each token (row) may see; None: all, or
+        For later: cache and position, see place();
+        attn_mask (T, T) bool: the tokens (columns) that each token (row) may see. None: all, or
         with causal those up to itself.
         """
-        n_before, neighbours = cache.length if cache is not None else 0, None  # tokens before x
         if self.time_mlp and level is None:
             level = (x == self.mask_id).float().mean(1, keepdim=True)
-        if self.config.shift and n_before == 0:
-            x = after_start(self, x)
-        end = n_before + x.size(1)
-        if position is not None:
-            neighbours = visible_neighbours(position, attn_mask, self.config.n_conv)
-        elif end > self.config.block_size + self.config.shift:
-            raise UserError(f'{end} tokens do not fit into the context of this model, '
-                            f'block_size is {self.config.block_size}')
-        else:
-            position = torch.arange(n_before, end, device=x.device)
+        x, position, neighbours = self.place(x, cache, position, attn_mask)
         h = self.embed(x)  # (B, T, C)
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
@@ -335,12 +346,33 @@ class Transformer(nn.Module):
         for block in self.blocks:
             h = block(h, rope, cache, attn_mask, neighbours, condition)
         if cache is not None:
-            cache.length = end
+            cache.length += x.size(1)
         h = h[:, :x.size(1) - self.config.shift]  # with shift the last predicts a token behind x
         if where is not None:
             h = h[:, :where.size(1)][where]  # (M, C): with a large V the head is most of the work
         h = self.norm(h)
         return h if hidden else self.logits(h)
+
+    def place(self, x, cache, position, attn_mask):
+        """For later: (x; where its tokens stand, (T,); neighbours for local mixing, or None).
+
+        Tokens stand one after the other, behind those of the cache, a KVCache, which also takes
+        those of x. With shift a start token comes before them. Where the cache has one already, x
+        must begin one token early, since its first output predicts the second token of x; `where`
+        of forward() is then (B, T - 1).
+        In block diffusion two tokens share each position, and the caller says which. Then `where`
+        is about the first half of x alone, and neighbours are those that attn_mask lets it see.
+        """
+        n_before = cache.length if cache is not None else 0  # tokens that were read before x
+        if self.config.shift and n_before == 0:
+            x = after_start(self, x)
+        if position is not None:
+            return x, position, visible_neighbours(position, attn_mask, self.config.n_conv)
+        end = n_before + x.size(1)
+        if end > self.config.block_size + self.config.shift:
+            raise UserError(f'{end} tokens do not fit into the context of this model, '
+                            f'block_size is {self.config.block_size}')
+        return x, torch.arange(n_before, end, device=x.device), None
 
     def logits(self, h):
         """Logits (..., V) of hidden states (..., C); with subs the mask's is -inf.
@@ -358,8 +390,8 @@ class Transformer(nn.Module):
         """Normal matrices; zero at the end of a branch, in local mixing, adaLN and an untied head.
 
         So every layer is the identity at first and, with an untied head, the first loss is log V'
-        (without subs log V). The standard deviation of embeddings is 0.25, but 0.02 if they are
-        tied, and so the head too.
+        (without subs log V). The standard deviation of embeddings is 0.25 or, where they are the
+        head too, 0.02.
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -393,8 +425,8 @@ def alpha_and_weight(t, schedule):
 
     Going back from t by dt, a masked token is revealed with probability w(t) dt, and then scored.
     The bound does not depend on the schedule, since it is an integral over w(t) dt = -dalpha /
-    (1 - alpha): with alpha as the variable, t is gone. (D3PM's does, but less the larger N is.) The
-    variance of its estimates does.
+    (1 - alpha): with alpha as the variable, t is gone. Only the variance of its estimates depends
+    on it. (D3PM's bound does depend on the schedule, the less the larger N is.)
     """
     one_of('schedule', schedule, SCHEDULES)
     if schedule == 'linear':
@@ -484,12 +516,12 @@ class Noised(NamedTuple):
 class Objective:
     """How text is corrupted, and how the prediction of it is scored.
 
-        loss    what training minimises; loss_weight and mask_range shape it
-        bound   what evaluation reports: over all levels, and with less variance
+        training    loss   <- weighted_losses <- corrupt, shaped by loss_weight and mask_range
+        evaluation  bound  <- weighted_losses <- corrupt_evenly: all t, and less variance
 
-    A subclass defines corrupt(model, x0, given, rng) -> Noised, what training samples. Evaluation
-    samples corrupt_evenly, which a subclass may replace by one of less variance. Both are scored
-    alike, by weighted_losses, which allows any token_loss and computes logits in slices:
+    A subclass defines corrupt(model, x0, given, rng) -> Noised, and may define corrupt_evenly.
+    Both are scored alike by weighted_losses, which allows any token_loss and computes logits in
+    slices. In short it is
 
         noised = corrupt(model, x0, given, rng)
         logits = model(noised.xt, noised.level, where=noised.scored)
@@ -499,14 +531,14 @@ class Objective:
     The other files read the attributes below and, but for the checks of settings in train.py, do
     not ask which subclass it is.
     """
-    # with a type: fields of the dataclass, which are settings of a run
+    # with a type: fields of the dataclass, filled from the settings of a run
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
-    loss_weight: str = 'elbo'        # of t: w(t) (elbo), min(w(t), w_max) (clipped), else 1
-    w_max: float = 5.0
-    mask_range: tuple = (0.0, 1.0)   # of t in training; linear: share of masks, BERT's is 0.15
+    loss_weight: str = 'elbo'        # elbo: w(t); clipped: min(w(t), w_max); flat: 1; masked_mean:
+    w_max: float = 5.0               # 1, and loss() divides by the number of masks
+    mask_range: tuple = (0.0, 1.0)   # of t in training; BERT's is (0.15, 0.15)
 
-    # without: constants of the class (but block_length, which has a type in BlockDiffusion, and is
-    # a setting there)
+    # without a type: constants, which a subclass may replace. (BlockDiffusion gives block_length a
+    # type, and so makes it a setting.)
     exact = False                # True: the bound is the nll itself, of ar
     causal = False               # True: the network sees no later token
     masks = True                 # the network reads masks; False for ar and uniform
@@ -536,8 +568,8 @@ class Objective:
 
         x0 (B, T) int64, clean tokens; rng: a torch.Generator; more: attn_mask, for the network.
         With loss_weight='elbo' and the whole mask_range, nats / count is in expectation an upper
-        bound on the nll per token. Other weights and ranges give no bound: they change which levels
-        count most, but not the best prediction at a level, p(x0[i] | xt).
+        bound on the nll per token. Other weights and ranges give no bound: they change which t
+        count most, but not the best prediction at any t, p(x0[i] | xt).
         """
         given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt(model, x0, given, rng)
@@ -555,9 +587,9 @@ class Objective:
         return spread(self.weighted_losses(model, x0, noised), noised.scored)
 
     def corrupt_evenly(self, model, x0, given, rng):
-        """As corrupt, but over all of t and with the weight of the bound: so for Uniform and ar.
+        """What evaluation samples: as corrupt, but t from all of (0, 1], with the weight w(t).
 
-        The others replace it by a sampling of less variance.
+        Uniform and ar use this one, the others one of their own, of less variance.
         """
         everywhere = replace(self, loss_weight='elbo', mask_range=(0.0, 1.0))
         return everywhere.corrupt(model, x0, given, rng)
@@ -642,8 +674,8 @@ class Autoregression(Objective):
 
 
 def on_device(batch, device):
-    """The tensors of a batch, (x0, given), on the device; given may be None."""
-    return [x if x is None else x.to(device, non_blocking=True) for x in batch]
+    """The tensors of a batch, (x0, given), on the device."""
+    return [x.to(device, non_blocking=True) for x in batch]
 
 
 @torch.no_grad()
@@ -665,7 +697,7 @@ def evaluate(model, objective, batches, seed=0, repeats=1):
             x0, given = on_device(batches[i](), device)
             rng.manual_seed(mixed_seed(seed, repeat, i))  # the same on whichever process
             sums[i, 0] = objective.bound(model, x0, rng, given).sum().item()  # MPS has no float64
-            sums[i, 1] = x0.numel() if given is None else (~given).sum().item()
+            sums[i, 1] = (~given).sum().item()
         if world > 1:  # every entry from one process, zero from the others: the sum is exact
             sums = sums.to(device)
             dist.all_reduce(sums)
@@ -886,34 +918,6 @@ class KVCache:
         begin = self.n_conv + self.length
         self.inputs[i, :, begin:begin + x.size(1)] = x
         return self.inputs[i, :, begin - n:begin]
-
-
-class LocalMixing(nn.Module):
-    """A depthwise convolution over neighbours, added to the residual stream; zero at init.
-
-        y[i] = x[i] + sum over k of  w[k] * x[i + k - past],   past = K - 1 if causal else K // 2
-
-    Attention has to learn which positions are neighbours, and in masked diffusion it learns that
-    late, because most neighbours are masked. The convolution knows them from the start
-    [Primer 2109.08668; Canon layers, Allen-Zhu 2025].
-    """
-
-    def __init__(self, c, i):
-        super().__init__()
-        self.i, self.past = i, c.n_conv - 1 if c.causal else c.n_conv // 2
-        self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
-
-    def forward(self, x, cache, neighbours):
-        """x (B, T, C). neighbours: None, or those that visible_neighbours found in [xt ; x0]."""
-        (B, T, C), K = x.shape, len(self.weight)
-        if neighbours is not None:
-            shifted = [x[:, j].where(found, 0) for j, found in neighbours]
-        else:
-            before = x.new_zeros(B, self.past, C) if cache is None else \
-                cache.neighbours(self.i, x, self.past)
-            h = torch.cat([before, x, x.new_zeros(B, K - 1 - self.past, C)], dim=1)
-            shifted = [h[:, k:k + T] for k in range(K)]
-        return x + sum(w * h for w, h in zip(self.weight, shifted))  # K x (B, T, C)
 
 
 def beside_clean(T, block_length, device):

@@ -842,8 +842,13 @@ def gather(data, starts, length, meta):
     return ids
 
 
-def row_lengths(rows, meta):
-    """(prompts, ends) of rows (N, row_length), (N,) each: tokens up to SEP and up to EOS.
+# prompt SEP answer EOS PAD PAD PAD   a row in the file: meta['row_length'] tokens
+# ---------> end of the prompt        its width in a batch is the end of the row or, with
+# --------------------> end of the row  predict_pad, the end of the prompt + max_answer + 1
+
+
+def row_ends(rows, meta):
+    """(ends of the prompts, ends) of rows (N, row_length), (N,) each: tokens up to SEP and to EOS.
 
     SEP and EOS are counted; a document has a prompt of 0 tokens. No text contains an EOS.
     """
@@ -858,15 +863,14 @@ def row_widths(rows, meta, predict_pad=False):
 
     predict_pad: all answers are filled with PAD to the width of the longest and its EOS, so that
     the width does not tell where an answer ends."""
-    prompts, ends = row_lengths(rows, meta)
-    return prompts + meta['max_answer'] + 1 if predict_pad else ends
+    prompt_ends, ends = row_ends(rows, meta)
+    return prompt_ends + meta['max_answer'] + 1 if predict_pad else ends
 
 
 def row_batches(widths, batch_size, rng=None):
     """[(B,) numbers of rows of one width]: every row once, B <= batch_size, in random order if rng.
 
-    Rows of one width need no PAD, which costs time and shows a bidirectional model how long the
-    answer is. widths (N,)."""
+    Rows of one width need no PAD, which would cost time. widths (N,)."""
     order = np.arange(len(widths)) if rng is None else rng.permutation(len(widths))  # (N,)
     order = order[widths[order].argsort(kind='stable')]
     groups = np.split(order, np.flatnonzero(np.diff(widths[order])) + 1)  # one for each width
@@ -879,7 +883,7 @@ def mixed_seed(*numbers):
     """One seed of 32 bits, a hash of several numbers [numpy's SeedSequence].
 
     torch's generators on the CPU use no more than 32 bits. They are not independent under the seeds
-    0, 1, 2, ...: bounds estimated with these spread three times wider than they should.
+    0, 1, 2, ...: bounds estimated with these spread more widely than they should.
     """
     return int(np.random.SeedSequence([n % 2 ** 64 for n in numbers]).generate_state(1)[0])
 
@@ -887,10 +891,10 @@ def mixed_seed(*numbers):
 def crop_batch(x0, given, least, fraction):
     """(x0, given) without their last columns: fraction=1 keeps all T, fraction=0 only `least`.
 
-    x0 (B, T) int64; given (B, T) bool, or None for streams.
+    x0 (B, T) int64; given (B, T) bool, True in a prompt.
     """
     width = least + round(fraction * (x0.size(1) - least))
-    return x0[:, :width], None if given is None else given[:, :width]
+    return x0[:, :width], given[:, :width]
 
 
 def random_fraction(number, random_length):
@@ -942,20 +946,21 @@ class Stream:
     describe = describe_data
 
     def batch(self, update, micro_step=0, micro_steps=1):
-        """Windows x0 (B, T) int64 from random places of the training text; no prompts, so None.
+        """Windows x0 (B, T) int64 from random places of the training text, and given (B, T) bool.
 
-        micro_step: which of the micro_steps batches of this update, those of all processes. A batch
-        depends on the seed and on these numbers alone: a resumed run sees what the stopped one
-        would have seen, and an update the same batches, one after the other or on many processes.
+        An update has micro_steps batches, those of all processes, and this is number micro_step. A
+        batch depends on these numbers and the seed alone. So a resumed run sees what the stopped
+        one would have seen, and an update reads the same batches, whether one process reads them
+        all or many share them. given: False everywhere, since there are no prompts.
         """
         number = mixed_seed(self.seed, update, micro_step)
         places = len(self.train) - self.block_size + 1
         starts = np.random.default_rng(number).integers(0, places, self.batch_size)  # (B,)
-        x0 = self.read(self.train, starts, self.block_size)  # (B, T)
-        return crop_batch(x0, None, 1, random_fraction(number, self.random_length))
+        x0, given = self.read(self.train, starts, self.block_size)  # (B, T)
+        return crop_batch(x0, given, 1, random_fraction(number, self.random_length))
 
     def batches(self, split, batch_size, limit=0):
-        """[function that reads one batch (x0, None)], for evaluation: each token of a split once.
+        """[function that reads one batch (x0, given)], for evaluation: each token of a split once.
 
         The windows lie side by side, and the last may be shorter than T. limit: read only so many
         whole windows, evenly spread; 0 = all.
@@ -964,12 +969,12 @@ class Stream:
         parts = [(starts[i:i + batch_size], T) for i in range(0, len(starts), batch_size)]
         if len(starts) == len(data) // T and len(data) % T:
             parts.append((np.array([len(data) // T * T]), len(data) % T))
-        return [lambda part=part: (self.read(data, *part), None) for part in parts]
+        return [partial(self.read, data, *part) for part in parts]
 
     def windows(self, split, T, n):
         """n windows (n, T) int64 of a split, evenly spread, or all that there are; 0 = all."""
         data, T, starts = self.whole_windows(split, T, n)
-        return self.read(data, starts, T)
+        return self.read(data, starts, T)[0]
 
     def whole_windows(self, split, T, limit):
         """(the ids (N,) of a split; T, or N if that is less; where windows of T tokens begin).
@@ -981,8 +986,9 @@ class Stream:
         return data, T, evenly(len(data) // T, limit) * T
 
     def read(self, data, starts, T):
-        """Windows x0 (B, T) int64 that begin at starts (B,)."""
-        return torch.from_numpy(gather(data, starts, T, self.meta))
+        """Windows x0 (B, T) int64 that begin at starts (B,), and given (B, T) bool, all False."""
+        x0 = torch.from_numpy(gather(data, starts, T, self.meta))
+        return x0, torch.zeros_like(x0, dtype=torch.bool)
 
 
 class Rows:
@@ -998,14 +1004,14 @@ class Rows:
         self.pad_curriculum = pad_curriculum
         self.tokens = cache(partial(load_split, dataset))  # tokens(split) -> memmap of ids
         rows = self.rows('train')  # (N, row_length)
-        lengths = row_widths(rows, meta)  # (N,) without PAD
+        unpadded = row_widths(rows, meta)  # (N,)
         n = math.ceil(row_share * len(rows)) or 1
-        self.kept = np.sort(lengths.argsort(kind='stable')[:n])  # (n,) numbers of rows
+        self.kept = np.sort(unpadded.argsort(kind='stable')[:n])  # (n,) numbers of rows
         self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (n,)
         self.epoch = lru_cache(2)(self.shuffled_batches)  # 2: an update may reach into the next
         self.batches_per_epoch = len(self.epoch(0))
         self.tokens_per_epoch = int(self.widths.sum())
-        self.pad_share = 1 - lengths[self.kept].sum() / self.tokens_per_epoch
+        self.pad_share = 1 - unpadded[self.kept].sum() / self.tokens_per_epoch
         self.tokens_per_batch = self.tokens_per_epoch / self.batches_per_epoch  # a mean
         self.mean_width = round(self.widths.mean())
 
@@ -1046,15 +1052,16 @@ class Rows:
         """Rows of one width, x0 (B, T) int64, and given (B, T) bool: True in the prompt, up to SEP.
 
         As in Stream.batch, they depend on the seed and on the arguments alone. With score_prompt
-        the prompt is predicted, too, and given is None.
+        the prompt is predicted, too, and nothing is given. With predict_pad columns of PAD may be
+        cut off again, but never one that the longest answer needs: pad_curriculum keeps a fraction
+        of them that grows from 0 to 1, and random_length, in a share of the batches, a random one.
         """
         epoch, i = divmod(update * micro_steps + micro_step, self.batches_per_epoch)
         x0, given = self.read('train', self.kept[self.epoch(epoch)[i]])
         fraction = min(1.0, update / self.pad_curriculum) if self.pad_curriculum else 1.0
         fraction *= random_fraction(mixed_seed(self.seed, update, micro_step), self.random_length)
-        least = row_lengths(x0.numpy(), self.meta)[1].max()  # all but PAD, to EOS: PAD may be EOS
-        x0, given = crop_batch(x0, given, least, fraction)
-        return x0, None if self.score_prompt else given
+        least = row_ends(x0.numpy(), self.meta)[1].max()  # to the first EOS: PAD may be EOS
+        return crop_batch(x0, given & (not self.score_prompt), least, fraction)
 
     def batches(self, split, batch_size, limit=0):
         """[function that reads one batch (x0, given)], for evaluation: each row of a split once.
@@ -1072,7 +1079,7 @@ class Rows:
         length = self.meta['row_length']
         x0 = gather(self.tokens(split), np.asarray(numbers) * length, length, self.meta)
         T = row_widths(x0, self.meta, self.predict_pad).max()
-        given = np.arange(T) < row_lengths(x0, self.meta)[0][:, None]  # (B, T)
+        given = np.arange(T) < row_ends(x0, self.meta)[0][:, None]  # (B, T)
         return torch.from_numpy(x0[:, :T]), torch.from_numpy(given)
 
     def pairs(self, split, n=0):
@@ -1094,8 +1101,9 @@ def open_data(dataset, block_size, batch_size, seed=0, *, random_length=0.0, tra
               predict_pad=False, score_prompt=False, row_share=1.0, pad_curriculum=0):
     """The Stream or Rows of data/<dataset>; both have the same methods to train and evaluate.
 
-    The other arguments are settings of train.py. Raises UserError where one is for the other
-    layout.
+    Both also have tokens_per_epoch, tokens_per_batch and mean_width, the columns of a batch: of
+    Rows the last two are means. The other arguments are settings of train.py. Raises UserError
+    where one is for the other layout.
     """
     meta = load_meta(dataset)
     common = (dataset, meta, block_size, batch_size, seed, random_length)

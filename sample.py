@@ -53,8 +53,8 @@ from config import UserError, one_of, require
 from model import SCHEDULES, KVCache, MaskedDiffusion, Objective, Transformer, after_start, \
     alpha_and_weight, cross_entropy, export_model, first_to_hold, load_checkpoint, load_model, \
     make_objective, pick_device
-from prepare import EOT, SPECIALS, CharTokenizer, chat_prompt, load_tokenizer, read_chunks, \
-    split_row
+from prepare import EOT, SPECIALS, CharTokenizer, chat_prompt, load_tokenizer, mixed_seed, \
+    read_chunks, split_row
 
 # what is read
 out_dir = 'out/shakespeare_mdm'  # the folder of the run whose model is used
@@ -71,7 +71,8 @@ corrupt = ''           # a text: only show what noise makes of it and, if out_di
                        # the run makes of that
 num_samples = 1        # of each prompt
 batch_size = 16        # rows at a time
-gen_length = 0         # tokens to write after start; 0 fills the model's context
+gen_length = 0         # tokens to write after start (not in a template, which says how many); 0
+                       # fills the model's context
 seed = 1337
 # how it is decoded
 decoder = 'auto'       # ar: left to right; ancestral: places at random; confidence, threshold: most
@@ -79,8 +80,8 @@ decoder = 'auto'       # ar: left to right; ancestral: places at random; confide
                        # again; remdm: ancestral, and some are masked again; uniform: from random
                        # tokens; auto: the default of the objective
 steps = 192            # decoding steps; confidence, remask: 0 is one token a step
-noise_schedule = 'linear'  # ancestral, remdm, uniform: alpha over the steps, whichever one the
-                       # model was trained with; cosine, polynomial
+noise_schedule = 'linear'  # ancestral, remdm, uniform: how alpha rises over the steps, whatever it
+                       # was in training; linear, cosine, polynomial
 order = 'max_prob'     # confidence, threshold, remask: max_prob, margin, entropy, random
 counts = 'linear'      # confidence, remask: linear (as many each step), cosine (few first)
 threshold = 0.9        # threshold: a pass commits all tokens of at least this confidence, and
@@ -154,10 +155,10 @@ def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repe
                   specials=()):
     """The distributions (M, V) float64 to sample from, given the model's logits (M, V).
 
-    x, where (B, any width): the canvas, and the M positions of the logits, of which only the rows
-    matter here. repetition_penalty makes tokens less likely that the row already holds [CTRL
-    1909.05858, sec. 4.1], except the ids `specials` (mask, EOS, SEP, PAD): an EOS that is given
-    would make the row's own less likely.
+    x (B, any width): the canvas. where (B, any width): the M positions of the logits, of which only
+    the rows matter here. repetition_penalty makes tokens less likely that their row already holds
+    [CTRL 1909.05858, sec. 4.1], except the ids `specials` (mask, EOS, SEP, PAD): an EOS that is
+    given would make the row's own less likely.
     """
     logits = logits.double()
     if repetition_penalty != 1.0:
@@ -286,8 +287,8 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
             logits[:, model.mask_id] = -torch.inf
             annealed = temperature * (1 + cool * (1 - 2 * alpha_t))
             x[reveal] = sample_token(logits, x, reveal, rng, temperature=annealed, **sampling)
-        else:  # tokens are only masked again, without a pass: none of its logits are of this step
-            logits = logits[:0]
+        else:  # tokens are only masked again: no pass, so no logits
+            logits = torch.empty(0, model.config.vocab_size, device=x.device)
         x[remask] = model.mask_id
         yield reveal, logits
 
@@ -408,8 +409,9 @@ def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts
 def window_start(i, size):
     """The first of the at most `size` tokens (or blocks) that are read to write the i-th.
 
-    The window drops its older half whenever it is full. Where it begins follows from i alone, so
-    that a text does not depend on where its prompt ended.
+    The window drops its older half whenever it is full: with size = 8 it begins at 0 for i = 0..7,
+    at 4 for 8..11, at 8 for 12..15. That follows from i alone, so that a text does not depend on
+    where its prompt ended. Place is left for one more: the start token, or the i-th block itself.
     """
     half = (size + 1) // 2
     return 0 if i < size else ((i - size) // half + 1) * half
@@ -418,13 +420,13 @@ def window_start(i, size):
 def decode_ar(model, x, to_generate, rng, **sampling):
     """Left to right, each token given those before it; a filled blank has not seen what follows.
 
-    One pass per token, over that token alone: a KV cache holds the tokens before it. Rows may have
-    their masks at different places. A canvas longer than the context is read through a window, the
-    start token and the newest tokens.
+    One pass for each column i that any row generates. It reads the tokens before i that are not yet
+    in the KV cache, mostly one. A canvas longer than the context is read through a window, the
+    start token and x[:, begin:i]. With masks at 3, 4 and 8, and a context of 8:
 
-    The cache holds the start token and x[:, begin:begin + n_cached]; unread is the rest up to i. At
-    i = 3 the first pass may read start, x0, x1, x2, and the next one x3 alone. When the window
-    moves, the cache is emptied, and a pass reads the start token and all of x[:, begin:i].
+        i = 3    begin = 0    the cache is empty             unread: start, x0, x1, x2
+        i = 4    begin = 0    it holds start, x0, x1, x2     unread: x3
+        i = 8    begin = 4    the window moved: it is empty  unread: start, x4, x5, x6, x7
     """
     cache, begin = KVCache(model.config, len(x), x.device), 0  # begin: of the window in the canvas
     for i in to_generate.any(0).nonzero()[:, 0].tolist():
@@ -465,9 +467,9 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
     to_generate[:] = False  # or run_decoder() would end rows at an EOS that may still change
     noise = torch.randint(n_real, x.shape, generator=rng, device=rng.device).to(x.device)
     x[generated] = noise[generated]
+    if not generated.any():
+        return
     for alpha_t, alpha_s, level in reverse_steps(model, x, generated, steps, noise_schedule):
-        if not generated.any():
-            return
         logits = model(x, level, where=generated)  # (M, V)
         p = probabilities(logits.to(rng.device), x, generated, **sampling)[:, :n_real]  # (M, V')
         keep = alpha_t / alpha_s
@@ -475,7 +477,8 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
         current = F.one_hot(x[generated].to(p.device), n_real).double()
         p = (keep * current + (1 - keep) / n_real) * (alpha_s * p + (1 - alpha_s) / n_real)
         x[generated] = sample_categorical(p, rng).to(x.device)
-        to_generate[:] = generated & (alpha_s == 1)  # what the last step wrote is final
+        if alpha_s == 1:  # what the last step wrote is final: run_decoder() may end rows
+            to_generate[:] = generated
         yield generated, logits
 
 
@@ -801,7 +804,7 @@ def keep_log_p(log_p, x, nfe, where, logits):
     """An on_step, once log_p (B, T) is bound: writes there the log probability of each new token.
 
     Every pass overwrites what it predicted, and the last of these passes wrote what stands there.
-    (Where a mask still stands it is -inf until then.)
+    (Where a mask still stands, it means nothing.)
     """
     log_p[where.cpu()] = -cross_entropy(logits.float(), x[where]).cpu()  # (M,)
 
@@ -817,8 +820,8 @@ def complete(run, canvases, settings, eos_id=None, on_step=None, log_p=False):
     """Fills canvases of any lengths, batch by batch: ([(ids, figures)] in their order, totals).
 
     ids: the canvas, filled, up to the first eos_id that was generated behind all that is given.
-    figures: nfe, seconds and tokens_per_second of the whole batch; `ended`, whether there is
-    one. With log_p also `log_p`, the mean log probability of the generated tokens.
+    figures: nfe, seconds and tokens_per_second of the whole batch; `ended`, whether there is such
+    an eos_id. With log_p also `log_p`, the mean log probability of the generated tokens.
     totals: (generated tokens, with the first eos_id of each row; nfe; seconds).
     on_step sees the first batch, whose row 0 is the first canvas. With log_p it is not called.
     """
@@ -827,10 +830,9 @@ def complete(run, canvases, settings, eos_id=None, on_step=None, log_p=False):
         T = max(len(canvases[i]) for i in batch)
         rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
         kept = torch.zeros(len(rows), T)  # log p of the tokens
-        if log_p:
-            on_step = partial(keep_log_p, kept)
-        x, nfe, seconds = decode(run, rows, settings | {'seed': settings['seed'] + batch[0]},
-                                 eos_id, on_step if log_p or batch[0] == 0 else None)
+        watcher = partial(keep_log_p, kept) if log_p else on_step if batch[0] == 0 else None
+        seed = mixed_seed(settings['seed'], batch[0]) if batch[0] else settings['seed']
+        x, nfe, seconds = decode(run, rows, settings | {'seed': seed}, eos_id, watcher)
         ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]
         written = [canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends)]
         figures = {'nfe': nfe, 'seconds': seconds, 'tokens_per_second': sum(written) / seconds}
@@ -1003,7 +1005,7 @@ def first_answers(run, data, n, settings):
 
 
 def make_canvases(run, prompts, settings):
-    """As crop_to_predicted(), (canvases, predicted, passes, seconds): one for each (kind, text)."""
+    """(a canvas for each (kind, text), and as crop_to_predicted(): predicted, passes, seconds)."""
     if run.meta['sep_id'] is None:
         for name, usual in (('length', 'auto'), ('length_candidates', 1)):
             require(name, settings[name], settings[name] == usual,

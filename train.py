@@ -10,8 +10,8 @@
 
 The first command takes 12 to 15 minutes on 2 CPU cores that have bfloat16 instructions (half an
 hour to an hour on others). It prepares the data set if that is missing and writes a run to out_dir:
-ckpt.pt (the weights and all that resuming needs), config.json, log.csv (evaluations), steps.csv
-(training losses) and loss.png (both). An interrupted run goes on with --resume as if nothing had
+ckpt.pt (the weights), config.json, log.csv (evaluations), steps.csv (training losses) and loss.png
+(both). An interrupted run goes on with --resume as if nothing had
 happened.
 
 In an update, each process of a torchrun works through batch_size * gradient_accumulation_steps
@@ -99,7 +99,8 @@ time_cond = False           # show the network the noise level
 dropout = 0.0               # of what attention and mlp add, and of the embedding
 attn_dropout = 0.0          # of the weights of attention: slow on a CPU
 # objective
-objective = 'mdm'           # ar, mdm, d3pm, uniform, block; the rest of this group: all but ar
+objective = 'mdm'           # ar, mdm, d3pm, uniform, block. Of the rest of this group ar reads
+                            # nothing, and the others what names no objective, or theirs
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
 loss_weight = 'clipped'     # of time t: elbo = w(t), clipped = min(w(t), w_max), flat = 1;
                             # masked_mean = 1, and the mean is over masked tokens alone.
@@ -110,7 +111,8 @@ mask_range = (0.15, 0.99)   # of t in training, with the linear schedule the sha
                             # it, a row has few masks to learn from; at 1 it has no text
 diffusion_steps = 1000      # d3pm: N, from all masks to none
 subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
-shift = False               # mdm, d3pm: predict token i where token i - 1 is read, as ar does
+shift = False               # mdm, d3pm: predict token i where token i - 1 is read, as ar does, and
+                            # so a DiffuGPT
 attn_anneal = 0             # mdm, d3pm: updates over which the attention of init_from, an ar run,
                             # opens: later tokens are visible with a growing probability; 0 = all
                             # are from the start
@@ -176,7 +178,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum with all of its singular values made near 1 [Jordan 2024].
 
     Differs from torch.optim.Muon in the dtype of orthogonalize() alone. torch's is always bfloat16,
-    in which an update takes 80 times longer on a CPU without bfloat16 instructions.
+    which makes an update 12 times as long on a CPU without bfloat16 instructions (RESULTS, Speed).
     """
 
     def __init__(self, params, weight_decay, dtype, momentum=0.95):
@@ -276,7 +278,7 @@ class Training:
         self.tokens_per_update = round(self.micro_steps * self.data.tokens_per_batch)
         if s.epochs:  # another way to say max_iters
             batches = s.epochs * self.data.tokens_per_epoch / self.data.tokens_per_batch
-            s.max_iters = round(batches / self.micro_steps)
+            s.max_iters = max(1, round(batches / self.micro_steps))
         torch.manual_seed(s.seed)
         shape = model_config(vars(s), self.data.meta)
         self.model = make_network(shape, s.trust_remote_code).to(self.device)
@@ -284,7 +286,7 @@ class Training:
             self.model, HubNetwork)), '0 for a masked model of the hub')
         if s.init_from and not checkpoint:
             load_first_weights(self.model, s, self.data.meta)
-        self.network = self.model  # what updates call: compile_model() may compile it
+        self.compiled = self.model  # what updates call: compile_model() may compile it
         self.objective = LengthLoss(self.data.meta['eos_id'], s.length_quantile) \
             if s.length_head else make_objective(vars(s))
         self.optimizers = make_optimizers(self.model, s, getattr(torch, self.dtype))
@@ -449,7 +451,7 @@ def compile_or_not(asked, device, dtype, data, seconds):
 
 
 def compile_model(run, s):
-    """Compiles run.network where that pays, on a first batch; undoes it if the compiler fails.
+    """Compiles the model for updates where that pays; undoes it if the compiler fails.
 
     Evaluation keeps to run.model: it is too short to be worth the compiling.
     """
@@ -458,15 +460,15 @@ def compile_model(run, s):
     on, why = compile_or_not(s.compile, run.device, run.dtype, run.data, seconds)
     print(f'compile: {"on" if on else "off"} ({why})')
     if on:
-        run.network = torch.compile(run.model)
+        run.compiled = torch.compile(run.model)
         try:
             x0, given = on_device(run.data.batch(0, run.rank, run.world), run.device)
             rng = torch.Generator(run.device)
             with run.autocast():
-                nats, _ = run.objective.loss(run.network, x0, rng, given, **annealed(run, s, x0))
+                nats, _ = run.objective.loss(run.compiled, x0, rng, given, **annealed(run, s, x0))
                 nats.backward()
         except Exception as e:  # of many kinds: no headers, no space, a bug of the compiler
-            run.network = run.model
+            run.compiled = run.model
             print(f'torch.compile failed ({type(e).__name__}): going on without it')
         run.model.zero_grad()
 
@@ -507,7 +509,7 @@ def evaluate_now(run, s, learning_rate):
     with run.autocast():
         val, _ = mean_loss(run.data.batches('val', s.batch_size))
         train, _ = mean_loss(run.data.batches('train', s.batch_size, limit=4 * s.batch_size))
-    # of training text: on other text, a model of little text read often may well be that sure
+    # training text: on other text, a model that overfits may be as far off and has not diverged
     check_loss(run, s, train, 2, learning_rate)
     name = run.objective.measured
     run.log.append({
@@ -547,8 +549,8 @@ def write_rows(path, rows):
 def record_step(run, s, loss):
     """Appends an update to steps.csv, and reports it to the trackers.
 
-    loss: of its batches, in nats per token, weighted as in training. But for ar, and for
-    loss_weight='elbo' with the whole mask_range, that is not the bound, which log.csv has.
+    loss: of its batches, in nats per token, weighted as in training. It estimates what log.csv has
+    of ar alone, or with loss_weight='elbo' and mask_range=(0, 1).
     """
     rates = {f'lr_{type(o).__name__.lower()}': o.param_groups[0]['lr'] for o in run.optimizers}
     numbers = {'weighted_loss': loss, 'gradient_norm': run.gradient_norm.item(), **rates,
@@ -650,12 +652,11 @@ def update(run, s, factor):
     for i in range(run.rank, run.micro_steps, run.world):  # micro-steps of this process
         seed = mixed_seed(s.seed, run.iteration, i)
         torch.manual_seed(mixed_seed(seed, 1))  # a second seed: for dropout, attn_anneal
-        rng = torch.Generator(run.device).manual_seed(seed)  # for noise levels and masks
-        # x0 (B, T); given (B, T) or None
+        rng = torch.Generator(run.device).manual_seed(seed)  # for t and masks
         x0, given = on_device(run.data.batch(run.iteration, i, run.micro_steps), run.device)
         run.tokens += x0.numel() * run.world  # the others' batches are about as wide
         with run.autocast():
-            nats, count = run.objective.loss(run.network, x0, rng, given, **annealed(run, s, x0))
+            nats, count = run.objective.loss(run.compiled, x0, rng, given, **annealed(run, s, x0))
         nats.backward()  # of a sum: it becomes a mean below, divided by sums[1]
         sums[:2] += torch.stack([nats.detach(), count])
     learned = [p for p in run.model.parameters() if p.grad is not None]
@@ -767,26 +768,26 @@ def show_sample(run, s):
 
 
 def main():
-    # sets the globals above; a second time below, over the settings of another run
-    settings = config.override(globals())
-    if Path(out_dir, 'ckpt.pt').exists() and not (resume or overwrite or bench):
-        raise UserError(f'{out_dir} holds a run already: --resume goes on with it, --overwrite '
+    # the defaults above, changed by the words of the command line; again below, where another run
+    # has other defaults
+    s = SimpleNamespace(**config.override(globals()))
+    if Path(s.out_dir, 'ckpt.pt').exists() and not (s.resume or s.overwrite or s.bench):
+        raise UserError(f'{s.out_dir} holds a run already: --resume goes on with it, --overwrite '
                         'starts anew, --out_dir=... puts the new one elsewhere')
-    checkpoint = load_checkpoint(out_dir) if resume else None
-    if resume:  # with the settings of the run, but for those on this command line
+    checkpoint = load_checkpoint(s.out_dir) if s.resume else None
+    if s.resume:  # with the settings of the run, but for those on this command line
         before = checkpoint['config']
         if gone := [name for name, off in GONE.items() if before.get(name, off) != off]:
-            raise UserError(f'{out_dir} was trained with {gone[0]}, which train.py has no more: '
+            raise UserError(f'{s.out_dir} was trained with {gone[0]}, which train.py has no more: '
                             'sample from it as it is, or train anew with --overwrite')
-        settings = config.override(globals(), earlier=before)
+        s = SimpleNamespace(**config.override(globals(), earlier=before))
         for name in ('objective', 'init_from'):
-            require(name, settings[name], settings[name] == before.get(name, ''), 'that of the run')
-    elif init_from:  # with its shape
-        theirs = hub_settings(init_from[3:], trust_remote_code) if init_from.startswith('hf:') \
-            else load_checkpoint(init_from)['config']
-        settings = config.override(globals(), earlier={
-            n: v for n, v in fields_in(ModelConfig, theirs).items() if n not in MAY_DIFFER})
-    s = SimpleNamespace(**settings)
+            require(name, vars(s)[name], vars(s)[name] == before.get(name, ''), 'that of the run')
+    elif s.init_from:  # with its shape
+        theirs = hub_settings(s.init_from[3:], s.trust_remote_code) if s.init_from.startswith(
+            'hf:') else load_checkpoint(s.init_from)['config']
+        s = SimpleNamespace(**config.override(globals(), earlier={
+            n: v for n, v in fields_in(ModelConfig, theirs).items() if n not in MAY_DIFFER}))
     check_settings(s)
     run = Training(s, checkpoint)
     print(run.data.describe())

@@ -93,8 +93,8 @@ def override(settings, argv=None, inherited=None, names=(), earlier={}):
     """Applies config files and --name=value words to `settings`, the globals() of a script.
 
     argv: the words, by default those of the command line. A config file also sets out_dir to
-    out/<its name>, unless it or a later word sets out_dir. inherited, names: another script, as a
-    module, and those of its settings that this script takes, too; they are only returned. earlier:
+    out/<its name>, unless it or a later word sets out_dir. names: settings of another script, the
+    module `inherited`, which are taken too, and only returned (by eval.py, of sample.py). earlier:
     {name: value} of another run (one that is resumed, or whose shape this one takes) in place of
     the defaults; the words change these. Returns {name: value} of all settings. Also installs
     show_one_line, and lets a console print '?' for a character that it lacks.
@@ -139,7 +139,7 @@ def convert(name, value, default, from_text):
 
     from_text: it may be the text of a Python literal. An int does for a float."""
     kind = type(default)
-    if default in ('auto', 'on', 'off'):  # --compile means on, --compile=False means off
+    if name == 'compile':  # --compile means on, --compile=False means off
         value = {'True': 'on', 'False': 'off'}.get(str(value), value)
     with suppress(Exception):  # text that is no literal stays text, and is refused below
         if from_text and kind is not str and type(value) is str:

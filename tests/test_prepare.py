@@ -680,7 +680,7 @@ def test_rows_are_read_in_batches_of_one_width():
     rows = prepare.load_split('talk', 'train').reshape(-1, meta['row_length'])
     opened = [prepare.open_data('talk', 258, 3, predict_pad=pad) for pad in (False, True)]
     n = [(len(p) + 1, len(a) + 1) for p, a in PAIRS[:36]]  # with SEP and EOS
-    prompts, ends = prepare.row_lengths(rows, meta)
+    prompts, ends = prepare.row_ends(rows, meta)
     assert list(zip(prompts, ends)) == [(p, p + a) for p, a in n]
     longest = max(a for _, a in n[:36])
     for pad, wanted in ((False, [p + a for p, a in n]), (True, [p + longest for p, _ in n])):
@@ -818,7 +818,8 @@ def test_windows_of_an_evaluation_hold_every_token_once(n, T, batch_size, train_
     data = prepare.open_data('s', T, 1, train_tokens=train_tokens)
     batches = [read() for read in data.batches('train', batch_size)]
     assert np.concatenate([x0.numpy().ravel() for x0, _ in batches]).tolist() == ids.tolist()
-    assert all(given is None and x0.dtype == torch.int64 for x0, given in batches)
+    assert all(x0.dtype == torch.int64 and given.shape == x0.shape and not given.any()
+               for x0, given in batches)
     assert {x0.size(1) for x0, _ in batches[:-1]} <= {min(T, len(ids))}
     assert max(len(x0) for x0, _ in batches) <= batch_size
     assert sum(x0.numel() for x0, _ in (read() for read in data.batches('val', 3))) == 7 \
@@ -956,8 +957,8 @@ def test_batches_are_cropped_behind_their_last_token():
         rows, known = prepare.crop_batch(x0, given, 5, fraction)
         assert torch.equal(rows, x0[:, :length]) and torch.equal(known, given[:, :length])
     for fraction, length in ((0.0, 1), (0.5, 5), (1.0, 8)):  # of windows every token is as good
-        window, nothing = prepare.crop_batch(x0, None, 1, fraction)
-        assert torch.equal(window, x0[:, :length]) and nothing is None
+        window, _ = prepare.crop_batch(x0, given, 1, fraction)
+        assert torch.equal(window, x0[:, :length])
 
 
 def test_an_eos_is_not_cropped_where_pad_is_the_same_token(talk):
@@ -970,8 +971,9 @@ def test_an_eos_is_not_cropped_where_pad_is_the_same_token(talk):
 def test_prompts_that_are_trained_on_are_not_given(talk):
     data, usual = open_pairs(score_prompt=True), open_pairs()
     for i in range(5):
-        assert torch.equal(data.batch(i)[0], usual.batch(i)[0]) and data.batch(i)[1] is None
-    assert all(read()[1] is not None for read in data.batches('val', 4))
+        (x0, given), (same, prompt) = data.batch(i), usual.batch(i)
+        assert torch.equal(x0, same) and prompt.any() and not given.any()
+    assert all(read()[1].any() for read in data.batches('val', 4))
 
 
 WORD = st.text('ab', min_size=1, max_size=6)
