@@ -139,7 +139,7 @@ def load_log(path):
         settings = json.loads(Path(path, 'config.json').read_text())
         rows = [*csv.DictReader(Path(path, 'log.csv').read_text().splitlines())][1:]
         log = {k: np.array([float(r[k]) for r in rows]) for k in 'iter tokens seconds val'.split()}
-        dataset = settings['dataset']
+        dataset, measured = settings['dataset'], [row['measured'] for row in rows]
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise UserError(f'{path} has no whole log.csv and config.json: it is not a run, or one '
                         f'that is half written ({type(e).__name__})') from e
@@ -147,7 +147,7 @@ def load_log(path):
         raise UserError(f'{path} was not evaluated on its validation text yet: train it further')
     run = Run(name=Path(path).name, model=None, objective=None, meta=load_meta(dataset),
               tokenizer=None, settings=settings, updates=log['iter'][-1], path=path)
-    return run, log | {'measured': rows[0]['measured']}
+    return run, log | {'measured': measured[0]}
 
 
 def about(run):
@@ -452,7 +452,8 @@ def foreign_text(run, name, split, settings):
     require('data', name, text, 'a text that is not empty')
     data.tokens = lambda split: np.array(ids)  # the run's Stream, but of this text
     return (name + f' less {lacking.total():,}' * bool(lacking), split,
-            data.batches('all', settings['batch_size']), len(ids),
+            data.batches('all', settings['batch_size'],
+                         settings['max_windows'] * (split == 'train')), len(ids),
             {'characters': len(text), 'bytes': len(text.encode())})
 
 
@@ -485,7 +486,9 @@ def likelihood(runs, settings):
     note = 'context ' + ', '.join(sorted({str(run.model.config.block_size) for run in runs}))
     if len({str(run.meta['tokenizer']) for run in runs}) > 1:
         note += '; tokens differ, so only bits per character or byte can be compared'
-    if len({run.meta['sha256'] for run in runs}) > 1 and not s['data']:
+    if not s['data'] and len({(run.meta['sha256'], *(
+            run.meta['counts'][split.strip()]['characters'] for split in s['split'].split(',')))
+            for run in runs}) > 1:
         note += '; the texts differ too, so not even those say which model is better: give --data'
     return rows, note
 
@@ -846,7 +849,8 @@ def judged(judge, run, texts, ids):
     """
     if judge is None:
         return {}
-    T, same = judge.model.config.block_size, judge.meta['tokenizer'] == run.meta['tokenizer']
+    T, same = judge.model.config.block_size, all(
+        judge.meta.get(key) == run.meta[key] for key in ('tokenizer', 'eos_id'))
     rows = ids if same else [judge.tokenizer.encode(text) for text in texts]
     windows = [row[i:i + T] for row in rows for i in range(0, len(row), T)]
     nats = 0.0
@@ -918,9 +922,10 @@ def decoders_of(run, steps, guidance):
         ways['in blocks'] = {'decoder': 'confidence', 'block_length': math.ceil(T / 8)}
         if not (guidance or isinstance(run.model, HubNetwork)):
             ways['in blocks, cached'] = ways['in blocks'] | {'prefix_cache': True}
-    # T masks take T steps at most, and 8 blocks take 8 at least
+    # T masks take T steps at most, and a block one at least
     points = [(name, f'steps={n}', how | {'steps': n}) for name, how in ways.items() for n in steps
-              if not objective.masks or n <= T and (n >= 8 or 'block_length' not in how)]
+              if not objective.masks
+              or T / (objective.block_length or how.get('block_length', T)) <= n <= T]
     if 'threshold' in objective.decoders:
         points += [('threshold', f'threshold={p}', {'decoder': 'threshold', 'threshold': p})
                    for p in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)]
@@ -1119,8 +1124,8 @@ def reversal(runs, settings):
 # ---------------------------------------------------------------------------- answers to prompts
 
 
-def file_pairs(path):
-    """[[level, prompt, answer]], texts, of a file with tabs; '' is the level of lines without."""
+def file_pairs(run, path):
+    """As row_pairs, of the lines of a file with tabs; '' is the level of lines without one."""
     text = ''.join(read_chunks(Path(path))).removeprefix('\ufeff')  # a byte order mark
     rows = [[column.strip() for column in line.split('\t')]
             for line in text.split('\n') if line.strip()]
@@ -1128,24 +1133,24 @@ def file_pairs(path):
     if bad or not rows:
         found = f'has the line {" ".join(bad[0])[:40]!r}' if bad else 'is empty'
         raise UserError(f'{path} {found}: write (level TAB) prompt TAB answer on each line')
-    return [['', *row][-3:] for row in rows]
+    return [['', *row][-3:] + [*map(run.tokenizer.encode, row[-2:])] for row in rows]
 
 
 def row_pairs(run, settings):
-    """[(level, prompt, answer)], texts, of the first max_rows rows of the split; 0 = all.
+    """[(level, prompt, answer, ids of the prompt, of the answer)] of max_rows rows of the split.
 
     The level is 'shorter' up to the median length of an answer, and 'longer' above it.
     """
     decode = run.tokenizer.decode
     pairs = data_of(run).pairs(settings['split'], settings['max_rows'])
     middle = np.median([len(answer) for _, answer in pairs])
-    return [('shorter' if len(answer) <= middle else 'longer', decode(prompt), decode(answer))
-            for prompt, answer in pairs]
+    return [('shorter' if len(answer) <= middle else 'longer', decode(prompt), decode(answer),
+             prompt, answer) for prompt, answer in pairs]
 
 
 def answers_of(run, pairs, settings):
     """sample.answer's (answers, figures, sizes (3, N)) for N pairs; the answers as texts."""
-    prompts, references = ([run.tokenizer.encode(pair[i]) for pair in pairs] for i in (1, 2))
+    *_, prompts, references = zip(*pairs)
     answers, figures, sizes = sample.answer(run, prompts, settings, references)
     return decoded(run, answers, settings), figures, sizes
 
@@ -1187,8 +1192,8 @@ def translation(runs, settings):
     """
     score, signatures = make_score()
     rows, path, n = [], settings['file'], settings['max_rows'] or None
-    pairs = file_pairs(path)[:n] if path else row_pairs(runs[0], settings)
-    levels, prompts, references = map(list, zip(*pairs))
+    pairs = file_pairs(runs[0], path)[:n] if path else row_pairs(runs[0], settings)
+    levels, prompts, references, *_ = map(list, zip(*pairs))
     for run in runs:
         for length, steps, how in ways_to_answer(run, settings):
             length += ' (oracle)' * (length == 'reference')
@@ -1263,7 +1268,8 @@ def ways_to_know_length(run, settings):
     """As ways_to_answer, with the last of answer_steps; `length` auto is all ways of the run."""
     s = settings | {'answer_steps': settings['answer_steps'][-1:]}
     if s['length'] == 'auto' and saw_pad(run):
-        s['length'] = 'full,fit' + ',argmax,quantile' * run.objective.masks_anywhere
+        s['length'] = 'full,fit' + ',argmax,quantile' * (
+            run.objective.masks_anywhere and run.meta['pad_id'] != run.meta['eos_id'])
     ways = ways_to_answer(run, s)
     may_have_blocks = run.objective.masks_anywhere and not s['block_length']
     return ways + [('full, in blocks', steps, how | {'block_length': LENGTH_BLOCK})
@@ -1280,7 +1286,8 @@ def lengths(runs, settings):
     share of the rows EOS is the most likely token at its own place.
     """
     score, _ = make_score()
-    require('file', settings['file'], not settings['file'], "'' for task=length")
+    for name, usual in (('file', ''), ('length_candidates', 1)):
+        require(name, settings[name], settings[name] == usual, f'{usual!r} for task=length')
     pairs, rows, notes = row_pairs(runs[0], settings), [], []
     full = runs[0].meta['max_answer'] + 1  # with EOS
     for run in runs:
@@ -1298,7 +1305,7 @@ def lengths(runs, settings):
                 window = dict.fromkeys(window, '')
             rows.append({'run': run.name, 'length': length} | window | {
                 'steps': steps, 'nfe': figures['nfe'], 'ms/sentence': 1000 / figures['sentences/s'],
-                'BLEU': score(written, [answer for *_, answer in pairs])['BLEU']} | curves)
+                'BLEU': score(written, [pair[2] for pair in pairs])['BLEU']} | curves)
             curves = {}  # they are of the run, not of a way to decode it
         notes += said
     return rows, '; '.join([f'{len(pairs):,} prompts; full: {full} masks', *notes])
@@ -1367,9 +1374,10 @@ def run_task(name, runs, settings, command):
     rows, note = task.measure(runs, settings)
     if not rows:
         raise UserError(f'task {name} has nothing to say about objectives like those of these runs')
-    # of each row its words (run, decoder, steps), not its measurements, go into every line
-    texts = [{'task': name, **{k: v for k, v in row.items() if v and isinstance(v, (str, int))},
-              **text} for row in rows for text in row.get('texts', [])]
+    # of each row its words and steps, not its measurements, go into every line
+    texts = [{'task': name, **{k: v for k, v in row.items()
+                               if v and (k == 'steps' or type(v) is str)}, **text}
+             for row in rows for text in row.get('texts', [])]
     if texts and settings['save_texts']:
         with open(settings['save_texts'], 'a', encoding='utf-8') as f:
             f.writelines(json.dumps(text, ensure_ascii=False) + '\n' for text in texts)
@@ -1395,6 +1403,8 @@ def save_report(sections, folder):
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or damaged
         sections = {name: x for name, x in json.loads(path.read_text(encoding='utf-8')).items()
                     if x['markdown'] and x['settings']['out_dir']} | sections
+    # nan and inf, which JSON lacks, become null
+    sections = json.loads(json.dumps(sections), parse_constant=lambda constant: None)
     write_atomically(path, json.dumps(sections, indent=1).encode())
     out_dirs = dict.fromkeys(section['settings']['out_dir'] for section in sections.values())
     page = [f'# {" and ".join(out_dirs)}\n', *(f'## {name}\n\n{section["markdown"]}'

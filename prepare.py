@@ -327,7 +327,10 @@ def find_texts(what, recipe, sources):
         if path.is_dir() or len(files) != len(paths):
             raise UserError(f'{path} is not a text')
         texts = {'': files}
-    sha256 = sha256_of(*itertools.chain(*texts.values()))
+    try:
+        sha256 = sha256_of(*itertools.chain(*texts.values()))
+    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+        raise UserError(f'{path} is damaged ({e}): delete it and run this again') from e
     if sources and recipe['title'] and sha256 not in recipe['files'].values():
         words += f' (not the published {recipe["title"]})'
     return texts, {'source': words, 'sha256': sha256}
@@ -461,9 +464,10 @@ def cut_splits(read, ends, stream):
 def split_of(document, ends, seed):
     """The split of a document, a text or a list of texts: the first whose end is above its hash.
 
-    The hash of seed and text is a number in [0, 1); blanks and line ends do not count. So a
-    document is in the same split in every file, layout and order, and all its copies are."""
-    text = ''.join(''.join(document).split()).removesuffix(EOT)
+    The hash of seed and text is a number in [0, 1); blanks, line ends and byte order marks do not
+    count. So a document, with all its copies, is in the same split in every file, layout and order.
+    """
+    text = ''.join(''.join(document).replace('\ufeff', '').split()).removesuffix(EOT)
     u = int(hashlib.sha256(f'{seed} {text}'.encode()).hexdigest()[:12], 16) / 2 ** 48
     return next(split for split, end in ends.items() if u < end)
 
@@ -565,7 +569,10 @@ class HubTokenizer:
         return ids[1:]  # without the first EOS, since EOTs are between the parts
 
     def decode(self, ids):
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+        parts = [[]]  # between EOS, whose text may be another than EOT here
+        for i in map(int, ids):
+            parts.append([]) if i == self.eos_id else parts[-1].append(i)
+        return EOT.join(self.tokenizer.decode(part, skip_special_tokens=False) for part in parts)
 
 
 def load_tokenizer(meta):
@@ -699,8 +706,8 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer, truncate):
     is_pair, lengths, kept = meta['sep_id'] is not None, [], []
     count.update(dict.fromkeys(
         ('rows', 'scored', 'longest', 'characters', 'bytes', 'empty', 'long'), 0))
-    for prompt, answer in pairs:
-        prompt, answer = encoder.encode(prompt), encoder.encode(answer)
+    for prompt, text in pairs:
+        prompt, answer = encoder.encode(prompt), encoder.encode(text)
         if not answer or (is_pair and not prompt):
             count['empty'] += 1
             continue
@@ -709,8 +716,9 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer, truncate):
             count['long'] += 1
             if is_pair and not truncate:
                 continue
+        if len(answer) > max_answer:
+            text = encoder.decode(answer[:max_answer])
         prompt, answer = prompt[-max_prompt:], answer[:max_answer]
-        text = encoder.decode(answer)
         count['characters'] += len(text)
         count['bytes'] += len(text.encode('utf-8'))
         kept.append((len(prompt), len(answer) + 1))

@@ -357,8 +357,27 @@ def test_an_answer_ended_if_there_was_room_behind_it_in_its_own_canvas():
     meta = META | {'counts': {'train': {'answer_line': [0, 1]}}}  # one mask, whose answer is h EOS
     how = defaults(temperature=0.0, decoder='confidence', length_candidates=3)
     run_ = row_run(Counting({'a': 'h'}), meta, predict_pad=False)
-    texts, figures, _ = evaluation.answers_of(run_, [('', 'a', 'h')], how)
+    texts, figures, _ = evaluation.answers_of(run_, [('', 'a', 'h', *map(encoded, 'ah'))], how)
     assert texts == ['h'] and figures['no EOS'] == 0
+
+
+def test_the_model_is_asked_the_ids_that_the_data_hold(monkeypatch):
+    """And not those of their texts, which a tokenizer may write in other tokens."""
+    asked, how = [], {'split': 'val', 'max_rows': 0, 'cleanup': False}
+    monkeypatch.setattr(sample, 'answer', lambda run, prompts, settings, references: (
+        asked.append([*prompts, *references]) or [[]], {}, None))
+    monkeypatch.setattr(evaluation, 'data_of', lambda run: SimpleNamespace(
+        pairs=lambda split, n: [([1], [2, 3])]))
+    run_ = row_run()._replace(tokenizer=SimpleNamespace(decode=lambda ids: '[UNK]', encode=ord))
+    evaluation.answers_of(run_, evaluation.row_pairs(run_, how), how)
+    assert asked == [[[1], [2, 3]]]
+
+
+def test_where_pad_is_eos_no_length_is_read_off_the_eos():
+    for meta, names in ((META, ['full', 'fit', 'argmax', 'quantile']),
+                        (META | {'pad_id': META['eos_id']}, ['full', 'fit'])):
+        ways = evaluation.ways_to_know_length(row_run(meta=meta), defaults(length='auto'))
+        assert [name for name, _, how in ways if not how['block_length']] == names
 
 
 def test_french_words_stay_whole():
@@ -376,7 +395,7 @@ def test_answers_that_do_not_end_are_counted(book):
                                                        abs=5e-4)
     texts = []
     for answers in (BOOK, dict.fromkeys(BOOK, 'h'), dict.fromkeys(BOOK, 'hhh')):
-        pairs = [('', *pair) for pair in answers.items()]
+        pairs = [('', *pair, *map(encoded, pair)) for pair in answers.items()]
         texts.append([evaluation.answers_of(row_run(Phrasebook(WRONG)), pairs, defaults(
             temperature=0.0, length=name, decoder='confidence'))[0]
             for name in ('full', 'ratio', 'reference')])
@@ -386,8 +405,10 @@ def test_answers_that_do_not_end_are_counted(book):
 def test_files_have_two_columns_or_three(tmp_path):
     path = tmp_path / 'x.tsv'
     path.write_text('\ufeff a b \tc\r\n\nlevel\td\te f\n', 'utf-8', newline='')
-    assert evaluation.file_pairs(path) == [['', 'a b', 'c'], ['level', 'd', 'e f']]
-    levels = Counter(level for level, _, _ in evaluation.file_pairs(LEVELS))
+    run = SimpleNamespace(tokenizer=SimpleNamespace(encode=str.split))
+    assert evaluation.file_pairs(run, path) == [['', 'a b', 'c', ['a', 'b'], ['c']],
+                                                ['level', 'd', 'e f', ['d'], ['e', 'f']]]
+    levels = Counter(level for level, *_ in evaluation.file_pairs(run, LEVELS))
     assert levels == dict.fromkeys(('basics', 'grammar', 'compound', 'complex', 'literary'), 10)
 
 
@@ -516,6 +537,12 @@ def test_characters_and_bytes_are_counted_apart(runs, settings):
         Knowing([0] * 16, load_meta('verse')['vocab_size'], 0.0), 'mdm')], settings)
     assert 'only bits per character or byte' in note and 'the texts differ' in note
     assert [row['data'] for row in both] == ['accents', 'verse']
+    (runs / 'lines.txt').write_text(''.join(f'{i:04b}\n' for i in range(1000)))
+    for name, more in (('tenth', []), ('half', ['--val_share=0.5'])):
+        run('prepare.py', 'lines.txt', f'--name={name}', *more, cwd=runs)
+    _, note = evaluation.likelihood([a_run(Knowing([0] * 16, 3, 0.0), 'ar', name)
+                                     for name in ('tenth', 'half')], settings)
+    assert 'the texts differ' in note, 'other splits of one file'
 
 
 @pytest.mark.parametrize('text', ['abc ' * 33 + 'a', 'The cat\r\nsees.'])
@@ -556,6 +583,10 @@ def test_other_data_are_scored_byte_by_byte_whatever_their_tokens(runs, settings
     assert rows[1]['bits/byte'] == pytest.approx(
         math.log2(told['vocab_size']) * count['tokens'] / count['bytes'])
     assert count['tokens'] == len(load_split('told', 'val'))
+    train, _ = evaluation.likelihood(blind[1:], settings | {'data': 'told', 'split': 'train',
+                                                            'max_windows': 2})
+    own, _ = evaluation.likelihood(blind[1:], settings | {'split': 'train', 'max_windows': 2})
+    assert train[0]['nats/token'] == own[0]['nats/token']
 
 
 def test_the_mean_of_the_curves_is_the_bound(settings):
@@ -845,6 +876,11 @@ def test_a_report_of_another_shape_is_made_anew(tmp_path, text):
     assert json.loads((tmp_path / 'report.json').read_text()) == {'parts': section}
     evaluation.save_report({'order': section}, tmp_path)
     assert list(json.loads((tmp_path / 'report.json').read_text())) == ['parts', 'order']
+    evaluation.save_report({'curves': section | {'rows': [{'a': math.nan, 'b': [math.inf]}]}},
+                           tmp_path)
+    text = (tmp_path / 'report.json').read_text()
+    assert 'NaN' not in text and 'Infinity' not in text, 'no JSON'
+    assert json.loads(text)['curves']['rows'] == [{'a': None, 'b': [None]}]
 
 
 def test_a_damaged_config_json_is_no_run(runs, tmp_path):

@@ -209,6 +209,11 @@ def test_text8_is_cut_90_5_5_and_read_from_a_zip():
         archive.writestr('text8', text)
     meta = prepare.prepare('text8', source='text8.zip')
     assert meta['vocab_size'] == 27
+    damaged = bytearray(Path('text8.zip').read_bytes())
+    damaged[1000] ^= 1
+    Path('damaged.zip').write_bytes(damaged)
+    with pytest.raises(UserError, match='damaged.zip is damaged .*: delete it'):
+        prepare.prepare('text8', source='damaged.zip')
     tokenizer, n = prepare.load_tokenizer(meta), len(text)
     for split, part in (('train', text[:int(n * 0.9)]), ('val', text[int(n * 0.9):int(n * 0.95)]),
                         ('test', text[int(n * 0.95):])):
@@ -365,10 +370,20 @@ def test_long_sides_are_cut_where_the_answer_begins_and_ends():
     pairs = [('abcdefgh', 'ijklmn'), ('a', 'b'), ('', 'c'), ('abcdefg', 'h'), ('a', 'bcdefg')] * 5
     meta = prepare.prepare('talk', max_prompt=6, max_answer=5, truncate=True, **write_pairs(pairs))
     cut = [('cdefgh', 'ijklm'), ('a', 'b'), ('bcdefg', 'h'), ('a', 'bcdef')] * 5
+    assert meta['counts']['val']['characters'] == 1 + 5  # of what was kept
     assert texts_of(meta, 'train') + texts_of(meta, 'val') == cut
     count = meta['counts']['train']
     assert [count[k] for k in ('rows', 'empty', 'long')] == [18, 4, 13]
     assert [count['lengths'][side][-1] for side in ('prompt', 'answer')] == [8, 6]  # before cuts
+
+
+def test_characters_of_rows_are_those_of_the_text_whatever_the_tokenizer_makes_of_it(hub):
+    pairs = [(f'{i}', f'It IS  number {i} \u65e5') for i in range(40)]
+    meta = prepare.prepare('odd', tokenizer='hf:' + hub['bert'], **write_pairs(pairs))
+    for split, part in (('train', pairs[:36]), ('val', pairs[36:])):
+        answers = ''.join(answer for _, answer in part)
+        count = meta['counts'][split]
+        assert (count['characters'], count['bytes']) == (len(answers), len(answers.encode()))
 
 
 def is_val(document, share, seed):
@@ -1226,7 +1241,9 @@ def test_a_hub_tokenizer_gives_the_ids_that_transformers_gives(hub, like):
     if like == 'gpt2':  # no mask there: behind the tokens
         assert (meta['vocab_size'], meta['mask_id'], meta['eos_id']) == (len(theirs),) * 2 + (0,)
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    else:  # inside
+    else:  # inside; and EOS, which is [SEP], is read as the EOT that it stands for
+        assert tokenizer.decode(tokenizer.encode(f'a{EOT}{EOT}{text}')) == \
+            f'a{EOT}{EOT}{theirs.decode(theirs.encode(text, add_special_tokens=False))}'
         assert (meta['vocab_size'], meta['mask_id'], meta['eos_id']) == (len(theirs) - 1, 4, 3)
         assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)
 
