@@ -32,6 +32,7 @@ Letters here, and in the papers:
               ar x0 shifted by one
     t         time (B, 1) in (0, 1]; at t = 1 all is noise           t
     alpha     P(a token is kept at time t)                           alpha_t
+    q         distributions of the noise: q(xt | x0) of xt given x0  q
     w(t)      weight of time t in the bound                          -alpha'_t / (1 - alpha_t)
     level     the fraction of all tokens of a row that is noise, (B, 1): expected at t
               (noise_fraction) or counted; only networks with time_cond look at it
@@ -80,7 +81,7 @@ LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress',
 
 @dataclass
 class ModelConfig:
-    """The shape of a Transformer. A run gives all of it; its defaults are those of train.py."""
+    """The shape of a Transformer. A run sets all of it: the defaults of a run are train.py's."""
     vocab_size: int           # V = V' + 1: the real tokens and the mask
     block_size: int = 256     # context length, the largest T
     causal: bool = False      # position i sees 0..i (ar); False: every position sees all (mdm)
@@ -347,8 +348,8 @@ class Transformer(nn.Module):
             h = block(h, rope, cache, attn_mask, neighbours, condition)
         if cache is not None:
             cache.length += x.size(1)
-        h = h[:, :x.size(1) - self.config.shift]  # with shift the last predicts a token behind x
-        if where is not None:
+        h = h[:, :x.size(1) - self.config.shift]  # with shift the last is for a token behind x
+        if where is not None:  # (B, T): in block diffusion of the first half of h alone
             h = h[:, :where.size(1)][where]  # (M, C): with a large V the head is most of the work
         h = self.norm(h)
         return h if hidden else self.logits(h)
@@ -360,18 +361,18 @@ class Transformer(nn.Module):
         those of x. With shift a start token comes before them. Where the cache has one already, x
         must begin one token early, since its first output predicts the second token of x; `where`
         of forward() is then (B, T - 1).
-        In block diffusion two tokens share each position, and the caller says which. Then `where`
-        is about the first half of x alone, and neighbours are those that attn_mask lets it see.
+        In block diffusion two tokens share each position, and the caller gives `position`. Then
+        `where` is about the first half of x alone, and neighbours are those that attn_mask shows.
         """
         n_before = cache.length if cache is not None else 0  # tokens that were read before x
         if self.config.shift and n_before == 0:
             x = after_start(self, x)
-        if position is not None:
-            return x, position, visible_neighbours(position, attn_mask, self.config.n_conv)
-        end = n_before + x.size(1)
+        end = n_before + x.size(1) // (1 if position is None else 2)
         if end > self.config.block_size + self.config.shift:
             raise UserError(f'{end} tokens do not fit into the context of this model, '
                             f'block_size is {self.config.block_size}')
+        if position is not None:
+            return x, position, visible_neighbours(position, attn_mask, self.config.n_conv)
         return x, torch.arange(n_before, end, device=x.device), None
 
     def logits(self, h):
@@ -521,7 +522,7 @@ class Objective:
 
     A subclass defines corrupt(model, x0, given, rng) -> Noised, and may define corrupt_evenly.
     Both are scored alike by weighted_losses, which allows any token_loss and computes logits in
-    slices. In short it is
+    slices. In short, both steps are
 
         noised = corrupt(model, x0, given, rng)
         logits = model(noised.xt, noised.level, where=noised.scored)
@@ -533,8 +534,9 @@ class Objective:
     """
     # with a type: fields of the dataclass, filled from the settings of a run
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
-    loss_weight: str = 'elbo'        # elbo: w(t); clipped: min(w(t), w_max); flat: 1; masked_mean:
-    w_max: float = 5.0               # 1, and loss() divides by the number of masks
+    loss_weight: str = 'elbo'        # elbo: w(t); clipped: min(w(t), w_max); flat: 1;
+                                     # masked_mean: 1, and loss() divides by the number of masks
+    w_max: float = 5.0
     mask_range: tuple = (0.0, 1.0)   # of t in training; BERT's is (0.15, 0.15)
 
     # without a type: constants, which a subclass may replace. (BlockDiffusion gives block_length a
@@ -627,17 +629,17 @@ class MaskedDiffusion(Objective):
 
         nelbo per token = E over l, xt of     1 / l * sum over i of  is_mask[i] * -log p(x0[i] | xt)
 
+    Why the nelbo is a bound: write a row token after token, in a random order. The step that finds
+    l masks reveals one of them, any of them with probability 1/l: its expected loss is the mean of
+    -log p over the l masks. The row takes one such step for every l from L to 1, and so the nelbo
+    of the row, L times this mean over l, is the mean over all orders of the nll of writing the row
+    in that order. The probability of the row is the mean of its probabilities in all orders, and
+    minus the logarithm of a mean is at most the mean of minus the logarithms (Jensen's inequality).
+
     The second line is the first with t integrated out: for every l from 1 to L, the integral over t
     of 1/t * P(l masks | t) is 1/l. Its estimate varies less, and with uniform logits not at all.
     (In code its weight is L/l, since the losses of a row are divided by L later. A network with
     time_cond is shown l/L there, and 1 - alpha_t in training: to it the two lines differ a little.)
-
-    Why the nelbo is a bound: write a row token after token, in a random order. The step that finds
-    l masks reveals one of them, any of them with probability 1/l: its expected loss is the mean of
-    -log p over the l masks. The row takes one such step for every l from L to 1, and so the nelbo
-    is the mean, over all orders, of the nll of writing the row in that order. The probability of
-    the row is the mean of its probabilities in all orders, and minus the logarithm of a mean is at
-    most the mean of minus the logarithms (Jensen's inequality).
     """
     any_order = True
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')  # another default
@@ -650,9 +652,9 @@ class MaskedDiffusion(Objective):
         return Noised(xt, is_mask, self.training_weight(w), noise_fraction(1 - alpha, given))
 
     def corrupt_evenly(self, model, x0, given, rng):
-        is_mask, fraction = masks_by_count(given, rng)  # (B, T), (B, 1)
+        is_mask, fraction = masks_by_count(given, rng)  # (B, T); l / L, (B, 1)
         xt = torch.where(is_mask, model.mask_id, x0)
-        return Noised(xt, is_mask, 1 / fraction, noise_fraction(fraction, given))
+        return Noised(xt, is_mask, 1 / fraction, noise_fraction(fraction, given))  # weight L / l
 
 
 @dataclass

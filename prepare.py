@@ -801,7 +801,11 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
 
 
 def load_meta(dataset):
-    """What data/<dataset>/meta.json says. Raises UserError where it is missing or damaged."""
+    """What data/<dataset>/meta.json says. Raises UserError where it is missing or damaged.
+
+    Its keys are those of META_TYPES; counts has for each split its tokens, characters, bytes and,
+    of rows, what encode_rows() lists.
+    """
     path = Path('data', dataset, 'meta.json')
     if not path.is_file():
         hint = f'run python prepare.py {dataset}' if Path(dataset).stem == dataset else \
@@ -839,7 +843,7 @@ def load_split(dataset, split):
 def gather(data, starts, length, meta):
     """Windows (B, length) int64 of data (N,), in one read: window b begins at starts[b].
 
-    Raises UserError for ids outside the vocabulary, of V' real tokens and the mask, and for masks.
+    Raises UserError for an id that is the mask's, or larger than all of the vocabulary.
     """
     positions = np.asarray(starts)[:, None] + np.arange(length)  # (B, length)
     ids = data[positions].astype(np.int64)
@@ -851,8 +855,9 @@ def gather(data, starts, length, meta):
 
 
 # prompt SEP answer EOS PAD PAD PAD   a row in the file: meta['row_length'] tokens
-# ---------> end of the prompt        its width in a batch is the end of the row or, with
-# --------------------> end of the row  predict_pad, the end of the prompt + max_answer + 1
+# ---------> the end of its prompt
+# --------------------> its end
+# Its width in a batch is its end or, with predict_pad, the end of its prompt + max_answer + 1.
 
 
 def row_ends(rows, meta):
@@ -869,8 +874,8 @@ def row_ends(rows, meta):
 def row_widths(rows, meta, predict_pad=False):
     """How many tokens of each of rows (N, row_length) a model sees, (N,): all but PAD.
 
-    predict_pad: all answers are filled with PAD to the width of the longest and its EOS, so that
-    the width does not tell where an answer ends."""
+    predict_pad: every answer is filled with PAD to meta['max_answer'] + 1 tokens (the longest of
+    the data set, and EOS), so that the width does not tell where an answer ends."""
     prompt_ends, ends = row_ends(rows, meta)
     return prompt_ends + meta['max_answer'] + 1 if predict_pad else ends
 
@@ -909,9 +914,8 @@ def random_fraction(number, random_length):
     """The fraction for crop_batch: uniform in [0, 1) for a share random_length of batches, else 1.
 
     number: the seed of the batch."""
-    rng = np.random.default_rng([number, 1])  # independent of the windows, drawn from number alone
-    is_cropped = rng.random() < random_length
-    return rng.random() if is_cropped else 1.0
+    rng = np.random.default_rng([number, 1])  # not of `number` alone: that one draws the windows
+    return rng.random() if rng.random() < random_length else 1.0
 
 
 def evenly(n, limit):
@@ -944,7 +948,7 @@ class Stream:
                             f'{len(self.train):,} training tokens')
 
     def size(self, split):
-        """The size of a split in words."""
+        """The size of a split, as text to print."""
         return f'{self.scored(split):,} tokens'
 
     def scored(self, split):
@@ -1040,7 +1044,7 @@ class Rows:
         return self.tokens(split).reshape(-1, self.meta['row_length'])
 
     def size(self, split):
-        """The size of a split in words."""
+        """The size of a split, as text to print."""
         return f'{self.meta["counts"][split]["rows"]:,} rows'
 
     def scored(self, split):
@@ -1060,9 +1064,9 @@ class Rows:
         """Rows of one width, x0 (B, T) int64, and given (B, T) bool: True in the prompt, up to SEP.
 
         As in Stream.batch, they depend on the seed and on the arguments alone. With score_prompt
-        the prompt is predicted, too, and nothing is given. With predict_pad columns of PAD may be
-        cut off again, but never one that the longest answer needs: pad_curriculum keeps a fraction
-        of them that grows from 0 to 1, and random_length, in a share of the batches, a random one.
+        the prompt is predicted, too, and nothing is given. With predict_pad, of the columns behind
+        the longest answer, which hold PAD alone, only a fraction is kept: pad_curriculum lets it
+        grow from 0 to 1, and random_length keeps a random part of it, in a share of the batches.
         """
         epoch, i = divmod(update * micro_steps + micro_step, self.batches_per_epoch)
         x0, given = self.read('train', self.kept[self.epoch(epoch)[i]])

@@ -147,7 +147,8 @@ def filter_logits(logits, top_k, top_p):
         ranked, index = logits.sort(dim=-1, descending=True)
         p = ranked.softmax(-1)
         outside = p.cumsum(-1) - p >= top_p  # the likelier tokens hold top_p without this one
-        logits = logits.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
+        outside = outside.scatter(-1, index, outside)  # from ranks back to the order of the ids
+        logits = logits.masked_fill(outside, -torch.inf)
     return logits
 
 
@@ -199,11 +200,11 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 #
 #     x (B, T) int64        canvases, filled in place
 #     to_generate (B, T)    bool, the positions to fill; masks elsewhere are read and left as they
-#                           are. It is shared with run_decoder(), which ends a row that has
-#                           generated an EOS by setting it to False there
+#                           are. run_decoder() holds the same tensor: once a row has generated an
+#                           EOS, it sets the row to False, and the decoder fills it no further
 #     rng                   the torch.Generator of everything random
-#     **sampling            the keywords of probabilities(); decode_blocks and decode_guided, which
-#                           wrap a decoder that has them already, take it as `inner`
+#     **sampling            the keywords of probabilities(). (decode_blocks and decode_guided take
+#                           `inner` instead, a decoder to which its keywords are bound already.)
 #
 # After every step that changed something it yields `where, logits`: the positions (B, T) that its
 # pass predicted, and the logits (M, V) there. All but decode_ar call model(x, level, where=...),
@@ -232,12 +233,12 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
         a masked token is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t),
         s = t - 1/steps, and then drawn from p(x0 | xt)
 
-    Whether a token is revealed does not depend on the network, so that is drawn first: a step that
-    reveals nothing needs no pass, and one that does needs logits only where it does.
+    Which masks are revealed does not depend on the network, so they are drawn first: a step that
+    reveals none needs no pass, and any other step needs logits at these masks alone.
 
-    A d3pm model with subs=False gives the mask a probability p too, and before the last step a mask
-    is revealed less often: the posterior q(xs | xt, x0) at the prediction for x0 reveals one with
-    probability (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p)).
+    For later: a d3pm model with subs=False gives the mask a probability p too, and before the last
+    step a mask is revealed less often: the posterior q(xs | xt, x0) at the prediction for x0
+    reveals one with probability (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p)).
     """
     for alpha_t, alpha_s, level in reverse_steps(model, x, to_generate, steps, noise_schedule):
         u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
@@ -246,8 +247,8 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
         if not reveal.any():
             continue
         logits = model(x, level, where=reveal)  # (M, V), M to reveal
-        # with subs the mask has probability 0 already; d3pm may predict it
-        p = logits.float().softmax(-1)[:, model.mask_id]  # (M,), of the mask
+        # p (M,), of the mask
+        p = 0.0 if model.config.subs else logits.float().softmax(-1)[:, model.mask_id]
         logits[:, model.mask_id] = -torch.inf
         token = sample_token(logits, x, reveal, rng, **sampling)  # (M,)
         if not model.config.subs and alpha_s < 1:  # d3pm alone
@@ -443,8 +444,7 @@ def decode_ar(model, x, to_generate, rng, **sampling):
         logits = model(unread, cache=cache, where=last)  # (B, V)
         # last[:, -1:] (B, 1), all True: one position of each row
         token = sample_token(logits, x[:, :i], last[:, -1:], rng, **sampling)  # (B,)
-        where = torch.zeros_like(to_generate)
-        where[:, i] = to_generate[:, i]
+        where = to_generate & (torch.arange(x.size(1), device=x.device) == i)
         x[where] = token[where[:, i]]
         yield where, logits[where[:, i]]
 
@@ -801,10 +801,10 @@ def decode(run, rows, settings, eos_id=None, on_step=None):
 
 
 def keep_log_p(log_p, x, nfe, where, logits):
-    """An on_step, once log_p (B, T) is bound: writes there the log probability of each new token.
+    """An on_step, once log_p (B, T) is bound: keeps in it the log probability of each new token.
 
-    Every pass overwrites what it predicted, and the last of these passes wrote what stands there.
-    (Where a mask still stands, it means nothing.)
+    Every pass overwrites the entries of the positions that it predicted, so that a written token
+    has the entry of the pass that wrote it. (The entry of a mask means nothing.)
     """
     log_p[where.cpu()] = -cross_entropy(logits.float(), x[where]).cpu()  # (M,)
 
@@ -831,6 +831,7 @@ def complete(run, canvases, settings, eos_id=None, on_step=None, log_p=False):
         rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
         kept = torch.zeros(len(rows), T)  # log p of the tokens
         watcher = partial(keep_log_p, kept) if log_p else on_step if batch[0] == 0 else None
+        # neighbouring seeds are not independent, see mixed_seed(); one batch has the seed as it is
         seed = mixed_seed(settings['seed'], batch[0]) if batch[0] else settings['seed']
         x, nfe, seconds = decode(run, rows, settings | {'seed': seed}, eos_id, watcher)
         ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]

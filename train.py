@@ -11,8 +11,7 @@
 The first command takes 12 to 15 minutes on 2 CPU cores that have bfloat16 instructions (half an
 hour to an hour on others). It prepares the data set if that is missing and writes a run to out_dir:
 ckpt.pt (the weights), config.json, log.csv (evaluations), steps.csv (training losses) and loss.png
-(both). An interrupted run goes on with --resume as if nothing had
-happened.
+(both). An interrupted run goes on with --resume as if nothing had happened.
 
 In an update, each process of a torchrun works through batch_size * gradient_accumulation_steps
 windows of its own: 2 processes with gradient_accumulation_steps=1 train as 1 process with 2. With
@@ -99,8 +98,8 @@ time_cond = False           # show the network the noise level
 dropout = 0.0               # of what attention and mlp add, and of the embedding
 attn_dropout = 0.0          # of the weights of attention: slow on a CPU
 # objective
-objective = 'mdm'           # ar, mdm, d3pm, uniform, block. Of the rest of this group ar reads
-                            # nothing, and the others what names no objective, or theirs
+objective = 'mdm'           # ar, mdm, d3pm, uniform, block. Below, a line that names objectives
+                            # first is read by these alone, and every other one by all but ar
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
 loss_weight = 'clipped'     # of time t: elbo = w(t), clipped = min(w(t), w_max), flat = 1;
                             # masked_mean = 1, and the mean is over masked tokens alone.
@@ -195,8 +194,8 @@ class Muon(torch.optim.Optimizer):
                 by_shape[p.shape].append((p, p.grad.lerp(average, group['momentum'])))
             for (rows, columns), pairs in by_shape.items():
                 params, nesterov = zip(*pairs)
-                # rows of a tall orthogonal matrix have a length of about sqrt(columns / rows): this
-                # makes it 1, as it is in a wide one
+                # a row of a tall orthogonal matrix is about sqrt(columns / rows) long, and a row of
+                # a wide one 1: the factor makes both 1
                 rate = group['lr'] * max(1, rows / columns) ** 0.5
                 for p, direction in zip(params, orthogonalize(torch.stack(nesterov), self.dtype)):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
@@ -304,7 +303,8 @@ class Training:
                 dist.broadcast(p.detach(), 0)
         self.trackers = open_out_dir(s, self.steps) if self.rank == 0 and not s.bench else []
         self.flops_per_token = flops_per_token(vars(s), self.data)
-        self.peak = self.world * fastest_flops(self.device, self.dtype)  # FLOP/s
+        # FLOP/s, to judge by whether compiling pays, and for the progress bar
+        self.peak = self.world * fastest_flops(self.device, self.dtype)
 
 
 def join_processes(device):
@@ -509,7 +509,7 @@ def evaluate_now(run, s, learning_rate):
     with run.autocast():
         val, _ = mean_loss(run.data.batches('val', s.batch_size))
         train, _ = mean_loss(run.data.batches('train', s.batch_size, limit=4 * s.batch_size))
-    # training text: on other text, a model that overfits may be as far off and has not diverged
+    # of training text: on validation text, mere overfitting could look like divergence
     check_loss(run, s, train, 2, learning_rate)
     name = run.objective.measured
     run.log.append({
@@ -549,8 +549,8 @@ def write_rows(path, rows):
 def record_step(run, s, loss):
     """Appends an update to steps.csv, and reports it to the trackers.
 
-    loss: of its batches, in nats per token, weighted as in training. It estimates what log.csv has
-    of ar alone, or with loss_weight='elbo' and mask_range=(0, 1).
+    loss: of its batches, in nats per token, weighted as in training. Only for ar, or with
+    loss_weight='elbo' and mask_range=(0, 1), does it estimate the losses in log.csv.
     """
     rates = {f'lr_{type(o).__name__.lower()}': o.param_groups[0]['lr'] for o in run.optimizers}
     numbers = {'weighted_loss': loss, 'gradient_norm': run.gradient_norm.item(), **rates,
@@ -688,7 +688,7 @@ def train(run, s):
     # weights and not others; so it is finished first, and saved.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: run.caught.append(number))
-    while run.iteration <= s.max_iters:  # a last time without an update, to evaluate and save
+    while True:  # at max_iters it evaluates and saves a last time, and leaves
         factor = lr_factor(run.iteration, s.max_iters, s.warmup_iters, s.lr_schedule)
         due = run.iteration % s.eval_interval == 0 or run.iteration == s.max_iters
         # a run that is resumed here has logged this evaluation already
@@ -768,8 +768,8 @@ def show_sample(run, s):
 
 
 def main():
-    # the defaults above, changed by the words of the command line; again below, where another run
-    # has other defaults
+    # the settings above, changed by the words of the command line. With resume or init_from the
+    # same words are applied once more, below, to the settings of that run
     s = SimpleNamespace(**config.override(globals()))
     if Path(s.out_dir, 'ckpt.pt').exists() and not (s.resume or s.overwrite or s.bench):
         raise UserError(f'{s.out_dir} holds a run already: --resume goes on with it, --overwrite '
@@ -780,7 +780,7 @@ def main():
         if gone := [name for name, off in GONE.items() if before.get(name, off) != off]:
             raise UserError(f'{s.out_dir} was trained with {gone[0]}, which train.py has no more: '
                             'sample from it as it is, or train anew with --overwrite')
-        s = SimpleNamespace(**config.override(globals(), earlier=before))
+        s = SimpleNamespace(**config.override(globals(), earlier=before | {'out_dir': s.out_dir}))
         for name in ('objective', 'init_from'):
             require(name, vars(s)[name], vars(s)[name] == before.get(name, ''), 'that of the run')
     elif s.init_from:  # with its shape

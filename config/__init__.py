@@ -93,11 +93,13 @@ def override(settings, argv=None, inherited=None, names=(), earlier={}):
     """Applies config files and --name=value words to `settings`, the globals() of a script.
 
     argv: the words, by default those of the command line. A config file also sets out_dir to
-    out/<its name>, unless it or a later word sets out_dir. names: settings of another script, the
-    module `inherited`, which are taken too, and only returned (by eval.py, of sample.py). earlier:
-    {name: value} of another run (one that is resumed, or whose shape this one takes) in place of
-    the defaults; the words change these. Returns {name: value} of all settings. Also installs
-    show_one_line, and lets a console print '?' for a character that it lacks.
+    out/<its name>, unless it or a later word sets out_dir.
+    names, inherited: settings of another script, and its module: eval.py takes those of decoding
+    from sample.py. They are returned, but not written into `settings`.
+    earlier: {name: value} of another run (one that is resumed, or whose shape this one takes), in
+    place of the defaults; the words change these.
+    Returns {name: value} of all settings. Also installs show_one_line, and lets a console print '?'
+    for a character that it lacks.
     """
     sys.excepthook = show_one_line
     for stream in filter(lambda s: hasattr(s, 'reconfigure'), (sys.stdout, sys.stderr)):
@@ -154,7 +156,7 @@ def convert(name, value, default, from_text):
 
 
 def read_config(path):
-    """{name: value} of a config file, which is run as Python. Raises UserError."""
+    """{name: value} of a config file, run as Python, without imported modules. Raises UserError."""
     if not os.path.isfile(path):
         raise UserError(f'there is no config file {path!r} (a setting is written --name=value)')
     try:

@@ -1778,6 +1778,8 @@ BAD = [
     (['--start=100€'], "'€'"), (['--start=' + 'a' * CONTEXT], 'fills the context'),
     (['--start=a', f'--gen_length={CONTEXT}'], f'block_size is {CONTEXT}'),
     (['--start=' + 'a' * 99], 'fills the context'),
+    (['--out_dir=mdm', '--corrupt=' + 'a' * 25], f'block_size is {CONTEXT}'),
+    (['--out_dir=block', '--corrupt=' + 'a' * 25], f'block_size is {CONTEXT}'),
     (['--template=To be'], 'with a blank'), (['--template=To [___:0]'], '0 tokens wide'),
     (['--template=[___:25]'], f'block_size is {CONTEXT}'), (['--template=€[_]'], "'€'"),
     (['--template=[_]', '--start=a'], 'leave out start'),

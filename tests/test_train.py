@@ -624,6 +624,17 @@ def test_configurations_have_the_parameters_they_say(path):
     assert model.count_parameters() == header_count(path)
 
 
+def test_a_run_that_was_moved_is_resumed_where_it_is(verse):
+    """Although its checkpoint remembers the folder in which it was."""
+    train(verse, *TINY, '--max_iters=2', '--out_dir=out/before')
+    moved = verse / 'out/shakespeare_mdm'  # the default
+    shutil.rmtree(moved, ignore_errors=True)
+    shutil.move(verse / 'out/before', moved)
+    train(verse, '--resume', '--max_iters=4')
+    assert load_checkpoint(moved)['iter'] == 4 and not (verse / 'out/before').exists()
+    assert json.loads((moved / 'config.json').read_text())['out_dir'] == 'out/shakespeare_mdm'
+
+
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.name)
 def test_configurations_train_one_step_shrunk(path, pairs):
     tiny = ROWS if settings_of(path)['dataset'] in ('multi30k', 'opus_books') else TINY
