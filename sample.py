@@ -588,8 +588,8 @@ class Guided:
         self.config, self.mask_id = model.config, model.mask_id
 
     def __call__(self, x, level=None, *, where):
-        xt = torch.where(self.given, self.mask_id, x)  # its level is counted by the model
-        blind, seeing = self.model(xt, where=where), self.model(x, level, where=where)
+        xt = torch.where(self.given, self.mask_id, x)
+        blind, seeing = self.model(xt, where=where), self.model(x, where=where)  # levels: counted
         logits = blind + (self.guidance + 1) * (seeing - blind)
         if self.config.subs:
             logits[..., self.mask_id] = -torch.inf  # inf - inf is nan
