@@ -101,7 +101,7 @@ MOST_DRAWS = 64        # draws of a bound, even if its standard error is still a
 N_LEVELS, N_PLACES = 16, 16  # points of the two curves of likelihood.png
 # settings that seeds of one configuration may change
 MAY_DIFFER = ('seed', 'out_dir', 'resume', 'overwrite', 'init_from', 'eval_interval', 'keep_best',
-              'log_interval', 'eval_repeats', 'wandb_run_name')
+              'log_interval', 'eval_repeats', 'wandb_run_name', 'compile')
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
           '#882255')   # distinct for the colour-blind; printed in grey, the markers are
 MARKERS = '*s^Dv<>Po'

@@ -938,7 +938,8 @@ class Stream:
         self.tokens = cache(partial(load_split, dataset))  # tokens(split) -> memmap of ids (N,)
         self.train = self.tokens('train')[:train_tokens or None]
         self.tokens_per_epoch = len(self.train)
-        self.tokens_per_batch, self.mean_width = batch_size * block_size, block_size
+        self.mean_width = block_size - random_length * (block_size - 1) / 2
+        self.tokens_per_batch = batch_size * self.mean_width
 
     def check(self):
         """Raises UserError where val is missing or the training text is shorter than a window."""
@@ -1113,9 +1114,9 @@ def open_data(dataset, block_size, batch_size, seed=0, *, random_length=0.0, tra
               predict_pad=False, score_prompt=False, row_share=1.0, pad_curriculum=0):
     """The Stream or Rows of data/<dataset>; both have the same methods to train and evaluate.
 
-    Both also have tokens_per_epoch, tokens_per_batch and mean_width, the columns of a batch: of
-    Rows the last two are means. The other arguments are settings of train.py. Raises UserError
-    where one is for the other layout.
+    Both also have tokens_per_epoch and, as means, tokens_per_batch and mean_width, the columns of a
+    batch. The other arguments are settings of train.py. Raises UserError where one is for the other
+    layout.
     """
     meta = load_meta(dataset)
     common = (dataset, meta, block_size, batch_size, seed, random_length)

@@ -458,7 +458,8 @@ def compile_model(run, s):
     tokens = run.tokens_per_update * (s.bench or s.max_iters - run.iteration)
     seconds = tokens * run.flops_per_token / (0.25 * run.peak)  # a quarter of peak is usual
     on, why = compile_or_not(s.compile, run.device, run.dtype, run.data, seconds)
-    print(f'compile: {"on" if on else "off"} ({why})')
+    s.compile = 'on' if on else 'off'  # in ckpt.pt, so that a resumed run ends in the same bits
+    print(f'compile: {s.compile} ({why})')
     if on:
         run.compiled = torch.compile(run.model)
         try:
@@ -468,7 +469,7 @@ def compile_model(run, s):
                 nats, _ = run.objective.loss(run.compiled, x0, rng, given, **annealed(run, s, x0))
                 nats.backward()
         except Exception as e:  # of many kinds: no headers, no space, a bug of the compiler
-            run.compiled = run.model
+            run.compiled, s.compile = run.model, 'off'
             print(f'torch.compile failed ({type(e).__name__}): going on without it')
         run.model.zero_grad()
 
@@ -528,7 +529,8 @@ def evaluate_now(run, s, learning_rate):
 def check_loss(run, s, loss, highest, learning_rate):
     """Raises UserError if a training loss is nan, or `highest` times that of a uniform guess.
 
-    highest: 2 for an evaluation; 10 for an update, whose few batches make a noisy loss.
+    highest: 2 for an evaluation; 10 for an update, whose few batches make a noisy loss; inf with
+    loss_weight='elbo', by which one token of a row with few masks may count 1/t.
     Before the first checkpoint, nothing is trained yet that could diverge.
     """
     # "not <=", since nan is neither above nor below
@@ -691,10 +693,11 @@ def train(run, s):
     while True:  # at max_iters it evaluates and saves a last time, and leaves
         factor = lr_factor(run.iteration, s.max_iters, s.warmup_iters, s.lr_schedule)
         due = run.iteration % s.eval_interval == 0 or run.iteration == s.max_iters
-        # a run that is resumed here has logged this evaluation already
-        if due and not (run.log and int(run.log[-1]['iter']) == run.iteration):
+        # a run that is resumed here may have logged this evaluation already
+        due = due and not (run.log and int(run.log[-1]['iter']) == run.iteration)
+        if due:
             bar.write(evaluate_now(run, s, factor * s.learning_rate))
-        if (due or stop) and run.saved_at != run.iteration:
+        if due or stop and run.saved_at != run.iteration:
             save(run, s)
             if due and s.decode_rows and run.rank == 0:
                 write_answers(run, s)
@@ -709,7 +712,8 @@ def train(run, s):
         to_record = run.iteration % s.log_interval == 0
         if to_record or stop:
             loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: now and then
-            check_loss(run, s, loss, 10, factor * s.learning_rate)
+            highest = math.inf if s.loss_weight == 'elbo' else 10
+            check_loss(run, s, loss, highest, factor * s.learning_rate)
         run.seconds += time.perf_counter() - began  # with that wait
         run.speed = (run.tokens - tokens_before) / (run.seconds - seconds_before)
         bar.update()

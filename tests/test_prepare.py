@@ -890,6 +890,8 @@ def test_random_lengths_are_as_many_as_asked():
     data = prepare.open_data('s', 32, 4, random_length=0.5)
     seen = [data.batch(i)[0].size(1) for i in range(150)]
     assert 55 < seen.count(32) < 95 and len(set(seen)) > 24 and max(seen) == 32
+    assert data.mean_width == 0.5 * 32 + 0.5 * sum(range(1, 33)) / 32
+    assert data.tokens_per_batch == 4 * data.mean_width == pytest.approx(4 * np.mean(seen), rel=0.1)
 
 
 def test_what_a_stream_says_of_itself():

@@ -226,6 +226,14 @@ def test_the_best_weights_are_kept(verse, monkeypatch):
         run('sample.py', f'--out_dir=out/{name}', f'--ckpt={ckpt}', *words, cwd=verse).stdout
         for name, ckpt in (('third', 'last'), ('best', 'best'), ('best', 'last')))
     assert third.splitlines()[:-1] == of_best.splitlines()[:-1] != of_last.splitlines()[:-1]
+    log = (out / 'log.csv').read_text().splitlines(keepends=True)
+    (out / 'log.csv').write_text(''.join(log[:-1]))  # as of a run stopped before it was evaluated
+    losses = iter([2.5, 0, 0])
+    with monkeypatch.context() as patch:
+        patch.setattr('model.evaluate', lambda *args, **options: (next(losses), math.nan))
+        train(verse, '--out_dir=out/best', '--resume')
+    assert load_checkpoint(out, ckpt='best')['iter'] == 9 and load_checkpoint(out)['best'] == 2.5
+    shutil.copy(verse / 'out/third/ckpt.pt', out / 'best.pt')
     for ckpt, updates in (('best', 3), ('last', 9)):
         done = run('eval.py', '--out_dir=out/best', f'--ckpt={ckpt}', '--repeats=2',
                    '--target_se=0', cwd=verse)
@@ -235,6 +243,17 @@ def test_the_best_weights_are_kept(verse, monkeypatch):
         done = run(name, '--out_dir=out/best', '--ckpt=best', cwd=verse)
         assert_one_line(done, 'not a run with keep_best: it holds no best.pt')
         assert_one_line(run(name, '--out_dir=out/best', '--ckpt=b', cwd=verse), 'last, best')
+
+
+def test_a_rare_level_is_no_divergence():
+    """With the weight of the bound one token may count 1/t; nan is none of that."""
+    run_ = types.SimpleNamespace(saved_at=0, iteration=5,
+                                 data=types.SimpleNamespace(meta={'vocab_size': 9}))
+    s = types.SimpleNamespace(out_dir='x')
+    script.check_loss(run_, s, 45.0, math.inf, 0.01)
+    for loss, highest in ((45.0, 10), (math.nan, math.inf)):
+        with pytest.raises(UserError, match='diverged'):
+            script.check_loss(run_, s, loss, highest, 0.01)
 
 
 def test_a_signal_in_the_last_evaluation_stops_the_run(verse, monkeypatch):
@@ -517,6 +536,10 @@ def test_training_goes_on_without_a_compiler_that_fails(verse, monkeypatch):
     assert f'compile: on (as set)\n{failed}\n' in said
     a, b = (weights(verse / 'out' / name) for name in ('plain', 'fails'))
     assert all(torch.equal(a[k], b[k]) for k in a)
+    assert load_checkpoint(verse / 'out/fails')['config']['compile'] == 'off', 'also when resumed'
+    said = train(verse, *words, '--out_dir=out/auto', '--compile=auto')
+    assert 'compile: off (it costs' in said
+    assert load_checkpoint(verse / 'out/auto')['config']['compile'] == 'off'
 
 
 def test_a_checkpoint_with_settings_of_another_kind_resumes(verse):
