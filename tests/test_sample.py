@@ -1181,7 +1181,7 @@ def test_guidance_agrees_with_a_naive_loop(guidance, time_cond):
     plain, n = decode_confidence(model, x, steps=6, temperature=0, generator=noise_source())
     assert n == 6 and torch.equal(plain[2], y[2]), 'nothing is given, so nothing is to be followed'
     assert not torch.equal(plain[:2], y[:2])
-    for name in ('ancestral-linear', 'remdm-linear'):  # whose levels are expected, where guidance counts them
+    for name in ('ancestral-linear', 'remdm-linear'):  # their levels are expected, not counted
         found = [decode_guided(model, x[2:], inner=partial(DECODERS[name], steps=6),
                                guidance=strength, generator=noise_source())[0]
                  for strength in (0.0, 50.0)]
