@@ -587,10 +587,8 @@ def ordered_nll(model, x0, order):
     x0, order int64 (B, T). order: a permutation of the positions, and order[0] is revealed first.
     One pass per token. The mean over all orders is mdm's nelbo [2110.02037].
     """
-    rank, nats = order.argsort(dim=1), 0.0  # rank (B, T): when each position is revealed
-    for i in range(x0.size(1)):
-        nats += token_nll(model, x0, rank >= i, rank == i).sum(1)
-    return nats
+    rank = order.argsort(dim=1)  # (B, T): when each position is revealed
+    return sum(token_nll(model, x0, rank >= i, rank == i).sum(1) for i in range(x0.size(1)))
 
 
 def orders(runs, settings):
@@ -1075,12 +1073,11 @@ def token_by_token(run, x, rate):
     rate: the share of wrong tokens, the noise level of uniform diffusion.
     """
     model, x = run.model, x.to(run.model.device)
-    nowhere = torch.zeros_like(x, dtype=torch.bool)
     if run.objective.exact:
         return run.objective.token_bounds(model, x, None).cpu()  # its nll: AR draws nothing
     if not run.objective.masks:
         level = torch.full((len(x), 1), rate, device=x.device)
-        return token_nll(model, x, nowhere, ~nowhere, level).cpu()
+        return token_nll(model, x, x < 0, x >= 0, level).cpu()  # no masks, and all are scored
     eighth = torch.arange(x.size(1), device=x.device).expand_as(x) % 8  # (B, T)
     return sum(token_nll(model, x, eighth == k, eighth == k) for k in range(8)).cpu()
 

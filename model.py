@@ -244,16 +244,17 @@ class LocalMixing(nn.Module):
         self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
 
     def forward(self, x, cache, neighbours):
-        """x (B, T, C). For later: a cache; neighbours, None but in block diffusion."""
+        """x (B, T, C). For later: a cache, which knows this LocalMixing by its number i;
+        neighbours, None but in block diffusion."""
         (B, T, C), K = x.shape, len(self.weight)
         if neighbours is not None:
             shifted = [x[:, j].where(found, 0) for j, found in neighbours]
         else:
             before = x.new_zeros(B, self.past, C) if cache is None else \
                 cache.neighbours(self.i, x, self.past)
-            h = torch.cat([before, x, x.new_zeros(B, K - 1 - self.past, C)], dim=1)
-            shifted = [h[:, k:k + T] for k in range(K)]
-        return x + sum(w * h for w, h in zip(self.weight, shifted))  # K x (B, T, C)
+            padded = torch.cat([before, x, x.new_zeros(B, K - 1 - self.past, C)], dim=1)
+            shifted = [padded[:, k:k + T] for k in range(K)]  # K x (B, T, C)
+        return x + sum(w * h for w, h in zip(self.weight, shifted))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -265,8 +266,7 @@ class Block(nn.Module):
 
     def __init__(self, c, layer):
         super().__init__()
-        n_mixing = 2 if c.n_conv else 0
-        self.mixing = nn.ModuleList(LocalMixing(c, 2 * layer + i) for i in range(n_mixing))
+        self.mixing = nn.ModuleList(LocalMixing(c, 2 * layer + i) for i in (0, 1) if c.n_conv)
         self.norm1, self.attn = make_norm(c), Attention(c, layer)
         self.norm2, self.mlp = make_norm(c), MLP(c)
         self.drop = nn.Dropout(c.dropout)
@@ -357,10 +357,11 @@ class Transformer(nn.Module):
     def place(self, x, cache, position, attn_mask):
         """For later: (x; where its tokens stand, (T,); neighbours for local mixing, or None).
 
-        Tokens stand one after the other, behind those of the cache, a KVCache, which also takes
-        those of x. With shift a start token comes before them. Where the cache has one already, x
-        must begin one token early, since its first output predicts the second token of x; `where`
-        of forward() is then (B, T - 1).
+        Tokens stand one after the other, behind those of the cache (a KVCache, to which the layers
+        add those of x). With shift, the first pass puts a start token before x, whose output
+        predicts the first token of x. In a later pass no output would: x must begin one token
+        before the first that is to be predicted, and `where` of forward(), which is then
+        (B, T - 1), begins at that first one.
         In block diffusion two tokens share each position, and the caller gives `position`. Then
         `where` is about the first half of x alone, and neighbours are those that attn_mask shows.
         """
@@ -522,7 +523,7 @@ class Objective:
 
     A subclass defines corrupt(model, x0, given, rng) -> Noised, and may define corrupt_evenly.
     Both are scored alike by weighted_losses, which allows any token_loss and computes logits in
-    slices. In short, both steps are
+    slices. Without these, and with corrupt_evenly for corrupt in evaluation, both lines above are
 
         noised = corrupt(model, x0, given, rng)
         logits = model(noised.xt, noised.level, where=noised.scored)

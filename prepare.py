@@ -472,11 +472,6 @@ def split_of(document, ends, seed):
     return next(split for split, end in ends.items() if u < end)
 
 
-def drawn_for(split, read, ends, seed):
-    """The documents of read() that split_of() puts into this split."""
-    return (document for document in read() if split_of(document, ends, seed) == split)
-
-
 def open_splits(recipe, texts, kind, val_share, seed):
     """{split: function that yields its pieces of a stream, or its (prompt, answer)s}.
 
@@ -489,7 +484,8 @@ def open_splits(recipe, texts, kind, val_share, seed):
         require('val_share', val_share, '' in splits, '0 for data that has its own val')
         whole = partial(cut_documents, splits['']) if stream else splits['']
         ends = {'train': 1 - val_share, 'val': 1} if val_share else recipe['splits']
-        splits = {split: partial(drawn_for, split, whole, ends, seed) for split in ends}
+        splits = {split: lambda split=split: (item for item in whole() if split_of(
+            item, ends, seed) == split) for split in ends}
     elif '' in splits:
         splits = cut_splits(splits[''], recipe['splits'], stream)
 
@@ -948,10 +944,6 @@ class Stream:
             raise UserError(f'block_size is {self.block_size}, but data/{self.dataset} has only '
                             f'{len(self.train):,} training tokens')
 
-    def size(self, split):
-        """The size of a split, as text to print."""
-        return f'{self.scored(split):,} tokens'
-
     def scored(self, split):
         """How many tokens of a split an evaluation scores: all."""
         return self.meta['counts'][split]['tokens']
@@ -1043,10 +1035,6 @@ class Rows:
     def rows(self, split):
         """All rows of a split, a memmap (N, row_length)."""
         return self.tokens(split).reshape(-1, self.meta['row_length'])
-
-    def size(self, split):
-        """The size of a split, as text to print."""
-        return f'{self.meta["counts"][split]["rows"]:,} rows'
 
     def scored(self, split):
         """How many tokens of a split an evaluation scores: answers, EOS, and PAD if predicted."""

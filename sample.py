@@ -18,8 +18,8 @@ make_decoder and run_decoder.
     loop      run_decoder: runs a decoder, counts the passes of the network, ends rows at EOS
     text      complete: the ids of each canvas up to its EOS, which the tokenizer decodes
 
-At a first reading go from top to bottom: a token, the decoders (remdm is the default of masked
-diffusion by mdm; decode_ar needs model.py's KVCache), the loop around them, canvases, text. Skip
+At a first reading go from top to bottom: a token, the decoders (remdm is the default of
+objective=mdm; decode_ar needs model.py's KVCache), the loop around them, canvases, text. Skip
 blocks and guidance (in make_decoder take size, cached and guidance as not set), the lengths of
 answers, and the pictures; of the command line, make_canvases and main() close the circle.
 
@@ -196,7 +196,7 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 # -------------------------------------------------------------------------------------- decoders
 #
 # What all decoders have in common; decode_ancestral is the first to read with it.
-# decode_name(model, x, to_generate, rng, *, its own settings, **sampling) is a generator.
+# decode_<name>(model, x, to_generate, rng, *, its own settings, **sampling) is a generator.
 #
 #     x (B, T) int64        canvases, filled in place
 #     to_generate (B, T)    bool, the positions to fill; masks elsewhere are read and left as they
@@ -408,11 +408,12 @@ def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts
 
 
 def window_start(i, size):
-    """The first of the at most `size` tokens (or blocks) that are read to write the i-th.
+    """Where the window begins, whose tokens (or blocks) up to i - 1 are read to write the i-th.
 
-    The window drops its older half whenever it is full: with size = 8 it begins at 0 for i = 0..7,
-    at 4 for 8..11, at 8 for 12..15. That follows from i alone, so that a text does not depend on
-    where its prompt ended. Place is left for one more: the start token, or the i-th block itself.
+    It drops its older half whenever it is full: with size = 8 it begins at 0 for i = 0..7, at 4 for
+    8..11, at 8 for 12..15. It holds size - 1 at most, which leaves place for the start token, or
+    for the i-th block itself. It follows from i alone, so that a text does not depend on where its
+    prompt ended.
     """
     half = (size + 1) // 2
     return 0 if i < size else ((i - size) // half + 1) * half
@@ -425,9 +426,9 @@ def decode_ar(model, x, to_generate, rng, **sampling):
     in the KV cache, mostly one. A canvas longer than the context is read through a window, the
     start token and x[:, begin:i]. With masks at 3, 4 and 8, and a context of 8:
 
-        i = 3    begin = 0    the cache is empty             unread: start, x0, x1, x2
-        i = 4    begin = 0    it holds start, x0, x1, x2     unread: x3
-        i = 8    begin = 4    the window moved: it is empty  unread: start, x4, x5, x6, x7
+        i = 3    begin = 0    the cache is empty               unread: start, tokens 0, 1, 2
+        i = 4    begin = 0    it holds start, tokens 0, 1, 2   unread: token 3
+        i = 8    begin = 4    the window moved: it is empty    unread: start, tokens 4, 5, 6, 7
     """
     cache, begin = KVCache(model.config, len(x), x.device), 0  # begin: of the window in the canvas
     for i in to_generate.any(0).nonzero()[:, 0].tolist():
@@ -463,7 +464,7 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
     Temperature and the filters shape p. At temperature 0 all of p is on the likeliest token, and
     the last step, where alpha_s = 1, takes it; the steps before it still sample noise.
     """
-    generated, n_real = to_generate.clone(), model.mask_id  # V', the number of real tokens
+    generated, n_real = to_generate.clone(), model.mask_id  # V': here the mask is the last id
     to_generate[:] = False  # or run_decoder() would end rows at an EOS that may still change
     noise = torch.randint(n_real, x.shape, generator=rng, device=rng.device).to(x.device)
     x[generated] = noise[generated]
@@ -665,7 +666,7 @@ class Counted:
 
 
 def end_rows(x, to_generate, may_end, eos_id, mask_id):
-    """Ends the rows that have generated an eos_id where they may, with no mask before it, in place.
+    """Ends, in place, rows that have generated an eos_id where may_end, with no mask before it.
 
     All that was to be generated behind it becomes eos_id, and to_generate is cleared in the row.
     """
@@ -743,11 +744,10 @@ def template_canvas(template, tokenizer, mask_id):
     touches a blank may get other tokens than it has inside a text, so put blanks at spaces.
     """
     first, *pieces = BLANK.split(template)  # first text, then in turn a width and a text
-    require('template', template, pieces, 'one with a blank: [___], or [___:9] for 9 tokens')
     ids = tokenizer.encode(first)
     for width, text in zip(pieces[::2], pieces[1::2]):
         ids += [mask_id] * int(width or BLANK_WIDTH) + tokenizer.encode(text)
-    require('template', template, mask_id in ids, 'one with a blank that is not 0 tokens wide')
+    require('template', template, mask_id in ids, 'one with a blank, not 0 tokens wide: [___:9]')
     return ids
 
 
@@ -810,7 +810,10 @@ def keep_log_p(log_p, x, nfe, where, logits):
 
 
 def end_of(ids, canvas, eos_id, mask_id):
-    """The number of ids before the first eos_id among the masks with which the canvas ends."""
+    """How many ids are text: those before the first eos_id in the masks with which a canvas ends.
+
+    Without one, as many as the canvas has; ids may have more, up to the longest of the batch.
+    """
     begin = len(canvas) - sum(1 for _ in takewhile(mask_id.__eq__, reversed(canvas)))
     written = ids[begin:len(canvas)]
     return begin + written.index(eos_id) if eos_id in written else len(canvas)
@@ -911,7 +914,7 @@ def predict_lengths(model, x, name, quantile, eos_id):
     if name not in ('argmax', 'quantile'):
         return model.length_head.predict(model, x, quantile)
     is_mask = x == model.mask_id
-    logits = model(x, is_mask.float().mean(1, keepdim=True), where=is_mask)  # (B * W, V)
+    logits = model(x, where=is_mask)  # (B * W, V)
     eos = logits.float().log_softmax(-1)[:, eos_id].view(len(x), -1)  # (B, W)
     held = eos.softmax(1).cumsum(1)  # (B, W)
     return eos.argmax(1) + 1.0 if name == 'argmax' else first_to_hold(held, quantile)
@@ -1006,7 +1009,10 @@ def first_answers(run, data, n, settings):
 
 
 def make_canvases(run, prompts, settings):
-    """(a canvas for each (kind, text), and as crop_to_predicted(): predicted, passes, seconds)."""
+    """(a canvas for each (kind, text), predicted lengths of answers or None, passes, seconds).
+
+    passes, seconds: what the prediction took, 0 where there is none.
+    """
     if run.meta['sep_id'] is None:
         for name, usual in (('length', 'auto'), ('length_candidates', 1)):
             require(name, settings[name], settings[name] == usual,
@@ -1086,8 +1092,7 @@ def without_repeated_words(text):
 
 def main():
     settings = config.override(globals())
-    can_save = Path(save).suffix in SAVERS and Path(save).parent.is_dir()
-    require('save', save, not save or can_save,
+    require('save', save, not save or Path(save).suffix in SAVERS and Path(save).parent.is_dir(),
             f'a file ending in one of {", ".join(SAVERS)}, in a folder that is there')
     require('watch', watch, not (watch and json), 'False with json')
     is_run = not corrupt or (Path(out_dir) / 'ckpt.pt').is_file()

@@ -98,23 +98,25 @@ time_cond = False           # show the network the noise level
 dropout = 0.0               # of what attention and mlp add, and of the embedding
 attn_dropout = 0.0          # of the weights of attention: slow on a CPU
 # objective
-objective = 'mdm'           # ar, mdm, d3pm, uniform, block. Below, a line that names objectives
-                            # first is read by these alone, and every other one by all but ar
+objective = 'mdm'           # ar, mdm, d3pm, uniform, block. Of the settings below, one whose
+                            # comment begins with objectives ("d3pm:") is read by these alone, the
+                            # others by all objectives but ar
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
 loss_weight = 'clipped'     # of time t: elbo = w(t), clipped = min(w(t), w_max), flat = 1;
                             # masked_mean = 1, and the mean is over masked tokens alone.
                             # uniform scores all tokens, not noise alone: each weight is then
                             # multiplied by 1 - alpha_t, the share of noise
 w_max = 5.0                 # for loss_weight = clipped
-mask_range = (0.15, 0.99)   # of t in training, with the linear schedule the share of masks: below
-                            # it, a row has few masks to learn from; at 1 it has no text
+mask_range = (0.15, 0.99)   # from which t is drawn in training (with the linear schedule t is the
+                            # share of masks): at small t a row has few masks to learn from, at
+                            # t = 1 no text is left
 diffusion_steps = 1000      # d3pm: N, from all masks to none
 subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
-shift = False               # mdm, d3pm: predict token i where token i - 1 is read, as ar does, and
-                            # so a DiffuGPT
+shift = False               # mdm, d3pm: predict token i where token i - 1 is read, as ar and the
+                            # hub's DiffuGPT do
 attn_anneal = 0             # mdm, d3pm: updates over which the attention of init_from, an ar run,
-                            # opens: later tokens are visible with a growing probability; 0 = all
-                            # are from the start
+                            # opens: each later token is visible with a probability that grows from
+                            # 0 to 1; 0 = all are visible from the start
 block_length = 16           # block: tokens per block
 # length prediction: train a head that predicts the length of an answer on the frozen run init_from
 length_head = ''            # regress_mean, regress_concat, classify, encoder_regress,
@@ -647,8 +649,8 @@ def annealed(run, s, x0):
 def update(run, s, factor):
     """One update: data, corruption and loss, backward, clip, step.
 
-    factor: of lr_factor(). Returns sums (3,) over all batches and processes: nats, tokens that
-    count, and, with several processes, signals that any of them caught.
+    factor: of lr_factor(). Sets run.gradient_norm, that before clipping. Returns sums (3,) over all
+    batches and processes: nats, tokens that count and, with several processes, signals caught.
     """
     sums = torch.zeros(3, device=run.device)  # nats, tokens that count, signals
     for i in range(run.rank, run.micro_steps, run.world):  # micro-steps of this process
@@ -749,7 +751,7 @@ def print_final_loss(run, s):
     unit = run.objective.unit
     bits = f', {nats / math.log(2):.4f} bits/token' if unit else ''
     print(f'{run.objective.measured} {nats:.4f}{spread}{unit}{bits} on the validation split '
-          f'({run.data.size("val")} of {run.data.meta["source"]}), in float32')
+          f'({run.data.scored("val"):,} tokens of {run.data.meta["source"]}), in float32')
 
 
 def show_sample(run, s):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 127, 'prepare.py': 733, 'model.py': 714, 'train.py': 562,
-           'sample.py': 805, 'eval.py': 932, 'data/*.py': 105}
+BUDGETS = {'config/__init__.py': 127, 'prepare.py': 728, 'model.py': 713, 'train.py': 562,
+           'sample.py': 803, 'eval.py': 929, 'data/*.py': 105}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 
