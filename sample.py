@@ -744,10 +744,11 @@ def template_canvas(template, tokenizer, mask_id):
     touches a blank may get other tokens than it has inside a text, so put blanks at spaces.
     """
     first, *pieces = BLANK.split(template)  # first text, then in turn a width and a text
+    require('template', template, pieces, 'one with a blank: [___], or [___:9] for 9 tokens')
     ids = tokenizer.encode(first)
     for width, text in zip(pieces[::2], pieces[1::2]):
         ids += [mask_id] * int(width or BLANK_WIDTH) + tokenizer.encode(text)
-    require('template', template, mask_id in ids, 'one with a blank, not 0 tokens wide: [___:9]')
+    require('template', template, mask_id in ids, 'one with a blank that is not 0 tokens wide')
     return ids
 
 
@@ -914,7 +915,7 @@ def predict_lengths(model, x, name, quantile, eos_id):
     if name not in ('argmax', 'quantile'):
         return model.length_head.predict(model, x, quantile)
     is_mask = x == model.mask_id
-    logits = model(x, where=is_mask)  # (B * W, V)
+    logits = model(x, is_mask.float().mean(1, keepdim=True), where=is_mask)  # (B * W, V)
     eos = logits.float().log_softmax(-1)[:, eos_id].view(len(x), -1)  # (B, W)
     held = eos.softmax(1).cumsum(1)  # (B, W)
     return eos.argmax(1) + 1.0 if name == 'argmax' else first_to_hold(held, quantile)

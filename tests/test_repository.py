@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {'config/__init__.py': 127, 'prepare.py': 728, 'model.py': 713, 'train.py': 562,
-           'sample.py': 803, 'eval.py': 929, 'data/*.py': 105}
+           'sample.py': 804, 'eval.py': 929, 'data/*.py': 105}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 
