@@ -262,8 +262,8 @@ def save_hub_data(what, columns, max_docs, folder):
     name, subset, split = (parts + ['', ''])[:3]
     path = Path(name)
     place, file = (str(path.resolve().parent), path.name) if path.is_file() else (name, None)
-    target = folder / f'{path.stem}.jsonl'
-    part = Path(f'{target}.part')  # target may be what is read
+    target = folder / f'{path.stem}.hf.jsonl'  # never the file that is read: its name is longer
+    part = Path(f'{target}.part')
     try:
         from datasets import load_dataset_builder
         builder = load_dataset_builder(place, subset or None, data_files=file)

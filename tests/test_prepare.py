@@ -502,7 +502,11 @@ def hub_folder():
 
 def test_the_file_that_a_hub_data_set_was_kept_in_can_be_read_again(hub_folder):
     first = prepare.prepare('hf:set', 'one', text_field='text')
-    again = prepare.prepare('hf:data/downloads/set.jsonl', 'two', text_field='text')
+    kept = Path('data/downloads/set.hf.jsonl')
+    before = kept.read_bytes()
+    again = prepare.prepare('hf:data/downloads/set.hf.jsonl', 'two', text_field='text')
+    prepare.prepare('hf:data/downloads/set.hf.jsonl', 'few', text_field='text', max_docs=40)
+    assert kept.read_bytes() == before, 'nor is it replaced by the little that is read of it'
     assert again['counts'] == first['counts'] and ids_of('two', 'val') == ids_of('one', 'val')
 
 
@@ -517,7 +521,7 @@ def test_a_hub_data_set_is_the_stream_of_its_texts(hub_folder):
             assert ids_of('s', split) == ids_of('o', split)
         licence = 'not stated' if 'parquet' in what else 'odc-by'
         assert meta['source'] == f'{what}, revision of a local file, licence {licence}'
-    kept = (Path('data') / 'downloads' / 'set.jsonl').read_text(encoding='utf-8').splitlines()
+    kept = (Path('data') / 'downloads' / 'set.hf.jsonl').read_text(encoding='utf-8').splitlines()
     assert [json.loads(line) for line in kept] == [{'text': text} for text in texts]
     write('a.jsonl', ''.join(line + '\n' for line in kept))  # what was kept is read without it
     for what in ('a.jsonl', 'hf:a.jsonl'):
