@@ -1103,7 +1103,7 @@ def main():
     if export:
         return export_model(run, export)
     if chat:
-        alone = not (start or template or prompt_file or watch or save or json or cleanup)
+        alone = not any((start, template, prompt_file, watch, save, json, cleanup, gen_length))
         require('chat', chat, alone, 'alone: it reads stdin, so leave out start, save and the like')
         return chat_with(run, settings, sys.stdin)
     name = decoder_name(decoder, run.objective)

@@ -2322,6 +2322,7 @@ def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main)
     (['--start=ab', '--watch', '--json'], 'False with json'),
     (['--chat', '--start=ab'], 'chat is True, but it must be alone'),
     (['--chat', '--cleanup'], 'chat is True, but it must be alone'),
+    (['--chat', '--gen_length=3'], 'chat is True, but it must be alone'),
     (['--save=nowhere/x.gif'], 'in a folder that is there'),
     (['--chat', '--out_dir=mdm'], 'False for a run without answers'),
     (['--start=ab', '--length_candidates=3', '--out_dir=row_pad'], 'unless masks are filled'),
