@@ -824,6 +824,7 @@ def test_texts_are_saved_as_lines(runs, monkeypatch):
                    '--save_texts=x.jsonl', '--report_dir=texts', cwd=runs)
         assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (runs / 'x.jsonl').read_text('utf-8').splitlines()]
+    assert not {'tokens', 'nfe', 'longest copy (chars)'} & {key for row in rows for key in row}
     count = Counter((row['task'], row['run']) for row in rows)
     assert count['infill', 'mdm'] == 5 * 2 and count['recover', 'ar'] == 3 * 2 * 2
     assert count['generation', 'ar'] == count['generation', 'validation text'] == 2
@@ -881,6 +882,36 @@ def test_a_report_of_another_shape_is_made_anew(tmp_path, text):
     text = (tmp_path / 'report.json').read_text()
     assert 'NaN' not in text and 'Infinity' not in text, 'no JSON'
     assert json.loads(text)['curves']['rows'] == [{'a': None, 'b': [None]}]
+
+
+def test_a_judge_with_another_eos_reads_texts(settings):
+    """As its own tokens: the runs' EOS may be its mask, which it never predicts."""
+    V = load_meta('verse')['vocab_size']
+    judge, run_ = (a_run(Knowing([0] * 16, V, sure=0.0), 'ar') for _ in range(2))
+    ids = [run_.tokenizer.encode('The cat')]
+    assert evaluation.judged(judge, run_, ['The cat'], ids)['nll under ar'] == pytest.approx(
+        math.log(V))
+    other = judge._replace(meta=judge.meta | {'eos_id': 0}, tokenizer=SimpleNamespace(
+        encode=lambda text: [1] * (2 * len(text))))  # two tokens for each character
+    assert evaluation.judged(other, run_, ['The cat'], ids) == {
+        'nats/char under ar': pytest.approx(2 * math.log(V)),
+        'perplexity under ar': pytest.approx(V)}
+
+
+def test_points_of_speed_have_a_step_for_each_block():
+    """Fewer steps are one for each block, and so the same texts: only one such point is kept."""
+    model = SimpleNamespace(config=SimpleNamespace(block_size=16))
+    for objective, least in (('block', 4), ('mdm', 1), ('uniform', None)):
+        run_ = row_run(model, objective=objective, block_length=4)
+        points = evaluation.decoders_of(run_, (1, 2, 4, 8, 16, 32), 0.0)
+        steps = {}
+        for name, _, how in points:
+            steps.setdefault(name, []).append(how.get('steps'))
+        if least is None:
+            assert steps == {'uniform': [1, 2, 4, 8, 16, 32]}
+            continue
+        assert steps['ancestral'] == [n for n in (1, 2, 4, 8, 16) if n >= least]
+        assert objective == 'block' or steps['in blocks'] == [8, 16]
 
 
 def test_a_damaged_config_json_is_no_run(runs, tmp_path):

@@ -2205,6 +2205,17 @@ def row_runs(runs):
     return runs
 
 
+def test_batches_of_one_seed_are_not_those_of_the_next_seeds(runs, run_main):
+    """torch's generators are not independent under neighbouring seeds."""
+    words = ('--out_dir=mdm', '--start=a', '--json', '--temperature=1', '--steps=5')
+    texts = {seed: [row['text'] for row in objects(run_main(
+        *words, '--num_samples=8', '--batch_size=4', f'--seed={seed}')[1])] for seed in (1, 5)}
+    assert texts[1][4:] != texts[5][:4] and len(set(texts[1] + texts[5])) == 16
+    (alone,) = objects(run_main(*words, '--seed=1')[1])
+    assert objects(run_main(*words, '--seed=1', '--num_samples=2', '--batch_size=1')[1])[0][
+        'text'] == alone['text'], 'one batch has the seed as it is'
+
+
 def test_a_template_of_documents_keeps_what_is_given_behind_an_eos(row_runs, run_main):
     words = ('--out_dir=row_docs', '--num_samples=40', '--json', '--temperature=1')
     given = [encoded('ab'), encoded('cd')]

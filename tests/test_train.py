@@ -115,6 +115,7 @@ def test_epochs_are_as_many_updates(verse):
                         ('--epochs=0.5', twice)):
         train(verse, '--out_dir=out/epochs', '--resume', word)
         assert load_checkpoint(verse / 'out/epochs')['iter'] == until
+    assert ' 1 updates = ' in train(verse, *TINY, '--epochs=0.001', '--out_dir=out/one')
 
 
 def test_training_learns_the_text(verse):
