@@ -341,15 +341,15 @@ def open_training_data(s, rank, world):
 def load_first_weights(model, s, meta):
     """Gives model the weights of init_from; UserError if shapes or vocabulary differ.
 
-    A length head learns from a frozen model: then objective and predict_pad must be equal too.
+    A length head learns from a frozen model: then what that predicts, and how, must be equal too.
     """
     source = load_hub(s, meta) if s.init_from.startswith('hf:') else \
         load_checkpoint(s.init_from, model.device)
     theirs, own = vars(model_config(source['config'], source['meta'])), vars(model.config)
     differing = [name for name in theirs if theirs[name] != own[name] and name not in MAY_DIFFER]
     differing += [name for name in ('tokenizer', 'sep_id') if source['meta'][name] != meta[name]]
-    differing += [name for name in ('objective', 'predict_pad')
-                  if s.length_head and source['config'][name] != vars(s)[name]]
+    differing += [name for name in ('objective', 'predict_pad', 'subs', 'shift')
+                  if s.length_head and (source['config'] | theirs)[name] != vars(s)[name]]
     if differing:
         raise UserError(f'{s.init_from} cannot begin this run: it has another '
                         + ', '.join(differing))

@@ -964,7 +964,7 @@ def test_a_length_head_is_trained_on_a_run_that_stays_as_it_is(verse, monkeypatc
                       ('--dropout=0.1', 'dropout is'),  # hidden states of a frozen model are exact
                       ('--objective=ar', 'length_head is'), ('--length_head=x', 'length_head is'),
                       ('--length_quantile=1.0', 'length_quantile'), ('--n_layer=1', 'n_layer'),
-                      ('--objective=d3pm', 'another objective')):
+                      ('--objective=d3pm', 'another objective'), ('--shift', 'another shift')):
         assert_one_line(run('train.py', *head, bad, cwd=verse), said)
     assert not Path('out/bad').exists()
 
