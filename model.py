@@ -1080,7 +1080,7 @@ def peak_memory(device):
     '' on a platform that does not say (Windows has no `resource`).
     """
     if device.startswith('cuda'):
-        return f', {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most'
+        return f', {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB at most'
     try:
         import resource
     except ImportError:

@@ -21,8 +21,8 @@ from conftest import PROSE, save_hub_model, save_tokenizer
 from model import LENGTH_HEADS, OBJECTIVES, SCHEDULES, Autoregression, BlockDiffusion, KVCache, \
     LengthLoss, ModelConfig, Noised, Objective, Transformer, Uniform, alpha_and_weight, attend, \
     beside_clean, evaluate, export_model, first_to_hold, flops_per_token, hub_settings, \
-    load_checkpoint, load_model, make_network, make_objective, model_config, noise_fraction, \
-    pick_device, pick_dtype, rope_angles, rotate, time_features, uniform_token_loss
+    load_checkpoint, load_model, make_network, make_objective, model_config, noise_level, \
+    peak_memory, pick_device, pick_dtype, rope_angles, rotate, time_features, uniform_token_loss
 from prepare import hub_vocabulary, load_tokenizer, open_data
 from train import MAY_DIFFER, annealed, load_first_weights
 
@@ -1012,6 +1012,11 @@ def test_devices_are_picked(asked, cuda, mps, found):
 
 
 @pytest.mark.parametrize('asked', ['cuda', 'mps', 'tpu'])
+def test_peak_memory_is_that_of_the_device_in_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', {'cuda:1': 3.2e9}.get)
+    assert peak_memory('cuda:1') == ', 3.20 GB at most'
+
+
 def test_absent_devices_are_refused(asked):
     with pytest.raises(UserError, match='there is only cpu'):
         pick_device(asked, lambda: False, lambda: False)
