@@ -208,12 +208,14 @@ def make_optimizers(model, s, dtype):
     """[Muon, AdamW] or [AdamW]: Muon takes the matrices inside the blocks.
 
     Either way these matrices alone have weight decay. The weights of local mixing are no matrix:
-    they are a vector of channels for each neighbour. Of a model with a length head, only the head
-    is trained. Learning rates are not set here, but by every update.
+    they are a vector of channels for each neighbour. In models of the hub a block is a layer. Of a
+    model with a length head, only the head is trained. Learning rates are not set here, but by
+    every update.
     """
     matrices, rest = [], []
     for name, p in (model.length_head or model).named_parameters():
-        is_matrix = 'blocks.' in name and p.dim() == 2 and 'mixing' not in name
+        is_inside = ('blocks.' in name or '.layer' in name) and 'mixing' not in name
+        is_matrix = is_inside and p.dim() == 2
         (matrices if is_matrix else rest).append(p)
     adam = partial(torch.optim.AdamW, betas=(s.beta1, s.beta2), weight_decay=0.0, fused=True)
     if s.optimizer == 'muon' and matrices:

@@ -421,6 +421,19 @@ def test_orthogonalize_keeps_directions_and_levels_their_sizes():
         off = inside - inside.diag().diag()
         assert off.abs().max() < 1e-3
         large = S > 0.05 * S.norm()
+def test_matrices_in_the_layers_of_the_hub_decay_too():
+    transformers = pytest.importorskip('transformers')
+    c = transformers.BertConfig(vocab_size=12, hidden_size=8, num_hidden_layers=2,
+                                num_attention_heads=2, intermediate_size=16)
+    model = transformers.BertForMaskedLM(c)
+    model.length_head = None
+    s = types.SimpleNamespace(optimizer='muon', beta1=0.9, beta2=0.99, weight_decay=0.1)
+    muon, adam = script.make_optimizers(model, s, torch.float32)
+    inside = {id(p) for p in model.bert.encoder.parameters() if p.dim() == 2}
+    assert {id(p) for p in muon.param_groups[0]['params']} == inside
+    assert len(adam.param_groups[0]['params']) == len([*model.parameters()]) - len(inside)
+
+
         assert (inside.diag()[large] > 0.6).all() and (inside.diag() < 1.3).all()
 
 
