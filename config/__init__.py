@@ -73,7 +73,8 @@ def show_one_line(kind, error, trace):
     """
     if issubclass(kind, KeyboardInterrupt):
         error = 'stopped'
-    elif 'Memory' in kind.__name__ or "can't allocate memory" in str(error):
+    elif 'Memory' in kind.__name__ or any(  # of GPUs; of CPUs, of MPS
+            said in str(error) for said in ("can't allocate memory", 'out of memory')):
         error = f'out of memory, lower batch_size: {" ".join(str(error).split())[:99]}'
     elif not issubclass(kind, (UserError, OSError, UnicodeError)):
         return sys.__excepthook__(kind, error, trace)

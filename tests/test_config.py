@@ -349,6 +349,7 @@ def test_show_one_line_is_not_for_bugs(monkeypatch, capsys):
     for error, said, status in (
             (KeyboardInterrupt(), 'stopped', 130), (MemoryError(), 'out of memory', 2),
             (RuntimeError("can't allocate memory: 9 GB\nC++ trace"), 'lower batch_size', 2),
+            (RuntimeError('MPS backend out of memory (MPS allocated: 9 GB)'), 'batch_size: MPS', 2),
             (UnicodeEncodeError('utf-8', '\udce9', 0, 1, 'surrogates'), 'surrogates', 2)):
         with pytest.raises(SystemExit) as leaving:
             config.show_one_line(type(error), error, None)
