@@ -18,7 +18,7 @@ from pathlib import Path
 
 LIMITS = {  # {interval: names of the settings that must lie in it, whichever script has them}
     '[0, inf)': 'train_tokens attn_anneal pad_curriculum n_head n_kv_head n_conv n_hidden w_max '
-                'block_length max_iters epochs learning_rate muon_lr bench warmup_iters '
+                'block_length max_iters learning_rate muon_lr bench warmup_iters '
                 'weight_decay grad_clip decode_rows steps guidance temperature top_k '
                 'max_windows target_se answer_steps max_rows max_docs',
     '[1, inf)': 'batch_size gradient_accumulation_steps block_size n_layer n_embd diffusion_steps '
@@ -29,7 +29,7 @@ LIMITS = {  # {interval: names of the settings that must lie in it, whichever sc
     '[0, 1)': 'beta1 beta2 val_share cool',
     '(0, 1]': 'length_quantile threshold top_p levels',
     '[0, 9e18]': 'seed',  # below 2^63
-    '[0, 1e9]': 'vocab_size',
+    '[0, 1e9]': 'vocab_size epochs',
     '[0, 999999]': 'gen_length length_line',
     '[1, 1e6]': 'max_prompt max_answer discrete_steps grid_steps'}
 
@@ -143,7 +143,7 @@ def convert(name, value, default, from_text):
     from_text: it may be the text of a Python literal. An int does for a float."""
     kind = type(default)
     if name == 'compile':  # --compile means on, --compile=False means off
-        value = {'True': 'on', 'False': 'off'}.get(str(value), value)
+        value = {'True': 'on', 'False': 'off'}.get(str(value).capitalize(), value)
     with suppress(Exception):  # text that is no literal stays text, and is refused below
         if from_text and kind is not str and type(value) is str:
             value = ast.literal_eval(value.capitalize() if kind is bool else value)
