@@ -359,7 +359,7 @@ def nll_by_place(run, x0, batch_size, seed):
                 token_nll(model, rows, is_mask, is_mask, t)  # (B, T)
             nats, count = nats + nll.sum(0), count + is_mask.sum(0)
         table.append([(nats[part].sum() / count[part].sum()).item() for part in places])
-    return np.array(table)
+    return torch.tensor(table)
 
 
 def training_pace(run):
@@ -415,8 +415,8 @@ def likelihood_curves(run, split, settings):
         return {}
     x0 = data_of(run).windows(split, run.model.config.block_size, 64)
     table = nll_by_place(run, x0, settings['batch_size'], settings['seed'])
-    by_share = np.nanmean(table, 1).tolist() * (N_LEVELS // len(table))  # of AR the same everywhere
-    return {'by share': by_share, 'by position': np.nanmean(table, 0).tolist()}
+    by_share = table.nanmean(1).tolist() * (N_LEVELS // len(table))  # of AR the same everywhere
+    return {'by share': by_share, 'by position': table.nanmean(0).tolist()}
 
 
 def scored_texts(run, settings):
