@@ -530,17 +530,17 @@ def evaluate_now(run, s, learning_rate):
             f'{run.objective.unit} on the validation split, {train:.4f} on training text')
 
 
-def check_loss(run, s, loss, highest, learning_rate):
-    """Raises UserError if a training loss is nan, or `highest` times that of a uniform guess.
+def check_loss(run, s, loss, learning_rate, highest):
+    """Raises UserError if a training loss is nan, or above `highest` times that of a uniform guess.
 
-    highest: 2 for an evaluation; 10 for an update, whose few batches make a noisy loss; inf with
-    loss_weight='elbo', by which one token of a row with few masks may count 1/t.
-    Before the first checkpoint, nothing is trained yet that could diverge.
+    Or, if that was higher, times the first loss of the run. Not before the first checkpoint: until
+    then there is nothing to go back to.
     """
     # "not <=", since nan is neither above nor below
-    if run.saved_at is not None and not loss <= highest * math.log(run.data.meta['vocab_size']):
+    if run.saved_at is not None and not loss <= highest * max(guess, float(run.log[0]['train'])):
         raise UserError(f'diverged: the training loss is {loss:.4g} after {run.iteration} updates '
                         f'and at learning rate {learning_rate:.2e}: lower it; {s.out_dir}/ckpt.pt '
+    guess = math.log(run.data.meta['vocab_size'])
                         f'has the weights after {run.saved_at} updates')
 
 
@@ -716,8 +716,9 @@ def train(run, s):
         to_record = run.iteration % s.log_interval == 0
         if to_record or stop:
             loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: now and then
-            highest = math.inf if s.loss_weight == 'elbo' else 10
-            check_loss(run, s, loss, highest, factor * s.learning_rate)
+            # of few batches, so noisy; and one token of a row with few masks may count w(t)
+            highest = math.inf if s.loss_weight == 'elbo' else 2 * max(5.0, s.w_max)
+            check_loss(run, s, loss, factor * s.learning_rate, highest)
         run.seconds += time.perf_counter() - began  # with that wait
         run.speed = (run.tokens - tokens_before) / (run.seconds - seconds_before)
         bar.update()

@@ -248,13 +248,24 @@ def test_the_best_weights_are_kept(verse, monkeypatch):
 
 def test_a_rare_level_is_no_divergence():
     """With the weight of the bound one token may count 1/t; nan is none of that."""
-    run_ = types.SimpleNamespace(saved_at=0, iteration=5,
+    run_ = types.SimpleNamespace(saved_at=0, iteration=5, log=[{'train': '2.197225'}],
                                  data=types.SimpleNamespace(meta={'vocab_size': 9}))
     s = types.SimpleNamespace(out_dir='x')
     script.check_loss(run_, s, 45.0, math.inf, 0.01)
     for loss, highest in ((45.0, 10), (math.nan, math.inf)):
         with pytest.raises(UserError, match='diverged'):
-            script.check_loss(run_, s, loss, highest, 0.01)
+            script.check_loss(run_, s, loss, 0.01, highest)
+
+
+def test_what_began_high_has_not_diverged():
+    """Weights that learned something else first may begin far above a uniform guess."""
+    run_ = types.SimpleNamespace(saved_at=0, iteration=5, log=[{'train': '9.0'}],
+                                 data=types.SimpleNamespace(meta={'vocab_size': 9}))
+    s = types.SimpleNamespace(out_dir='x')
+    script.check_loss(run_, s, 17.9, 0.01, 2)
+    for loss in (18.1, math.nan):
+        with pytest.raises(UserError, match='diverged'):
+            script.check_loss(run_, s, loss, 0.01, 2)
 
 
 def test_a_signal_in_the_last_evaluation_stops_the_run(verse, monkeypatch):
