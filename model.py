@@ -35,7 +35,9 @@ Letters here, and in the papers:
     q         distributions of the noise: q(xt | x0) of xt given x0  q
     w(t)      weight of time t in the bound                          -alpha'_t / (1 - alpha_t)
     level     the fraction of all tokens of a row that is noise, (B, 1): expected at t
-              (noise_fraction) or counted; only networks with time_cond look at it
+              (noise_level) or counted; only networks with time_cond look at it. (In block
+              diffusion each block has a level, and so each token: (B, 2T).)
+    shift     (a setting) masked diffusion that predicts as ar does: token i at position i - 1
     is_mask   (B, T) bool, True where xt is mask_id
     given     (B, T) bool, True in a prompt: never corrupted, never scored
     L, l      tokens of a row that are not given, and those of them that are masked
@@ -81,7 +83,7 @@ LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress',
 
 @dataclass
 class ModelConfig:
-    """The shape of a Transformer. A run sets all of it: the defaults of a run are train.py's."""
+    """The shape of a Transformer. A run sets all of it, by defaults of its own, in train.py."""
     vocab_size: int           # V = V' + 1: the real tokens and the mask
     block_size: int = 256     # context length, the largest T
     causal: bool = False      # position i sees 0..i (ar); False: every position sees all (mdm)
@@ -244,17 +246,17 @@ class LocalMixing(nn.Module):
         self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
 
     def forward(self, x, cache, neighbours):
-        """x (B, T, C). For later: a cache, which knows this LocalMixing by its number i;
-        neighbours, None but in block diffusion."""
+        """x (B, T, C). To be skipped at first: the cache, which knows this LocalMixing by its
+        number i; neighbours, which only block diffusion has."""
         (B, T, C), K = x.shape, len(self.weight)
         if neighbours is not None:
-            shifted = [x[:, j].where(found, 0) for j, found in neighbours]
+            copies = [x[:, j].where(found, 0) for j, found in neighbours]
         else:
             before = x.new_zeros(B, self.past, C) if cache is None else \
-                cache.neighbours(self.i, x, self.past)
+                cache.extend_inputs(self.i, x, self.past)
             padded = torch.cat([before, x, x.new_zeros(B, K - 1 - self.past, C)], dim=1)
-            shifted = [padded[:, k:k + T] for k in range(K)]  # K x (B, T, C)
-        return x + sum(w * h for w, h in zip(self.weight, shifted))  # (B, T, C)
+            copies = [padded[:, k:k + T] for k in range(K)]  # K x (B, T, C)
+        return x + sum(w * h for w, h in zip(self.weight, copies))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -278,7 +280,8 @@ class Block(nn.Module):
             x = x + self.drop(self.attn(self.norm1(x), rope, cache, attn_mask))
             x = self.mix(1, x, cache, neighbours)
             return x + self.drop(self.mlp(self.norm2(x)))
-        # zero at init as in DiT, but the gate is 1 + gate: an unconditional layer until it learns
+        # The same with scales, shifts and gates, which are zero at init as in DiT; but a gate is
+        # 1 + gate, so that the layer begins as the one above.
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(condition).chunk(6, dim=-1)
         h = self.attn(self.norm1(x) * (1 + scale1) + shift1, rope, cache, attn_mask)
         x = self.mix(1, x + self.drop(h) * (1 + gate1), cache, neighbours)
@@ -327,12 +330,13 @@ class Transformer(nn.Module):
         Training calls model(x, level, where=..., hidden=True), and then logits().
 
         x (B, T) int64: tokens, mask_id among them.
-        level (B, 1) or (B, T): the fraction of all tokens that is noise, see noise_fraction; for
-        time_cond. None: the fraction of x that is masks.
+        level (B, 1): the fraction of all tokens that is noise, see noise_level; for time_cond.
+        None: the fraction of x that is masks.
         hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
-        For later: cache and position, see place();
-        attn_mask (T, T) bool: the tokens (columns) that each token (row) may see. None: all, or
-        with causal those up to itself.
+
+        To be skipped at first: cache, position, see place(). attn_mask, bool, (T, T), but with a
+        start token one larger, and in block diffusion (2T, 2T): the tokens (columns) that each
+        token (row) may see. None: all, or with causal those up to itself.
         """
         if self.time_mlp and level is None:
             level = (x == self.mask_id).float().mean(1, keepdim=True)
@@ -355,15 +359,16 @@ class Transformer(nn.Module):
         return h if hidden else self.logits(h)
 
     def place(self, x, cache, position, attn_mask):
-        """For later: (x; where its tokens stand, (T,); neighbours for local mixing, or None).
+        """What the layers read: (tokens; their positions; neighbours for local mixing, or None).
 
-        Tokens stand one after the other, behind those of the cache (a KVCache, to which the layers
-        add those of x). With shift, the first pass puts a start token before x, whose output
-        predicts the first token of x. In a later pass no output would: x must begin one token
-        before the first that is to be predicted, and `where` of forward(), which is then
-        (B, T - 1), begins at that first one.
-        In block diffusion two tokens share each position, and the caller gives `position`. Then
-        `where` is about the first half of x alone, and neighbours are those that attn_mask shows.
+            without a cache     the tokens of x stand at 0, 1, 2, ...
+            cache, a KVCache    x continues it: its first token stands at cache.length
+            position (2T,)      of block diffusion, where x is [xt ; x0]: every position twice. Only
+                                here are there neighbours: those that attn_mask lets a token see
+
+        With shift, the output at a token predicts the next one. So the first pass puts a start
+        token before x, whose output predicts x[:, 0]. A later pass puts none there: x begins with
+        a token that is only read, and `where` of forward(), (B, T - 1), has no column for it.
         """
         n_before = cache.length if cache is not None else 0  # tokens that were read before x
         if self.config.shift and n_before == 0:
@@ -449,11 +454,12 @@ def low_discrepancy(n, rng, device):
     return (u + k / n) % 1  # (n, 1)
 
 
-def noise_fraction(p_noise, given):
+def noise_level(p_noise, given):
     """Time conditioning: the fraction of ALL tokens of a row that is noise, (B, 1).
 
         p_noise * mean over i of ~given[i],   p_noise (B, 1) = P(a token that is not given is noise)
 
+    (In block diffusion a row is a block here, and p_noise and the level are (B, block_length).)
     Some decoders have no t, but every decoder can count masks. So the network is shown the fraction
     of noise and not t: in training its expectation at t, in decoding often the count.
     """
@@ -467,10 +473,10 @@ def masks_by_count(given, rng):
     """
     L = (~given).sum(1, keepdim=True)  # (B, 1)
     u = low_discrepancy(len(given), rng, given.device)  # (B, 1)
-    n_mask = 1 + (u * L).long().clamp(max=L - 1)  # l
+    l = (1 + (u * L).long()).minimum(L)  # u * L may round up to L; 0 where all is given
     order = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
-    is_mask = order.argsort(1).argsort(1) < n_mask  # twice: the rank; given tokens are last
-    return is_mask, (n_mask / L).nan_to_num(1.0)  # 0 / 0 where all is given
+    rank = order.argsort(1).argsort(1)  # of each token in its row; given tokens are last
+    return rank < l, (l / L).nan_to_num(1.0)  # 0 / 0 where all is given
 
 
 def spread(values, where):
@@ -490,14 +496,15 @@ def in_slices(token_loss, model, h, *others, at_once=2 ** 28):
     of a slice: with GPT-2's 50,257 tokens those of one batch take gigabytes, and the rest of the
     network does not.
     """
-    def of_slice(h, *others):
-        return token_loss(model.logits(h).float(), *others)
+    def of_slice(h_part, *other_parts):
+        return token_loss(model.logits(h_part).float(), *other_parts)
 
     n = max(1, at_once // model.config.vocab_size)
     if len(h) <= n:
         return of_slice(h, *others)
-    return torch.cat([torch.utils.checkpoint.checkpoint(of_slice, *part, use_reentrant=False)
-                      for part in zip(h.split(n), *(other.split(n) for other in others))])
+    slices = zip(*(tensor.split(n) for tensor in (h, *others)))  # (h, *others) of each
+    recomputed = partial(torch.utils.checkpoint.checkpoint, of_slice, use_reentrant=False)
+    return torch.cat([recomputed(*part) for part in slices])
 
 
 class Noised(NamedTuple):
@@ -508,7 +515,7 @@ class Noised(NamedTuple):
     xt: torch.Tensor      # (B, T) int64, what the network reads; in blocks [xt ; x0], (B, 2T)
     scored: torch.Tensor  # (B, T) bool, the M positions that have a loss
     weight: torch.Tensor  # of the losses; (B, T), or what expands to it
-    level: torch.Tensor   # (B, 1), in blocks (B, 2T): noise_fraction, for time_cond; None in ar
+    level: torch.Tensor   # (B, 1), in blocks (B, 2T): noise_level, for time_cond; None in ar
     token_loss: Callable = cross_entropy  # (logits (M, V), x0 (M,), *extra (M,)) -> (M,)
     extra: tuple = ()     # what else token_loss reads: tensors (B, T) or (B, 1)
     inputs: dict = {}     # in blocks: position and attn_mask of Transformer.forward
@@ -518,34 +525,35 @@ class Noised(NamedTuple):
 class Objective:
     """How text is corrupted, and how the prediction of it is scored.
 
-        training    loss   <- weighted_losses <- corrupt, shaped by loss_weight and mask_range
-        evaluation  bound  <- weighted_losses <- corrupt_evenly: all t, and less variance
+    loss() in training and bound() in evaluation both compute
 
-    A subclass defines corrupt(model, x0, given, rng) -> Noised, and may define corrupt_evenly.
-    Both are scored alike by weighted_losses, which allows any token_loss and computes logits in
-    slices. Without these, and with corrupt_evenly for corrupt in evaluation, both lines above are
+        noised = self.corrupt(model, x0, given, rng)         # bound(): self.corrupt_evenly
+        logits = model(noised.xt, noised.level, where=noised.scored)     # (M, V)
+        losses = cross_entropy(logits, x0[noised.scored])    # (M,), or by another token_loss
+        losses = noised.weight.expand_as(x0)[noised.scored] * losses     # (M,)
 
-        noised = corrupt(model, x0, given, rng)
-        logits = model(noised.xt, noised.level, where=noised.scored)
-        weight = noised.weight.expand_as(x0)[noised.scored]
-        losses = weight * cross_entropy(logits, x0[noised.scored])
+    The last three lines are weighted_losses(), which computes the logits in slices. corrupt draws t
+    from mask_range, and its weight is set by loss_weight. corrupt_evenly draws t from all of
+    (0, 1], with the weight w(t), or something of the same mean that varies less. A subclass defines
+    corrupt, and may define corrupt_evenly.
 
-    The other files read the attributes below and, but for the checks of settings in train.py, do
-    not ask which subclass it is.
+    The other files read the attributes below and do not ask which subclass it is, except where
+    train.py checks settings.
     """
     # with a type: fields of the dataclass, filled from the settings of a run
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
     loss_weight: str = 'elbo'        # elbo: w(t); clipped: min(w(t), w_max); flat: 1;
                                      # masked_mean: 1, and loss() divides by the number of masks
     w_max: float = 5.0
-    mask_range: tuple = (0.0, 1.0)   # of t in training; BERT's is (0.15, 0.15)
+    mask_range: tuple = (0.0, 1.0)   # the least and the largest t in training; BERT's is
+                                     # (0.15, 0.15)
 
     # without a type: constants, which a subclass may replace. (BlockDiffusion gives block_length a
     # type, and so makes it a setting.)
     exact = False                # True: the bound is the nll itself, of ar
     causal = False               # True: the network sees no later token
     masks = True                 # the network reads masks; False for ar and uniform
-    any_order = False            # True: the exact nll of any order of revealing can be computed
+    any_order = False            # True: eval.py can compute the nll of revealing in a given order
     block_length = 0             # tokens per block, if there are blocks
     decoders = MASK_DECODERS     # names in sample.py, the default first
     measured = 'nelbo <='        # printed before the number, which is an upper bound
@@ -560,10 +568,10 @@ class Objective:
 
     @property
     def masks_anywhere(self):
-        """Whether masks may stand anywhere in a row: of mdm and d3pm (block: in one block)."""
+        """True for mdm and d3pm. (In block diffusion masks stand in one block at a time.)"""
         return self.masks and not self.block_length
 
-    def loss(self, model, x0, rng, given=None, **more):
+    def loss(self, model, x0, rng, given, **more):
         """(nats, count): the sum of weighted losses, and the number of tokens to divide it by.
 
         count: tokens that are not given; with masked_mean, tokens that are scored. train.py adds
@@ -574,7 +582,6 @@ class Objective:
         bound on the nll per token. Other weights and ranges give no bound: they change which t
         count most, but not the best prediction at any t, p(x0[i] | xt).
         """
-        given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
         noised = self.corrupt(model, x0, given, rng)
         nats = self.weighted_losses(model, x0, noised, **more).sum()
         return nats, noised.scored.sum() if self.loss_weight == 'masked_mean' else (~given).sum()
@@ -605,7 +612,7 @@ class Objective:
         return weight.expand_as(x0)[scored] * in_slices(token_loss, model, h, *others)
 
     def draw_t(self, n, rng, device):
-        """(n, 1) stratified values of t in (lo, hi] = mask_range."""
+        """(n, 1) stratified values of t in mask_range, never 0."""
         lo, hi = self.mask_range
         return lo + (hi - lo) * (1 - low_discrepancy(n, rng, device))
 
@@ -650,12 +657,12 @@ class MaskedDiffusion(Objective):
         alpha, w = alpha_and_weight(t, self.schedule)  # linear: 1 - t and 1 / t
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
         xt = torch.where(is_mask, model.mask_id, x0)
-        return Noised(xt, is_mask, self.training_weight(w), noise_fraction(1 - alpha, given))
+        return Noised(xt, is_mask, self.training_weight(w), noise_level(1 - alpha, given))
 
     def corrupt_evenly(self, model, x0, given, rng):
         is_mask, fraction = masks_by_count(given, rng)  # (B, T); l / L, (B, 1)
         xt = torch.where(is_mask, model.mask_id, x0)
-        return Noised(xt, is_mask, 1 / fraction, noise_fraction(fraction, given))  # weight L / l
+        return Noised(xt, is_mask, 1 / fraction, noise_level(fraction, given))  # weight L / l
 
 
 @dataclass
@@ -742,16 +749,19 @@ class D3PM(Objective):
         return self.as_noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
 
     def corrupt_evenly(self, model, x0, given, rng):
-        """Never a row without masks, and with uniform logits (and subs) no variance.
+        """Importance sampling: no row lacks masks, and with uniform logits (and subs) no variance.
 
-        A step has probability m_t - m_s = c m_t in place of 1/N: N c m_t times as much. One token,
-        any of the L, is masked for sure, the others with probability m_t. That makes a set of l
-        masks l / (L m_t) times as probable, since each of its tokens may be the sure one. So the
-        weight N c becomes N c / (N c m_t) / (l / (L m_t)) = L / l.
+                                   corrupt()                     here
+            P(step)                1/N                           m_t - m_s = c m_t
+            P(a set of l masks)    m_t^l (1 - m_t)^(L - l)       l/L m_t^(l - 1) (1 - m_t)^(L - l)
+
+        Here one token, any of the L, is masked for sure, and the others with probability m_t; each
+        of the l masks may be the sure one. The weight N c, times the ratios of the probabilities,
+        1 / (N c m_t) and m_t L / l, becomes L / l.
         """
         m, c = self.grid(x0.device)
         u = low_discrepancy(len(x0), rng, x0.device)  # (B, 1)
-        step = torch.searchsorted(m, u, right=True).clamp(max=self.diffusion_steps)  # (B, 1), 1..N
+        step = torch.searchsorted(m, u, right=True)  # (B, 1), 1..N, since u < 1 = m at t = 1
         u = torch.rand(x0.shape, generator=rng, device=x0.device)
         sure = torch.rand(x0.shape, generator=rng, device=x0.device).masked_fill(given, -1.0)
         is_mask = (u < m[step]).scatter(1, sure.argmax(1, keepdim=True), True) & ~given
@@ -761,20 +771,24 @@ class D3PM(Objective):
     def as_noised(self, model, x0, given, is_mask, weight, m_t, m_s, c):
         """m_t, m_s and c, (B, 1), are those of the step from t to s."""
         xt = torch.where(is_mask, model.mask_id, x0)
-        return Noised(xt, is_mask, weight, noise_fraction(m_t, given),
+        return Noised(xt, is_mask, weight, noise_level(m_t, given),
                       partial(d3pm_token_loss, mask_id=model.mask_id), (m_t, m_s, c))
 
 
 def d3pm_token_loss(logits, target, m_t, m_s, c, mask_id=-1):
-    """KL divergence of one reverse step at a masked token, divided by c, (M,).
+    """KL divergence of the model's step from the true one at a masked token, divided by c, (M,).
 
-        -log p(x0) + g(alpha_t) + (1 - c) / c * (g(alpha_t) - g(alpha_s))
-        g(alpha) = log(1 + alpha * p(mask) / (1 - alpha)),  m = 1 - alpha
+        from t to s a mask     in truth    by the model, Z = m + alpha * p(mask)
+        becomes x0             c           c m_t p(x0) / Z_t
+        stays a mask           1 - c       Z_s / Z_t
 
-    The model sees a mask at t. With Z = m + alpha * p(mask) at t and at s, its step to s reveals x0
-    with probability c m_t p(x0) / Z_t and keeps the mask with Z_s / Z_t; the true step has c and
-    1 - c. The divergence of the two, over c, is the line above, since g = log(Z / m) and
-    m_s = (1 - c) m_t. With subs p(mask) is 0, and so is g.
+    By Bayes' rule: what is a mask at t was x0 at s with a weight of (alpha_s - alpha_t) p(x0),
+    which is c m_t p(x0), and a mask with m_s + alpha_s p(mask) = Z_s. The weights of all tokens sum
+    to Z_t. With g = log(Z / m) and m_s = (1 - c) m_t the divergence, over c, is
+
+        -log p(x0) + g_t + (1 - c) / c * (g_t - g_s)
+
+    With subs p(mask) is 0, and so is g.
     """
     logp = logits.log_softmax(-1)
     p_mask = logp[:, mask_id].exp()
@@ -804,7 +818,7 @@ class Uniform(Objective):
         random = torch.randint(model.mask_id, x0.shape, generator=rng, device=x0.device)  # (B, T)
         xt = torch.where(is_noise, random, x0)
         weight = self.training_weight(w) * (1 - alpha)  # (B, 1)
-        return Noised(xt, ~given, weight, noise_fraction(1 - alpha, given), uniform_token_loss,
+        return Noised(xt, ~given, weight, noise_level(1 - alpha, given), uniform_token_loss,
                       (xt, alpha))
 
 
@@ -862,7 +876,7 @@ class BlockDiffusion(Objective):
     def as_noised(self, model, x0, given, is_mask, weight, p_noise):
         """p_noise (B, T): the same for all tokens of a block, as is the level made from it."""
         xt, n = torch.where(is_mask, model.mask_id, x0), self.block_length
-        levels = map(noise_fraction, p_noise.split(n, dim=1), given.split(n, dim=1))  # of a block
+        levels = map(noise_level, p_noise.split(n, dim=1), given.split(n, dim=1))  # of a block
         level = torch.cat([*levels, torch.zeros_like(x0)], dim=1)  # (B, 2T): x0 has no noise
         return Noised(torch.cat([xt, x0], dim=1), is_mask, weight, level,
                       inputs=beside_clean(x0.size(1), n, x0.device))
@@ -916,7 +930,7 @@ class KVCache:
         held[:, :, :, self.length:] = torch.stack([k, v])
         return held
 
-    def neighbours(self, i, x, n):
+    def extend_inputs(self, i, x, n):
         """Appends x (B, T, C), inputs of the i-th LocalMixing; returns the n before, (B, n, C)."""
         begin = self.n_conv + self.length
         self.inputs[i, :, begin:begin + x.size(1)] = x
@@ -1118,7 +1132,7 @@ def model_config(settings, meta):
     objective = make_objective(settings)
     # uniform draws ids below mask_id, which must all be tokens
     require('objective', settings['objective'], objective.masks or objective.exact
-            or meta['mask_id'] == meta['vocab_size'], 'another: the mask is not the last id here')
+            or meta['mask_id'] == meta['vocab_size'], 'another: here the mask is not the last id')
     # models of the hub begin behind an end of text, as GPT-2 was trained to
     start = 'eos_id' if settings.get('hub') and meta['eos_id'] is not None else 'mask_id'
     # V = V' + 1: meta counts the real tokens
@@ -1169,9 +1183,10 @@ DIFFUGPT = {'^denoise_model': 'transformer', '^embed_tokens': 'transformer.wte'}
 GELUS = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu'}
 
 
-def hub_settings(name, trust_remote_code):
-    """{setting of train.py: value} of the model hf:<name>: its shape and, in `hub`, what it is."""
-    c = from_hub('AutoConfig', name, trust_remote_code=trust_remote_code)
+def hub_settings(s):
+    """{setting: value} of s.init_from, a model hf:...: its shape and, in `hub`, what it is."""
+    name = s.init_from[3:]
+    c = from_hub('AutoConfig', name, trust_remote_code=s.trust_remote_code)
     causal = c.model_type == 'gpt2' or 'AutoModelForCausalLM' in getattr(c, 'auto_map', ())
     c.update({'name': name, 'class': f'AutoModelFor{"Causal" if causal else "Masked"}LM',  # LLaDA
               'licence': licence_of(name if Path(name).is_dir() else f'hf://{name}'),
@@ -1183,7 +1198,7 @@ def hub_settings(name, trust_remote_code):
     if c.model_type != 'gpt2':
         return found
     usual = c.activation_function in GELUS and not c.scale_attn_by_inverse_layer_idx
-    require('init_from', f'hf:{name}', usual, 'a GPT-2 with its usual GELU and attention')
+    require('init_from', s.init_from, usual, 'a GPT-2 with its usual GELU and attention')
     return found | {'norm': 'layernorm', 'mlp': GELUS[c.activation_function], 'bias': True,
                     'n_hidden': c.n_inner or 0, 'qk_norm': False}
 
@@ -1253,16 +1268,18 @@ def load_hub(s, meta):
     of the others: such a token is read as an average one. DiffuGPT's mask is a token of GPT-2's:
     our mask gets a copy of its row.
     """
-    settings = vars(s) | hub_settings(s.init_from[3:], s.trust_remote_code)
+    settings = vars(s) | hub_settings(s)
     hub, c = json.loads(settings['hub']), model_config(settings, meta)
     vocabulary, is_gpt2 = hub_vocabulary(hub['name'], 'stream'), hub['model_type'] == 'gpt2'
     network, report = from_hub(
         hub['class'], hub['name'], dtype=torch.float32, use_safetensors=True, key_mapping=DIFFUGPT,
         output_loading_info=True, trust_remote_code=s.trust_remote_code)
     missing, rows = sorted(report['missing_keys']), network.get_input_embeddings().weight
-    same = meta['tokenizer'] in (vocabulary['tokenizer'], len(rows) == 50_257 and {'kind': 'gpt2'})
+    # data of GPT-2's tokenizer fits every model with as many tokens
+    also = {'kind': 'gpt2'} if len(rows) == 50_257 else None
+    fits = meta['tokenizer'] in (vocabulary['tokenizer'], also)
     require('init_from', s.init_from, not missing, f'a whole model, but this lacks {missing[:1]}')
-    require('dataset', meta['name'], same, f'prepared with --tokenizer={s.init_from}')
+    require('dataset', meta['name'], fits, f'prepared with --tokenizer={s.init_from}')
     print('hf:{name}: licence {licence}, revision {revision}'.format(**hub))
     rows = network.resize_token_embeddings(c.vocab_size).weight
     rows[c.mask_id] = rows[vocabulary['mask_id']]

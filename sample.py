@@ -156,10 +156,10 @@ def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repe
                   specials=()):
     """The distributions (M, V) float64 to sample from, given the model's logits (M, V).
 
-    x (B, any width): the canvas. where (B, any width): the M positions of the logits, of which only
-    the rows matter here. repetition_penalty makes tokens less likely that their row already holds
-    [CTRL 1909.05858, sec. 4.1], except the ids `specials` (mask, EOS, SEP, PAD): an EOS that is
-    given would make the row's own less likely.
+    x (B, any width): the text so far. where (B, T): the M positions that the logits are for, of
+    which only the rows matter here. repetition_penalty makes tokens less likely that their row
+    already holds [CTRL 1909.05858, sec. 4.1], except the ids `specials` (mask, EOS, SEP, PAD): an
+    EOS that is given would make the row's own less likely.
     """
     logits = logits.double()
     if repetition_penalty != 1.0:
@@ -195,7 +195,7 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 
 # -------------------------------------------------------------------------------------- decoders
 #
-# What all decoders have in common; decode_ancestral is the first to read with it.
+# What all decoders have in common, to be read together with decode_ancestral.
 # decode_<name>(model, x, to_generate, rng, *, its own settings, **sampling) is a generator.
 #
 #     x (B, T) int64        canvases, filled in place
@@ -236,9 +236,11 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
     Which masks are revealed does not depend on the network, so they are drawn first: a step that
     reveals none needs no pass, and any other step needs logits at these masks alone.
 
-    For later: a d3pm model with subs=False gives the mask a probability p too, and before the last
-    step a mask is revealed less often: the posterior q(xs | xt, x0) at the prediction for x0
-    reveals one with probability (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p)).
+    To be skipped at first: a d3pm model with subs=False gives the mask a probability p_mask too,
+    and before the last step a mask is revealed less often: the posterior q(xs | xt, x0), at the
+    prediction for x0, reveals one with probability
+
+        (alpha_s - alpha_t) * (1 - p_mask) / (1 - alpha_t * (1 - p_mask))
     """
     for alpha_t, alpha_s, level in reverse_steps(model, x, to_generate, steps, noise_schedule):
         u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
@@ -247,12 +249,11 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
         if not reveal.any():
             continue
         logits = model(x, level, where=reveal)  # (M, V), M to reveal
-        # p (M,), of the mask
-        p = 0.0 if model.config.subs else logits.float().softmax(-1)[:, model.mask_id]
+        p_mask = None if model.config.subs else logits.float().softmax(-1)[:, model.mask_id]  # (M,)
         logits[:, model.mask_id] = -torch.inf
         token = sample_token(logits, x, reveal, rng, **sampling)  # (M,)
-        if not model.config.subs and alpha_s < 1:  # d3pm alone
-            fewer = (alpha_s - alpha_t) * (1 - p) / (1 - alpha_t * (1 - p))
+        if p_mask is not None and alpha_s < 1:  # d3pm alone
+            fewer = (alpha_s - alpha_t) * (1 - p_mask) / (1 - alpha_t * (1 - p_mask))
             token[u[reveal] >= fewer] = model.mask_id
         x[reveal] = token
         yield reveal, logits
@@ -286,8 +287,8 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         if reveal.any():
             logits = model(x, level, where=reveal)  # (M, V), M to reveal
             logits[:, model.mask_id] = -torch.inf
-            annealed = temperature * (1 + cool * (1 - 2 * alpha_t))
-            x[reveal] = sample_token(logits, x, reveal, rng, temperature=annealed, **sampling)
+            now = temperature * (1 + cool * (1 - 2 * alpha_t))
+            x[reveal] = sample_token(logits, x, reveal, rng, temperature=now, **sampling)
         else:  # tokens are only masked again: no pass, so no logits
             logits = torch.empty(0, model.config.vocab_size, device=x.device)
         x[remask] = model.mask_id
@@ -408,12 +409,12 @@ def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts
 
 
 def window_start(i, size):
-    """Where the window begins, whose tokens (or blocks) up to i - 1 are read to write the i-th.
+    """The first token (or block) of the window that is read to write the i-th; its last is i - 1.
 
-    It drops its older half whenever it is full: with size = 8 it begins at 0 for i = 0..7, at 4 for
-    8..11, at 8 for 12..15. It holds size - 1 at most, which leaves place for the start token, or
-    for the i-th block itself. It follows from i alone, so that a text does not depend on where its
-    prompt ended.
+    It is 0 while i < size. Then the window drops its older half whenever it is full: with size = 8
+    it begins at 4 for i = 8..11, at 8 for i = 12..15. It never holds more than size - 1, which
+    leaves place for the start token, or for the i-th block itself. It follows from i alone, so that
+    a text does not depend on where its prompt ended.
     """
     half = (size + 1) // 2
     return 0 if i < size else ((i - size) // half + 1) * half
@@ -443,9 +444,9 @@ def decode_ar(model, x, to_generate, rng, **sampling):
         last = torch.zeros_like(unread, dtype=torch.bool)
         last[:, -1] = True  # the logits of token i are those behind token i - 1
         logits = model(unread, cache=cache, where=last)  # (B, V)
-        # last[:, -1:] (B, 1), all True: one position of each row
-        token = sample_token(logits, x[:, :i], last[:, -1:], rng, **sampling)  # (B,)
-        where = to_generate & (torch.arange(x.size(1), device=x.device) == i)
+        column = (torch.arange(x.size(1), device=x.device) == i).expand_as(x)  # (B, T)
+        token = sample_token(logits, x[:, :i], column, rng, **sampling)  # (B,)
+        where = to_generate & column
         x[where] = token[where[:, i]]
         yield where, logits[where[:, i]]
 
@@ -491,9 +492,12 @@ class PrefixCached:
 
     An approximation if the model is bidirectional: the tokens before the block see what is written
     in it, so that their keys and values should change, but the cache keeps those of the first pass.
-    That pass finds an empty cache and reads the whole canvas; every later one sets the cache back
-    to the tokens before the block, and reads from the block on: at x[:, 6:10] of 12 columns, x[:,
-    0:12] once, then x[:, 6:12]. (With shift x[:, 5:12]: the output at 5 predicts x[:, 6].)
+    At the block x[:, 6:10] of 12 columns:
+
+                                   the cache holds        the pass reads
+        the first pass             nothing                x[:, 0:12]
+        later passes               x[:, 0:6]              x[:, 6:12]
+        the same with shift        start, x[:, 0:5]       x[:, 5:12], whose output at 5 predicts 6
     """
 
     def __init__(self, model, x):
@@ -505,9 +509,9 @@ class PrefixCached:
         self.cache.length, self.start = 0, start
 
     def __call__(self, x, level=None, *, where):
-        # drops what the last pass read of the block; 0 in the first pass
+        # 0 in the first pass; later what the last pass read of the block is dropped
         begin = self.cache.length = min(self.cache.length, self.start)
-        x = x[:, max(0, begin - self.config.shift):]  # with shift, the cache has a start token too
+        x = x[:, max(0, begin - self.config.shift):]
         return self.model(x, level, cache=self.cache, where=where[:, begin:])
 
 
@@ -544,7 +548,7 @@ def decode_blocks(model, x, to_generate, rng, *, inner, block_length, steps=None
     Blocks of block_length columns cover the first to the last column to be generated, and the last
     block may be shorter; all rows have the same blocks. What follows a block is read as it stands,
     masks mostly (by BlockCached not at all). The steps are spread over the blocks by their lengths,
-    at least one for each; without them (0, or None), `inner` decodes every block as it is.
+    at least one for each; without them (0, or None), `inner` keeps its own settings in every block.
 
     cached: None, or the class PrefixCached or BlockCached, which wraps the model. The blocks of a
     model that was trained on blocks [BD3-LM 2503.09573] begin at multiples of block_length.
@@ -789,7 +793,7 @@ def decode(run, rows, settings, eos_id=None, on_step=None):
 
     With an eos_id, a row ends where it generates one; without, at the end of the canvas.
     """
-    context, device = run.model.config.block_size, run.model.embed.weight.device
+    context, device = run.model.config.block_size, run.model.device
     if len(rows[0]) > context and not (run.objective.causal or run.objective.block_length):
         raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
                         f'block_size is {context}')
@@ -934,7 +938,7 @@ def crop_to_predicted(run, canvases, settings):
     canvases, predicted, began = list(canvases), [None] * len(canvases), time.perf_counter()
     groups = batches(run, canvases, settings['batch_size'], same_columns=True)
     for batch in groups:
-        x = torch.tensor([canvases[i] for i in batch], device=model.embed.weight.device)
+        x = torch.tensor([canvases[i] for i in batch], device=model.device)
         lengths = predict_lengths(model, x, name, settings['length_quantile'], run.meta['eos_id'])
         n_masks = canvases[batch[0]].count(model.mask_id)  # the same in the whole batch
         for i, length in zip(batch, lengths.tolist()):
@@ -982,9 +986,9 @@ def answer(run, prompts, settings, references=None):
     """
     canvases = answer_canvases(run, prompts, settings, references)
     canvases, predicted, _, took = crop_to_predicted(run, canvases, settings)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    done, (_, _, seconds) = complete_best(run, [canvases[i] for i in order], settings)
-    done = [done[k] for k in np.argsort(order)]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    done, (_, _, seconds) = complete_best(run, [canvases[i] for i in by_length], settings)
+    done = [done[k] for k in np.argsort(by_length)]  # in the order of the prompts again
     answers = [split_row(ids, run.meta)[1] for ids, _ in done]
     masks = [canvas.count(run.model.mask_id) for canvas in canvases]
     sizes = [masks, predicted or masks]

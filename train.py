@@ -21,8 +21,9 @@ several machines, which must all see the same folder, start on each:
         --master_port=1234 train.py config/shakespeare_mdm_10m.py
 
 Read the docstrings of config/__init__.py and of Stream.batch in prepare.py first; then main() at
-the end of this file, Training (in set-up), train() (the loop: evaluate, save, update) and update().
-The sections are: optimisers, set-up, speed, evaluation and records, the loop, from start to end.
+the end of this file, TrainingRun (in set-up), train() (the loop: evaluate, save, update) and
+update(). The sections are: optimisers, set-up, speed, evaluation and records, the loop, from start
+to end.
 """
 
 import csv
@@ -72,8 +73,9 @@ batch_size = 16             # B, windows per forward and backward pass
 gradient_accumulation_steps = 1  # batches per update, of each process
 block_size = 256            # T, tokens per window
 train_tokens = 0            # use only this many tokens, the first of the training split; 0 = all
-random_length = 0.0         # share of batches cropped to a random width: of a stream, any; of rows,
-                            # with predict_pad, any that holds the longest answer of the batch
+random_length = 0.0         # share of batches that are cropped to a random width. Of a stream, to
+                            # any; of rows, which needs predict_pad, to any that holds the longest
+                            # answer of the batch
 # data of rows: prompts and answers, or documents; a batch holds rows of one width
 predict_pad = False         # predict PAD too, and so learn where an answer ends; False: rows have
                             # no PAD, and their width shows where the answer ends
@@ -98,9 +100,8 @@ time_cond = False           # show the network the noise level
 dropout = 0.0               # of what attention and mlp add, and of the embedding
 attn_dropout = 0.0          # of the weights of attention: slow on a CPU
 # objective
-objective = 'mdm'           # ar, mdm, d3pm, uniform, block. Of the settings below, one whose
-                            # comment begins with objectives ("d3pm:") is read by these alone, the
-                            # others by all objectives but ar
+objective = 'mdm'           # ar, mdm, d3pm, uniform, block. Of the settings below ar uses none,
+                            # and "d3pm:" marks what d3pm alone uses
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
 loss_weight = 'clipped'     # of time t: elbo = w(t), clipped = min(w(t), w_max), flat = 1;
                             # masked_mean = 1, and the mean is over masked tokens alone.
@@ -178,8 +179,8 @@ def orthogonalize(G, dtype):
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with all of its singular values made near 1 [Jordan 2024].
 
-    Differs from torch.optim.Muon in the dtype of orthogonalize() alone. torch's is always bfloat16,
-    which makes an update 12 times as long on a CPU without bfloat16 instructions (RESULTS, Speed).
+    torch.optim.Muon takes matrices one by one, and orthogonalizes in bfloat16 everywhere, which
+    makes an update 12 times as long on a CPU without bfloat16 instructions (RESULTS, Speed).
     """
 
     def __init__(self, params, weight_decay, dtype, momentum=0.95):
@@ -247,9 +248,9 @@ def check_settings(s):
             ('score_prompt', not s.score_prompt or objective.causal,
              'False: it is for objective=ar alone'),
             ('subs', s.subs or s.objective == 'd3pm', 'True (d3pm alone may use the mask)'),
-            ('shift', not s.shift or objective.masks_anywhere, 'False but for mdm and d3pm'),
+            ('shift', not s.shift or objective.masks_anywhere, 'False but for mdm, d3pm'),
             ('attn_anneal', not s.attn_anneal or objective.masks_anywhere and not s.length_head,
-             '0 but for mdm and d3pm, without a length_head'),
+             '0 unless objective is mdm or d3pm and there is no length_head'),
             ('block_length', s.objective != 'block' or 1 <= s.block_length <= s.block_size,
              'in [1, block_size]'),
             ('pad_curriculum', s.predict_pad or not s.pad_curriculum, '0 without predict_pad'),
@@ -262,10 +263,10 @@ def check_settings(s):
         require(name, vars(s)[name], fine, wanted)
 
 
-class Training:
+class TrainingRun:
     """What the loop works with (model, data, objective, optimizers) and how far it has come.
 
-    The variable is called run below; sample.Run is a finished one. Built from the settings and, of
+    (sample.Run is a finished one.) Built from the settings and, of
     a resumed run, its checkpoint. Where epochs is set it writes max_iters into the settings.
     open_out_dir() is the first to write to out_dir, and is called late, so that a mistake found
     before it leaves an earlier run intact.
@@ -312,7 +313,10 @@ class Training:
 
 
 def join_processes(device):
-    """(rank, world, device) of this process among those of a torchrun; (0, 1, device) if alone."""
+    """(rank, world, device) of this process among those of a torchrun; (0, 1, device) if alone.
+
+    All but the first print nothing from here on.
+    """
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world > 1:
         if device == 'cuda':
@@ -467,7 +471,7 @@ def compile_model(run, s):
     if on:
         run.compiled = torch.compile(run.model)
         try:
-            x0, given = on_device(run.data.batch(0, run.rank, run.world), run.device)
+            x0, given = on_device(run.data.batch(0, run.rank, run.micro_steps), run.device)
             rng = torch.Generator(run.device)
             with run.autocast():
                 nats, _ = run.objective.loss(run.compiled, x0, rng, given, **annealed(run, s, x0))
@@ -515,7 +519,7 @@ def evaluate_now(run, s, learning_rate):
         val, _ = mean_loss(run.data.batches('val', s.batch_size))
         train, _ = mean_loss(run.data.batches('train', s.batch_size, limit=4 * s.batch_size))
     # of training text: on validation text, mere overfitting could look like divergence
-    check_loss(run, s, train, 2, learning_rate)
+    check_loss(run, s, train, learning_rate, highest=2)
     name = run.objective.measured
     run.log.append({
         'iter': run.iteration, 'tokens': run.tokens, 'measured': name, 'train': f'{train:.6f}',
@@ -536,11 +540,11 @@ def check_loss(run, s, loss, learning_rate, highest):
     Or, if that was higher, times the first loss of the run. Not before the first checkpoint: until
     then there is nothing to go back to.
     """
+    guess = math.log(run.data.meta['vocab_size'])
     # "not <=", since nan is neither above nor below
     if run.saved_at is not None and not loss <= highest * max(guess, float(run.log[0]['train'])):
         raise UserError(f'diverged: the training loss is {loss:.4g} after {run.iteration} updates '
                         f'and at learning rate {learning_rate:.2e}: lower it; {s.out_dir}/ckpt.pt '
-    guess = math.log(run.data.meta['vocab_size'])
                         f'has the weights after {run.saved_at} updates')
 
 
@@ -644,8 +648,8 @@ def annealed(run, s, x0):
     if run.iteration >= s.attn_anneal:
         return {}
     T = x0.size(1) + s.shift  # with the start token
-    hidden = torch.rand(T, T, device=run.device) >= run.iteration / s.attn_anneal
-    return {'attn_mask': ~hidden.triu(1)}
+    closed = torch.rand(T, T, device=run.device) >= run.iteration / s.attn_anneal
+    return {'attn_mask': ~closed.triu(1)}
 
 
 def update(run, s, factor):
@@ -793,12 +797,12 @@ def main():
         for name in ('objective', 'init_from'):
             require(name, vars(s)[name], vars(s)[name] == before.get(name, ''), 'that of the run')
     elif s.init_from:  # with its shape
-        theirs = hub_settings(s.init_from[3:], s.trust_remote_code) if s.init_from.startswith(
-            'hf:') else load_checkpoint(s.init_from)['config']
-        s = SimpleNamespace(**config.override(globals(), earlier={
-            n: v for n, v in fields_in(ModelConfig, theirs).items() if n not in MAY_DIFFER}))
+        theirs = hub_settings(s) if s.init_from.startswith('hf:') else \
+            load_checkpoint(s.init_from)['config']
+        shape = {k: v for k, v in fields_in(ModelConfig, theirs).items() if k not in MAY_DIFFER}
+        s = SimpleNamespace(**config.override(globals(), earlier=shape))
     check_settings(s)
-    run = Training(s, checkpoint)
+    run = TrainingRun(s, checkpoint)
     print(run.data.describe())
     print(f'{s.objective}: {run.model.count_parameters():,} parameters, {run.tokens_per_update:,} '
           f'tokens per update, {s.max_iters:,} updates = '

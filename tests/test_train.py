@@ -26,7 +26,7 @@ import prepare
 import train as script
 from config import UserError
 from model import MASK_DECODERS, OBJECTIVES, MaskedDiffusion, ModelConfig, Noised, Transformer, \
-    evaluate, load_checkpoint, load_model, model_config, noise_fraction
+    evaluate, load_checkpoint, load_model, model_config, noise_level
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / 'config').glob('*.py')
@@ -251,7 +251,7 @@ def test_a_rare_level_is_no_divergence():
     run_ = types.SimpleNamespace(saved_at=0, iteration=5, log=[{'train': '2.197225'}],
                                  data=types.SimpleNamespace(meta={'vocab_size': 9}))
     s = types.SimpleNamespace(out_dir='x')
-    script.check_loss(run_, s, 45.0, math.inf, 0.01)
+    script.check_loss(run_, s, 45.0, 0.01, math.inf)
     for loss, highest in ((45.0, 10), (math.nan, math.inf)):
         with pytest.raises(UserError, match='diverged'):
             script.check_loss(run_, s, loss, 0.01, highest)
@@ -421,17 +421,6 @@ def test_every_parameter_is_learned_once_and_matrices_of_blocks_alone_decay(shap
         assert {id(p) for g in groups if g['weight_decay'] for p in g['params']} == inside
 
 
-def test_orthogonalize_keeps_directions_and_levels_their_sizes():
-    torch.manual_seed(0)
-    for shape in ((16, 16), (16, 64), (64, 16)):
-        G = torch.randn(shape)
-        X, zero = script.orthogonalize(torch.stack([G, 0 * G]), torch.float32)
-        assert not zero.any()
-        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-        inside = U.T @ X @ Vh.T  # diagonal: the singular vectors are those of G
-        off = inside - inside.diag().diag()
-        assert off.abs().max() < 1e-3
-        large = S > 0.05 * S.norm()
 def test_matrices_in_the_layers_of_the_hub_decay_too():
     transformers = pytest.importorskip('transformers')
     c = transformers.BertConfig(vocab_size=12, hidden_size=8, num_hidden_layers=2,
@@ -445,6 +434,17 @@ def test_matrices_in_the_layers_of_the_hub_decay_too():
     assert len(adam.param_groups[0]['params']) == len([*model.parameters()]) - len(inside)
 
 
+def test_orthogonalize_keeps_directions_and_levels_their_sizes():
+    torch.manual_seed(0)
+    for shape in ((16, 16), (16, 64), (64, 16)):
+        G = torch.randn(shape)
+        X, zero = script.orthogonalize(torch.stack([G, 0 * G]), torch.float32)
+        assert not zero.any()
+        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+        inside = U.T @ X @ Vh.T  # diagonal: the singular vectors are those of G
+        off = inside - inside.diag().diag()
+        assert off.abs().max() < 1e-3
+        large = S > 0.05 * S.norm()
         assert (inside.diag()[large] > 0.6).all() and (inside.diag() < 1.3).all()
 
 
@@ -1016,7 +1016,7 @@ class HalfMasked(MaskedDiffusion):
     def corrupt_evenly(self, model, x0, given, rng):
         is_mask = (torch.rand(x0.shape, generator=rng) < 0.5) & ~given
         xt = torch.where(is_mask, model.mask_id, x0)
-        return Noised(xt, is_mask, torch.full((1, 1), 2.0), noise_fraction(0.5, given))
+        return Noised(xt, is_mask, torch.full((1, 1), 2.0), noise_level(0.5, given))
 
     def corrupt(self, model, x0, given, rng):
         return self.corrupt_evenly(model, x0, given, rng)
@@ -1103,7 +1103,7 @@ def test_settings_that_contradict_a_model_of_the_hub_are_one_line(tmp_path):
     for word, said in (('--n_layer=3', 'hf:hub cannot begin this run: it has another n_layer'),
                        ('--mlp=relu2', 'it has another mlp'),
                        ('--dataset=chars', 'must be prepared with --tokenizer=hf:hub'),
-                       ('--shift', 'shift is True, but it must be False but for mdm and d3pm'),
+                       ('--shift', 'shift is True, but it must be False but for mdm, d3pm'),
                        ('--init_from=hf:llama', 'a llama of the hub, but it must be a GPT-2 or a'),
                        ('--init_from=hf:nowhere', 'write hf:FOLDER')):
         assert_one_line(run('train.py', *words, word, cwd=tmp_path), said)
