@@ -473,7 +473,9 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
         return
     for alpha_t, alpha_s, level in reverse_steps(model, x, generated, steps, noise_schedule):
         logits = model(x, level, where=generated)  # (M, V)
-        p = probabilities(logits.to(rng.device), x, generated, **sampling)[:, :n_real]  # (M, V')
+        # none of the tokens that are sampled anew counts as held already
+        held = x.masked_fill(generated, model.mask_id)
+        p = probabilities(logits.to(rng.device), held, generated, **sampling)[:, :n_real]  # (M, V')
         keep = alpha_t / alpha_s
         # [i = j], (M, V'), on the device of p, since MPS has no float64
         current = F.one_hot(x[generated].to(p.device), n_real).double()

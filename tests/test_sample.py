@@ -638,6 +638,27 @@ def test_the_best_uniform_model_writes_the_texts_it_knows():
     assert ((halfway != y).any(1) & (halfway[:, 0] != halfway[:, 1])).float().mean() > 0.1
 
 
+def test_a_penalty_is_not_for_the_token_that_is_sampled_anew():
+    """What a place holds while it may still change is no token that the text holds already."""
+    class Sure(Optimal):
+        def __call__(self, x, t, *, where):  # of the token i at place i
+            logits = torch.full((2, UNIFORM_K + 1), -5.0)
+            logits[0, 0] = logits[1, 1] = 4.0
+            logits[:, 2] = 3.0
+            return logits.expand(len(x), 2, UNIFORM_K + 1)[where].clone()
+
+    y, _ = decode_uniform(Sure(None), torch.full((200, 2), UNIFORM_K), steps=20, temperature=0,
+                          repetition_penalty=2.0, generator=noise_source())
+    assert torch.equal(y, torch.tensor([[0, 1]]).expand(200, 2))
+
+
+def test_corrupting_a_text_of_no_tokens_is_refused():
+    run = types.SimpleNamespace(objective=sample.MaskedDiffusion(),
+                                tokenizer=types.SimpleNamespace(encode=lambda text: []))
+    with pytest.raises(UserError, match='a text that has tokens'):
+        sample.show_corruption(run, ' ', 1)
+
+
 @repeatable(max_examples=30)
 @given(x=canvases(), steps=st.integers(1, 8), seed=st.integers(0, 999), eos=st.sampled_from(
     [None, 2]), sampling=st.sampled_from([{}, {'temperature': 0}, {'top_k': 1},
