@@ -1240,11 +1240,12 @@ class HubNetwork(nn.Module):
 
     def forward(self, x, level=None, *, where=None, hidden=False, **other):
         require('prefix_cache or attn_anneal', True, not other, 'off for a masked model of the hub')
+        self.place(x, None, None, None)  # refuses more tokens than the context has
         h = self.network(x).logits  # (B, T, V)
         h = h if where is None else h[where]  # (M, V)
         return h if hidden else self.logits(h)
 
-    logits, device = Transformer.logits, Transformer.device
+    logits, device, place = Transformer.logits, Transformer.device, Transformer.place
     count_parameters = Transformer.count_parameters
 
 

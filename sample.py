@@ -795,10 +795,7 @@ def decode(run, rows, settings, eos_id=None, on_step=None):
 
     With an eos_id, a row ends where it generates one; without, at the end of the canvas.
     """
-    context, device = run.model.config.block_size, run.model.device
-    if len(rows[0]) > context and not (run.objective.causal or run.objective.block_length):
-        raise UserError(f'{len(rows[0])} tokens do not fit into the context of this model, '
-                        f'block_size is {context}')
+    device = run.model.device
     specials = [run.meta[key] for key in ('mask_id', *SPECIALS) if run.meta.get(key) is not None]
     decoder = make_decoder(run.objective, settings, specials)
     rng = torch.Generator('cpu' if device.type == 'mps' else device).manual_seed(settings['seed'])

@@ -1323,6 +1323,8 @@ def test_a_masked_model_of_the_hub_has_its_own_logits_behind_our_call(tmp_path, 
             assert (found[..., 4] == -torch.inf).all() and expected.std() > 0.3
             where = rows == 4
             torch.testing.assert_close(ours(rows, where=where), found[where])
+    with pytest.raises(UserError, match='17 tokens do not fit into the context'):
+        ours(tokens(1, 17, 90))
     checkpoint = {'model': ours.state_dict(), 'meta': meta, 'config': {
         'objective': 'mdm', **{key: getattr(ours.config, key) for key in (
             'block_size', 'n_layer', 'n_head', 'n_embd', 'tied', 'pos', 'hub')}}}
