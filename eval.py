@@ -449,7 +449,7 @@ def foreign_text(run, name, split, settings):
     parts = [''.join(filter(known.__contains__, part)) for part in parts]
     ids = run.tokenizer.encode(('' if run.meta['eos_id'] is None else EOT).join(parts))
     data, text = data_of(run), ''.join(parts)
-    require('data', name, text, 'a text that is not empty')
+    require('data', name, ids and text, 'a text that is not empty')
     data.tokens = lambda split: np.array(ids)  # the run's Stream, but of this text
     return (name + f' less {lacking.total():,}' * bool(lacking), split,
             data.batches('all', settings['batch_size'],

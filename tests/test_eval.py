@@ -565,6 +565,16 @@ def test_any_text_is_scored_in_a_runs_own_tokens(runs, settings, text):
     assert row['bits/byte'] == pytest.approx(nats / math.log(2) / len(''.join(kept).encode()))
 
 
+def test_a_text_of_no_tokens_is_refused(tmp_path, monkeypatch):
+    """As one of blanks is, to tokenizers that leave them out."""
+    monkeypatch.setattr(evaluation, 'data_of', lambda run: SimpleNamespace())
+    run_ = SimpleNamespace(name='x', meta={'layout': 'stream', 'eos_id': None, 'tokenizer': {}},
+                           tokenizer=SimpleNamespace(encode=lambda text: []))
+    (tmp_path / 'blanks.txt').write_text(' \n ')
+    with pytest.raises(UserError, match='a text that is not empty'):
+        evaluation.foreign_text(run_, str(tmp_path / 'blanks.txt'), '', {'skip_unknown': False})
+
+
 def test_other_data_are_scored_byte_by_byte_whatever_their_tokens(runs, settings):
     """Prepared as byte pairs, with EOTs; read by a run of characters and one of byte pairs."""
     text = ('The cat sees the moon.\n' + '<|endoftext|>The rose\n') * 40
