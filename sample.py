@@ -887,6 +887,8 @@ def answer_canvases(run, prompts, settings, references=None):
     training, and crop_to_predicted() then leaves those that the answer needs. references: answers
     as lists of ids, from which length = 'reference' takes the number of tokens.
     """
+    require('length', settings['length'], not run.objective.causal or settings['length'] == 'auto',
+            'auto for an autoregressive model, which writes until it is done')
     name, meta, context = length_name(settings['length'], run), run.meta, run.settings['block_size']
     line = settings['length_line']
     require('length_line', line, len(line) == 2, 'two numbers')
@@ -1024,8 +1026,6 @@ def make_canvases(run, prompts, settings):
         return [text_canvas(run, kind, text, settings) for kind, text in prompts], None, 0, 0.0
     require('gen_length', settings['gen_length'], settings['gen_length'] == 0,
             '0 for a run on prompts and answers: length says how long an answer is')
-    require('length', settings['length'], not run.objective.causal or settings['length'] == 'auto',
-            'auto for an autoregressive model, which writes until it is done')
     for kind, text in prompts:
         if kind == 'template' or not text.strip():
             raise UserError(f'{text[:20]!r} is no prompt, but this run is on prompts and answers: '
@@ -1108,7 +1108,8 @@ def main():
     if export:
         return export_model(run, export)
     if chat:
-        alone = not any((start, template, prompt_file, watch, save, json, cleanup, gen_length))
+        alone = not any((start, template, prompt_file, watch, save, json, cleanup, gen_length,
+                         num_samples > 1))
         require('chat', chat, alone, 'alone: it reads stdin, so leave out start, save and the like')
         return chat_with(run, settings, sys.stdin)
     name = decoder_name(decoder, run.objective)

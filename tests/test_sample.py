@@ -2355,11 +2355,14 @@ def test_a_predicted_length_costs_a_pass_and_cuts_the_canvas(row_runs, run_main)
     (['--chat', '--start=ab'], 'chat is True, but it must be alone'),
     (['--chat', '--cleanup'], 'chat is True, but it must be alone'),
     (['--chat', '--gen_length=3'], 'chat is True, but it must be alone'),
+    (['--chat', '--num_samples=2'], 'chat is True, but it must be alone'),
     (['--save=nowhere/x.gif'], 'in a folder that is there'),
     (['--chat', '--out_dir=mdm'], 'False for a run without answers'),
+    (['--chat', '--length=full', '--out_dir=row_ar'], 'until it is done'),
     (['--start=ab', '--length_candidates=3', '--out_dir=row_pad'], 'unless masks are filled'),
     (['--start=a', '--length_candidates=3', '--out_dir=mdm'], 'without answers')])
-def test_bad_questions_are_one_line(row_runs, run_main, words, problem):
+def test_bad_questions_are_one_line(row_runs, run_main, words, problem, monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('ab\n'))
     status, out, err = run_main('--out_dir=row_mdm', *words)
     assert (status, out) == (2, '')
     assert re.fullmatch(r'error: [^\n]+\n', err) and problem in err
