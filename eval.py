@@ -1099,7 +1099,7 @@ def reversal(runs, settings):
         turned = {fact for fact in facts if b_is_a.format(*fact) in training}
         fine = turned and facts - turned and run.meta['tokenizer']['kind'] == 'char'
         require('out_dir', run.path, fine, 'a run on facts: python prepare.py reversal')
-        how = settings | sample.greedy(run.objective)
+        how = decoding(run, settings) | sample.greedy(run.objective)
         how |= {'steps': 0} if run.objective.masks else {}  # one token a step
         for column, asked, sentence, blank in (
                 ('A is __', facts, a_is_b, 1), ('__ is B', facts, a_is_b, 0),

@@ -1292,8 +1292,9 @@ def load_hub(s, meta):
 def export_model(run, folder):
     """Writes the model of a Run (sample.py) of ar to a new folder, as a GPT-2 of transformers.
 
-    The mask's row goes with it: where it is the start token, it is bos_token_id there. A bias that
-    ours lacks is 0. The tokenizer goes with it if it is one of the hub. A model of Llama's shape
+    The mask's row goes with it: where it is the start token, it is bos_token_id there. It is never
+    generated; but where ours gives it probability 0, theirs gives it some. A bias that ours lacks
+    is 0. The tokenizer goes with it if it is one of the hub. A model of Llama's shape
     (rope, rmsnorm, swiglu) is not exported. Raises UserError.
     """
     c, transformers = run.model.config, optional('transformers', extra='hf')
