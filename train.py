@@ -215,8 +215,7 @@ def make_optimizers(model, s, dtype):
     """
     matrices, rest = [], []
     for name, p in (model.length_head or model).named_parameters():
-        is_inside = ('blocks.' in name or '.layer' in name) and 'mixing' not in name
-        is_matrix = is_inside and p.dim() == 2
+        is_matrix = p.ndim == 2 and ('blocks.' in name or '.layer' in name) and 'mixing' not in name
         (matrices if is_matrix else rest).append(p)
     adam = partial(torch.optim.AdamW, betas=(s.beta1, s.beta2), weight_decay=0.0, fused=True)
     if s.optimizer == 'muon' and matrices:
