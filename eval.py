@@ -883,10 +883,11 @@ def held_out(run, settings):
 def generation(runs, settings):
     """What runs write, beside as much of the validation split; texts are as long as the context.
 
-    A word is known if it occurs in the training text (its first 20,000,000 tokens); the longest
-    copy is the longest piece of a text that occurs there. nll under: nats per token of an
-    autoregressive model, the judge; nats/char under: the same if its tokens are others; perplexity:
-    exp of the nats per judge's token. nfe: passes of a text; a pass serves a whole batch.
+    A word is known if it occurs in the training text (its first 20,000,000 tokens); what is left of
+    a word that the end of a text cuts off counts as a word, in all rows alike. The longest copy is
+    the longest piece of a text that occurs there. nll under: nats per token of an autoregressive
+    model, the judge; nats/char under: the same if its tokens are others; perplexity: exp of the
+    nats per judge's token. nfe: passes of a text; a pass serves a whole batch.
     """
     run, judge, training = runs[0], load_judge(runs, settings), training_text(runs[0])
     known, rows = set(words_of(training)), []
