@@ -46,7 +46,6 @@ import json
 import math
 import os
 import re
-import runpy
 import sys
 import tempfile
 import time
@@ -64,7 +63,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from config import UserError, one_of, override, require
+from config import UserError, one_of, override, read_config, require
 
 name = ''          # the folder in data/; '' = named as the data set, or as the file without its
                    # suffix
@@ -87,8 +86,8 @@ max_answer = 128   # tokens; the same, but a longer document is cut
 truncate = False   # keep these pairs: a prompt loses its beginning, an answer its end (and EOS
                    # follows where it was cut)
 # which part is val
-val_share = 0.0    # so large a random part of the documents; 0 = the splits of the recipe or, of a
-                   # file of yours, the last 10%
+val_share = 0.0    # so large a random part of the documents, which are the lines where there is no
+                   # EOT; 0 = the splits of the recipe or, of a file of yours, the last 10%
 seed = 0           # of val_share
 
 RECIPES = Path(__file__).parent / 'data'
@@ -134,7 +133,7 @@ def load_recipe(name):
     """{name: value} of data/<name>.py and, where it leaves a name out, of its base.
 
     The base of all recipes is data/__init__.py."""
-    own = runpy.run_path(str(RECIPES / f'{name}.py'))
+    own = read_config(str(RECIPES / f'{name}.py'))
     return own if name == '__init__' else load_recipe(own.get('base', '__init__')) | own
 
 
@@ -152,7 +151,7 @@ def choose_recipe(what, prompts, answers, fields, documents, text_field, max_doc
     recipe = load_recipe(what if known else '__init__')
     if what.startswith('hf:'):
         require('text_field', text_field, text_field or fields, 'a column, unless fields is set')
-        recipe |= {'files': {what: None}, 'make': partial(save_hub_data, what, names, max_docs)}
+        recipe['make'] = partial(save_hub_data, what, names, max_docs)
     if text_field:
         recipe['read'] = partial(read_texts, name=text_field, rows=documents)
     if fields:
@@ -236,6 +235,7 @@ def fetch(recipe):
     The path is that of the one file, or of the folder with all of them."""
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
     if not recipe['mirrors']:
+        require('mirrors', [], recipe['make'], 'some URLs: the recipe has no make')
         return recipe['make'](DOWNLOADS)
     try:
         for file, sha256 in recipe['files'].items():
@@ -779,8 +779,9 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
     foreign = target.exists() and not (target / 'meta.json').exists()  # not written by prepare()
     if foreign or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
         raise UserError(f'{target} cannot be the folder of a data set: choose another --name')
-    own = [prompts, answers] if prompts else [source or what]
-    texts, origin = find_texts(what, recipe, own if source or not recipe['files'] else [])
+    known = what in recipe_names() or what.startswith('hf:')
+    own = [prompts, answers] if prompts else [source] if source else [] if known else [what]
+    texts, origin = find_texts(what, recipe, own)
     splits = open_splits(recipe, texts, kind, val_share, seed)
     vocabulary = make_vocabulary(kind, layout, splits, vocab_size or recipe['vocab_size'])
     row_length = (max_prompt + 1 if layout == 'pairs' else 0) + max_answer + 1  # with SEP and EOS

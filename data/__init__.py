@@ -13,7 +13,7 @@ base = '__init__'     # another recipe, which has the values of the names that t
 mirrors = []          # URLs that end in /, each of a server that has all the files
 files = {}            # {path below a mirror: sha256, or None where none is published}
 folder = ''           # in data/downloads, to keep several files together; '' = there is one file
-make = None           # function that makes the text where there is no mirror, or none answers:
+make = None           # function that makes the text where there are no mirrors, or none answers:
                       # make(data/downloads) -> (path, source in words), or None if it fails
 title = ''            # name of the text: with it, a --source of another sha256 is reported
 # how it is read

@@ -5,7 +5,6 @@ Made here in seconds, 550 kB. After Berglund et al., The Reversal Curse, 2023 [2
 
 import random
 
-files = {'reversal.txt': None}
 JOBS = ['baker', 'tailor', 'judge', 'singer', 'miller', 'painter', 'guard', 'sailor']
 
 

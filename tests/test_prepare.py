@@ -3,6 +3,7 @@
 Real text comes from a folder beside the checkout where there is one; else those tests are skipped.
 """
 
+import ast
 import base64
 import collections
 import csv
@@ -738,18 +739,19 @@ def recipes(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', prepare.recipe_names())
 def test_every_recipe_says_what_it_is_and_how_it_is_read(name):
     recipe = prepare.load_recipe(name)
-    assert len(recipe['__doc__'].splitlines()[0]) > 40
-    assert recipe['files'] and (recipe['mirrors'] or recipe['make'])
+    assert recipe['mirrors'] or recipe['make']
+    assert bool(recipe['files']) == bool(recipe['mirrors'])
     assert all(mirror.startswith('https://') and mirror.endswith('/')
                for mirror in recipe['mirrors'])
     assert all(digest is None or re.fullmatch('[0-9a-f]{64}', digest)
                for digest in recipe['files'].values())
-    assert recipe['folder'] or len(recipe['files']) == 1
+    assert recipe['folder'] or len(recipe['files']) == 1 or not recipe['mirrors']
     assert recipe['layout'] in prepare.READERS and recipe['tokenizer'] in prepare.TOKENIZER_KEYS
     source = (prepare.RECIPES / f'{name}.py').read_text(encoding='utf-8')
     assert max(map(len, source.splitlines())) <= 100
 
 
+    assert len(ast.get_docstring(ast.parse(source)).splitlines()[0]) > 40
 def test_the_data_sets_are_those_of_the_module_docstring():
     said = re.findall(r'(?m)^    python prepare.py (\w+) +#', prepare.__doc__)
     assert sorted(said) == prepare.recipe_names()
@@ -791,14 +793,27 @@ def test_an_unknown_name_lists_the_recipes(recipes):
     write(recipes / 'mybook.py', '"""A book of mine."""\n')
     with pytest.raises(UserError, match='no file .nix. .data sets: multi30k, mybook, opus_books'):
         prepare.prepare('nix')
-    with pytest.raises(UserError, match="no file 'mybook'"):  # of which nothing says where it is
+    with pytest.raises(UserError, match='mirrors is .., .* the recipe has no make'):
         prepare.prepare('mybook')
 
 
 def test_documents_of_a_recipe_are_said_to_be_cut(recipes, monkeypatch, capsys):
+    write(recipes / 'torn.py', 'splits = {\n')
+    with pytest.raises(UserError, match='torn.py. does not run: SyntaxError'):
+        prepare.prepare('torn')
+
+
+def test_a_recipe_may_make_its_text(recipes):
+    write(recipes / 'made.py', '''"""Digits."""
+def make(folder):
+    (folder / 'digits.txt').write_text('0123456789' * 20)
+    return folder / 'digits.txt', 'made here'
+''')
+    meta = prepare.prepare('made')
+    assert meta['source'] == 'made here' and meta['tokenizer']['chars'] == '0123456789'
     write(recipes / 'lines.py', '"""Lines, each a document."""\nlayout = \'documents\'\n')
     write('lines', 'short\n' * 9 + 'x' * 200 + '\n')
-    monkeypatch.setattr(sys, 'argv', ['prepare.py', 'lines'])
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', 'lines', '--source=lines'])
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # override() replaces it
     prepare.main()
     assert 'val: 1 rows, 129 tokens to predict; 0 empty and dropped, 1 too long and cut\n' \
