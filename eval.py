@@ -1124,7 +1124,7 @@ def reversal(runs, settings):
 
 def file_pairs(run, path):
     """As row_pairs, of the lines of a file with tabs; '' is the level of lines without one."""
-    text = ''.join(read_chunks(Path(path))).removeprefix('\ufeff')  # a byte order mark
+    text = ''.join(read_chunks(Path(path)))
     rows = [[column.strip() for column in line.split('\t')]
             for line in text.split('\n') if line.strip()]
     bad = [row for row in rows if len(row) not in (2, 3) or not all(row[-2:])]

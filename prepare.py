@@ -338,7 +338,7 @@ def find_texts(what, recipe, sources):
 
 def read_chunks(file):
     """Yields the text of a UTF-8 file in pieces of READ_SIZE, line ends untouched."""
-    with file.open('r', encoding='utf-8', newline='') as f:
+    with file.open('r', encoding='utf-8-sig', newline='') as f:  # without a byte order mark
         try:
             while chunk := f.read(READ_SIZE):
                 yield chunk
@@ -382,7 +382,7 @@ def read_pairs(prompts, answers):
 
 def read_fields(file, names):
     """Yields [text of each named column of a .csv or key of a .jsonl]; what is no text, as JSON."""
-    lines = (line.removeprefix('\ufeff') for line in split_at('\n', read_chunks(file)))
+    i, lines = 0, split_at('\n', read_chunks(file))
     csv.field_size_limit(1 << 30)  # characters of a text
     records = csv.DictReader(lines) if file.name.lower().endswith('.csv') else map(
         json.loads, filter(str.strip, lines))
@@ -464,10 +464,10 @@ def cut_splits(read, ends, stream):
 def split_of(document, ends, seed):
     """The split of a document, a text or a list of texts: the first whose end is above its hash.
 
-    The hash of seed and text is a number in [0, 1); blanks, line ends and byte order marks do not
-    count. So a document, with all its copies, is in the same split in every file, layout and order.
+    The hash of seed and text is a number in [0, 1); blanks and line ends do not count. So a
+    document, with all its copies, is in the same split in every file, layout and order.
     """
-    text = ''.join(''.join(document).replace('\ufeff', '').split()).removesuffix(EOT)
+    text = ''.join(''.join(document).split()).removesuffix(EOT)
     u = int(hashlib.sha256(f'{seed} {text}'.encode()).hexdigest()[:12], 16) / 2 ** 48
     return next(split for split, end in ends.items() if u < end)
 
@@ -493,8 +493,8 @@ def open_splits(recipe, texts, kind, val_share, seed):
         items = splits[split]()
         if recipe['unfold']:
             items = itertools.chain.from_iterable(map(recipe['unfold'], items))
-        if not stream:  # a file may begin with a byte order mark
-            return ([side.removeprefix('\ufeff').strip() for side in row] for row in items)
+        if not stream:
+            return ([side.strip() for side in row] for row in items)
         return recut(items, OUTSIDE_EOT if kind == 'char' else BEFORE_BLANK)
 
     return {split: partial(items_of, split) for split in splits}
