@@ -396,7 +396,7 @@ def read_fields(file, names):
             # JSON can hold half a surrogate pair, which is no text
             yield [text.encode('utf-8', 'replace').decode() for text in texts]
     except (ValueError, AttributeError, RecursionError, csv.Error) as e:
-        raise UserError(f'{file} is not a .csv or .jsonl of records: {e}') from e
+        raise UserError(f'{file} is not a .csv or .jsonl of records, behind record {i}: {e}') from e
 
 
 def read_texts(file, name, rows):

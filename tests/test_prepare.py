@@ -481,6 +481,9 @@ def test_fields_of_csv_and_jsonl():
         assert texts_of(meta, 'train') == pairs[:18] and texts_of(meta, 'val') == pairs[18:]
     half = write('half.jsonl', '{"from": "a\\ud800", "to": 7}\n' * 20)  # and a number for a text
     assert texts_of(prepare.prepare(half, fields='from,to'), 'val') == [('a?', '7')] * 2
+    torn = write('torn.jsonl', '{"from": "a", "to": "b"}\n' * 20 + '{"from": "a')
+    with pytest.raises(UserError, match='torn.jsonl is not a .csv .* behind record 20: Unterm'):
+        prepare.prepare(torn, fields='from,to')
 
 
 # Data sets in the formats of the hub, read by its library
