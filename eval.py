@@ -1352,6 +1352,7 @@ TASKS = {
     'length': Task(lengths, 'split batch_size seed length_quantile', plot_length,
                    on='prompts and answers'),
     'reversal': Task(reversal, '')}
+WRITING = ('generation', 'infill', 'recover', 'translation', 'reversal', 'report')  # have texts
 ALONE = {'speed': {'gen_tokens': 2048}}  # defaults of one task, where they differ from those above
 REPORT = {                 # the tasks of a report, and their defaults there, for a laptop
     'curves': {}, 'likelihood': {'split': 'train,val'},
@@ -1414,6 +1415,7 @@ def main():
     settings = config.override(globals(), inherited=sample, names=sample.DECODING)
     one_of('task', task, (*TASKS, 'report'))
     require('data', data, not data or task in ('likelihood', 'report'), "'' for other tasks")
+    require('save_texts', save_texts, not save_texts or task in WRITING, "'' for other tasks")
     if task in ('curves', 'scaling'):  # they read logs, no models
         runs = [load_log(path.strip())[0] for path in out_dir.split(',')]
     else:

@@ -168,7 +168,8 @@ def test_lines_of_a_picture_differ():
     (['--data=empty.txt'], "data is 'empty.txt', but it must be a text that is not empty"),
     (['--task=infill', '--decoder=nonsense'], "decoder is 'nonsense', not one of auto, remdm"),
     (['--task=infill', '--save_texts=nowhere/x.jsonl'], 'No such file'),
-    (['--task=infill', '--save_texts=out'], 'Is a directory')])
+    (['--task=infill', '--save_texts=out'], 'Is a directory'),
+    (['--save_texts=x.jsonl'], "save_texts is 'x.jsonl', but it must be '' for other tasks")])
 def test_bad_input_is_one_line(runs, words, said):
     (runs / 'odd.txt').write_text('The cat# é#', encoding='utf-8')
     (runs / 'empty.txt').write_text('<|endoftext|>')
