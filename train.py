@@ -244,6 +244,7 @@ def check_settings(s):
     objective = make_objective(vars(s))
     # a setting, whether its value is fine, and what it must be
     for name, fine, wanted in (
+            ('out_dir', s.out_dir, 'a folder'),
             ('score_prompt', not s.score_prompt or objective.causal,
              'False: it is for objective=ar alone'),
             ('subs', s.subs or s.objective == 'd3pm', 'True (d3pm alone may use the mask)'),

@@ -924,6 +924,11 @@ def test_settings_of_streams_and_rows_do_not_mix(pairs, words, said):
     assert not (pairs / 'out/bad').exists()
 
 
+def test_a_run_without_a_folder_is_not_written_where_one_stands(pairs):
+    assert_one_line(run('train.py', *TINY, '--out_dir=', cwd=pairs), "out_dir is '', but it must be")
+    assert not (pairs / 'config.json').exists()
+
+
 def test_answers_are_not_asked_of_documents(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('lines.txt').write_text('a b c\n' * 50)
