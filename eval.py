@@ -462,7 +462,7 @@ def likelihood(runs, settings):
 
     All windows of the split (of train max_windows, evenly spread), as long as the context but for
     the last, or all rows, each read alone, in float32; of `data`, where it is given, in the tokens
-    of each run. The picture is of 64 windows of val, and of one draw at each of 16 levels.
+    of each run. A picture of it is of 64 windows of val, and of one draw at each of 16 levels.
     draws: how many of the bound, each over the whole split; s.e.: the standard error of their
     mean. nelbo in N steps: of the same network, in N diffusion steps. Training batches/s are
     those of the run's log, at its own batch size; evaluation batches/s are those of this table,

@@ -748,10 +748,11 @@ def write_dataset(target, meta, encoded):
                     f.write(np.array(ids, dtype).tobytes())
                 meta['counts'][split]['tokens'] = tokens = f.tell() // dtype.itemsize
             if tokens < 2:
-                count = {'empty': 0, 'long': 0} | meta['counts'][split]
+                count = meta['counts'][split]
+                why = f' ({count["empty"]} rows are empty, {count["long"]} too long)' \
+                    if 'empty' in count else ''
                 raise UserError(f'{target.name} is too short: its {split} split has {tokens} '
-                                f'tokens ({count["empty"]} rows are empty, {count["long"]} too '
-                                'long)')
+                                f'tokens{why}')
         if meta['layout'] == 'rows':
             meta['max_answer'] = max(count['longest'] for count in meta['counts'].values())
         (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')

@@ -449,9 +449,9 @@ def compile_or_not(asked, device, dtype, data, seconds):
     in bfloat16, a tenth longer in float32. On 2 cores compiling costs about 40 s.
     """
     if asked != 'auto':
-        return asked == 'on', 'as set'
+        return asked == 'on', 'as set, or as the run began'
     if data.meta['layout'] == 'rows' or data.random_length:
-        return False, 'batches have many widths, and each would be compiled anew'
+        return False, 'batches may have many widths, and each would be compiled anew'
     if device == 'mps':
         return False, 'there is no compiler for this device'
     saved = seconds if dtype == 'bfloat16' else seconds / 10

@@ -751,10 +751,10 @@ def test_every_recipe_says_what_it_is_and_how_it_is_read(name):
     assert recipe['folder'] or len(recipe['files']) == 1 or not recipe['mirrors']
     assert recipe['layout'] in prepare.READERS and recipe['tokenizer'] in prepare.TOKENIZER_KEYS
     source = (prepare.RECIPES / f'{name}.py').read_text(encoding='utf-8')
+    assert len(ast.get_docstring(ast.parse(source)).splitlines()[0]) > 40
     assert max(map(len, source.splitlines())) <= 100
 
 
-    assert len(ast.get_docstring(ast.parse(source)).splitlines()[0]) > 40
 def test_the_data_sets_are_those_of_the_module_docstring():
     said = re.findall(r'(?m)^    python prepare.py (\w+) +#', prepare.__doc__)
     assert sorted(said) == prepare.recipe_names()
@@ -798,9 +798,6 @@ def test_an_unknown_name_lists_the_recipes(recipes):
         prepare.prepare('nix')
     with pytest.raises(UserError, match='mirrors is .., .* the recipe has no make'):
         prepare.prepare('mybook')
-
-
-def test_documents_of_a_recipe_are_said_to_be_cut(recipes, monkeypatch, capsys):
     write(recipes / 'torn.py', 'splits = {\n')
     with pytest.raises(UserError, match='torn.py. does not run: SyntaxError'):
         prepare.prepare('torn')
@@ -814,6 +811,9 @@ def make(folder):
 ''')
     meta = prepare.prepare('made')
     assert meta['source'] == 'made here' and meta['tokenizer']['chars'] == '0123456789'
+
+
+def test_documents_of_a_recipe_are_said_to_be_cut(recipes, monkeypatch, capsys):
     write(recipes / 'lines.py', '"""Lines, each a document."""\nlayout = \'documents\'\n')
     write('lines', 'short\n' * 9 + 'x' * 200 + '\n')
     monkeypatch.setattr(sys, 'argv', ['prepare.py', 'lines', '--source=lines'])
