@@ -1069,9 +1069,8 @@ def show_corruption(run, text, seed):
         run = Run('', SimpleNamespace(mask_id=len(chars), device='cpu'), MaskedDiffusion(), {},
                   CharTokenizer(chars, {}), {}, 0, '')
     require('corrupt', text, not run.objective.exact, "'' for an ar run, which undoes no noise")
-    ids = run.tokenizer.encode(text)
-    require('corrupt', text, ids, 'a text that has tokens')
-    x0 = torch.tensor([ids], device=run.model.device)  # (1, T)
+    x0 = torch.tensor([run.tokenizer.encode(text)], device=run.model.device)  # (1, T)
+    require('corrupt', text, x0.numel(), 'a text that has tokens')
     given, rng = torch.zeros_like(x0, dtype=torch.bool), torch.Generator(x0.device)
     rows = [('', 'original', 'corrupted', 'reconstructed') if run.settings else ('t = 0.0', text)]
     for t in (0.2, 0.4, 0.6, 0.8, 1.0):

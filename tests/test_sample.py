@@ -654,6 +654,7 @@ def test_a_penalty_is_not_for_the_token_that_is_sampled_anew():
 
 def test_corrupting_a_text_of_no_tokens_is_refused():
     run = types.SimpleNamespace(objective=sample.MaskedDiffusion(),
+                                model=types.SimpleNamespace(device='cpu'),
                                 tokenizer=types.SimpleNamespace(encode=lambda text: []))
     with pytest.raises(UserError, match='a text that has tokens'):
         sample.show_corruption(run, ' ', 1)
