@@ -915,7 +915,7 @@ def decoders_of(run, steps, guidance):
     if objective.exact:
         return [(objective.decoders[0], '', {})]
     ways = {name: {'decoder': name} for name in objective.decoders if name != 'threshold'}
-    if objective.masks:
+    if objective.reads_masks:
         ways['confidence, cosine'] = {'decoder': 'confidence', 'counts': 'cosine'}
     if objective.masks_anywhere:  # it has no blocks of its own
         ways['in blocks'] = {'decoder': 'confidence', 'block_length': math.ceil(T / 8)}
@@ -923,7 +923,7 @@ def decoders_of(run, steps, guidance):
             ways['in blocks, cached'] = ways['in blocks'] | {'prefix_cache': True}
     # T masks take T steps at most, and a block one at least
     points = [(name, f'steps={n}', how | {'steps': n}) for name, how in ways.items() for n in steps
-              if not objective.masks
+              if not objective.reads_masks
               or T / (objective.block_length or how.get('block_length', T)) <= n <= T]
     if 'threshold' in objective.decoders:
         points += [('threshold', f'threshold={p}', {'decoder': 'threshold', 'threshold': p})
@@ -1076,7 +1076,7 @@ def token_by_token(run, x, rate):
     model, x = run.model, x.to(run.model.device)
     if run.objective.exact:
         return run.objective.token_bounds(model, x, None).cpu()  # its nll: AR draws nothing
-    if not run.objective.masks:
+    if not run.objective.reads_masks:
         level = torch.full((len(x), 1), rate, device=x.device)
         return token_nll(model, x, x < 0, x >= 0, level).cpu()  # no masks, and all are scored
     eighth = torch.arange(x.size(1), device=x.device).expand_as(x) % 8  # (B, T)
@@ -1101,7 +1101,7 @@ def reversal(runs, settings):
         fine = turned and facts - turned and run.meta['tokenizer']['kind'] == 'char'
         require('out_dir', run.path, fine, 'a run on facts: python prepare.py reversal')
         how = decoding(run, settings) | sample.greedy(run.objective)
-        how |= {'steps': 0} if run.objective.masks else {}  # one token a step
+        how |= {'steps': 0} if run.objective.reads_masks else {}  # one token a step
         for column, asked, sentence, blank in (
                 ('A is __', facts, a_is_b, 1), ('__ is B', facts, a_is_b, 0),
                 ('B is __, stated', turned, b_is_a, 0),

@@ -24,7 +24,7 @@ Letters here, and in the papers:
     N, M      diffusion steps of D3PM; tokens of a batch that are scored, i.e. have a loss
     S         tokens whose keys are read: T, or more with a cache
     V         rows of the embedding: V' real tokens and the mask; mask_id = V - 1, but an imported
-              model may have it elsewhere. (vocab_size is V in ModelConfig, V' in meta.json.)
+              model may have it elsewhere. vocab_size is V in ModelConfig, and V' in meta.json
 
     here                                                             in the papers
     x0        clean tokens (B, T) int64                              x, z_0 in MDLM, x_0 in LLaDA
@@ -40,7 +40,7 @@ Letters here, and in the papers:
     shift     (a setting) masked diffusion that predicts as ar does: token i at position i - 1
     is_mask   (B, T) bool, True where xt is mask_id
     given     (B, T) bool, True in a prompt: never corrupted, never scored
-    L, l      tokens of a row that are not given, and those of them that are masked
+    L, n      tokens of a row that are not given, and how many of them are masked
 
 Three things are called blocks: a Block is a layer, block_size is the context, as in nanoGPT, and
 block_length is the length of a block of text in block diffusion. Losses are in nats (natural
@@ -99,7 +99,7 @@ class ModelConfig:
     qk_norm: bool = True      # normalise queries and keys, so that attention logits stay small
     bias: bool = False        # biases in linear layers and in layernorm
     tied: bool = False        # the head shares the embedding's matrix
-    time_cond: bool = False   # scale and shift by the noise level (adaLN), which masks show anyway
+    time_cond: bool = False   # scale and shift by the noise level (adaLN); masks show it as well
     dropout: float = 0.0      # of what attention and mlp add, and of the embedding
     attn_dropout: float = 0.0  # of the weights of attention
     subs: bool = True         # MDLM's SUBS: the mask is never predicted; False: it may be (D3PM)
@@ -157,8 +157,9 @@ def attend(q, k, v, attn_mask, causal, dropout):
     causal: the T queries belong to the last T of the S tokens, and read the keys up to their own;
     then there is no attn_mask.
 
-    One fused kernel, except in bfloat16 on a CPU. There plain products, compiled, take a fifth off
-    an update (RESULTS, Speed), and hold the scores, T x S for each head, in memory.
+    By torch's kernel (fused, but with dropout on a CPU), except in bfloat16 on a CPU. There plain
+    products, compiled, take a fifth off an update (RESULTS, Speed), and hold the scores, T x S for
+    each head, in memory.
     """
     T, S, gqa = q.size(2), k.size(2), k.size(1) < q.size(1)  # gqa: heads of queries share keys
     fused = q.device.type != 'cpu' or q.dtype != torch.bfloat16
@@ -340,8 +341,8 @@ class Transformer(nn.Module):
         """
         if self.time_mlp and level is None:
             level = (x == self.mask_id).float().mean(1, keepdim=True)
-        x, position, neighbours = self.place(x, cache, position, attn_mask)
-        h = self.embed(x)  # (B, T, C)
+        tokens, position, neighbours = self.place(x, cache, position, attn_mask)
+        h = self.embed(tokens)  # (B, T, C)
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
         h = self.drop(h)
@@ -351,9 +352,10 @@ class Transformer(nn.Module):
         for block in self.blocks:
             h = block(h, rope, cache, attn_mask, neighbours, condition)
         if cache is not None:
-            cache.length += x.size(1)
-        h = h[:, :x.size(1) - self.config.shift]  # with shift the last is for a token behind x
-        if where is not None:  # (B, T): in block diffusion of the first half of h alone
+            cache.length += tokens.size(1)
+        # with shift, the last output would be for a token behind x
+        h = h[:, :tokens.size(1) - self.config.shift]
+        if where is not None:  # in block diffusion it has columns for the first half alone, xt
             h = h[:, :where.size(1)][where]  # (M, C): with a large V the head is most of the work
         h = self.norm(h)
         return h if hidden else self.logits(h)
@@ -398,7 +400,7 @@ class Transformer(nn.Module):
 
         So every layer is the identity at first and, with an untied head, the first loss is log V'
         (without subs log V). The standard deviation of embeddings is 0.25 or, where they are the
-        head too, 0.02.
+        head too, 0.02. (The encoder of a length head begins as the rest of the model does.)
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -467,16 +469,16 @@ def noise_level(p_noise, given):
 
 
 def masks_by_count(given, rng):
-    """Masks exactly l of the L tokens of a row that are not given, l uniform in 1..L.
+    """Masks exactly n of the L tokens of a row that are not given, n uniform in 1..L.
 
-    Returns is_mask (B, T), and l / L (B, 1), which is stratified over the rows.
+    Returns is_mask (B, T), and n / L (B, 1), which is stratified over the rows.
     """
     L = (~given).sum(1, keepdim=True)  # (B, 1)
     u = low_discrepancy(len(given), rng, given.device)  # (B, 1)
-    l = (1 + (u * L).long()).minimum(L)  # u * L may round up to L; 0 where all is given
+    n = (1 + (u * L).long()).minimum(L)  # u * L may round up to L; 0 where all is given
     order = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
     rank = order.argsort(1).argsort(1)  # of each token in its row; given tokens are last
-    return rank < l, (l / L).nan_to_num(1.0)  # 0 / 0 where all is given
+    return rank < n, (n / L).nan_to_num(1.0)  # 0 / 0 where all is given
 
 
 def spread(values, where):
@@ -489,20 +491,20 @@ def cross_entropy(logits, target):
     return F.cross_entropy(logits, target, reduction='none')
 
 
-def in_slices(token_loss, model, h, *others, at_once=2 ** 28):
-    """The losses (M,) of hidden states h (M, C): token_loss(logits of h, *others), each (M,).
+def in_slices(token_loss, model, h, target, *extra, at_once=2 ** 28):
+    """token_loss(logits of h, target, *extra), (M,), for hidden states h (M, C).
 
-    Where M * V is more than `at_once`, slice by slice, and the backward pass recomputes the logits
-    of a slice: with GPT-2's 50,257 tokens those of one batch take gigabytes, and the rest of the
-    network does not.
+    The logits are M * V numbers. Where that is more than at_once, they are computed slice by slice,
+    and again in the backward pass, so that those of one slice are in memory at a time: with GPT-2's
+    50,257 tokens all of them take gigabytes, and the rest of the network does not.
     """
-    def of_slice(h_part, *other_parts):
-        return token_loss(model.logits(h_part).float(), *other_parts)
+    def of_slice(h, target, *extra):
+        return token_loss(model.logits(h).float(), target, *extra)
 
-    n = max(1, at_once // model.config.vocab_size)
+    n = max(1, at_once // model.config.vocab_size)  # tokens in a slice
     if len(h) <= n:
-        return of_slice(h, *others)
-    slices = zip(*(tensor.split(n) for tensor in (h, *others)))  # (h, *others) of each
+        return of_slice(h, target, *extra)
+    slices = zip(*(tensor.split(n) for tensor in (h, target, *extra)))
     recomputed = partial(torch.utils.checkpoint.checkpoint, of_slice, use_reentrant=False)
     return torch.cat([recomputed(*part) for part in slices])
 
@@ -534,8 +536,8 @@ class Objective:
 
     The last three lines are weighted_losses(), which computes the logits in slices. corrupt draws t
     from mask_range, and its weight is set by loss_weight. corrupt_evenly draws t from all of
-    (0, 1], with the weight w(t), or something of the same mean that varies less. A subclass defines
-    corrupt, and may define corrupt_evenly.
+    (0, 1], with the weight w(t), or makes another unbiased estimate, of less variance. A subclass
+    defines corrupt, and may define corrupt_evenly.
 
     The other files read the attributes below and do not ask which subclass it is, except where
     train.py checks settings.
@@ -543,7 +545,7 @@ class Objective:
     # with a type: fields of the dataclass, filled from the settings of a run
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
     loss_weight: str = 'elbo'        # elbo: w(t); clipped: min(w(t), w_max); flat: 1;
-                                     # masked_mean: 1, and loss() divides by the number of masks
+                                     # masked_mean: 1, and loss() counts masks alone
     w_max: float = 5.0
     mask_range: tuple = (0.0, 1.0)   # the least and the largest t in training; BERT's is
                                      # (0.15, 0.15)
@@ -552,7 +554,7 @@ class Objective:
     # type, and so makes it a setting.)
     exact = False                # True: the bound is the nll itself, of ar
     causal = False               # True: the network sees no later token
-    masks = True                 # the network reads masks; False for ar and uniform
+    reads_masks = True           # the network does; False for ar and uniform
     any_order = False            # True: eval.py can compute the nll of revealing in a given order
     block_length = 0             # tokens per block, if there are blocks
     decoders = MASK_DECODERS     # names in sample.py, the default first
@@ -568,8 +570,8 @@ class Objective:
 
     @property
     def masks_anywhere(self):
-        """True for mdm and d3pm. (In block diffusion masks stand in one block at a time.)"""
-        return self.masks and not self.block_length
+        """True for mdm and d3pm; a block model sees masks in one block alone, behind clean ones."""
+        return self.reads_masks and not self.block_length
 
     def loss(self, model, x0, rng, given, **more):
         """(nats, count): the sum of weighted losses, and the number of tokens to divide it by.
@@ -608,8 +610,8 @@ class Objective:
         """Weighted losses (M,) of predicting x0 from one sample of its corruption."""
         xt, scored, weight, level, token_loss, extra, inputs = noised
         h = model(xt, level, where=scored, hidden=True, **inputs, **more)  # (M, C)
-        others = [part.expand_as(x0)[scored] for part in (x0, *extra)]  # (M,) each
-        return weight.expand_as(x0)[scored] * in_slices(token_loss, model, h, *others)
+        weight, *extra = (part.expand_as(x0)[scored] for part in (weight, *extra))  # (M,) each
+        return weight * in_slices(token_loss, model, h, x0[scored], *extra)
 
     def draw_t(self, n, rng, device):
         """(n, 1) stratified values of t in mask_range, never 0."""
@@ -627,27 +629,32 @@ class Objective:
 class MaskedDiffusion(Objective):
     """Masked diffusion [MDLM eq. 11; LLaDA eq. 3, 14; autoregressive diffusion].
 
-    Training samples a time t for each row, uniform in mask_range, and masks each of its tokens with
-    probability 1 - alpha_t. With all of (0, 1] as mask_range and w(t) as the weight,
+    Training samples a time t for each row, uniform in mask_range, and masks each token that is not
+    given with probability 1 - alpha_t. With t from all of (0, 1], and weighted by w(t), the loss is
 
-        nelbo per token = E over t, xt of  w(t) / L * sum over i of  is_mask[i] * -log p(x0[i] | xt)
+    (1)  nelbo per token = E over t, xt of  w(t) / L * sum over masks i of  -log p(x0[i] | xt)
 
     where the logits at position i are for token i. Evaluation samples the number of masks instead,
-    l, uniform in 1..L, and then which l tokens are masked:
+    n, uniform in 1..L, and then which n tokens are masked:
 
-        nelbo per token = E over l, xt of     1 / l * sum over i of  is_mask[i] * -log p(x0[i] | xt)
+    (2)  nelbo per token = E over n, xt of     1 / n * sum over masks i of  -log p(x0[i] | xt)
 
-    Why the nelbo is a bound: write a row token after token, in a random order. The step that finds
-    l masks reveals one of them, any of them with probability 1/l: its expected loss is the mean of
-    -log p over the l masks. The row takes one such step for every l from L to 1, and so the nelbo
-    of the row, L times this mean over l, is the mean over all orders of the nll of writing the row
-    in that order. The probability of the row is the mean of its probabilities in all orders, and
-    minus the logarithm of a mean is at most the mean of minus the logarithms (Jensen's inequality).
+    Below, f(n) is the expected sum over the masks where n tokens, drawn at random, are masked.
 
-    The second line is the first with t integrated out: for every l from 1 to L, the integral over t
-    of 1/t * P(l masks | t) is 1/l. Its estimate varies less, and with uniform logits not at all.
-    (In code its weight is L/l, since the losses of a row are divided by L later. A network with
-    time_cond is shown l/L there, and 1 - alpha_t in training: to it the two lines differ a little.)
+    Why (1) is (2): with the linear schedule a token is masked with probability t, and w(t) = 1/t,
+    so that (1) is 1/L * sum over n of f(n) * (the integral over t of 1/t * P(n masks | t)). That
+    integral is 1/n, and 1/L * sum over n of f(n) / n is (2). Other schedules substitute t. Samples
+    of (2) vary less, and with uniform logits not at all.
+
+    Why it is a bound: write a row token after token, in a random order. The step that finds n masks
+    reveals one of them, any with probability 1/n, so that its expected nll is f(n) / n. Summed over
+    n = L, ..., 1 that is L times (2): so the nelbo of a row is the mean over all orders of the nll
+    of writing it in that order. The probability of the row is the mean of its probabilities in all
+    orders, and -log of a mean is at most the mean of -log (Jensen's inequality).
+
+    In code the weight of (2) is L / n, since the losses of a row are divided by L later. A network
+    with time_cond is shown a level made from n / L in (2), and from 1 - alpha_t in (1): to it the
+    two differ a little.
     """
     any_order = True
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')  # another default
@@ -660,9 +667,9 @@ class MaskedDiffusion(Objective):
         return Noised(xt, is_mask, self.training_weight(w), noise_level(1 - alpha, given))
 
     def corrupt_evenly(self, model, x0, given, rng):
-        is_mask, fraction = masks_by_count(given, rng)  # (B, T); l / L, (B, 1)
+        is_mask, fraction = masks_by_count(given, rng)  # (B, T); n / L, (B, 1)
         xt = torch.where(is_mask, model.mask_id, x0)
-        return Noised(xt, is_mask, 1 / fraction, noise_level(fraction, given))  # weight L / l
+        return Noised(xt, is_mask, 1 / fraction, noise_level(fraction, given))  # weight L / n
 
 
 @dataclass
@@ -675,7 +682,7 @@ class Autoregression(Objective):
     from nothing: AR and diffusion are measured on the same T tokens of a window. The start token is
     the mask, or what a model of the hub has learned to begin with.
     """
-    exact, causal, masks = True, True, False
+    exact, causal, reads_masks = True, True, False
     decoders, measured = ('ar',), 'nll'
 
     def corrupt(self, model, x0, given, rng):
@@ -753,11 +760,11 @@ class D3PM(Objective):
 
                                    corrupt()                     here
             P(step)                1/N                           m_t - m_s = c m_t
-            P(a set of l masks)    m_t^l (1 - m_t)^(L - l)       l/L m_t^(l - 1) (1 - m_t)^(L - l)
+            P(a set of n masks)    m_t^n (1 - m_t)^(L - n)       n/L m_t^(n - 1) (1 - m_t)^(L - n)
 
         Here one token, any of the L, is masked for sure, and the others with probability m_t; each
-        of the l masks may be the sure one. The weight N c, times the ratios of the probabilities,
-        1 / (N c m_t) and m_t L / l, becomes L / l.
+        of the n masks may be the sure one. The weight N c, times the ratios of the probabilities,
+        1 / (N c m_t) and m_t L / n, becomes L / n.
         """
         m, c = self.grid(x0.device)
         u = low_discrepancy(len(x0), rng, x0.device)  # (B, 1)
@@ -765,7 +772,7 @@ class D3PM(Objective):
         u = torch.rand(x0.shape, generator=rng, device=x0.device)
         sure = torch.rand(x0.shape, generator=rng, device=x0.device).masked_fill(given, -1.0)
         is_mask = (u < m[step]).scatter(1, sure.argmax(1, keepdim=True), True) & ~given
-        weight = (~given).sum(1, keepdim=True) / is_mask.sum(1, keepdim=True).clamp(min=1)  # L / l
+        weight = (~given).sum(1, keepdim=True) / is_mask.sum(1, keepdim=True).clamp(min=1)  # L / n
         return self.as_noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
 
     def as_noised(self, model, x0, given, is_mask, weight, m_t, m_s, c):
@@ -808,7 +815,7 @@ class Uniform(Objective):
     know which tokens are noise, so all are scored, and any of them may still change in decoding.
     The best prediction is p(x0[i] | xt without its i-th token).
     """
-    masks = False
+    reads_masks = False
     decoders = ('uniform',)
 
     def corrupt(self, model, x0, given, rng):
@@ -1131,7 +1138,7 @@ def model_config(settings, meta):
     """The ModelConfig that a run's settings and its data set's meta describe."""
     objective = make_objective(settings)
     # uniform draws ids below mask_id, which must all be tokens
-    require('objective', settings['objective'], objective.masks or objective.exact
+    require('objective', settings['objective'], objective.reads_masks or objective.exact
             or meta['mask_id'] == meta['vocab_size'], 'another: here the mask is not the last id')
     # models of the hub begin behind an end of text, as GPT-2 was trained to
     start = 'eos_id' if settings.get('hub') and meta['eos_id'] is not None else 'mask_id'
@@ -1159,7 +1166,7 @@ def flops_per_token(settings, data):
     attended = (T + c.block_length) / 2 if model.config.causal or c.block_length else T
     halves = 2 if c.block_length else 1  # [xt ; x0], of which the head reads xt alone
     return halves * (6 * layers + 12 * c.n_layer * c.n_embd * attended) \
-        + 6 * (masked if objective.masks else 1.0) * model.head.weight.numel()
+        + 6 * (masked if objective.reads_masks else 1.0) * model.head.weight.numel()
 
 
 def load_model(checkpoint, device, trust=False):

@@ -91,7 +91,7 @@ cool = 0.7             # remdm: the temperature falls from (1 + cool) to (1 - co
 block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
 prefix_cache = False   # read what precedes a block once: faster, but an approximation
 guidance = 0.0         # above 0: follow the given text more closely, at two passes a step
-temperature = 0.7      # 0 takes the most likely token; see data/RESULTS.md
+temperature = 0.7      # 0 takes the most likely token; RESULTS, What each decoder buys
 top_k = 0              # sample among the k most likely tokens; 0 = all
 top_p = 1.0            # sample among the fewest tokens that hold this probability together
 repetition_penalty = 1.0  # above 1: tokens that the text already holds are made less likely, except
@@ -103,7 +103,7 @@ length = 'auto'        # masks for the answer to a prompt. full: as many as in t
                        # the run has one; else full, if it was trained with predict_pad; else fit
 length_line = (1.3, 2.0)  # ratio, (a, b): a * (tokens of the prompt) + b masks
 length_quantile = 0.9  # quantile and heads that classify: P(the answer is at most as long as
-                       # predicted); a head that regresses has that of its training
+                       # predicted); a head that regresses keeps that of its training, train.py's
 length_candidates = 1  # fit, ratio, reference: lengths to try; the most confident answer stays
 # how it is shown
 watch = False          # show the first sample step by step; the tokens/s include this
@@ -203,6 +203,7 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 #                           are. run_decoder() holds the same tensor: once a row has generated an
 #                           EOS, it sets the row to False, and the decoder fills it no further
 #     rng                   the torch.Generator of everything random
+#     its own settings      make_decoder() passes them all; defaults are for whoever calls a decoder
 #     **sampling            the keywords of probabilities(). (decode_blocks and decode_guided take
 #                           `inner` instead, a decoder to which its keywords are bound already.)
 #
@@ -253,8 +254,8 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
         logits[:, model.mask_id] = -torch.inf
         token = sample_token(logits, x, reveal, rng, **sampling)  # (M,)
         if p_mask is not None and alpha_s < 1:  # d3pm alone
-            fewer = (alpha_s - alpha_t) * (1 - p_mask) / (1 - alpha_t * (1 - p_mask))
-            token[u[reveal] >= fewer] = model.mask_id
+            p_reveal = (alpha_s - alpha_t) * (1 - p_mask) / (1 - alpha_t * (1 - p_mask))
+            token[u[reveal] >= p_reveal] = model.mask_id
         x[reveal] = token
         yield reveal, logits
 
@@ -324,7 +325,7 @@ def propose(model, x, is_mask, order, rng, sampling):
     logits = model(x, level, where=is_mask)  # (M, V)
     logits[:, model.mask_id] = -torch.inf  # with subs it is already; d3pm may predict the mask
     token = sample_token(logits, x, is_mask, rng, **sampling)  # (M,)
-    score = confidence(order, logits, token, rng).logit().clamp(min=-1e4)  # (M,), of 0 too
+    score = confidence(order, logits, token, rng).logit().clamp(min=-1e4)  # (M,); of 0 it is -inf
     score = score.float().to(x.device)
     scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
     return x.masked_scatter(is_mask, token), scores, logits
@@ -409,15 +410,15 @@ def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts
 
 
 def window_start(i, size):
-    """The first token (or block) of the window that is read to write the i-th; its last is i - 1.
+    """Where the text begins that is read to write its i-th token (or block); it ends before that.
 
-    It is 0 while i < size. Then the window drops its older half whenever it is full: with size = 8
-    it begins at 4 for i = 8..11, at 8 for i = 12..15. It never holds more than size - 1, which
-    leaves place for the start token, or for the i-th block itself. It follows from i alone, so that
-    a text does not depend on where its prompt ended.
+    This window holds at most size - 1 of them, since the start token, or the i-th block itself,
+    needs a place too. It drops its older half whenever it would hold size: with size = 8 it begins
+    at 0 for i = 0..7, at 4 for 8..11, at 8 for 12..15. That follows from i alone, so that a text
+    does not depend on where its prompt ended.
     """
     half = (size + 1) // 2
-    return 0 if i < size else ((i - size) // half + 1) * half
+    return max(0, (i - size) // half + 1) * half
 
 
 def decode_ar(model, x, to_generate, rng, **sampling):
@@ -466,7 +467,7 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
     the last step, where alpha_s = 1, takes it; the steps before it still sample noise.
     """
     generated, n_real = to_generate.clone(), model.mask_id  # V': here the mask is the last id
-    to_generate[:] = False  # or run_decoder() would end rows at an EOS that may still change
+    to_generate[:] = False  # else run_decoder() would end rows at an EOS that may still change
     noise = torch.randint(n_real, x.shape, generator=rng, device=rng.device).to(x.device)
     x[generated] = noise[generated]
     if not generated.any():
@@ -538,7 +539,7 @@ class BlockCached:
             self.model(x[:, k:k + n], clean, hidden=True, cache=self.cache)
 
     def __call__(self, x, level=None, *, where):
-        x = x[:, self.block]  # its level is that of this block, which the model counts
+        x = x[:, self.block]  # the level is not that of the canvas: the model counts these masks
         logits = self.model(x, where=where[:, self.block], cache=self.cache)  # (M, V)
         self.cache.length -= x.size(1)  # only finished blocks stay
         return logits
@@ -599,7 +600,7 @@ class Guided:
         blind, seeing = self.model(xt, where=where), self.model(x, where=where)  # levels: counted
         logits = blind + (self.guidance + 1) * (seeing - blind)
         if self.config.subs:
-            logits[..., self.mask_id] = -torch.inf  # inf - inf is nan
+            logits[..., self.mask_id] = -torch.inf  # again, since -inf - -inf is nan
         return logits
 
 
@@ -641,7 +642,7 @@ def make_decoder(objective, settings, specials=()):
     one_of('counts', s['counts'], COUNTS)
     one_of('noise_schedule', s['noise_schedule'], SCHEDULES)
     for setting in PLAIN:
-        require(setting, s[setting], objective.masks or not s[setting],
+        require(setting, s[setting], objective.reads_masks or not s[setting],
                 f'off for {name}, which reads no masks')
     require('block_length', s['block_length'], s['block_length'] in (0, size),
             f'0 or {size}: this model learned blocks of {size} and reads no others')
@@ -763,12 +764,12 @@ def text_canvas(run, kind, text, settings):
     T, mask_id = run.model.config.block_size, run.model.mask_id
     if kind == 'template':
         return template_canvas(text, run.tokenizer, mask_id)
-    given = run.tokenizer.encode(text)
-    n_masks = settings['gen_length'] or T - len(given)
+    ids = run.tokenizer.encode(text)
+    n_masks = settings['gen_length'] or T - len(ids)
     if n_masks <= 0:
-        raise UserError(f'the prompt {text[:20]!r}... is {len(given)} tokens long and fills the '
+        raise UserError(f'the prompt {text[:20]!r}... is {len(ids)} tokens long and fills the '
                         f'context of {T}: shorten it, or set gen_length (ar and block models)')
-    return given + [mask_id] * n_masks
+    return ids + [mask_id] * n_masks
 
 
 # ---------------------------------------------------------------------------- from canvases to text
@@ -961,7 +962,8 @@ def complete_best(run, canvases, settings, on_step=None):
         return complete(run, canvases, settings, eos_id, on_step)
     name = length_name(settings['length'], run)
     require('length_candidates', n, on_step is None, '1 with watch or save')
-    require('length_candidates', n, run.objective.masks and name in ('fit', 'ratio', 'reference'),
+    known = name in ('fit', 'ratio', 'reference')
+    require('length_candidates', n, run.objective.reads_masks and known,
             '1 unless masks are filled and length is fit, ratio or reference')
     tried = []  # for each canvas the same canvas with several numbers of masks at its end
     for canvas in canvases:
@@ -1096,12 +1098,12 @@ def without_repeated_words(text):
 
 
 def main():
-    settings = config.override(globals())
+    settings = config.override(globals())  # the names above hold them, too
     require('save', save, not save or Path(save).suffix in SAVERS and Path(save).parent.is_dir(),
             f'a file ending in one of {", ".join(SAVERS)}, in a folder that is there')
     require('watch', watch, not (watch and json), 'False with json')
-    is_run = not corrupt or (Path(out_dir) / 'ckpt.pt').is_file()
-    run = load_run(out_dir, pick_device(device), ckpt, trust_remote_code) if is_run else None
+    no_run = corrupt and not (Path(out_dir) / 'ckpt.pt').is_file()
+    run = None if no_run else load_run(out_dir, pick_device(device), ckpt, trust_remote_code)
     if corrupt:
         return show_corruption(run, corrupt, seed)
     if export:

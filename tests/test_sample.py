@@ -1758,7 +1758,7 @@ def test_corrupt_shows_the_noise_of_the_run_and_what_it_makes_of_it(run_main, ru
     header, *lines = out.splitlines()
     assert (status, err, len(lines)) == (0, '', 5) and header.split()[0] == 'original'
     run, T = sample.load_run(runs / name, 'cpu'), len(text)
-    masks, block_length = run.objective.masks, run.objective.block_length
+    masks, block_length = run.objective.reads_masks, run.objective.block_length
     x0, rng = torch.tensor([run.tokenizer.encode(text)]), torch.Generator()
     mask_id = run.model.mask_id
     for k, line in enumerate(lines, 1):
