@@ -21,9 +21,8 @@ several machines, which must all see the same folder, start on each:
         --master_port=1234 train.py config/shakespeare_mdm_10m.py
 
 Read the docstrings of config/__init__.py and of Stream.batch in prepare.py first; then main() at
-the end of this file, TrainingRun (in set-up), train() (the loop: evaluate, save, update) and
-update(). The sections are: optimisers, set-up, speed, evaluation and records, the loop, from start
-to end.
+the end of this file, and then from the top: TrainingRun (what a run consists of), update() and
+train() (the loop: evaluate, save, update). The optimisers, and how fast it all is, come last.
 """
 
 import csv
@@ -148,89 +147,12 @@ bench = 0                   # only time this many updates and profile a few: not
 
 
 # fields of ModelConfig in which a run may differ from the one that it begins with: training adapts
-# the weights. (Local mixing reads other neighbours in mdm than it has learned in ar: see RESULTS.)
+# the weights
 MAY_DIFFER = ('block_size', 'causal', 'dropout', 'attn_dropout', 'subs', 'block_length',
               'length_head', 'shift')
-# settings of older versions (no gain, see RESULTS), with the values at which they did nothing
+# settings of older versions, by which nothing was gained, with the values at which they did nothing
 GONE = {'soft_inputs': False, 'divergence': 'elbo', 'length_curriculum': 0,
         'token_weights': (1.0, 1.0, 1.0)}
-
-
-# ----------------------------------------------------------------------------------- the optimisers
-
-
-def orthogonalize(G, dtype):
-    """G (N, n, m), N matrices, with all singular values near 1: about U V^T where G = U S V^T
-    [Jordan 2024, Muon].
-
-    Five steps of X <- a X + (b A + c A A) X, A = X X^T, with a = 3.4445, b = -4.7750, c = 2.0315.
-    A step maps each singular value s of X to a s + b s^3 + c s^5; five take all of (0.002, 1] into
-    about (0.7, 1.2). X is G, or the transpose of a tall G, so that A is as small as can be.
-    kellerjordan.github.io/posts/muon
-    """
-    X = (G if G.size(1) <= G.size(2) else G.mT).to(dtype)
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        A = X @ X.mT  # (N, k, k), k = min(n, m)
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
-    return X if G.size(1) <= G.size(2) else X.mT
-
-
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum with all of its singular values made near 1 [Jordan 2024].
-
-    torch.optim.Muon takes matrices one by one, and orthogonalizes in bfloat16 everywhere, which
-    makes an update 12 times as long on a CPU without bfloat16 instructions (RESULTS, Speed).
-    """
-
-    def __init__(self, params, weight_decay, dtype, momentum=0.95):
-        super().__init__(params, {'lr': 0.0, 'weight_decay': weight_decay, 'momentum': momentum})
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            by_shape = defaultdict(list)  # matrices of one shape share their products
-            for p in group['params']:
-                average = self.state[p].setdefault('momentum', torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - group['momentum'])
-                by_shape[p.shape].append((p, p.grad.lerp(average, group['momentum'])))
-            for (rows, columns), pairs in by_shape.items():
-                params, nesterov = zip(*pairs)
-                # a row of a tall orthogonal matrix is about sqrt(columns / rows) long, and a row of
-                # a wide one 1: the factor makes both 1
-                rate = group['lr'] * max(1, rows / columns) ** 0.5
-                for p, direction in zip(params, orthogonalize(torch.stack(nesterov), self.dtype)):
-                    p.mul_(1 - group['lr'] * group['weight_decay'])
-                    p.add_(direction, alpha=-rate)
-
-
-def make_optimizers(model, s, dtype):
-    """[Muon, AdamW] or [AdamW]: Muon takes the matrices inside the blocks.
-
-    Either way these matrices alone have weight decay. The weights of local mixing are no matrix:
-    they are a vector of channels for each neighbour. In models of the hub a block is a layer. Of a
-    model with a length head, only the head is trained. Learning rates are not set here, but by
-    every update.
-    """
-    matrices, rest = [], []
-    for name, p in (model.length_head or model).named_parameters():
-        is_matrix = p.ndim == 2 and ('blocks.' in name or '.layer' in name) and 'mixing' not in name
-        (matrices if is_matrix else rest).append(p)
-    adam = partial(torch.optim.AdamW, betas=(s.beta1, s.beta2), weight_decay=0.0, fused=True)
-    if s.optimizer == 'muon' and matrices:
-        return [Muon(matrices, s.weight_decay, dtype), adam(rest)]
-    return [adam([{'params': matrices, 'weight_decay': s.weight_decay}, {'params': rest}])]
-
-
-def lr_factor(iteration, max_iters, warmup_iters, lr_schedule):
-    """The learning rates of update number `iteration` (from 0), as a fraction of their peaks."""
-    if iteration < warmup_iters:
-        return (iteration + 1) / (warmup_iters + 1)
-    progress = (iteration - warmup_iters) / max(1, max_iters - warmup_iters)  # in [0, 1]
-    return {'constant': 1.0,
-            'wsd': min(1.0, 5 * (1 - progress)),
-            'cosine': 0.5 * (1 + math.cos(math.pi * progress))}[lr_schedule]
 
 
 # ------------------------------------------------------------------------------------------ set-up
@@ -247,7 +169,7 @@ def check_settings(s):
             ('out_dir', s.out_dir, 'a folder'),
             ('score_prompt', not s.score_prompt or objective.causal,
              'False: it is for objective=ar alone'),
-            ('subs', s.subs or s.objective == 'd3pm', 'True (d3pm alone may use the mask)'),
+            ('subs', s.subs or s.objective == 'd3pm', 'True (d3pm alone may predict the mask)'),
             ('shift', not s.shift or objective.masks_anywhere, 'False but for mdm, d3pm'),
             ('attn_anneal', not s.attn_anneal or objective.masks_anywhere and not s.length_head,
              '0 unless objective is mdm or d3pm and there is no length_head'),
@@ -266,10 +188,10 @@ def check_settings(s):
 class TrainingRun:
     """What the loop works with (model, data, objective, optimizers) and how far it has come.
 
-    (sample.Run is a finished one.) Built from the settings and, of
-    a resumed run, its checkpoint. Where epochs is set it writes max_iters into the settings.
-    open_out_dir() is the first to write to out_dir, and is called late, so that a mistake found
-    before it leaves an earlier run intact.
+    Built from the settings and, when a run is resumed, from its checkpoint. (A finished run is a
+    sample.Run.) Where epochs is set it writes max_iters into the settings. open_out_dir() is the
+    first to write to out_dir, and is called late, so that a mistake found before it leaves an
+    earlier run intact. update() sets one more attribute, gradient_norm.
     """
 
     def __init__(self, s, checkpoint=None):
@@ -281,8 +203,8 @@ class TrainingRun:
         self.micro_steps = s.gradient_accumulation_steps * self.world  # batches of an update
         self.tokens_per_update = round(self.micro_steps * self.data.tokens_per_batch)
         if s.epochs:  # another way to say max_iters
-            batches = s.epochs * self.data.tokens_per_epoch / self.data.tokens_per_batch
-            s.max_iters = max(1, round(batches / self.micro_steps))
+            n = s.epochs * self.data.tokens_per_epoch / self.data.tokens_per_batch  # batches
+            s.max_iters = max(1, round(n / self.micro_steps))
         torch.manual_seed(s.seed)
         shape = model_config(vars(s), self.data.meta)
         self.model = make_network(shape, s.trust_remote_code).to(self.device)
@@ -430,80 +352,116 @@ def make_tracker(name, s):
         project=s.wandb_project, name=s.wandb_run_name or Path(s.out_dir).name, config=vars(s)).log
 
 
-# ------------------------------------------------------------------------------------------- speed
+# ---------------------------------------------------------------------------------------- the loop
 
 
-def fastest_flops(device, dtype):
-    """FLOP/s of torch.mm on square matrices: about the most that a device can do."""
-    n = 4096 if device.startswith('cuda') else 1024
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    # item() waits for the device
-    timer = Timer('(a @ a)[0, 0].item()', globals={'a': a}, num_threads=torch.get_num_threads())
-    return 2 * n ** 3 / timer.blocked_autorange(min_run_time=0.3).median
+def annealed(run, s, x0):
+    """While attn_anneal opens the attention: {'attn_mask': (T, T) bool} for x0 (B, T), else {}.
 
-
-def compile_or_not(asked, device, dtype, data, seconds):
-    """(whether to compile, why). 'auto' compiles where that saves time within this run.
-
-    seconds: what the updates of this run would take if compiled. Otherwise they take twice as long
-    in bfloat16, a tenth longer in float32. On 2 cores compiling costs about 40 s.
+    A token sees those before it, and each later one with a probability that grows from 0 to 1
+    [DiffuLLaMA sec. 3.2]. Evaluation sees all tokens.
     """
-    if asked != 'auto':
-        return asked == 'on', 'as set, or as the run began'
-    if data.meta['layout'] == 'rows' or data.random_length:
-        return False, 'batches may have many widths, and each would be compiled anew'
-    if device == 'mps':
-        return False, 'there is no compiler for this device'
-    saved = seconds if dtype == 'bfloat16' else seconds / 10
-    return saved >= 40, f'it costs about 40 s and saves about {saved:.0f} s'
+    if run.iteration >= s.attn_anneal:
+        return {}
+    T = x0.size(1) + s.shift  # with the start token
+    closed = torch.rand(T, T, device=run.device) >= run.iteration / s.attn_anneal
+    return {'attn_mask': ~closed.triu(1)}
 
 
-def compile_model(run, s):
-    """Compiles the model for updates where that pays; undoes it if the compiler fails.
+def update(run, s, factor):
+    """One update: data, corruption and loss, backward, clip, step.
 
-    Evaluation keeps to run.model: it is too short to be worth the compiling.
+    factor: what lr_factor() returned. Sets run.gradient_norm, that before clipping. Returns the
+    mean loss over all batches and processes, a tensor, since to read it waits for the device; and
+    whether a process has caught a signal.
     """
-    tokens = run.tokens_per_update * (s.bench or s.max_iters - run.iteration)
-    seconds = tokens * run.flops_per_token / (0.25 * run.peak)  # a quarter of peak is usual
-    on, why = compile_or_not(s.compile, run.device, run.dtype, run.data, seconds)
-    s.compile = 'on' if on else 'off'  # in ckpt.pt, so that a resumed run ends in the same bits
-    print(f'compile: {s.compile} ({why})')
-    if on:
-        run.compiled = torch.compile(run.model)
-        try:
-            x0, given = on_device(run.data.batch(0, run.rank, run.micro_steps), run.device)
-            rng = torch.Generator(run.device)
-            with run.autocast():
-                nats, _ = run.objective.loss(run.compiled, x0, rng, given, **annealed(run, s, x0))
-                nats.backward()
-        except Exception as e:  # of many kinds: no headers, no space, a bug of the compiler
-            run.compiled, s.compile = run.model, 'off'
-            print(f'torch.compile failed ({type(e).__name__}): going on without it')
-        run.model.zero_grad()
+    sums = torch.zeros(3, device=run.device)  # nats, tokens that count, signals
+    for i in range(run.rank, run.micro_steps, run.world):  # micro-steps of this process
+        seed = mixed_seed(s.seed, run.iteration, i)
+        torch.manual_seed(mixed_seed(seed, 1))  # a second seed: for dropout, attn_anneal
+        rng = torch.Generator(run.device).manual_seed(seed)  # for t and masks
+        x0, given = on_device(run.data.batch(run.iteration, i, run.micro_steps), run.device)
+        run.tokens += x0.numel() * run.world  # the others' batches are about as wide
+        with run.autocast():
+            nats, count = run.objective.loss(run.compiled, x0, rng, given, **annealed(run, s, x0))
+        nats.backward()  # of a sum: it becomes a mean below, divided by sums[1]
+        sums[:2] += torch.stack([nats.detach(), count])
+    learned = [p for p in run.model.parameters() if p.grad is not None]
+    if run.world > 1:
+        sums[2] = len(run.caught)
+        for tensor in (sums, *(p.grad for p in learned)):
+            dist.all_reduce(tensor)
+    # Gradients become a mean only here, where the number of tokens that count is known. A mean of
+    # each batch, and then of all, would give a token more weight in a batch in which few count, and
+    # would depend on how an update is cut into batches and processes.
+    for p in learned:
+        p.grad *= 1 / sums[1].clamp(min=1)
+    run.gradient_norm = torch.nn.utils.clip_grad_norm_(learned, s.grad_clip or math.inf)
+    for o in run.optimizers:
+        for group in o.param_groups:
+            group['lr'] = factor * (s.muon_lr if isinstance(o, Muon) else s.learning_rate)
+        o.step()
+        o.zero_grad()
+    run.iteration += 1
+    # all processes have the same sums, and so stop after the same update
+    stop = sums[2].item() > 0 if run.world > 1 else bool(run.caught)
+    return sums[0] / sums[1].clamp(min=1), stop
 
 
-def time_updates(run, s, warm_up=3, profiled=3):
-    """Prints the speed of s.bench updates and, of a few more, where their time goes."""
-    def timed_update():  # seconds of an update that changes no weight
+def train(run, s):
+    """The loop: evaluate, save, update, until max_iters or a signal."""
+    # disable=None: tqdm shows a bar only on a terminal
+    bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
+    tokens_before, seconds_before = run.tokens, run.seconds  # run.speed counts from this start
+    stop = False  # leave at the top of a round
+    # SIGINT and SIGTERM only leave a note. An update that stopped halfway would have changed some
+    # weights and not others; so it is finished first, and saved.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: run.caught.append(number))
+    while True:  # at max_iters it evaluates and saves a last time, and leaves
+        factor = lr_factor(run.iteration, s.max_iters, s.warmup_iters, s.lr_schedule)
+        due = run.iteration % s.eval_interval == 0 or run.iteration == s.max_iters
+        # a run that is resumed here may have logged this evaluation already
+        due = due and not (run.log and int(run.log[-1]['iter']) == run.iteration)
+        if due:
+            bar.write(evaluate_now(run, s, factor * s.learning_rate))
+        if due or stop and run.saved_at != run.iteration:
+            save(run, s)
+            if due and s.decode_rows and run.rank == 0:
+                write_answers(run, s)
+        if stop or run.iteration == s.max_iters:
+            break
+
         began = time.perf_counter()
-        update(run, s, 0.0).tolist()  # waits for the device
-        run.iteration += 1
-        return time.perf_counter() - began
+        loss, stop = update(run, s, factor)
+        to_record = run.iteration % s.log_interval == 0
+        if to_record or stop:
+            loss = loss.item()
+            # the loss of few batches is noisy, and one token may weigh w_max; with elbo, any w(t)
+            highest = math.inf if s.loss_weight == 'elbo' else 2 * max(5.0, s.w_max)
+            check_loss(run, s, loss, factor * s.learning_rate, highest)
+        run.seconds += time.perf_counter() - began  # with that wait
+        run.speed = (run.tokens - tokens_before) / (run.seconds - seconds_before)
+        bar.update()
 
-    times = [timed_update() for _ in range(warm_up + s.bench)][warm_up:]
-    seconds = sorted(times)[s.bench // 2]
-    with torch.profiler.profile() as profiler:
-        for _ in range(profiled):
-            timed_update()
-    speed = run.tokens_per_update / seconds
-    flops = speed * run.flops_per_token
-    print(f'{1000 * seconds:.1f} ms per update (median of {s.bench}), {speed:,.0f} tokens/s, '
-          f'{flops / 1e9:.1f} GFLOP/s = {100 * flops / run.peak:.1f}% of the '
-          f'{run.peak / 1e9:.1f} of torch.mm{peak_memory(run.device)}\n')
-    own_time = f'self_{"device" if run.device.startswith("cuda") else "cpu"}_time_total'
-    for e in sorted(profiler.key_averages(), key=lambda e: -getattr(e, own_time))[:15]:
-        milliseconds = getattr(e, own_time) / 1000 / profiled
-        print(f'{milliseconds:8.2f} ms  {e.count // profiled:4} x  {e.key[:70]}')
+        if to_record:
+            record_step(run, s, loss)
+            state = (f'loss {loss:.4f}, {run.speed:,.0f} tokens/s, '
+                     f'{100 * run.speed * run.flops_per_token / run.peak:.0f}% of torch.mm')
+            bar.set_postfix_str(state)
+            if bar.disable and run.iteration % (10 * s.log_interval) == 0:  # no terminal: lines
+                left = (s.max_iters - run.iteration) * run.tokens_per_update / run.speed / 60
+                print(f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {state}, '
+                      f'{left:.1f} minutes left', flush=True)
+    bar.close()
+    for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
+        signal.signal(number, signal.SIG_DFL)
+    # `stop` does not know of a signal during the last evaluation: a single process still exits on
+    # it. Several ignore it, since perhaps only some of them caught one.
+    if stop or run.world == 1 and run.caught:
+        print(f'stopped and saved after {run.iteration} updates; go on with\n'
+              f'python train.py --out_dir={shlex.quote(s.out_dir)} --resume')
+        sys.exit(128 + (run.caught or [signal.SIGTERM])[0])
 
 
 # ----------------------------------------------------------------------------- evaluation, records
@@ -517,30 +475,30 @@ def evaluate_now(run, s, learning_rate):
     mean_loss = partial(evaluate, run.model, run.objective)
     with run.autocast():
         val, _ = mean_loss(run.data.batches('val', s.batch_size))
-        train, _ = mean_loss(run.data.batches('train', s.batch_size, limit=4 * s.batch_size))
+        own, _ = mean_loss(run.data.batches('train', s.batch_size, limit=4 * s.batch_size))
     # of training text: on validation text, mere overfitting could look like divergence
-    check_loss(run, s, train, learning_rate, highest=2)
+    check_loss(run, s, own, learning_rate, highest=2)
     name = run.objective.measured
     run.log.append({
-        'iter': run.iteration, 'tokens': run.tokens, 'measured': name, 'train': f'{train:.6f}',
+        'iter': run.iteration, 'tokens': run.tokens, 'measured': name, 'train': f'{own:.6f}',
         'val': f'{val:.6f}', 'lr': f'{learning_rate:.3e}', 'data': run.data.meta['source'],
         'seconds': f'{run.seconds:.1f}', 'tokens_per_second': f'{run.speed:.0f}'})
     if run.rank == 0:
         write_rows(Path(s.out_dir, 'log.csv'), run.log)
         plot_losses(run, s)
     for track in run.trackers:
-        track({f'train {name}': train, f'val {name}': val}, run.iteration)
+        track({f'train {name}': own, f'val {name}': val}, run.iteration)
     return (f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {name} {val:.4f}'
-            f'{run.objective.unit} on the validation split, {train:.4f} on training text')
+            f'{run.objective.unit} on the validation split, {own:.4f} on training text')
 
 
 def check_loss(run, s, loss, learning_rate, highest):
-    """Raises UserError if a training loss is nan, or above `highest` times that of a uniform guess.
+    """Raises UserError if a training loss is nan, or has grown beyond all reason.
 
-    Or, if that was higher, times the first loss of the run. Not before the first checkpoint: until
-    then there is nothing to go back to.
+    That is `highest` times the first training loss in log.csv or, if that is larger, the loss of a
+    uniform guess. Before the first checkpoint nothing is checked: there is nothing to go back to.
     """
-    guess = math.log(run.data.meta['vocab_size'])
+    guess = math.log(run.data.meta['vocab_size'])  # log V': meta does not count the mask
     # "not <=", since nan is neither above nor below
     if run.saved_at is not None and not loss <= highest * max(guess, float(run.log[0]['train'])):
         raise UserError(f'diverged: the training loss is {loss:.4g} after {run.iteration} updates '
@@ -636,115 +594,157 @@ def write_answers(run, s):
         csv.writer(f).writerows(rows)
 
 
-# ---------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------- the optimisers
 
 
-def annealed(run, s, x0):
-    """While attn_anneal opens the attention: {'attn_mask': (T, T) bool} for x0 (B, T), else {}.
+def orthogonalize(G, dtype):
+    """Matrices G (number, n, m) with all singular values near 1: about U V^T where G = U S V^T
+    [Jordan 2024, Muon].
 
-    A token sees those before it, and each later one with a probability that grows from 0 to 1
-    [DiffuLLaMA sec. 3.2]. Evaluation sees all tokens.
+    Five steps of X <- a X + (b A + c A A) X, A = X X^T, with a = 3.4445, b = -4.7750, c = 2.0315.
+    A step maps each singular value s of X to a s + b s^3 + c s^5; five take all of (0.002, 1] into
+    about (0.7, 1.2). X is G, or the transpose of a tall G, so that A is as small as can be.
+    kellerjordan.github.io/posts/muon
     """
-    if run.iteration >= s.attn_anneal:
-        return {}
-    T = x0.size(1) + s.shift  # with the start token
-    closed = torch.rand(T, T, device=run.device) >= run.iteration / s.attn_anneal
-    return {'attn_mask': ~closed.triu(1)}
+    X = (G if G.size(1) <= G.size(2) else G.mT).to(dtype)
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = X @ X.mT  # (number, k, k), k = min(n, m)
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    return X if G.size(1) <= G.size(2) else X.mT
 
 
-def update(run, s, factor):
-    """One update: data, corruption and loss, backward, clip, step.
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum with all of its singular values made near 1 [Jordan 2024].
 
-    factor: of lr_factor(). Sets run.gradient_norm, that before clipping. Returns sums (3,) over all
-    batches and processes: nats, tokens that count and, with several processes, signals caught.
+    torch.optim.Muon takes matrices one by one, and orthogonalizes in bfloat16 everywhere: on a CPU
+    without bfloat16 instructions 10.4 s an update in place of 0.9 s (4 x 256; RESULTS, Speed).
     """
-    sums = torch.zeros(3, device=run.device)  # nats, tokens that count, signals
-    for i in range(run.rank, run.micro_steps, run.world):  # micro-steps of this process
-        seed = mixed_seed(s.seed, run.iteration, i)
-        torch.manual_seed(mixed_seed(seed, 1))  # a second seed: for dropout, attn_anneal
-        rng = torch.Generator(run.device).manual_seed(seed)  # for t and masks
-        x0, given = on_device(run.data.batch(run.iteration, i, run.micro_steps), run.device)
-        run.tokens += x0.numel() * run.world  # the others' batches are about as wide
-        with run.autocast():
-            nats, count = run.objective.loss(run.compiled, x0, rng, given, **annealed(run, s, x0))
-        nats.backward()  # of a sum: it becomes a mean below, divided by sums[1]
-        sums[:2] += torch.stack([nats.detach(), count])
-    learned = [p for p in run.model.parameters() if p.grad is not None]
-    if run.world > 1:
-        sums[2] = len(run.caught)
-        for tensor in (sums, *(p.grad for p in learned)):
-            dist.all_reduce(tensor)
-    # Gradients become a mean only here, where the number of tokens that count is known. A mean of
-    # each batch, and then of all, would give a token more weight in a batch in which few count, and
-    # would depend on how an update is cut into batches and processes.
-    for p in learned:
-        p.grad *= 1 / sums[1].clamp(min=1)
-    run.gradient_norm = torch.nn.utils.clip_grad_norm_(learned, s.grad_clip or math.inf)
-    for o in run.optimizers:
-        for group in o.param_groups:
-            group['lr'] = factor * (s.muon_lr if isinstance(o, Muon) else s.learning_rate)
-        o.step()
-        o.zero_grad()
-    return sums
+
+    def __init__(self, params, weight_decay, dtype, momentum=0.95):
+        super().__init__(params, {'lr': 0.0, 'weight_decay': weight_decay, 'momentum': momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = defaultdict(list)  # matrices of one shape share their products
+            for p in group['params']:
+                state = self.state[p]
+                average = state['momentum'] = state['momentum'] if state else torch.zeros_like(p)
+                average.lerp_(p.grad, 1 - group['momentum'])
+                by_shape[p.shape].append((p, p.grad.lerp(average, group['momentum'])))
+            for (rows, columns), pairs in by_shape.items():
+                params, nesterov = zip(*pairs)
+                # a row of a tall orthogonal matrix is about sqrt(columns / rows) long, and a row of
+                # a wide one 1: the factor makes both 1
+                rate = group['lr'] * max(1, rows / columns) ** 0.5
+                for p, direction in zip(params, orthogonalize(torch.stack(nesterov), self.dtype)):
+                    p.mul_(1 - group['lr'] * group['weight_decay'])
+                    p.add_(direction, alpha=-rate)
 
 
-def train(run, s):
-    """The loop: evaluate, save, update, until max_iters or a signal."""
-    # disable=None: tqdm shows a bar only on a terminal
-    bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
-    tokens_before, seconds_before = run.tokens, run.seconds  # run.speed counts from this start
-    stop = False  # leave at the top of a round
-    # SIGINT and SIGTERM only leave a note. An update that stopped halfway would have changed some
-    # weights and not others; so it is finished first, and saved.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: run.caught.append(number))
-    while True:  # at max_iters it evaluates and saves a last time, and leaves
-        factor = lr_factor(run.iteration, s.max_iters, s.warmup_iters, s.lr_schedule)
-        due = run.iteration % s.eval_interval == 0 or run.iteration == s.max_iters
-        # a run that is resumed here may have logged this evaluation already
-        due = due and not (run.log and int(run.log[-1]['iter']) == run.iteration)
-        if due:
-            bar.write(evaluate_now(run, s, factor * s.learning_rate))
-        if due or stop and run.saved_at != run.iteration:
-            save(run, s)
-            if due and s.decode_rows and run.rank == 0:
-                write_answers(run, s)
-        if stop or run.iteration == s.max_iters:
-            break
+def make_optimizers(model, s, dtype):
+    """[Muon, AdamW] or [AdamW]: Muon takes the matrices inside the blocks.
 
+    Either way these matrices alone have weight decay. The weights of local mixing are no matrix:
+    they are a vector of channels for each neighbour. Models of the hub call their blocks layers. Of
+    a model with a length head, only the head is trained. Learning rates are not set here, but by
+    every update.
+    """
+    matrices, rest = [], []
+    for name, p in (model.length_head or model).named_parameters():
+        is_matrix = p.ndim == 2 and ('blocks.' in name or '.layer' in name) and 'mixing' not in name
+        (matrices if is_matrix else rest).append(p)
+    adam = partial(torch.optim.AdamW, betas=(s.beta1, s.beta2), weight_decay=0.0, fused=True)
+    if s.optimizer == 'muon' and matrices:
+        return [Muon(matrices, s.weight_decay, dtype), adam(rest)]
+    return [adam([{'params': matrices, 'weight_decay': s.weight_decay}, {'params': rest}])]
+
+
+def lr_factor(iteration, max_iters, warmup_iters, lr_schedule):
+    """The learning rates of update number `iteration` (from 0), as a fraction of their peaks."""
+    if iteration < warmup_iters:
+        return (iteration + 1) / (warmup_iters + 1)
+    progress = (iteration - warmup_iters) / max(1, max_iters - warmup_iters)  # in [0, 1]
+    return {'constant': 1.0,
+            'wsd': min(1.0, 5 * (1 - progress)),
+            'cosine': 0.5 * (1 + math.cos(math.pi * progress))}[lr_schedule]
+
+
+# ------------------------------------------------------------------------------------------- speed
+
+
+def fastest_flops(device, dtype):
+    """FLOP/s of torch.mm on square matrices: about the most that a device can do."""
+    n = 4096 if device.startswith('cuda') else 1024
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    # item() waits for the device
+    timer = Timer('(a @ a)[0, 0].item()', globals={'a': a}, num_threads=torch.get_num_threads())
+    return 2 * n ** 3 / timer.blocked_autorange(min_run_time=0.3).median
+
+
+def compile_or_not(asked, device, dtype, data, seconds):
+    """(whether to compile, why). 'auto' compiles where that saves time within this run.
+
+    seconds: what the updates of this run would take if compiled. Otherwise they take twice as long
+    in bfloat16, a tenth longer in float32. On 2 cores compiling costs about 40 s.
+    """
+    if asked != 'auto':
+        return asked == 'on', 'as set, or as the run began'
+    if data.meta['layout'] == 'rows' or data.random_length:
+        return False, 'batches may have many widths, and each would be compiled anew'
+    if device == 'mps':
+        return False, 'there is no compiler for this device'
+    saved = seconds if dtype == 'bfloat16' else seconds / 10
+    return saved >= 40, f'it costs about 40 s and saves about {saved:.0f} s'
+
+
+def compile_model(run, s):
+    """Compiles the model for updates where that pays; undoes it if the compiler fails.
+
+    Evaluation keeps to run.model: it is too short to be worth the compiling.
+    """
+    tokens = run.tokens_per_update * (s.bench or s.max_iters - run.iteration)
+    seconds = tokens * run.flops_per_token / (0.25 * run.peak)  # a quarter of peak is usual
+    on, why = compile_or_not(s.compile, run.device, run.dtype, run.data, seconds)
+    s.compile = 'on' if on else 'off'  # in ckpt.pt, so that a resumed run ends in the same bits
+    print(f'compile: {s.compile} ({why})')
+    if on:
+        run.compiled = torch.compile(run.model)
+        try:
+            x0, given = on_device(run.data.batch(0, run.rank, run.micro_steps), run.device)
+            rng = torch.Generator(run.device)
+            with run.autocast():
+                nats, _ = run.objective.loss(run.compiled, x0, rng, given, **annealed(run, s, x0))
+                nats.backward()
+        except Exception as e:  # of many kinds: no headers, no space, a bug of the compiler
+            run.compiled, s.compile = run.model, 'off'
+            print(f'torch.compile failed ({type(e).__name__}): going on without it')
+        run.model.zero_grad()
+
+
+def time_updates(run, s, warm_up=3, profiled=3):
+    """Prints the speed of s.bench updates and, of a few more, where their time goes."""
+    def timed_update():  # seconds of an update that changes no weight
         began = time.perf_counter()
-        sums = update(run, s, factor)
-        run.iteration += 1
-        # all processes have the same sum, and so stop after the same update
-        stop = sums[2].item() > 0 if run.world > 1 else bool(run.caught)
-        to_record = run.iteration % s.log_interval == 0
-        if to_record or stop:
-            loss = (sums[0] / sums[1].clamp(min=1)).item()  # waits for the device: now and then
-            # of few batches, so noisy; and one token of a row with few masks may count w(t)
-            highest = math.inf if s.loss_weight == 'elbo' else 2 * max(5.0, s.w_max)
-            check_loss(run, s, loss, factor * s.learning_rate, highest)
-        run.seconds += time.perf_counter() - began  # with that wait
-        run.speed = (run.tokens - tokens_before) / (run.seconds - seconds_before)
-        bar.update()
+        update(run, s, 0.0)[0].item()  # waits for the device
+        return time.perf_counter() - began
 
-        if to_record:
-            record_step(run, s, loss)
-            state = (f'loss {loss:.4f}, {run.speed:,.0f} tokens/s, '
-                     f'{100 * run.speed * run.flops_per_token / run.peak:.0f}% of torch.mm')
-            bar.set_postfix_str(state)
-            if bar.disable and run.iteration % (10 * s.log_interval) == 0:  # no terminal: lines
-                left = (s.max_iters - run.iteration) * run.tokens_per_update / run.speed / 60
-                print(f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {state}, '
-                      f'{left:.1f} minutes left', flush=True)
-    bar.close()
-    for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
-        signal.signal(number, signal.SIG_DFL)
-    # `stop` does not know of a signal during the last evaluation: a single process still exits on
-    # it. Several ignore it, since perhaps only some of them caught one.
-    if stop or run.world == 1 and run.caught:
-        print(f'stopped and saved after {run.iteration} updates; go on with\n'
-              f'python train.py --out_dir={shlex.quote(s.out_dir)} --resume')
-        sys.exit(128 + (run.caught or [signal.SIGTERM])[0])
+    times = [timed_update() for _ in range(warm_up + s.bench)][warm_up:]
+    seconds = sorted(times)[s.bench // 2]
+    with torch.profiler.profile() as profiler:
+        for _ in range(profiled):
+            timed_update()
+    speed = run.tokens_per_update / seconds
+    flops = speed * run.flops_per_token
+    print(f'{1000 * seconds:.1f} ms per update (median of {s.bench}), {speed:,.0f} tokens/s, '
+          f'{flops / 1e9:.1f} GFLOP/s = {100 * flops / run.peak:.1f}% of the '
+          f'{run.peak / 1e9:.1f} of torch.mm{peak_memory(run.device)}\n')
+    own_time = f'self_{"device" if run.device.startswith("cuda") else "cpu"}_time_total'
+    for e in sorted(profiler.key_averages(), key=lambda e: -getattr(e, own_time))[:15]:
+        milliseconds = getattr(e, own_time) / 1000 / profiled
+        print(f'{milliseconds:8.2f} ms  {e.count // profiled:4} x  {e.key[:70]}')
 
 
 # ------------------------------------------------------------------------------ from start to end
@@ -772,17 +772,18 @@ def show_sample(run, s):
         done, _ = sample.complete(trained, [canvas], how, trained.meta['eos_id'])
         print(trained.tokenizer.decode(done[0][0]), end='\n\n')
     else:
-        for prompt, reference, answer in sample.first_answers(trained, run.data, 2, how):
+        rows = sample.first_answers(trained, run.data, 2, how)
+        for prompt, reference, answer in rows:
             print(f'prompt:    {prompt}\nreference: {reference}\nanswer:    {answer}\n')
-        task, option = 'translation', f'--start={shlex.quote(prompt)}'
+        task, option = 'translation', f'--start={shlex.quote(rows[0][0])}'
     run_dir = shlex.quote(s.out_dir)
     print(f'To try next:\npython sample.py --out_dir={run_dir} {option}\n'
           f'python eval.py --out_dir={run_dir} --task={task}')
 
 
 def main():
-    # the settings above, changed by the words of the command line. With resume or init_from the
-    # same words are applied once more, below, to the settings of that run
+    # the settings above, changed by the words of the command line. They say which run is resumed or
+    # begins this one; then the same words are applied once more, to the settings of that run
     s = SimpleNamespace(**config.override(globals()))
     if Path(s.out_dir, 'ckpt.pt').exists() and not (s.resume or s.overwrite or s.bench):
         raise UserError(f'{s.out_dir} holds a run already: --resume goes on with it, --overwrite '

@@ -925,7 +925,8 @@ def test_settings_of_streams_and_rows_do_not_mix(pairs, words, said):
 
 
 def test_a_run_without_a_folder_is_not_written_where_one_stands(pairs):
-    assert_one_line(run('train.py', *TINY, '--out_dir=', cwd=pairs), "out_dir is '', but it must be")
+    done = run('train.py', *TINY, '--out_dir=', cwd=pairs)
+    assert_one_line(done, "out_dir is '', but it must be a folder")
     assert not (pairs / 'config.json').exists()
 
 
