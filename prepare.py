@@ -633,7 +633,9 @@ def hub_vocabulary(name, layout):
            'sep_id': hub.cls_token_id, 'pad_id': hub.pad_token_id, 'mask_id': hub.mask_token_id}
     if own['mask_id'] is None:  # LLaDA's is in its config alone
         own['mask_id'] = getattr(from_hub('PretrainedConfig', name), 'mask_token_id', None)
-    ids, n = dict.fromkeys(SPECIALS), max(hub.get_vocab().values()) + 1
+    ids, n = dict.fromkeys(SPECIALS), max(*hub.get_vocab().values(), own['mask_id'] or 0) + 1
+    if own['sep_id'] == own['eos_id']:
+        own['sep_id'] = None  # a new one
     for key in [*SPECIALS_OF[layout], 'mask_id']:
         ids[key], n = (n, n + 1) if own[key] is None else (own[key], n)
     return {'vocab_size': n - 1, **ids, 'dtype': 'uint16' if n <= 1 << 16 else 'uint32',
@@ -706,6 +708,8 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer, truncate):
         prompt, answer = encoder.encode(prompt), encoder.encode(text)
         if not answer or (is_pair and not prompt):
             count['empty'] += 1
+        if {meta['eos_id'], meta['sep_id']} & {*prompt, *answer}:  # some of the hub's encode it
+            raise UserError(f'a text holds what ends a prompt or text here: {text[:99]!r}')
             continue
         lengths.append((len(prompt), len(answer)))
         if len(prompt) > max_prompt or len(answer) > max_answer:

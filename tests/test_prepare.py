@@ -1602,3 +1602,38 @@ def test_the_real_stand_in_is_nearly_tiny_shakespeare(monkeypatch):
 def test_another_text_than_tiny_shakespeare_is_used_but_said_so():
     meta = prepare.prepare('shakespeare_char', source=write('mine.txt', VERSE))
     assert meta['source'] == 'mine.txt (not the published Tiny Shakespeare)'
+
+
+def test_a_mask_behind_all_tokens_of_the_hub_is_the_last_id():
+    """As of RND1, whose config alone names it."""
+    transformers = pytest.importorskip('transformers')
+    for behind in (0, 5):
+        folder = save_tokenizer(Path(f'behind{behind}'), 'gpt2', [VERSE])
+        n = max(transformers.AutoTokenizer.from_pretrained(folder).get_vocab().values()) + 1
+        write(f'{folder}/config.json', json.dumps({'model_type': 'llama',
+                                                   'mask_token_id': n + behind}))
+        for layout in ('stream', 'pairs'):
+            found = prepare.hub_vocabulary(folder, layout)
+            assert found['mask_id'] == n + behind <= found['vocab_size']
+            ids = [found[key] for key in ('eos_id', 'sep_id', 'pad_id', 'mask_id')
+                   if found[key] is not None]
+            assert len({*ids}) == len(ids)
+
+
+def test_rows_are_refused_whose_text_ends_early():
+    """A Unigram vocabulary holds its own EOS, and encodes it wherever a text has these letters."""
+    transformers = pytest.importorskip('transformers')
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made.train_from_iterator([VERSE], trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=['<pad>', '</s>', '<unk>'], unk_token='<unk>'))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token='</s>', pad_token='<pad>', unk_token='<unk>',
+        cls_token='</s>').save_pretrained('uni')
+    prompts = write('p.txt', ''.join(f'the cat {i}\n' for i in range(20)))
+    meta = prepare.prepare('fine', prompts=prompts, answers=prompts, tokenizer='hf:uni')
+    assert meta['sep_id'] != meta['eos_id']
+    answers = write('a.txt', 'the cat </s> sat\n' * 20)
+    with pytest.raises(UserError, match="ends a prompt or text here: 'the cat </s> sat'"):
+        prepare.prepare('u', prompts=prompts, answers=answers, tokenizer='hf:uni')
