@@ -247,7 +247,7 @@ def fetch(recipe):
         if recipe['make'] and (made := recipe['make'](DOWNLOADS)):
             return made
         raise
-    place = recipe['folder'] or file
+    place = recipe['folder'] or file.removesuffix('.gz')
     return DOWNLOADS / place, recipe['mirrors'][0] + place
 
 

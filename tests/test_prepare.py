@@ -837,6 +837,17 @@ def stream(n, V=50, **counts):
     """A data set of n random training tokens, and of 7 to validate, written without prepare()."""
     ids = {'train': np.random.default_rng(n).integers(0, V, n), 'val': np.arange(7)}
     meta = {**dict.fromkeys(prepare.META_TYPES), 'name': 's', 'layout': 'stream', 'vocab_size': V,
+def test_a_recipe_of_one_gz_is_unpacked(recipes, server):
+    server.body = gzip.compress(VERSE.encode())
+    write(recipes / 'packed.py', f'''"A book of mine."
+mirrors = ['{server.url('/books/')}']
+files = {{'packed.txt.gz': None}}
+''')
+    prepare.prepare('packed')
+    decode = prepare.load_tokenizer(prepare.load_meta('packed')).decode
+    assert decode(ids_of('packed', 'train') + ids_of('packed', 'val')) == VERSE
+
+
             'mask_id': V, 'dtype': 'uint16', 'tokenizer': {'kind': 'gpt2'}, 'source': 'nowhere',
             'sha256': '',
             'counts': {split: {'tokens': len(x), 'characters': 0, 'bytes': 0}
