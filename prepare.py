@@ -779,7 +779,7 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
            ('char', 'gpt2', 'bpe', 'hf:NAME'))
     require('vocab_size', vocab_size, kind == 'bpe' or not vocab_size, '0 without --tokenizer=bpe')
     path = Path(what.removeprefix('hf:'))
-    own_name = path.name if what.startswith('hf:') and not path.is_file() else path.stem
+    own_name = path.stem if path.is_file() else path.name
     target = Path('data', name or own_name.replace(':', '-'))
     foreign = target.exists() and not (target / 'meta.json').exists()  # not written by prepare()
     if foreign or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):

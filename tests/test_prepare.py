@@ -315,6 +315,32 @@ def test_what_is_missing_or_left_out_is_said():
     assert done.stderr.count('\n') == 1
     with pytest.raises(UserError, match='vocab_size is 300, but it must be 0 without'):
         prepare.prepare('verse.txt', tokenizer='char', vocab_size=300)
+def test_a_text_inside_the_folder_that_it_would_be_written_to_is_not_thrown_away():
+    prepare.prepare(write('mine.txt', VERSE))
+    os.replace('mine.txt', 'data/mine/mine.txt')
+    for how in ({'what': 'data/mine/mine.txt'}, {'what': 'mine', 'source': 'data/mine/mine.txt'},
+                {'what': 'hf:data/mine', 'text_field': 'text'}):
+        with pytest.raises(UserError, match='choose another --name'):
+            prepare.prepare(**how)
+    assert Path('data/mine/mine.txt').read_text() == VERSE
+    assert prepare.prepare('data/mine/mine.txt', 'other')['name'] == 'other'
+
+
+def test_a_name_with_a_point_is_a_whole_name():
+    lines = write('lines', 'ab\n' * 20)
+    for language in ('fr', 'de'):
+        prepare.prepare(f'wmt.en-{language}', prompts=lines, answers=lines)
+    assert sorted(os.listdir('data')) == ['wmt.en-de', 'wmt.en-fr']
+
+
+def test_a_share_of_rows_is_no_row_more_than_it_says():
+    lines = write('lines', ''.join(f'{i:03}\n' for i in range(112)))
+    prepare.prepare('many', prompts=lines, answers=lines)
+    assert len(prepare.open_data('many', 300, 4).kept) == 100
+    for share in (0.07, 0.14, 0.28, 0.55):  # 100 * 0.07 is 7.000000000000001
+        assert len(prepare.open_data('many', 300, 4, row_share=share).kept) == round(100 * share)
+
+
     with pytest.raises(UserError, match='0 rows are empty, 9 too long'):
         Path('p').write_text('abc\n' * 10), Path('a').write_text('abc\n' * 10)
         prepare.prepare('long', tokenizer='char', prompts='p', answers='a', max_prompt=2)
