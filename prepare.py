@@ -313,24 +313,23 @@ def find_texts(what, recipe, sources):
         if not path.exists():
             raise UserError(f'there is no file {str(path)!r} '
                             f'(data sets: {", ".join(recipe_names())})')
-    files = [file for path in paths for file in members(path)]
-    by_name = {file.name: file for file in files}
-
     def file_called(name):  # 'a|b' is the file a or b
         for option in name.split('|'):
             if option in by_name:
                 return by_name[option]
         raise UserError(f'{path} is not {what}: it has no {name.replace("|", " or ")}')
 
-    texts = {split: [*map(file_called, names)] for split, names in recipe['text'].items()}
-    if not texts:
-        if path.is_dir() or len(files) != len(paths):
-            raise UserError(f'{path} is not a text')
-        texts = {'': files}
     try:
+        files = [file for path in paths for file in members(path)]
+        by_name = {file.name: file for file in files}
+        texts = {split: [*map(file_called, names)] for split, names in recipe['text'].items()}
+        if not texts:
+            if path.is_dir() or len(files) != len(paths):
+                raise UserError(f'{path} is not a text')
+            texts = {'': files}
         sha256 = sha256_of(*itertools.chain(*texts.values()))
-    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
-        raise UserError(f'{path} is damaged ({e}): delete it and run this again') from e
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # the last: encrypted
+        raise UserError(f'{path} cannot be read ({e}): delete it and run this again') from e
     if sources and recipe['title'] and sha256 not in recipe['files'].values():
         words += f' (not the published {recipe["title"]})'
     return texts, {'source': words, 'sha256': sha256}

@@ -213,8 +213,14 @@ def test_text8_is_cut_90_5_5_and_read_from_a_zip():
     damaged = bytearray(Path('text8.zip').read_bytes())
     damaged[1000] ^= 1
     Path('damaged.zip').write_bytes(damaged)
-    with pytest.raises(UserError, match='damaged.zip is damaged .*: delete it'):
-        prepare.prepare('text8', source='damaged.zip')
+    lost, locked = (bytearray(Path('text8.zip').read_bytes()) for _ in range(2))
+    lost[lost.index(b'PK\1\2')] = 0  # the list of what the zip holds
+    locked[6] |= 1  # the flag of an encrypted file, in its own header and in the list
+    locked[locked.index(b'PK\1\2') + 8] |= 1
+    for broken in (damaged, lost, locked):
+        Path('damaged.zip').write_bytes(broken)
+        with pytest.raises(UserError, match='damaged.zip cannot be read .*: delete it'):
+            prepare.prepare('text8', source='damaged.zip')
     tokenizer, n = prepare.load_tokenizer(meta), len(text)
     for split, part in (('train', text[:int(n * 0.9)]), ('val', text[int(n * 0.9):int(n * 0.95)]),
                         ('test', text[int(n * 0.95):])):
