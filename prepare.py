@@ -351,7 +351,7 @@ def recut(chunks, where):
     rest = ''  # not yet yielded
     for chunk in chunks:
         rest += chunk
-        if piece := where.match(rest):
+        if len(rest) >= READ_SIZE and (piece := where.match(rest)):
             yield piece[0]
             rest = rest[piece.end():]
         if len(rest) > MAX_UNCUT:
