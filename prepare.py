@@ -777,6 +777,9 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
     one_of('tokenizer', 'hf:NAME' if kind.startswith('hf:') else kind,
            ('char', 'gpt2', 'bpe', 'hf:NAME'))
     require('vocab_size', vocab_size, kind == 'bpe' or not vocab_size, '0 without --tokenizer=bpe')
+    require('max_docs', max_docs, what.startswith('hf:') or not max_docs, '0 without hf:NAME')
+    known = what in recipe_names() or what.startswith('hf:')
+    own = [prompts, answers] if prompts else [source] if source else [] if known else [what]
     path = Path(what.removeprefix('hf:'))
     own_name = path.stem if path.is_file() else path.name
     target = Path('data', name or own_name.replace(':', '-'))
@@ -1015,7 +1018,7 @@ class Rows:
         self.tokens = cache(partial(load_split, dataset))  # tokens(split) -> memmap of ids
         rows = self.rows('train')  # (N, row_length)
         unpadded = row_widths(rows, meta)  # (N,)
-        n = math.ceil(row_share * len(rows)) or 1
+        n = math.ceil(round(row_share * len(rows), 9)) or 1
         self.kept = np.sort(unpadded.argsort(kind='stable')[:n])  # (n,) numbers of rows
         self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (n,)
         self.epoch = lru_cache(2)(self.shuffled_batches)  # 2: an update may reach into the next

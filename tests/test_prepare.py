@@ -341,6 +341,14 @@ def test_a_name_with_a_point_is_a_whole_name():
 
 def test_a_share_of_rows_is_no_row_more_than_it_says():
     lines = write('lines', ''.join(f'{i:03}\n' for i in range(112)))
+def test_what_is_missing_or_left_out_is_said():
+    with pytest.raises(UserError, match='max_docs is 3, but it must be 0 without hf:NAME'):
+        prepare.prepare(write('a.txt', VERSE), max_docs=3)
+    done = run('--val_share=0.1')
+    assert done.returncode == 2 and 'name a data set' in done.stderr
+    assert done.stderr.count('\n') == 1
+    with pytest.raises(UserError, match='vocab_size is 300, but it must be 0 without'):
+        prepare.prepare('verse.txt', tokenizer='char', vocab_size=300)
     prepare.prepare('many', prompts=lines, answers=lines)
     assert len(prepare.open_data('many', 300, 4).kept) == 100
     for share in (0.07, 0.14, 0.28, 0.55):  # 100 * 0.07 is 7.000000000000001
