@@ -415,7 +415,7 @@ def unfold_turns(document):
         messages = json.loads(document[0])
         return [(chat_prompt(messages[:i]), message['content'].strip())
                 for i, message in enumerate(messages) if message['role'] == 'assistant']
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f'{document[0][:60]} is no list of {{"role": "user" or "assistant", '
                         '"content": TEXT}') from e
 
@@ -707,9 +707,9 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer, truncate):
         prompt, answer = encoder.encode(prompt), encoder.encode(text)
         if not answer or (is_pair and not prompt):
             count['empty'] += 1
+            continue
         if {meta['eos_id'], meta['sep_id']} & {*prompt, *answer}:  # some of the hub's encode it
             raise UserError(f'a text holds what ends a prompt or text here: {text[:99]!r}')
-            continue
         lengths.append((len(prompt), len(answer)))
         if len(prompt) > max_prompt or len(answer) > max_answer:
             count['long'] += 1
@@ -784,10 +784,10 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
     own_name = path.stem if path.is_file() else path.name
     target = Path('data', name or own_name.replace(':', '-'))
     foreign = target.exists() and not (target / 'meta.json').exists()  # not written by prepare()
+    # nor may the folder hold what is read: it would be thrown away with the older data set
+    foreign |= any(target.resolve() in Path(file, '_').resolve().parents for file in (path, *own))
     if foreign or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
         raise UserError(f'{target} cannot be the folder of a data set: choose another --name')
-    known = what in recipe_names() or what.startswith('hf:')
-    own = [prompts, answers] if prompts else [source] if source else [] if known else [what]
     texts, origin = find_texts(what, recipe, own)
     splits = open_splits(recipe, texts, kind, val_share, seed)
     vocabulary = make_vocabulary(kind, layout, splits, vocab_size or recipe['vocab_size'])

@@ -315,12 +315,6 @@ def test_rows_begin_behind_a_byte_order_mark():
     assert prepare.split_row(written, meta) == ([], [0, 1, 1])
 
 
-def test_what_is_missing_or_left_out_is_said():
-    done = run('--val_share=0.1')
-    assert done.returncode == 2 and 'name a data set' in done.stderr
-    assert done.stderr.count('\n') == 1
-    with pytest.raises(UserError, match='vocab_size is 300, but it must be 0 without'):
-        prepare.prepare('verse.txt', tokenizer='char', vocab_size=300)
 def test_a_text_inside_the_folder_that_it_would_be_written_to_is_not_thrown_away():
     prepare.prepare(write('mine.txt', VERSE))
     os.replace('mine.txt', 'data/mine/mine.txt')
@@ -341,6 +335,12 @@ def test_a_name_with_a_point_is_a_whole_name():
 
 def test_a_share_of_rows_is_no_row_more_than_it_says():
     lines = write('lines', ''.join(f'{i:03}\n' for i in range(112)))
+    prepare.prepare('many', prompts=lines, answers=lines)
+    assert len(prepare.open_data('many', 300, 4).kept) == 100
+    for share in (0.07, 0.14, 0.28, 0.55):  # 100 * 0.07 is 7.000000000000001
+        assert len(prepare.open_data('many', 300, 4, row_share=share).kept) == round(100 * share)
+
+
 def test_what_is_missing_or_left_out_is_said():
     with pytest.raises(UserError, match='max_docs is 3, but it must be 0 without hf:NAME'):
         prepare.prepare(write('a.txt', VERSE), max_docs=3)
@@ -349,12 +349,6 @@ def test_what_is_missing_or_left_out_is_said():
     assert done.stderr.count('\n') == 1
     with pytest.raises(UserError, match='vocab_size is 300, but it must be 0 without'):
         prepare.prepare('verse.txt', tokenizer='char', vocab_size=300)
-    prepare.prepare('many', prompts=lines, answers=lines)
-    assert len(prepare.open_data('many', 300, 4).kept) == 100
-    for share in (0.07, 0.14, 0.28, 0.55):  # 100 * 0.07 is 7.000000000000001
-        assert len(prepare.open_data('many', 300, 4, row_share=share).kept) == round(100 * share)
-
-
     with pytest.raises(UserError, match='0 rows are empty, 9 too long'):
         Path('p').write_text('abc\n' * 10), Path('a').write_text('abc\n' * 10)
         prepare.prepare('long', tokenizer='char', prompts='p', answers='a', max_prompt=2)
@@ -843,6 +837,17 @@ def test_an_unknown_name_lists_the_recipes(recipes):
         prepare.prepare('torn')
 
 
+def test_a_recipe_of_one_gz_is_unpacked(recipes, server):
+    server.body = gzip.compress(VERSE.encode())
+    write(recipes / 'packed.py', f'''"A book of mine."
+mirrors = ['{server.url('/books/')}']
+files = {{'packed.txt.gz': None}}
+''')
+    prepare.prepare('packed')
+    decode = prepare.load_tokenizer(prepare.load_meta('packed')).decode
+    assert decode(ids_of('packed', 'train') + ids_of('packed', 'val')) == VERSE
+
+
 def test_a_recipe_may_make_its_text(recipes):
     write(recipes / 'made.py', '''"""Digits."""
 def make(folder):
@@ -877,17 +882,6 @@ def stream(n, V=50, **counts):
     """A data set of n random training tokens, and of 7 to validate, written without prepare()."""
     ids = {'train': np.random.default_rng(n).integers(0, V, n), 'val': np.arange(7)}
     meta = {**dict.fromkeys(prepare.META_TYPES), 'name': 's', 'layout': 'stream', 'vocab_size': V,
-def test_a_recipe_of_one_gz_is_unpacked(recipes, server):
-    server.body = gzip.compress(VERSE.encode())
-    write(recipes / 'packed.py', f'''"A book of mine."
-mirrors = ['{server.url('/books/')}']
-files = {{'packed.txt.gz': None}}
-''')
-    prepare.prepare('packed')
-    decode = prepare.load_tokenizer(prepare.load_meta('packed')).decode
-    assert decode(ids_of('packed', 'train') + ids_of('packed', 'val')) == VERSE
-
-
             'mask_id': V, 'dtype': 'uint16', 'tokenizer': {'kind': 'gpt2'}, 'source': 'nowhere',
             'sha256': '',
             'counts': {split: {'tokens': len(x), 'characters': 0, 'bytes': 0}
