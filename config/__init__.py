@@ -163,7 +163,8 @@ def read_config(path):
     try:
         found = runpy.run_path(path)
     except Exception as e:
-        raise UserError(f'config file {path!r} does not run: {type(e).__name__}: {e}') from e
+        said = ' '.join(str(e).split())
+        raise UserError(f'config file {path!r} does not run: {type(e).__name__}: {said}') from e
     return {n: v for n, v in found.items() if not n.startswith('_') and type(v) is not type(ast)}
 
 

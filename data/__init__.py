@@ -12,7 +12,8 @@ base = '__init__'     # another recipe, which has the values of the names that t
 # where the text comes from
 mirrors = []          # URLs that end in /, each of a server that has all the files
 files = {}            # {path below a mirror: sha256, or None where none is published}
-folder = ''           # in data/downloads, to keep several files together; '' = there is one file
+folder = ''           # in data/downloads, to keep several files together, and apart from files that
+                      # another recipe calls the same; '' = there is one file
 make = None           # function that makes the text where there are no mirrors, or none answers:
                       # make(data/downloads) -> (path, source in words), or None if it fails
 title = ''            # name of the text: with it, a --source of another sha256 is reported
