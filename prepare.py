@@ -258,8 +258,8 @@ def save_hub_data(what, columns, max_docs, folder):
     The library `datasets` streams the columns of its first max_docs records (0 = all) to a file in
     folder, so that neither the download nor the file must fit the memory. A stopped run begins
     anew, for `datasets` would read again what it is to skip. Raises UserError."""
-    parts = re.split(r':(?![\\/])', what.removeprefix('hf:'))  # C:\ is one name
-    name, subset, split = (parts + ['', ''])[:3]
+    # C:\ is one name
+    name, subset, split = (re.split(r':(?![\\/])', what.removeprefix('hf:')) + ['', ''])[:3]
     path = Path(name)
     place, file = (str(path.resolve().parent), path.name) if path.is_file() else (name, None)
     target = folder / f'{path.stem}.hf.jsonl'  # never the file that is read: its name is longer
@@ -633,10 +633,9 @@ def hub_vocabulary(name, layout):
     if own['mask_id'] is None:  # LLaDA's is in its config alone
         own['mask_id'] = getattr(from_hub('PretrainedConfig', name), 'mask_token_id', None)
     ids, n = dict.fromkeys(SPECIALS), max(*hub.get_vocab().values(), own['mask_id'] or 0) + 1
-    if own['sep_id'] == own['eos_id']:
-        own['sep_id'] = None  # a new one
     for key in [*SPECIALS_OF[layout], 'mask_id']:
-        ids[key], n = (n, n + 1) if own[key] is None else (own[key], n)
+        lacks = own[key] is None or key == 'sep_id' and own[key] == ids['eos_id']
+        ids[key], n = (n, n + 1) if lacks else (own[key], n)
     return {'vocab_size': n - 1, **ids, 'dtype': 'uint16' if n <= 1 << 16 else 'uint32',
             'tokenizer': {'kind': 'hf', 'json': hub.backend_tokenizer.to_str()}}
 
@@ -812,9 +811,8 @@ def load_meta(dataset):
     """
     path = Path('data', dataset, 'meta.json')
     if not path.is_file():
-        hint = f'run python prepare.py {dataset}' if Path(dataset).stem == dataset else \
-            'prepare.py makes a folder of data/ from a file, and dataset is its name'
-        raise UserError(f'there is no {path}: {hint}')
+        raise UserError(f'there is no {path}: run python prepare.py {dataset}, or with a file of '
+                        'yours in place of the name')
     try:
         # data sets of earlier versions have no dtype
         meta = {'dtype': 'uint16'} | json.loads(path.read_text(encoding='utf-8'))
@@ -1046,9 +1044,8 @@ class Rows:
 
     def scored(self, split):
         """How many tokens of a split an evaluation scores: answers, EOS, and PAD if predicted."""
-        count = self.meta['counts'][split]
-        with_pad = count['rows'] * (self.meta['max_answer'] + 1)
-        return with_pad if self.predict_pad else count['scored']
+        count, width = self.meta['counts'][split], self.meta['max_answer'] + 1  # with EOS
+        return count['rows'] * width if self.predict_pad else count['scored']
 
     def describe(self):
         """What train.py prints about the data."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 127, 'prepare.py': 728, 'model.py': 713, 'train.py': 562,
-           'sample.py': 804, 'eval.py': 929, 'data/*.py': 105}
+BUDGETS = {'config/__init__.py': 129, 'prepare.py': 732, 'model.py': 716, 'train.py': 565,
+           'sample.py': 806, 'eval.py': 931, 'data/*.py': 104}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 
