@@ -157,15 +157,15 @@ def attend(q, k, v, attn_mask, causal, dropout):
     causal: the T queries belong to the last T of the S tokens, and read the keys up to their own;
     then there is no attn_mask.
 
-    By torch's kernel (fused, but with dropout on a CPU), except in bfloat16 on a CPU. There plain
-    products, compiled, take a fifth off an update (RESULTS, Speed), and hold the scores, T x S for
-    each head, in memory.
+    By torch's scaled_dot_product_attention, except in bfloat16 on a CPU. There the products are
+    written out: compiled, that takes a fifth off an update (not compiled, it adds 3%; RESULTS,
+    Speed), and the scores, T x S for each head, are held in memory.
     """
     T, S, gqa = q.size(2), k.size(2), k.size(1) < q.size(1)  # gqa: heads of queries share keys
-    fused = q.device.type != 'cpu' or q.dtype != torch.bfloat16
-    if causal and (S > T or not fused):  # the kernel's is_causal would align query 0 with key 0
+    by_torch = q.device.type != 'cpu' or q.dtype != torch.bfloat16
+    if causal and (S > T or not by_torch):  # the kernel's is_causal would align query 0 with key 0
         attn_mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    if fused:
+    if by_torch:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=attn_mask, is_causal=causal and attn_mask is None,
             dropout_p=dropout, enable_gqa=gqa)
@@ -296,8 +296,9 @@ class Block(nn.Module):
 def after_start(model, x):
     """x (B, T) behind a start token, (B, T + 1): the output at its position i predicts x[:, i].
 
-    AR reads its text so, and so does masked diffusion with shift: a network that was AR first
-    still predicts each token at the position where it learned to [DiffuLLaMA sec. 3.2].
+    AR reads its text so, all but the last token (see Autoregression). So does masked diffusion with
+    shift, and there the last token is read too (see place()): a network that was AR first still
+    predicts each token at the position where it learned to [DiffuLLaMA sec. 3.2].
     """
     return F.pad(x, (1, 0), value=model.config.start_id)
 
@@ -353,7 +354,7 @@ class Transformer(nn.Module):
             h = block(h, rope, cache, attn_mask, neighbours, condition)
         if cache is not None:
             cache.length += tokens.size(1)
-        # with shift, the last output would be for a token behind x
+        # with shift, the last output would be for the token after x
         h = h[:, :tokens.size(1) - self.config.shift]
         if where is not None:  # in block diffusion it has columns for the first half alone, xt
             h = h[:, :where.size(1)][where]  # (M, C): with a large V the head is most of the work
@@ -396,11 +397,12 @@ class Transformer(nn.Module):
         return logits
 
     def init_weights(self):
-        """Normal matrices; zero at the end of a branch, in local mixing, adaLN and an untied head.
+        """Random matrices; zero at the end of a branch, in local mixing, adaLN and an untied head.
 
         So every layer is the identity at first and, with an untied head, the first loss is log V'
-        (without subs log V). The standard deviation of embeddings is 0.25 or, where they are the
-        head too, 0.02. (The encoder of a length head begins as the rest of the model does.)
+        (without subs log V). The standard deviation of embeddings is 0.25, or 0.02 with a tied
+        head, which named_parameters() lists as the embedding alone. (The encoder of a length head
+        begins as the rest of the model does.)
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -554,7 +556,7 @@ class Objective:
     # type, and so makes it a setting.)
     exact = False                # True: the bound is the nll itself, of ar
     causal = False               # True: the network sees no later token
-    reads_masks = True           # the network does; False for ar and uniform
+    reads_masks = True           # for what is unknown; ar (but for its start) and uniform do not
     any_order = False            # True: eval.py can compute the nll of revealing in a given order
     block_length = 0             # tokens per block, if there are blocks
     decoders = MASK_DECODERS     # names in sample.py, the default first
@@ -570,7 +572,7 @@ class Objective:
 
     @property
     def masks_anywhere(self):
-        """True for mdm and d3pm; a block model sees masks in one block alone, behind clean ones."""
+        """True for mdm and d3pm; a block model sees masks in one block alone, after clean ones."""
         return self.reads_masks and not self.block_length
 
     def loss(self, model, x0, rng, given, **more):
@@ -639,18 +641,20 @@ class MaskedDiffusion(Objective):
 
     (2)  nelbo per token = E over n, xt of     1 / n * sum over masks i of  -log p(x0[i] | xt)
 
-    Below, f(n) is the expected sum over the masks where n tokens, drawn at random, are masked.
+    Below, f(n) is the expected sum over masks i of -log p(x0[i] | xt), where n of the L tokens,
+    drawn at random, are masked.
 
     Why (1) is (2): with the linear schedule a token is masked with probability t, and w(t) = 1/t,
-    so that (1) is 1/L * sum over n of f(n) * (the integral over t of 1/t * P(n masks | t)). That
-    integral is 1/n, and 1/L * sum over n of f(n) / n is (2). Other schedules substitute t. Samples
-    of (2) vary less, and with uniform logits not at all.
+    so that (1) is 1/L * sum over n of f(n) * (the integral over t of 1/t * P(n masks | t)). With
+    P(n masks | t) = (L choose n) t^n (1 - t)^(L - n) that integral is 1/n (a beta function), and
+    1/L * sum over n of f(n) / n is (2). Other schedules substitute t. Samples of (2) vary less, and
+    with uniform logits not at all.
 
     Why it is a bound: write a row token after token, in a random order. The step that finds n masks
     reveals one of them, any with probability 1/n, so that its expected nll is f(n) / n. Summed over
     n = L, ..., 1 that is L times (2): so the nelbo of a row is the mean over all orders of the nll
-    of writing it in that order. The probability of the row is the mean of its probabilities in all
-    orders, and -log of a mean is at most the mean of -log (Jensen's inequality).
+    of writing it in that order. A model that draws an order and writes in it has as its probability
+    of the row the mean over all orders, and -log of a mean is at most the mean of -log (Jensen).
 
     In code the weight of (2) is L / n, since the losses of a row are divided by L later. A network
     with time_cond is shown a level made from n / L in (2), and from 1 - alpha_t in (1): to it the

@@ -158,8 +158,8 @@ def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repe
 
     x (B, any width): the text so far. where (B, T): the M positions that the logits are for, of
     which only the rows matter here. repetition_penalty makes tokens less likely that their row
-    already holds [CTRL 1909.05858, sec. 4.1], except the ids `specials` (mask, EOS, SEP, PAD): an
-    EOS that is given would make the row's own less likely.
+    already holds [CTRL 1909.05858, sec. 4.1], except the ids `specials` (mask, EOS, SEP, PAD): else
+    an EOS that is given would make it harder for the row to end.
     """
     logits = logits.double()
     if repetition_penalty != 1.0:
@@ -410,12 +410,12 @@ def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts
 
 
 def window_start(i, size):
-    """Where the text begins that is read to write its i-th token (or block); it ends before that.
+    """The first token of the window that is read to write token i; its last is token i - 1.
 
-    This window holds at most size - 1 of them, since the start token, or the i-th block itself,
-    needs a place too. It drops its older half whenever it would hold size: with size = 8 it begins
-    at 0 for i = 0..7, at 4 for 8..11, at 8 for 12..15. That follows from i alone, so that a text
-    does not depend on where its prompt ended.
+    (Of BlockCached: block in place of token.) The window holds at most size - 1 tokens, since the
+    start token, or block i itself, needs a place too. When it would hold size, it drops its older
+    half: with size = 8 it begins at 0 for i = 0..7, at 4 for 8..11, at 8 for 12..15. That follows
+    from i alone, so that a text does not depend on where its prompt ended.
     """
     half = (size + 1) // 2
     return max(0, (i - size) // half + 1) * half
@@ -443,7 +443,7 @@ def decode_ar(model, x, to_generate, rng, **sampling):
         if cache.length == 0:
             unread = after_start(model, unread)
         last = torch.zeros_like(unread, dtype=torch.bool)
-        last[:, -1] = True  # the logits of token i are those behind token i - 1
+        last[:, -1] = True  # the output at token i - 1 predicts token i
         logits = model(unread, cache=cache, where=last)  # (B, V)
         column = (torch.arange(x.size(1), device=x.device) == i).expand_as(x)  # (B, T)
         token = sample_token(logits, x[:, :i], column, rng, **sampling)  # (B,)
@@ -474,7 +474,7 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
         return
     for alpha_t, alpha_s, level in reverse_steps(model, x, generated, steps, noise_schedule):
         logits = model(x, level, where=generated)  # (M, V)
-        # none of the tokens that are sampled anew counts as held already
+        # for repetition_penalty: only what is given counts, not what is about to be sampled anew
         held = x.masked_fill(generated, model.mask_id)
         p = probabilities(logits.to(rng.device), held, generated, **sampling)[:, :n_real]  # (M, V')
         keep = alpha_t / alpha_s
@@ -687,10 +687,10 @@ def end_rows(x, to_generate, may_end, eos_id, mask_id):
 def run_decoder(decoder, model, x, rng, eos_id=None, on_step=None):
     """The canvases x (B, T) filled by a decoder, and how many passes of the network that took.
 
-    With an eos_id, a row ends where it generates one behind all tokens that are given: in a blank
-    before one of them an eos_id is a token like others. on_step(x, nfe, where, logits) is called
-    after every step, with the `where, logits` that the decoder yielded; x changes in place after
-    the call, so clone what is to be kept.
+    With an eos_id, a row ends at the first one that it generates after all that is given; in a
+    blank with given text after it an eos_id is a token like others. on_step(x, nfe, where, logits)
+    is called after every step, with the `where, logits` that the decoder yielded; x changes in
+    place after the call, so clone what is to be kept.
     """
     x, model = x.clone(), Counted(model)
     to_generate = x == model.mask_id
@@ -815,9 +815,10 @@ def keep_log_p(log_p, x, nfe, where, logits):
 
 
 def end_of(ids, canvas, eos_id, mask_id):
-    """How many ids are text: those before the first eos_id in the masks with which a canvas ends.
+    """How many of ids, a canvas as it was filled, are text: those before EOS.
 
-    Without one, as many as the canvas has; ids may have more, up to the longest of the batch.
+    EOS is the first eos_id at one of the masks with which the canvas ends. Without one, all of the
+    canvas is text. (ids may be longer than it: rows are filled up to the longest of their batch.)
     """
     begin = len(canvas) - sum(1 for _ in takewhile(mask_id.__eq__, reversed(canvas)))
     written = ids[begin:len(canvas)]
@@ -839,7 +840,7 @@ def complete(run, canvases, settings, eos_id=None, on_step=None, log_p=False):
         rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
         kept = torch.zeros(len(rows), T)  # log p of the tokens
         watcher = partial(keep_log_p, kept) if log_p else on_step if batch[0] == 0 else None
-        # neighbouring seeds are not independent, see mixed_seed(); one batch has the seed as it is
+        # the first batch has the seed as it is; neighbouring seeds would not be independent
         seed = mixed_seed(settings['seed'], batch[0]) if batch[0] else settings['seed']
         x, nfe, seconds = decode(run, rows, settings | {'seed': seed}, eos_id, watcher)
         ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]

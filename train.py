@@ -21,8 +21,9 @@ several machines, which must all see the same folder, start on each:
         --master_port=1234 train.py config/shakespeare_mdm_10m.py
 
 Read the docstrings of config/__init__.py and of Stream.batch in prepare.py first; then main() at
-the end of this file, and then from the top: TrainingRun (what a run consists of), update() and
-train() (the loop: evaluate, save, update). The optimisers, and how fast it all is, come last.
+the end of this file, TrainingRun (what a run consists of), update() and train() (the loop:
+evaluate, save, update). Skip what checks, restores and tracks at a first reading; the optimisers,
+and how fast it all is, come after the loop.
 """
 
 import csv
@@ -230,7 +231,7 @@ class TrainingRun:
                 dist.broadcast(p.detach(), 0)
         self.trackers = open_out_dir(s, self.steps) if self.rank == 0 and not s.bench else []
         self.flops_per_token = flops_per_token(vars(s), self.data)
-        # FLOP/s, to judge by whether compiling pays, and for the progress bar
+        # FLOP/s: by it compile_model() judges whether compiling pays; the log gives a share of it
         self.peak = self.world * fastest_flops(self.device, self.dtype)
 
 
@@ -372,8 +373,8 @@ def update(run, s, factor):
     """One update: data, corruption and loss, backward, clip, step.
 
     factor: what lr_factor() returned. Sets run.gradient_norm, that before clipping. Returns the
-    mean loss over all batches and processes, a tensor, since to read it waits for the device; and
-    whether a process has caught a signal.
+    loss per token that counts, over all batches of all processes, as a tensor (to read it is to
+    wait for the device), and whether any process has caught a signal.
     """
     sums = torch.zeros(3, device=run.device)  # nats, tokens that count, signals
     for i in range(run.rank, run.micro_steps, run.world):  # micro-steps of this process
@@ -413,7 +414,7 @@ def train(run, s):
     # disable=None: tqdm shows a bar only on a terminal
     bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
     tokens_before, seconds_before = run.tokens, run.seconds  # run.speed counts from this start
-    stop = False  # leave at the top of a round
+    stop = False  # True: save and leave at the top of the next round
     # SIGINT and SIGTERM only leave a note. An update that stopped halfway would have changed some
     # weights and not others; so it is finished first, and saved.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -421,7 +422,7 @@ def train(run, s):
     while True:  # at max_iters it evaluates and saves a last time, and leaves
         factor = lr_factor(run.iteration, s.max_iters, s.warmup_iters, s.lr_schedule)
         due = run.iteration % s.eval_interval == 0 or run.iteration == s.max_iters
-        # a run that is resumed here may have logged this evaluation already
+        # a run that is resumed at this iteration may have logged it already
         due = due and not (run.log and int(run.log[-1]['iter']) == run.iteration)
         if due:
             bar.write(evaluate_now(run, s, factor * s.learning_rate))
@@ -437,10 +438,10 @@ def train(run, s):
         to_record = run.iteration % s.log_interval == 0
         if to_record or stop:
             loss = loss.item()
-            # the loss of few batches is noisy, and one token may weigh w_max; with elbo, any w(t)
+            # few batches are noisy, and one token may weigh w_max; with elbo w(t), without a limit
             highest = math.inf if s.loss_weight == 'elbo' else 2 * max(5.0, s.w_max)
             check_loss(run, s, loss, factor * s.learning_rate, highest)
-        run.seconds += time.perf_counter() - began  # with that wait
+        run.seconds += time.perf_counter() - began  # with the wait for loss.item()
         run.speed = (run.tokens - tokens_before) / (run.seconds - seconds_before)
         bar.update()
 
@@ -475,28 +476,28 @@ def evaluate_now(run, s, learning_rate):
     mean_loss = partial(evaluate, run.model, run.objective)
     with run.autocast():
         val, _ = mean_loss(run.data.batches('val', s.batch_size))
-        own, _ = mean_loss(run.data.batches('train', s.batch_size, limit=4 * s.batch_size))
+        train_loss, _ = mean_loss(run.data.batches('train', s.batch_size, limit=4 * s.batch_size))
     # of training text: on validation text, mere overfitting could look like divergence
-    check_loss(run, s, own, learning_rate, highest=2)
+    check_loss(run, s, train_loss, learning_rate, highest=2)
     name = run.objective.measured
     run.log.append({
-        'iter': run.iteration, 'tokens': run.tokens, 'measured': name, 'train': f'{own:.6f}',
+        'iter': run.iteration, 'tokens': run.tokens, 'measured': name, 'train': f'{train_loss:.6f}',
         'val': f'{val:.6f}', 'lr': f'{learning_rate:.3e}', 'data': run.data.meta['source'],
         'seconds': f'{run.seconds:.1f}', 'tokens_per_second': f'{run.speed:.0f}'})
     if run.rank == 0:
         write_rows(Path(s.out_dir, 'log.csv'), run.log)
         plot_losses(run, s)
     for track in run.trackers:
-        track({f'train {name}': own, f'val {name}': val}, run.iteration)
+        track({f'train {name}': train_loss, f'val {name}': val}, run.iteration)
     return (f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {name} {val:.4f}'
-            f'{run.objective.unit} on the validation split, {own:.4f} on training text')
+            f'{run.objective.unit} on the validation split, {train_loss:.4f} on training text')
 
 
 def check_loss(run, s, loss, learning_rate, highest):
     """Raises UserError if a training loss is nan, or has grown beyond all reason.
 
-    That is `highest` times the first training loss in log.csv or, if that is larger, the loss of a
-    uniform guess. Before the first checkpoint nothing is checked: there is nothing to go back to.
+    The limit is `highest` times the larger of two: the first training loss in log.csv, and that of
+    a uniform guess. Before the first checkpoint there is none, for there is nothing to go back to.
     """
     guess = math.log(run.data.meta['vocab_size'])  # log V': meta does not count the mask
     # "not <=", since nan is neither above nor below
@@ -564,7 +565,7 @@ def plot_losses(run, s):
 def save(run, s):
     """Writes ckpt.pt and, with keep_best after an evaluation that is the best so far, best.pt.
 
-    `rng` is the seed: it and the iteration determine all random draws.
+    The key `rng` holds the seed: it and the iteration determine all random draws.
     """
     if run.rank == 0:
         buffer, best = io.BytesIO(), min(run.log, key=lambda row: float(row['val']))
@@ -782,8 +783,8 @@ def show_sample(run, s):
 
 
 def main():
-    # the settings above, changed by the words of the command line. They say which run is resumed or
-    # begins this one; then the same words are applied once more, to the settings of that run
+    # the settings above, changed by the command line, which may name an earlier run; then the
+    # settings of that run (of init_from its shape) take their place, and are changed once more
     s = SimpleNamespace(**config.override(globals()))
     if Path(s.out_dir, 'ckpt.pt').exists() and not (s.resume or s.overwrite or s.bench):
         raise UserError(f'{s.out_dir} holds a run already: --resume goes on with it, --overwrite '
