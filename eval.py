@@ -359,7 +359,7 @@ def nll_by_place(run, x0, batch_size, seed):
                 token_nll(model, rows, is_mask, is_mask, t)  # (B, T)
             nats, count = nats + nll.sum(0), count + is_mask.sum(0)
         table.append([(nats[part].sum() / count[part].sum()).item() for part in places])
-    return torch.tensor(table)
+    return torch.tensor(table, dtype=torch.float64)
 
 
 def training_pace(run):

@@ -364,7 +364,7 @@ class Transformer(nn.Module):
     def place(self, x, cache, position, attn_mask):
         """What the layers read: (tokens; their positions; neighbours for local mixing, or None).
 
-            without a cache     the tokens of x stand at 0, 1, 2, ...
+            without a cache     they stand at 0, 1, 2, ..., with shift the start token at 0
             cache, a KVCache    x continues it: its first token stands at cache.length
             position (2T,)      of block diffusion, where x is [xt ; x0]: every position twice. Only
                                 here are there neighbours: those that attn_mask lets a token see

@@ -235,8 +235,9 @@ def fetch(recipe):
     The path is that of the one file, or of the folder with all of them."""
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
     if not recipe['mirrors']:
-        require('mirrors', [], recipe['make'], 'some URLs: the recipe has no make')
-        return recipe['make'](DOWNLOADS)
+        made = recipe['make'] and recipe['make'](DOWNLOADS)
+        require('mirrors', [], made, 'some URLs: the recipe makes no text')
+        return made
     try:
         for file, sha256 in recipe['files'].items():
             target = DOWNLOADS / recipe['folder'] / file
@@ -313,6 +314,7 @@ def find_texts(what, recipe, sources):
         if not path.exists():
             raise UserError(f'there is no file {str(path)!r} '
                             f'(data sets: {", ".join(recipe_names())})')
+
     def file_called(name):  # 'a|b' is the file a or b
         for option in name.split('|'):
             if option in by_name:
@@ -329,7 +331,8 @@ def find_texts(what, recipe, sources):
             texts = {'': files}
         sha256 = sha256_of(*itertools.chain(*texts.values()))
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # the last: encrypted
-        raise UserError(f'{path} cannot be read ({e}): delete it and run this again') from e
+        raise UserError(f'{", ".join(map(str, paths))} cannot be read ({e})'
+                        + ': delete it and run this again' * (not sources)) from e
     if sources and recipe['title'] and sha256 not in recipe['files'].values():
         words += f' (not the published {recipe["title"]})'
     return texts, {'source': words, 'sha256': sha256}
@@ -381,7 +384,7 @@ def read_pairs(prompts, answers):
 
 def read_fields(file, names):
     """Yields [text of each named column of a .csv or key of a .jsonl]; what is no text, as JSON."""
-    i, lines = 0, split_at('\n', read_chunks(file))
+    i, lines = 0, (line.removeprefix('\ufeff') for line in split_at('\n', read_chunks(file)))
     csv.field_size_limit(1 << 30)  # characters of a text
     records = csv.DictReader(lines) if file.name.lower().endswith('.csv') else map(
         json.loads, filter(str.strip, lines))
@@ -463,10 +466,10 @@ def cut_splits(read, ends, stream):
 def split_of(document, ends, seed):
     """The split of a document, a text or a list of texts: the first whose end is above its hash.
 
-    The hash of seed and text is a number in [0, 1); blanks and line ends do not count. So a
-    document, with all its copies, is in the same split in every file, layout and order.
+    The hash of seed and text is a number in [0, 1); blanks, line ends and byte order marks do not
+    count. So a document, with all its copies, is in the same split in every file, layout and order.
     """
-    text = ''.join(''.join(document).split()).removesuffix(EOT)
+    text = ''.join(''.join(document).replace('\ufeff', '').split()).removesuffix(EOT)
     u = int(hashlib.sha256(f'{seed} {text}'.encode()).hexdigest()[:12], 16) / 2 ** 48
     return next(split for split, end in ends.items() if u < end)
 
@@ -493,7 +496,7 @@ def open_splits(recipe, texts, kind, val_share, seed):
         if recipe['unfold']:
             items = itertools.chain.from_iterable(map(recipe['unfold'], items))
         if not stream:
-            return ([side.strip() for side in row] for row in items)
+            return ([side.removeprefix('\ufeff').strip() for side in row] for row in items)
         return recut(items, OUTSIDE_EOT if kind == 'char' else BEFORE_BLANK)
 
     return {split: partial(items_of, split) for split in splits}
@@ -623,8 +626,8 @@ def from_hub(kind, name, **how):
 def hub_vocabulary(name, layout):
     """As make_vocabulary, for a tokenizer of the hub, which keeps its ids, that of its mask too.
 
-    EOS is its own or, as in BERT, its sep token; SEP is its cls token. What it lacks gets new ids
-    behind all of its own. PAD may be EOS, as in LLaDA."""
+    EOS is its own or, as in BERT, its sep token; SEP is its cls token, unless that is EOS. What it
+    lacks gets new ids behind all of its own. PAD may be EOS, as in LLaDA."""
     hub = from_hub('AutoTokenizer', name)
     has_one = hub.is_fast and len(hub) > len(set(hub.all_special_ids))  # not one made of nothing
     require('tokenizer', f'hf:{name}', has_one, 'one that has a tokenizer.json')
@@ -707,13 +710,14 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer, truncate):
         if not answer or (is_pair and not prompt):
             count['empty'] += 1
             continue
-        if {meta['eos_id'], meta['sep_id']} & {*prompt, *answer}:  # some of the hub's encode it
-            raise UserError(f'a text holds what ends a prompt or text here: {text[:99]!r}')
         lengths.append((len(prompt), len(answer)))
         if len(prompt) > max_prompt or len(answer) > max_answer:
             count['long'] += 1
             if is_pair and not truncate:
                 continue
+        if {meta['eos_id'], meta['sep_id']} & {*prompt, *answer}:  # some of the hub's encode it
+            raise UserError('a text holds what ends a prompt or text here: '
+                            + encoder.decode(prompt + answer)[:99])
         if len(answer) > max_answer:
             text = encoder.decode(answer[:max_answer])
         prompt, answer = prompt[-max_prompt:], answer[:max_answer]
@@ -780,7 +784,7 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
     known = what in recipe_names() or what.startswith('hf:')
     own = [prompts, answers] if prompts else [source] if source else [] if known else [what]
     path = Path(what.removeprefix('hf:'))
-    own_name = path.stem if path.is_file() else path.name
+    own_name = path.stem if path.is_file() and not prompts else path.name
     target = Path('data', name or own_name.replace(':', '-'))
     foreign = target.exists() and not (target / 'meta.json').exists()  # not written by prepare()
     # nor may the folder hold what is read: it would be thrown away with the older data set
@@ -812,7 +816,7 @@ def load_meta(dataset):
     path = Path('data', dataset, 'meta.json')
     if not path.is_file():
         raise UserError(f'there is no {path}: run python prepare.py {dataset}, or with a file of '
-                        'yours in place of the name')
+                        'yours; dataset is the name of the folder that it makes')
     try:
         # data sets of earlier versions have no dtype
         meta = {'dtype': 'uint16'} | json.loads(path.read_text(encoding='utf-8'))

@@ -304,6 +304,9 @@ def restore(run, s, checkpoint):
         for o, state in zip(run.optimizers, checkpoint['optimizer'], strict=True):
             # only the averages of gradients: weight decay and betas are those of the settings
             o.load_state_dict(o.state_dict() | {'state': state['state']})
+            # torch compares no shapes, and fused AdamW would crash
+            if any(x.dim() and x.shape != p.shape for p in o.state for x in o.state[p].values()):
+                raise ValueError
     except (RuntimeError, ValueError, KeyError) as e:
         raise UserError(f'the weights in {s.out_dir} have another shape than these settings ask '
                         'for: resume without changing the model or the optimizer') from e
@@ -630,7 +633,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             by_shape = defaultdict(list)  # matrices of one shape share their products
-            for p in group['params']:
+            for p in [p for p in group['params'] if p.grad is not None]:
                 state = self.state[p]
                 average = state['momentum'] = state['momentum'] if state else torch.zeros_like(p)
                 average.lerp_(p.grad, 1 - group['momentum'])
@@ -649,9 +652,9 @@ def make_optimizers(model, s, dtype):
     """[Muon, AdamW] or [AdamW]: Muon takes the matrices inside the blocks.
 
     Either way these matrices alone have weight decay. The weights of local mixing are no matrix:
-    they are a vector of channels for each neighbour. Models of the hub call their blocks layers. Of
-    a model with a length head, only the head is trained. Learning rates are not set here, but by
-    every update.
+    they are a vector of channels for each neighbour. Most models of the hub call their blocks
+    layers. Of a model with a length head, only the head is trained. Learning rates are not set
+    here, but by every update.
     """
     matrices, rest = [], []
     for name, p in (model.length_head or model).named_parameters():

@@ -219,7 +219,7 @@ def test_text8_is_cut_90_5_5_and_read_from_a_zip():
     locked[locked.index(b'PK\1\2') + 8] |= 1
     for broken in (damaged, lost, locked):
         Path('damaged.zip').write_bytes(broken)
-        with pytest.raises(UserError, match='damaged.zip cannot be read .*: delete it'):
+        with pytest.raises(UserError, match='damaged.zip cannot be read'):
             prepare.prepare('text8', source='damaged.zip')
     tokenizer, n = prepare.load_tokenizer(meta), len(text)
     for split, part in (('train', text[:int(n * 0.9)]), ('val', text[int(n * 0.9):int(n * 0.95)]),
@@ -306,7 +306,7 @@ def texts_of(meta, split):
 
 def test_rows_begin_behind_a_byte_order_mark():
     for name in ('bp', 'ba', 'docs.txt'):
-        Path(name).write_text('\ufeff' + 'ab\n' * 20, 'utf-8')
+        Path(name).write_text('\ufeffab\n' * 20, 'utf-8')
     for how in ({'what': 'marked', 'prompts': 'bp', 'answers': 'ba'},
                 {'what': 'docs.txt', 'documents': True}):
         meta = prepare.prepare(**how, tokenizer='char')
@@ -830,7 +830,7 @@ def test_an_unknown_name_lists_the_recipes(recipes):
     write(recipes / 'mybook.py', '"""A book of mine."""\n')
     with pytest.raises(UserError, match='no file .nix. .data sets: multi30k, mybook, opus_books'):
         prepare.prepare('nix')
-    with pytest.raises(UserError, match='mirrors is .., .* the recipe has no make'):
+    with pytest.raises(UserError, match='some URLs: the recipe makes no text'):
         prepare.prepare('mybook')
     write(recipes / 'torn.py', 'splits = {\n')
     with pytest.raises(UserError, match='torn.py. does not run: SyntaxError'):
@@ -1680,5 +1680,5 @@ def test_rows_are_refused_whose_text_ends_early():
     meta = prepare.prepare('fine', prompts=prompts, answers=prompts, tokenizer='hf:uni')
     assert meta['sep_id'] != meta['eos_id']
     answers = write('a.txt', 'the cat </s> sat\n' * 20)
-    with pytest.raises(UserError, match="ends a prompt or text here: 'the cat </s> sat'"):
+    with pytest.raises(UserError, match='ends a prompt or text here: .*</s> sat'):
         prepare.prepare('u', prompts=prompts, answers=answers, tokenizer='hf:uni')
