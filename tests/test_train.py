@@ -721,7 +721,7 @@ def test_an_unknown_data_set_ends_in_one_line(tmp_path):
 @pytest.mark.parametrize('words, said', [
     (['--max_iter=3'], 'did you mean max_iters'), (['--n_layer=two'], 'of type int'),
     (['--seed', '5'], 'write --seed=VALUE'), (['--seed=-1'], 'seed'), (['--beta2=1'], 'beta2'),
-    (["--mask_range=('a', 1)"], 'tuple of numbers'), (['--dataset=x/verse.txt'], 'dataset is the name'),
+    (["--mask_range=('a', 1)"], 'tuple of numbers'), (['--dataset=x/verse.txt'], 'is the name of'),
     (['config/none.py'], 'there is no config file'), (['--objective=gan'], 'one of ar, mdm'),
     (['--optimizer=sgd'], 'muon, adamw'), (['--compile=maybe'], 'on, off'),
     (['--lr_schedule=x'], 'cosine, wsd'),
