@@ -382,6 +382,16 @@ def test_a_signal_to_one_process_stops_all_after_the_same_update(verse):
     assert load_checkpoint(verse / 'out/stops')['iter'] == 4, 'agreed on in the update after it'
 
 
+def test_muon_leaves_a_matrix_without_a_gradient_as_it_is():
+    used, unused = (torch.nn.Parameter(torch.randn(4, 6)) for _ in range(2))
+    before = unused.clone(), used.clone()
+    used.grad = torch.randn(4, 6)
+    muon = script.Muon([used, unused], 0.1, torch.float32)
+    muon.param_groups[0]['lr'] = 0.1
+    muon.step()
+    assert torch.equal(unused, before[0]) and not torch.equal(used, before[1])
+
+
 def test_muon_is_that_of_torch():
     torch.manual_seed(0)
     shapes = (8, 8), (8, 32), (32, 8), (8, 8), (8, 32)  # those alike are updated in one product
@@ -565,6 +575,23 @@ def test_training_goes_on_without_a_compiler_that_fails(verse, monkeypatch):
     said = train(verse, *words, '--out_dir=out/auto', '--compile=auto')
     assert 'compile: off (it costs' in said
     assert load_checkpoint(verse / 'out/auto')['config']['compile'] == 'off'
+
+
+def test_averages_of_other_shapes_are_refused(verse):
+    """As of a version that ordered the parameters otherwise. torch itself would take them."""
+    for name in ('adamw', 'muon'):
+        words = [*TINY, f'--optimizer={name}', f'--out_dir=out/{name}']
+        train(verse, *words, '--max_iters=2')
+        path = verse / f'out/{name}/ckpt.pt'
+        checkpoint = torch.load(path, weights_only=True)
+        states = checkpoint['optimizer'][0]['state']
+        shapes = {key: [x.shape for x in state.values()] for key, state in states.items()}
+        a = next(iter(states))
+        b = next(key for key in states if shapes[key] != shapes[a])
+        states[a], states[b] = states[b], states[a]
+        torch.save(checkpoint, path)
+        done = run('train.py', f'--out_dir=out/{name}', '--resume', '--max_iters=3', cwd=verse)
+        assert_one_line(done, 'have another shape')
 
 
 def test_a_checkpoint_with_settings_of_another_kind_resumes(verse):
