@@ -325,7 +325,7 @@ def propose(model, x, is_mask, order, rng, sampling):
     logits = model(x, level, where=is_mask)  # (M, V)
     logits[:, model.mask_id] = -torch.inf  # with subs it is already; d3pm may predict the mask
     token = sample_token(logits, x, is_mask, rng, **sampling)  # (M,)
-    score = confidence(order, logits, token, rng).logit().clamp(min=-1e4)  # (M,); of 0 it is -inf
+    score = confidence(order, logits, token, rng).logit().clamp(min=-1e4)  # (M,); logit(0) is -inf
     score = score.float().to(x.device)
     scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
     return x.masked_scatter(is_mask, token), scores, logits

@@ -375,9 +375,10 @@ def annealed(run, s, x0):
 def update(run, s, factor):
     """One update: data, corruption and loss, backward, clip, step.
 
-    factor: what lr_factor() returned. Sets run.gradient_norm, that before clipping. Returns the
-    loss per token that counts, over all batches of all processes, as a tensor (to read it is to
-    wait for the device), and whether any process has caught a signal.
+    factor: what lr_factor() returned. Counts run.iteration and run.tokens, and sets
+    run.gradient_norm, that before clipping. Returns the loss per token that counts, over all
+    batches of all processes, as a tensor (to read it is to wait for the device), and whether any
+    process has caught a signal.
     """
     sums = torch.zeros(3, device=run.device)  # nats, tokens that count, signals
     for i in range(run.rank, run.micro_steps, run.world):  # micro-steps of this process
