@@ -1289,7 +1289,7 @@ def draw_steps(r, most, stood, title, size):
     from PIL import Image, ImageDraw, ImageFont  # comes with matplotlib
     places, n, images = layout(stood, COLUMNS), len(r.steps) - 1, []
     shown = np.linspace(0, n, min(n + 1, most)).round()
-    font = ImageFont.truetype(f'{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf', size * 5 // 3)
+    font = ImageFont.truetype(f'{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf', size * 3 // 2)
     image = Image.new('RGB', (size * (COLUMNS + 2), size * 2 * (places[-1][0] + 3)), 'white')
     draw = ImageDraw.Draw(image)
 
@@ -1304,7 +1304,8 @@ def draw_steps(r, most, stood, title, size):
         for new in step['new']:
             put(*places[new['i']], *text_and_color(new, color, r.mask_id))
         if k > 0:
-            put(-0.9, COLUMNS / 2 * (1 + (k - 1) / n), COLUMNS / 2 / n + 0.3, '', color, 0.4)
+            length = COLUMNS / 2 / n + 0.3 * (k < n)  # into the next one, to leave no gap
+            put(-0.9, COLUMNS / 2 * (1 + (k - 1) / n), length, '', color, 0.4)
         if k in shown:
             put(-1.2, 0, COLUMNS / 2, f'{title}, step {k} of {n}', 'white')
             images.append(image.copy())
