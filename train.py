@@ -263,6 +263,8 @@ def open_training_data(s, rank, world):
     for name in ('decode_rows', 'length_head'):
         require(name, vars(s)[name], not vars(s)[name] or data.meta['sep_id'] is not None,
                 f'off: it is for prompts and answers, but data/{s.dataset} has none')
+    require('random_length', s.random_length, s.predict_pad or data.meta['layout'] == 'stream'
+            or not s.random_length, '0 for rows without predict_pad, which have nothing to crop')
     data.check()
     return data
 
@@ -331,16 +333,17 @@ def read_rows(path, last):
 def open_out_dir(s, steps):
     """Makes out_dir, config.json and steps.csv, which holds `steps` of a resumed run at first.
 
-    Deletes the weights of a run that is thrown away (overwrite). Returns the trackers, functions of
-    (numbers, iteration).
+    Deletes the weights and the curves of a run that is thrown away (overwrite). Returns the
+    trackers, functions of (numbers, iteration).
     """
     out = Path(s.out_dir)
     out.mkdir(parents=True, exist_ok=True)
+    old = [] if s.resume else [out / 'ckpt.pt', out / 'best.pt', out / 'samples.csv',
+                               *out.glob('events.out.tfevents.*')]  # TensorBoard's
     # a tracker may be missing: that is found out before anything is deleted
     trackers = [make_tracker(name, s) for name in filter(None, s.track.split(','))]
-    if not s.resume:
-        for name in ('ckpt.pt', 'best.pt', 'samples.csv'):  # of a run that --overwrite throws away
-            (out / name).unlink(missing_ok=True)
+    for path in old:
+        path.unlink(missing_ok=True)
     write_atomically(out / 'config.json', json.dumps(vars(s), indent=2).encode())
     write_rows(out / 'steps.csv', steps)
     return trackers

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 129, 'prepare.py': 735, 'model.py': 716, 'train.py': 567,
-           'sample.py': 806, 'eval.py': 931, 'data/*.py': 104}
+BUDGETS = {'config/__init__.py': 129, 'prepare.py': 735, 'model.py': 716, 'train.py': 570,
+           'sample.py': 807, 'eval.py': 931, 'data/*.py': 104}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 

@@ -505,6 +505,8 @@ def test_trackers_get_the_losses_or_one_line_says_what_to_install(verse, monkeyp
     class Writer:
         def __init__(self, *a, config=None, **k):
             named.append((a, k))
+            if a:
+                Path(*a, f'events.out.tfevents.{len(named)}').touch()
 
         def add_scalar(self, k, v, i):
             tracked.append((i, k, v))
@@ -519,6 +521,8 @@ def test_trackers_get_the_losses_or_one_line_says_what_to_install(verse, monkeyp
     for key in ('weighted_loss', 'gradient_norm', 'lr_muon', 'lr_adamw', 'tokens_per_second'):
         assert [i for i, k, v in tracked if k == key and v > 0] == [1, 2, 3, 4, 5, 6]
     train(verse, *words, '--wandb_project=poems', '--wandb_run_name=first')
+    curves = [path.name for path in (verse / 'out/tracked').glob('events*')]
+    assert curves == ['events.out.tfevents.2'] * (name == 'tensorboard'), 'old ones are mixed in'
     assert named == ([(('out/tracked',), {})] * 2 if name == 'tensorboard' else [
         ((), {'project': 'nanomdm', 'name': 'tracked'}), ((), {'project': 'poems',
                                                                'name': 'first'})])
@@ -943,6 +947,7 @@ def test_two_processes_share_the_rows_of_one_with_accumulation_two(pairs):
     ([*ROWS, '--block_size=8'], 'set block_size, which is 8, to'),
     ([*ROWS, '--train_tokens=100'], 'train_tokens is for a stream'),
     ([*ROWS, '--score_prompt', '--objective=mdm'], 'for objective=ar alone'),
+    ([*ROWS, '--random_length=0.5'], 'which have nothing to crop'),
     ([*TINY, '--predict_pad'], 'are for rows'),
     ([*TINY, '--row_share=0.5'], 'are for rows'), ([*ROWS, '--row_share=2'], 'in [0, 1]')])
 def test_settings_of_streams_and_rows_do_not_mix(pairs, words, said):
