@@ -194,7 +194,7 @@ def training_text(run):
 
 
 class Number(float):
-    """A float that prints `<=` before an upper bound, and `+-` spread behind a mean."""
+    """A float that prints `<=` before an upper bound, and `+-` spread after a mean."""
 
     def __new__(cls, value, bound=False, spread=None):
         number = super().__new__(cls, value)
@@ -1223,7 +1223,7 @@ def plot_translation(rows, path):
 
 
 def saw_pad(run):
-    """Whether a run learned to predict PAD behind EOS, so that it can say where an answer ends.
+    """Whether a run learned to predict PAD after EOS, so that it can say where an answer ends.
 
     False for a run with a length head: its network is that of the run which it was trained on.
     """

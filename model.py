@@ -241,20 +241,20 @@ class LocalMixing(nn.Module):
     [Primer 2109.08668; Canon layers, Allen-Zhu 2025].
     """
 
-    def __init__(self, c, i):
+    def __init__(self, c, number):
         super().__init__()
-        self.i, self.past = i, c.n_conv - 1 if c.causal else c.n_conv // 2
+        self.number, self.past = number, c.n_conv - 1 if c.causal else c.n_conv // 2
         self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
 
     def forward(self, x, cache, neighbours):
         """x (B, T, C). To be skipped at first: the cache, which knows this LocalMixing by its
-        number i; neighbours, which only block diffusion has."""
+        number; neighbours, which only block diffusion has."""
         (B, T, C), K = x.shape, len(self.weight)
         if neighbours is not None:
             copies = [x[:, j].where(found, 0) for j, found in neighbours]
         else:
             before = x.new_zeros(B, self.past, C) if cache is None else \
-                cache.extend_inputs(self.i, x, self.past)
+                cache.extend_inputs(self.number, x, self.past)
             padded = torch.cat([before, x, x.new_zeros(B, K - 1 - self.past, C)], dim=1)
             copies = [padded[:, k:k + T] for k in range(K)]  # K x (B, T, C)
         return x + sum(w * h for w, h in zip(self.weight, copies))  # (B, T, C)
@@ -294,7 +294,7 @@ class Block(nn.Module):
 
 
 def after_start(model, x):
-    """x (B, T) behind a start token, (B, T + 1): the output at its position i predicts x[:, i].
+    """x (B, T) after a start token, (B, T + 1): the output at its position i predicts x[:, i].
 
     AR reads its text so, all but the last token (see Autoregression). So does masked diffusion with
     shift, and there the last token is read too (see place()): a network that was AR first still
@@ -310,7 +310,7 @@ class Transformer(nn.Module):
         super().__init__()
         c, C = config, config.n_embd
         self.config, self.mask_id = c, c.mask_id
-        places = c.block_size + c.shift  # with shift, all of x is read behind the start token
+        places = c.block_size + c.shift  # with shift, all of x is read after the start token
         self.embed = nn.Embedding(c.vocab_size, C)
         self.embed_pos = nn.Embedding(places, C) if c.pos == 'learned' else None
         self.drop = nn.Dropout(c.dropout)
@@ -941,11 +941,11 @@ class KVCache:
         held[:, :, :, self.length:] = torch.stack([k, v])
         return held
 
-    def extend_inputs(self, i, x, n):
-        """Appends x (B, T, C), inputs of the i-th LocalMixing; returns the n before, (B, n, C)."""
+    def extend_inputs(self, number, x, n):
+        """Appends x (B, T, C), inputs of LocalMixing `number`; returns the n before, (B, n, C)."""
         begin = self.n_conv + self.length
-        self.inputs[i, :, begin:begin + x.size(1)] = x
-        return self.inputs[i, :, begin - n:begin]
+        self.inputs[number, :, begin:begin + x.size(1)] = x
+        return self.inputs[number, :, begin - n:begin]
 
 
 def beside_clean(T, block_length, device):
@@ -1144,7 +1144,7 @@ def model_config(settings, meta):
     # uniform draws ids below mask_id, which must all be tokens
     require('objective', settings['objective'], objective.reads_masks or objective.exact
             or meta['mask_id'] == meta['vocab_size'], 'another: here the mask is not the last id')
-    # models of the hub begin behind an end of text, as GPT-2 was trained to
+    # models of the hub begin after an end of text, as GPT-2 was trained to
     start = 'eos_id' if settings.get('hub') and meta['eos_id'] is not None else 'mask_id'
     # V = V' + 1: meta counts the real tokens
     return ModelConfig(vocab_size=meta['vocab_size'] + 1, **fields_in(ModelConfig, settings) | {

@@ -104,12 +104,12 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 # patterns matches up to the last such place of a text.
 #
 # Byte pairs: between a non-blank and a blank (' ' or newline). No token of GPT2_PATTERN has a blank
-# behind a non-blank, so none spans the cut. Left of the cut, tokens are those of the whole text:
-# only `\s++$` and `\s+(?!\S)` look ahead, behind a run of blanks, and the non-blank before the cut
+# after a non-blank, so none spans the cut. Left of the cut, tokens are those of the whole text:
+# only `\s++$` and `\s+(?!\S)` look ahead, after a run of blanks, and the non-blank before the cut
 # ends every run. Right of it, too: nothing in the pattern looks back. An EOT has no blank. (\s has
 # more characters in Python than in tiktoken, which is safe: fewer places remain.)
 BEFORE_BLANK = re.compile(r'(?s).*\S(?=[ \n])')
-# Characters: behind one that is not in an EOT, or is '>', with which an EOT ends.
+# Characters: after one that is not in an EOT, or is '>', with which an EOT ends.
 OUTSIDE_EOT = re.compile(r'(?s).*[^<|endoftx]')
 
 READ_SIZE = 1 << 18      # bytes or characters that are read at a time
@@ -398,7 +398,7 @@ def read_fields(file, names):
             # JSON can hold half a surrogate pair, which is no text
             yield [text.encode('utf-8', 'replace').decode() for text in texts]
     except (ValueError, AttributeError, RecursionError, csv.Error) as e:
-        raise UserError(f'{file} is not a .csv or .jsonl of records, behind record {i}: {e}') from e
+        raise UserError(f'{file} is not a .csv or .jsonl of records, after record {i}: {e}') from e
 
 
 def read_texts(file, name, rows):
@@ -503,7 +503,7 @@ def open_splits(recipe, texts, kind, val_share, seed):
 
 
 class CharTokenizer:
-    """One id per character, in the order of `chars`; behind them the `specials` {text: id}.
+    """One id per character, in the order of `chars`; after them the `specials` {text: id}.
 
     An EOT in the text is encoded as its id only in a stream, whose one special token it is."""
 
@@ -627,7 +627,7 @@ def hub_vocabulary(name, layout):
     """As make_vocabulary, for a tokenizer of the hub, which keeps its ids, that of its mask too.
 
     EOS is its own or, as in BERT, its sep token; SEP is its cls token, unless that is EOS. What it
-    lacks gets new ids behind all of its own. PAD may be EOS, as in LLaDA."""
+    lacks gets new ids after all of its own. PAD may be EOS, as in LLaDA."""
     hub = from_hub('AutoTokenizer', name)
     has_one = hub.is_fast and len(hub) > len(set(hub.all_special_ids))  # not one made of nothing
     require('tokenizer', f'hf:{name}', has_one, 'one that has a tokenizer.json')
@@ -1062,7 +1062,7 @@ class Rows:
         """Rows of one width, x0 (B, T) int64, and given (B, T) bool: True in the prompt, up to SEP.
 
         As in Stream.batch, they depend on the seed and on the arguments alone. With score_prompt
-        the prompt is predicted, too, and nothing is given. With predict_pad, of the columns behind
+        the prompt is predicted, too, and nothing is given. With predict_pad, of the columns after
         the longest answer, which hold PAD alone, only a fraction is kept: pad_curriculum lets it
         grow from 0 to 1, and random_length keeps a random part of it, in a share of the batches.
         """
@@ -1098,7 +1098,7 @@ class Rows:
 
 
 def split_row(ids, meta):
-    """(prompt, answer) of a row, lists of ids: before SEP, and behind it up to EOS.
+    """(prompt, answer) of a row, lists of ids: before SEP, and after it up to EOS.
 
     A row that a model has written may lack the EOS, and have a SEP or PAD in its answer, which are
     left out."""

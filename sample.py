@@ -675,7 +675,7 @@ class Counted:
 def end_rows(x, to_generate, may_end, eos_id, mask_id):
     """Ends, in place, rows that have generated an eos_id where may_end, with no mask before it.
 
-    All that was to be generated behind it becomes eos_id, and to_generate is cleared in the row.
+    All that was to be generated after it becomes eos_id, and to_generate is cleared in the row.
     """
     before = (x == mask_id).cumsum(1)  # masks up to here
     ended = to_generate & may_end & (x == eos_id) & (before == 0)
@@ -760,7 +760,7 @@ def template_canvas(template, tokenizer, mask_id):
 
 
 def text_canvas(run, kind, text, settings):
-    """The ids of a 'template', or of a 'prompt' with gen_length masks behind it."""
+    """The ids of a 'template', or of a 'prompt' with gen_length masks after it."""
     T, mask_id = run.model.config.block_size, run.model.mask_id
     if kind == 'template':
         return template_canvas(text, run.tokenizer, mask_id)
@@ -825,21 +825,21 @@ def end_of(ids, canvas, eos_id, mask_id):
     return begin + written.index(eos_id) if eos_id in written else len(canvas)
 
 
-def complete(run, canvases, settings, eos_id=None, on_step=None, log_p=False):
+def complete(run, canvases, settings, eos_id=None, on_step=None, with_log_p=False):
     """Fills canvases of any lengths, batch by batch: ([(ids, figures)] in their order, totals).
 
-    ids: the canvas, filled, up to the first eos_id that was generated behind all that is given.
+    ids: the canvas, filled, up to the first eos_id that was generated after all that is given.
     figures: nfe, seconds and tokens_per_second of the whole batch; `ended`, whether there is such
-    an eos_id. With log_p also `log_p`, the mean log probability of the generated tokens.
+    an eos_id; with_log_p: also `log_p`, the mean log probability of the generated tokens.
     totals: (generated tokens, with the first eos_id of each row; nfe; seconds).
-    on_step sees the first batch, whose row 0 is the first canvas. With log_p it is not called.
+    on_step sees the first batch, whose row 0 is the first canvas; with_log_p it is not called.
     """
     done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), run.model.mask_id
     for batch in batches(run, canvases, settings['batch_size'], settings['block_length'] > 0):
         T = max(len(canvases[i]) for i in batch)
         rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
         kept = torch.zeros(len(rows), T)  # log p of the tokens
-        watcher = partial(keep_log_p, kept) if log_p else on_step if batch[0] == 0 else None
+        watcher = partial(keep_log_p, kept) if with_log_p else on_step if batch[0] == 0 else None
         # the first batch has the seed as it is; neighbouring seeds would not be independent
         seed = mixed_seed(settings['seed'], batch[0]) if batch[0] else settings['seed']
         x, nfe, seconds = decode(run, rows, settings | {'seed': seed}, eos_id, watcher)
@@ -848,7 +848,7 @@ def complete(run, canvases, settings, eos_id=None, on_step=None, log_p=False):
         figures = {'nfe': nfe, 'seconds': seconds, 'tokens_per_second': sum(written) / seconds}
         for k, (i, end) in enumerate(zip(batch, ends)):
             done[i] = x[k, :end].tolist(), figures | {'ended': end < len(canvases[i])}
-            if log_p:
+            if with_log_p:
                 done[i][1]['log_p'] = kept[k, :end + 1].sum().item() / written[k]
         totals = tuple(a + b for a, b in zip(totals, (sum(written), nfe, seconds)))
     return done, totals
@@ -971,7 +971,7 @@ def complete_best(run, canvases, settings, on_step=None):
         least, T = canvas.index(mask_id) + 1, len(canvas)
         sizes = {min(max(T + k - n // 2, least), run.settings['block_size']) for k in range(n)}
         tried.append([canvas[:size] + [mask_id] * (size - T) for size in sizes])
-    done, totals = complete(run, sum(tried, []), settings, eos_id, log_p=True)
+    done, totals = complete(run, sum(tried, []), settings, eos_id, with_log_p=True)
     best, rest = [], iter(done)
     for group in tried:
         candidates = [next(rest) for _ in group]

@@ -81,7 +81,7 @@ predict_pad = False         # predict PAD too, and so learn where an answer ends
                             # no PAD, and their width shows where the answer ends
 score_prompt = False        # ar: train on the prompt too
 row_share = 1.0             # train on this share of the rows, the shortest ones
-pad_curriculum = 0          # predict_pad: updates over which PAD behind the answers grows; 0 = none
+pad_curriculum = 0          # predict_pad: updates over which PAD after the answers grows; 0 = none
 # model
 n_layer = 4
 n_head = 0                  # 0 = n_embd / 64
@@ -547,7 +547,7 @@ def plot_losses(run, s):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 4.5), layout='constrained')
     ax, x = fig.subplots(), [int(row['iter']) for row in run.log]
-    if run.steps:  # behind the others; smoothed: the mean over a twentieth of them
+    if run.steps:  # drawn below the others; smoothed: the mean over a twentieth of them
         steps = [int(row['iter']) for row in run.steps]
         loss = torch.tensor([[float(row['weighted_loss']) for row in run.steps]])  # (1, N)
         half = len(steps) // 40

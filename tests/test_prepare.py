@@ -516,7 +516,7 @@ def test_fields_of_csv_and_jsonl():
     half = write('half.jsonl', '{"from": "a\\ud800", "to": 7}\n' * 20)  # and a number for a text
     assert texts_of(prepare.prepare(half, fields='from,to'), 'val') == [('a?', '7')] * 2
     torn = write('torn.jsonl', '{"from": "a", "to": "b"}\n' * 20 + '{"from": "a')
-    with pytest.raises(UserError, match='torn.jsonl is not a .csv .* behind record 20: Unterm'):
+    with pytest.raises(UserError, match='torn.jsonl is not a .csv .* after record 20: Unterm'):
         prepare.prepare(torn, fields='from,to')
 
 

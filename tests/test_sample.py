@@ -2133,7 +2133,7 @@ def test_log_p_is_the_likelihood_of_what_was_written(objective, decoder):
 
     run = run_of(model, objective=objective)
     done, _ = sample.complete(run, canvases, how, on_step=on_step)
-    again, _ = sample.complete(run, canvases, how, log_p=True)
+    again, _ = sample.complete(run, canvases, how, with_log_p=True)
     assert [ids for ids, _ in done] == [ids for ids, _ in again]
     x0, given = torch.tensor([ids for ids, _ in done]), x != 11
     if objective == 'ar':
