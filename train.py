@@ -422,6 +422,8 @@ def train(run, s):
     bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
     tokens_before, seconds_before = run.tokens, run.seconds  # run.speed counts from this start
     stop = False  # True: save and leave at the top of the next round
+    if run.log and s.keep_best and not Path(s.out_dir, 'best.pt').exists():
+        save(run, s)  # a run resumed with keep_best may stand where its loss was lowest
     # SIGINT and SIGTERM only leave a note. An update that stopped halfway would have changed some
     # weights and not others; so it is finished first, and saved.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -776,7 +778,7 @@ def show_sample(run, s):
     how = sample.defaults() | {'seed': s.seed}
     if trained.meta['sep_id'] is None:
         task, option = 'likelihood', '--num_samples=3'
-        canvas = [trained.model.mask_id] * s.block_size
+        canvas = sample.text_canvas(trained, 'prompt', '', how)
         done, _ = sample.complete(trained, [canvas], how, trained.meta['eos_id'])
         print(trained.tokenizer.decode(done[0][0]), end='\n\n')
     else:

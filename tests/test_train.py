@@ -240,6 +240,12 @@ def test_the_best_weights_are_kept(verse, monkeypatch):
                    '--target_se=0', cwd=verse)
         assert re.search(rf'\| best .*\| +{updates} \|', done.stdout), done.stderr
     train(verse, *TINY, '--max_iters=1', '--out_dir=out/best', '--overwrite')
+    shutil.copytree(out, verse / 'out/late')
+    losses = iter([5.0, 0, 0])  # a run may be resumed with keep_best where its loss is lowest
+    with monkeypatch.context() as patch:
+        patch.setattr('model.evaluate', lambda *args, **options: (next(losses), math.nan))
+        train(verse, '--out_dir=out/late', '--resume', '--keep_best', '--max_iters=3')
+    assert load_checkpoint(verse / 'out/late', ckpt='best')['iter'] == 1
     for name in ('sample.py', 'eval.py'):
         done = run(name, '--out_dir=out/best', '--ckpt=best', cwd=verse)
         assert_one_line(done, 'not a run with keep_best: it holds no best.pt')
