@@ -63,7 +63,8 @@ device = 'auto'        # cuda, mps, cpu; auto takes the first that this machine 
 trust_remote_code = False  # run the code that a model of the Hugging Face hub consists of
 export = ''            # only write an ar model to this new folder, as a GPT-2 of transformers
 # what is to be generated
-start = ''             # the text to continue; in a run on prompts and answers, the prompt
+start = ''             # the text to continue; in a run on prompts and answers, the prompt (of
+                       # conversations as in training: user: TEXT)
 template = ''          # a text with blanks to fill: [___] is 5 tokens wide, [___:9] is 9
 prompt_file = ''       # a prompt or a template on every line; - reads them from stdin
 chat = False           # answer each line of stdin; a run on conversations reads all turns before it
@@ -72,7 +73,8 @@ corrupt = ''           # a text: only show what noise makes of it and, if out_di
 num_samples = 1        # of each prompt
 batch_size = 16        # rows at a time
 gen_length = 0         # tokens to write after start (not in a template, which says how many); 0
-                       # fills the model's context
+                       # fills the model's context or, of documents (not of ar and block, which
+                       # end by themselves), takes a width of training
 seed = 1337
 # how it is decoded
 decoder = 'auto'       # ar: left to right; ancestral: places at random; confidence, threshold: most
@@ -270,9 +272,9 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
     so that the expected fraction of written tokens at s is alpha_s: (1 - sigma) * alpha_t stay, and
     alpha_s - (1 - sigma) * alpha_t come. The temperature falls as text appears: early tokens are
     sampled with variety, late ones, which must fit the text around them, from the likeliest. With
-    eta = 0 nothing is replaced, and it is decode_ancestral, at one temperature.
+    eta = 0 nothing is masked again: but for the temperature it is decode_ancestral.
     """
-    if eta == 0:  # apart, since only decode_ancestral knows that d3pm may predict the mask
+    if not (eta or model.config.subs):  # only decode_ancestral knows that d3pm may predict the mask
         yield from decode_ancestral(model, x, to_generate, rng, steps=steps, **sampling,
                                     noise_schedule=noise_schedule, temperature=temperature)
         return
@@ -684,17 +686,20 @@ def end_rows(x, to_generate, may_end, eos_id, mask_id):
 
 
 @torch.no_grad()
-def run_decoder(decoder, model, x, rng, eos_id=None, on_step=None):
+def run_decoder(decoder, model, x, rng, eos_id=None, on_step=None, lengths=None):
     """The canvases x (B, T) filled by a decoder, and how many passes of the network that took.
 
     With an eos_id, a row ends at the first one that it generates after all that is given; in a
     blank with given text after it an eos_id is a token like others. on_step(x, nfe, where, logits)
     is called after every step, with the `where, logits` that the decoder yielded; x changes in
-    place after the call, so clone what is to be kept.
+    place after the call, so clone what is to be kept. lengths: of each row the number of tokens
+    before its padding, which stays masked; None: T.
     """
     x, model = x.clone(), Counted(model)
     to_generate = x == model.mask_id
     may_end = to_generate.flip(1).cumprod(1).flip(1).bool()  # nothing is given from here on
+    for row, length in zip(to_generate, lengths or ()):
+        row[length:] = False
     for where, logits in decoder(model, x, to_generate, rng):
         if eos_id is not None:
             end_rows(x, to_generate, may_end, eos_id, model.mask_id)
@@ -760,11 +765,19 @@ def template_canvas(template, tokenizer, mask_id):
 
 
 def text_canvas(run, kind, text, settings):
-    """The ids of a 'template', or of a 'prompt' with gen_length masks after it."""
+    """The ids of a 'template', or of a 'prompt' and gen_length masks; 0 fills the context.
+
+    Of documents a model that reads its canvas as a whole then gets one as wide as in training. That
+    is one width with predict_pad; without, where only the width ends a document, it is the mean.
+    """
     T, mask_id = run.model.config.block_size, run.model.mask_id
     if kind == 'template':
         return template_canvas(text, run.tokenizer, mask_id)
     ids = run.tokenizer.encode(text)
+    if run.meta['pad_id'] is not None and not (run.objective.causal or run.objective.block_length):
+        count, width = run.meta['counts']['train'], run.meta['max_answer'] + 1  # with EOS
+        width = width if run.settings['predict_pad'] else round(count['scored'] / count['rows'])
+        T = min(T, max(width, len(ids) + 1))
     n_masks = settings['gen_length'] or T - len(ids)
     if n_masks <= 0:
         raise UserError(f'the prompt {text[:20]!r}... is {len(ids)} tokens long and fills the '
@@ -791,17 +804,19 @@ def batches(run, canvases, batch_size, same_columns):
             for k in range(0, len(group), batch_size)]
 
 
-def decode(run, rows, settings, eos_id=None, on_step=None):
-    """Fills rows, canvases of one length, by the decoder of the settings: (x (B, T), nfe, seconds).
+def decode(run, canvases, settings, eos_id=None, on_step=None):
+    """Fills canvases by the decoder of the settings: (x (B, T), nfe, seconds).
 
-    With an eos_id, a row ends where it generates one; without, at the end of the canvas.
+    With an eos_id, a row ends where it generates one; without, at the end of its canvas. Masks pad
+    shorter canvases to the longest, T, and are still there in x.
     """
-    device = run.model.device
+    device, mask_id = run.model.device, run.model.mask_id
     specials = [run.meta[key] for key in ('mask_id', *SPECIALS) if run.meta.get(key) is not None]
     decoder = make_decoder(run.objective, settings, specials)
     rng = torch.Generator('cpu' if device.type == 'mps' else device).manual_seed(settings['seed'])
-    began, x = time.perf_counter(), torch.tensor(rows, device=device)
-    x, nfe = run_decoder(decoder, run.model, x, rng, eos_id, on_step)
+    began, lengths = time.perf_counter(), [*map(len, canvases)]
+    x = torch.tensor([canvas + [mask_id] * (max(lengths) - len(canvas)) for canvas in canvases])
+    x, nfe = run_decoder(decoder, run.model, x.to(device), rng, eos_id, on_step, lengths)
     return x.cpu(), nfe, time.perf_counter() - began
 
 
@@ -818,7 +833,7 @@ def end_of(ids, canvas, eos_id, mask_id):
     """How many of ids, a canvas as it was filled, are text: those before EOS.
 
     EOS is the first eos_id at one of the masks with which the canvas ends. Without one, all of the
-    canvas is text. (ids may be longer than it: rows are filled up to the longest of their batch.)
+    canvas is text. (ids may be longer than it, by the masks that pad it.)
     """
     begin = len(canvas) - sum(1 for _ in takewhile(mask_id.__eq__, reversed(canvas)))
     written = ids[begin:len(canvas)]
@@ -836,9 +851,8 @@ def complete(run, canvases, settings, eos_id=None, on_step=None, with_log_p=Fals
     """
     done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), run.model.mask_id
     for batch in batches(run, canvases, settings['batch_size'], settings['block_length'] > 0):
-        T = max(len(canvases[i]) for i in batch)
-        rows = [canvases[i] + [mask_id] * (T - len(canvases[i])) for i in batch]
-        kept = torch.zeros(len(rows), T)  # log p of the tokens
+        rows = [canvases[i] for i in batch]
+        kept = torch.zeros(len(rows), max(map(len, rows)))  # log p of the tokens
         watcher = partial(keep_log_p, kept) if with_log_p else on_step if batch[0] == 0 else None
         # the first batch has the seed as it is; neighbouring seeds would not be independent
         seed = mixed_seed(settings['seed'], batch[0]) if batch[0] else settings['seed']
@@ -1075,7 +1089,8 @@ def show_corruption(run, text, seed):
     x0 = torch.tensor([run.tokenizer.encode(text)], device=run.model.device)  # (1, T)
     require('corrupt', text, x0.numel(), 'a text that has tokens')
     given, rng = torch.zeros_like(x0, dtype=torch.bool), torch.Generator(x0.device)
-    rows = [('', 'original', 'corrupted', 'reconstructed') if run.settings else ('t = 0.0', text)]
+    rows = [('', 'original', 'corrupted', 'reconstructed') if run.settings else
+            ('t = 0.0', visible(text))]
     for t in (0.2, 0.4, 0.6, 0.8, 1.0):
         objective = replace(run.objective, mask_range=(t, t))
         noised = objective.corrupt(run.model, x0, given, rng.manual_seed(seed))
@@ -1084,12 +1099,12 @@ def show_corruption(run, text, seed):
             logits = run.model(noised.xt, noised.level, where=noised.scored, **noised.inputs)
             logits[:, run.model.mask_id] = -torch.inf  # d3pm may predict the mask
             columns = [x0, xt, xt.masked_scatter(noised.scored, logits.argmax(1))]
-        rows.append((f't = {t:.1f}', *(show(x[0].tolist(), run.tokenizer, run.model.mask_id)
-                                       for x in columns)))
+        rows.append((f't = {t:.1f}', *(
+            visible(show(x[0].tolist(), run.tokenizer, run.model.mask_id)) for x in columns)))
     width = (COLUMNS - 13) // 3 if run.settings else len(text)  # beside 7 + 3 * 2 characters
     for name, *texts in rows:
         for i in range(0, max(map(len, texts)), width):
-            cells = [visible(part[i:i + width]).ljust(width) for part in texts]
+            cells = [part[i:i + width].ljust(width) for part in texts]
             print('  '.join([f'{name if i == 0 else "":7}', *cells]).rstrip())
 
 
@@ -1185,6 +1200,7 @@ class Recorder:
             text, p, alternatives = show([id], self.tokenizer, self.mask_id), None, []
             if i in logits and id != self.mask_id:
                 p_all = logits[i].float().softmax(-1).cpu()  # (V,)
+                p_all[self.mask_id] = -1.0  # no alternative, even if others have underflowed to 0
                 p, best = round(p_all[id].item(), 6), p_all.topk(min(TOP, len(p_all) - 1))
                 alternatives = [[k, round(p_k, 6), self.tokenizer.decode([k])]
                                 for k, p_k in zip(best.indices.tolist(), best.values.tolist())]

@@ -534,6 +534,15 @@ def test_remdm_without_remasking_is_ancestral(subs):
     assert torch.equal(once[0], again[0]) and once[1] == again[1]
 
 
+def test_the_temperature_falls_without_remasking_too(monkeypatch):
+    used, real = [], sample.sample_token
+    monkeypatch.setattr(sample, 'sample_token', lambda *args, temperature, **how: (
+        used.append(temperature), real(*args, temperature=temperature, **how))[1])
+    decode_remdm(tiny_model(), torch.full((20, 8), MASK), steps=5, eta=0.0, cool=0.5,
+                 temperature=0.8, generator=noise_source())
+    assert used == pytest.approx([0.8 * (1.5 - n / 5) for n in range(5)])
+
+
 @pytest.mark.parametrize('decoder', [
     partial(decode_confidence, steps=4), partial(decode_threshold, threshold=0.5),
     partial(decode_remask, steps=4), partial(decode_remdm, steps=6, eta=0.3),
@@ -1902,7 +1911,7 @@ ALPHABET = 'abcdefgh '
 META = {'name': 'rows', 'layout': 'rows', 'row_length': 16, 'max_answer': 7, 'vocab_size': 12,
         'mask_id': 12, 'eos_id': 9, 'sep_id': 10, 'pad_id': 11, 'source': 'a test', 'sha256': '',
         'tokenizer': {'kind': 'char', 'chars': ALPHABET},
-        'counts': {'train': {'answer_line': [1.5, 1.2]}}}
+        'counts': {'train': {'answer_line': [1.5, 1.2], 'rows': 4, 'scored': 19}}}
 BOOK = {'ab': 'ba', 'abc': 'cab b', 'h': 'h', 'a b a': 'aaaaaaa', 'dd': 'hh', 'g g g g': 'fed'}
 
 
@@ -2145,6 +2154,20 @@ def test_log_p_is_the_likelihood_of_what_was_written(objective, decoder):
     assert all('log_p' not in figures for _, figures in done)
 
 
+def test_a_row_is_not_written_beyond_its_own_canvas():
+    """AR takes canvases of any lengths together: a pass for each column that any of them asks."""
+    run = run_of(tiny_model(causal=True, V=12, T=20), objective='ar')
+    short, long = [1, 2] + [11] * 3, list(range(10)) + [11] * 4
+    how, seen = row_settings(decoder='ar', temperature=0.0, batch_size=2), []
+    done, (written, nfe, _) = sample.complete(run, [short, long], how, eos_id=3,
+                                              on_step=lambda x, *_: seen.append(x[0].tolist()))
+    assert nfe <= 3 + 4 and written <= 7
+    assert len({*map(tuple, seen)}) <= 1 + 3 and all(x[5:] == [11] * 9 for x in seen)
+    for (ids, _), canvas in zip(done, (short, long)):
+        ((alone, _),), _ = sample.complete(run, [canvas], how, eos_id=3)
+        assert ids == alone
+
+
 class Counting(Phrasebook):
     """Knows its answers, repeats them if there is room, and is the surer the better they fit."""
 
@@ -2246,7 +2269,24 @@ def test_a_template_of_documents_keeps_what_is_given_behind_an_eos(row_runs, run
     assert any(10 in row['tokens'] for row in rows), 'an EOS'
     rows = objects(run_main('--start=ab', *words)[1])  # a text ends, and has no PAD
     assert all(set(row['tokens']) <= set(range(10)) for row in rows)
-    assert {len(row['tokens']) for row in rows} != {20}
+    assert min(len(row['tokens']) for row in rows) < 8
+
+
+@pytest.mark.parametrize('settings, text, wanted, width', [
+    ({}, '', 0, 8),  # with EOS as many as the longest, 7
+    ({'predict_pad': False}, '', 0, 5),  # 19 tokens, EOS among them, of 4 documents
+    ({'predict_pad': False, 'objective': 'uniform'}, '', 0, 5),
+    ({'predict_pad': False}, 'abcabc', 0, 7), ({}, 'abc', 9, 12), ({}, 'ab' * 12, 0, None),
+    ({'objective': 'ar'}, '', 0, 20), ({'objective': 'block', 'block_length': 4}, '', 0, 20)])
+def test_a_masked_model_of_documents_gets_a_canvas_as_wide_as_in_training(settings, text, wanted,
+                                                                          width):
+    run = run_of(tiny_model(V=13, T=20), META | {'sep_id': None}, **settings)
+    if width is None:
+        with pytest.raises(UserError, match='fills the context of 20'):
+            sample.text_canvas(run, 'prompt', text, {'gen_length': wanted})
+    else:
+        canvas = sample.text_canvas(run, 'prompt', text, {'gen_length': wanted})
+        assert (len(canvas), canvas.count(12)) == (width, width - len(text))
 
 
 @pytest.mark.parametrize('name, width', [('row_ar', 14), ('row_mdm', 9), ('row_pad', 8)])

@@ -118,6 +118,16 @@ def test_a_token_may_be_taken_back_and_replaced():
     assert recorder.stood == [['█', 'a', '█', 'b'], ['f'], ['█', 'd'], ['█', 'e', 'f']]
 
 
+def test_the_mask_is_no_alternative_even_where_all_others_have_underflowed():
+    recorder = Recorder([MASK] * 2, LETTERS, MASK)
+    logits = torch.full((2, MASK + 1), -200.0)
+    logits[:, 3], logits[:, MASK] = 200.0, -torch.inf
+    recorder(torch.tensor([[3, 3]]), 1, torch.ones(1, 2, dtype=torch.bool), logits)
+    for new in recorder.steps[1]['new']:
+        assert new['p'] == 1 and new['alternatives'][0] == [3, 1.0, 'd']
+        assert MASK not in [k for k, _, _ in new['alternatives']]
+
+
 def test_a_recording_of_uniform_noise(tmp_path):
     """All come at the first step, most are replaced later, and none is a mask again."""
     x, canvases = torch.tensor([[MASK, 3, *[MASK] * 6]]), []
