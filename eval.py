@@ -101,7 +101,8 @@ MOST_DRAWS = 64        # draws of a bound, even if its standard error is still a
 N_LEVELS, N_PLACES = 16, 16  # points of the two curves of likelihood.png
 # settings that seeds of one configuration may change
 MAY_DIFFER = ('seed', 'out_dir', 'resume', 'overwrite', 'init_from', 'eval_interval', 'keep_best',
-              'log_interval', 'eval_repeats', 'wandb_run_name', 'compile')
+              'log_interval', 'eval_repeats', 'wandb_run_name', 'compile', 'device', 'track',
+              'wandb_project', 'decode_rows')
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
           '#882255')   # distinct for the colour-blind; printed in grey, the markers are
 MARKERS = '*s^Dv<>Po'
@@ -136,8 +137,8 @@ def load_log(path):
     stretch the axis of curves.png.
     """
     try:
-        settings = json.loads(Path(path, 'config.json').read_text())
-        rows = [*csv.DictReader(Path(path, 'log.csv').read_text().splitlines())][1:]
+        settings = json.loads(Path(path, 'config.json').read_text('utf-8'))
+        rows = [*csv.DictReader(Path(path, 'log.csv').read_text('utf-8').splitlines())][1:]
         log = {k: np.array([float(r[k]) for r in rows]) for k in 'iter tokens seconds val'.split()}
         dataset, measured = settings['dataset'], [row['measured'] for row in rows]
     except (OSError, ValueError, TypeError, KeyError) as e:
@@ -153,6 +154,11 @@ def load_log(path):
 def about(run):
     """The data set of a run in words."""
     return f'{run.meta["name"]} ({run.meta["source"]}; tokens: {run.meta["tokenizer"]["kind"]})'
+
+
+def contexts(runs):
+    """The context lengths of runs in words."""
+    return 'context ' + ', '.join(sorted({str(run.model.config.block_size) for run in runs}))
 
 
 def data_of(run):
@@ -185,9 +191,13 @@ def decoding(run, settings):
     return settings | (only if run.objective.exact else {})
 
 
-def training_text(run):
-    """The training text of a run on a stream; of a long one, its first KNOWN_TOKENS tokens."""
-    return run.tokenizer.decode(data_of(run).train[:KNOWN_TOKENS].tolist())
+def training_text(runs):
+    """The training text of runs on a stream; of a long one, its first KNOWN_TOKENS tokens.
+
+    train_tokens are the first ones, so the longest text of any run holds those of the others.
+    """
+    ids = max((data_of(run).train for run in runs), key=len)
+    return runs[0].tokenizer.decode(ids[:KNOWN_TOKENS].tolist())
 
 
 # --------------------------------------------------------------------------- tables and pictures
@@ -462,11 +472,14 @@ def likelihood(runs, settings):
 
     All windows of the split (of train max_windows, evenly spread), as long as the context but for
     the last, or all rows, each read alone, in float32; of `data`, where it is given, in the tokens
-    of each run. A picture of it is of 64 windows of val, and of one draw at each of 16 levels.
-    draws: how many of the bound, each over the whole split; s.e.: the standard error of their
-    mean. nelbo in N steps: of the same network, in N diffusion steps. Training batches/s are
-    those of the run's log, at its own batch size; evaluation batches/s are those of this table,
-    of one draw after another.
+    of each run. (Of train, windows of the part that a run was trained on.) A picture of it is of
+    64 windows of val, and of one draw at each of 16 levels. draws: how many of the bound, each over
+    all that is read; s.e.: the standard error of their mean, without that of reading few windows.
+    nelbo in N steps: of the same network, in N diffusion steps. Training batches/s are those of
+    the run's log, at its own batch size; evaluation batches/s are those of this table, of one draw
+    after another. Rows: the nll of ar pays for where an answer ends, too, but a bound of a run
+    without predict_pad does not, since the width of a row tells; with predict_pad PAD is among
+    the tokens, so that only bits per character can be compared.
     """
     rows, s = [], settings
     for run in tqdm(runs, 'likelihood', disable=None):
@@ -483,7 +496,7 @@ def likelihood(runs, settings):
                             | in_units(nats, error, tokens, counts))
                 if objective is run.objective and s['task'] != 'noises' and not s['data']:
                     rows[-1] |= likelihood_curves(run, split, s)
-    note = 'context ' + ', '.join(sorted({str(run.model.config.block_size) for run in runs}))
+    note = contexts(runs)
     if len({str(run.meta['tokenizer']) for run in runs}) > 1:
         note += '; tokens differ, so only bits per character or byte can be compared'
     if not s['data'] and len({(run.meta['sha256'], *(
@@ -643,17 +656,21 @@ def curves(runs, settings):
     tokens, seconds = (min(log[key][-1] for log in logs) for key in ('tokens', 'seconds'))
     scarce = any(run.settings.get('train_tokens') for run in runs)
     for run, log in zip(runs, logs):
-        epochs = log['tokens'] / open_run_data(run.settings).tokens_per_epoch
+        data, s = open_run_data(run.settings), run.settings
+        # a row whose PAD is cropped has been read, too; of several processes, one is counted
+        epochs = log['iter'] * s['gradient_accumulation_steps'] / data.batches_per_epoch \
+            if s.get('predict_pad') else log['tokens'] / data.tokens_per_epoch
         best, minutes, millions = log['val'].argmin(), log['seconds'] / 60, log['tokens'] / 1e6
         x = {'x: epochs': epochs.tolist()} if scarce else {'x: tokens': millions.tolist()}
         rows.append({
-            'run': run.name, 'measured': log['measured'].split()[0],
+            'run': run.name, 'measured': log['measured'].removesuffix(' <='),
             'tokens (M)': millions[-1], 'epochs': epochs[-1], 'minutes': minutes[-1],
             'last val': log['val'][-1], 'best val': log['val'][best], 'at epoch': epochs[best],
             f'val at {tokens / 1e6:.2f}M tokens': value_at(tokens, log['tokens'], log['val']),
             f'val at {seconds / 60:.1f} minutes': value_at(seconds, log['seconds'], log['val']),
             'y': log['val'].tolist(), 'x: minutes': minutes.tolist()} | x)
-    return rows, ''
+    return rows, 'the data differ, and so losses cannot be compared' * any(
+        run.meta != runs[0].meta for run in runs)
 
 
 def plot_curves(rows, path):
@@ -710,10 +727,11 @@ def scaling(runs, settings):
     rows, seen, of_fit = [], [], dict.fromkeys(('L_inf', 'a', 'b', 'times'), '')
     for run in runs:
         s, log = run.settings, load_log(run.path)[1]
+        kind = f'{s["objective"]} {make_objective(s).block_length or ""}'.strip()
         require('out_dir', run.path, run.meta == runs[0].meta and log['iter'][-1] == s['max_iters'],
                 'a run that is finished, on the data of the others')
         rows.append({
-            'run': run.name, 'group': f'{s["objective"]}, n_conv {s.get("n_conv", 0)}',
+            'run': run.name, 'group': f'{kind}, n_conv {s.get("n_conv", 0)}',
             'seconds': log['seconds'][-1], 'val': Number(log['val'][-1], '<=' in log['measured']),
             'PFLOP': log['tokens'][-1] * flops_per_token(s, open_run_data(s)) / 1e15} | of_fit)
     for i, group in enumerate(dict.fromkeys(row['group'] for row in rows)):
@@ -751,7 +769,7 @@ def plot_scaling(rows, path):
 
 def words_of(text):
     """Runs of letters, apostrophes inside them, in lower case."""
-    return re.findall(sample.WORD, text.lower())
+    return re.findall(sample.WORD, text.replace(EOT, ' ').lower())
 
 
 def text_row(name, texts, ids, known):
@@ -838,7 +856,7 @@ def load_judge(runs, settings):
     return run
 
 
-def judged(judge, run, texts, ids):
+def judged(judge, run, texts, ids, batch_size=16):
     """{column: -log p(texts) by the judge}, nats per token, or per character of another tokenizer.
 
     perplexity: exp of the nats per token of the judge, the "generative perplexity" of the papers.
@@ -852,10 +870,10 @@ def judged(judge, run, texts, ids):
     rows = ids if same else [judge.tokenizer.encode(text) for text in texts]
     windows = [row[i:i + T] for row in rows for i in range(0, len(row), T)]
     nats = 0.0
-    for batch in row_batches(np.array([*map(len, windows)]), 16):
+    for batch in row_batches(np.array([*map(len, windows)]), batch_size):
         x0 = torch.tensor([windows[i] for i in batch], device=judge.model.device)  # (B, <= T)
         nats += judge.objective.bound(judge.model, x0, None).sum().item()
-    unit, counted = ('nll', ids) if same else ('nats/char', texts)
+    unit, counted = ('nll', ids) if same else ('nats/char', [t.replace(EOT, '') for t in texts])
     return {f'{unit} under {judge.name}': nats / sum(map(len, counted)),
             f'perplexity under {judge.name}': math.exp(nats / sum(map(len, rows)))}
 
@@ -884,12 +902,13 @@ def generation(runs, settings):
     """What runs write, beside as much of the validation split; texts are as long as the context.
 
     A word is known if it occurs in the training text (its first 20,000,000 tokens); what is left of
-    a word that the end of a text cuts off counts as a word, in all rows alike. The longest copy is
+    a word that the end of a text cuts off counts as a word, the more often the shorter the context.
+    The validation text is cut as the texts of the first run. The longest copy is
     the longest piece of a text that occurs there. nll under: nats per token of an autoregressive
     model, the judge; nats/char under: the same if its tokens are others; perplexity: exp of the
     nats per judge's token. nfe: passes of a text; a pass serves a whole batch.
     """
-    run, judge, training = runs[0], load_judge(runs, settings), training_text(runs[0])
+    run, judge, training = runs[0], load_judge(runs, settings), training_text(runs)
     known, rows = set(words_of(training)), []
     for name, ids, cost in [held_out(run, settings),
                             *(write_texts(each, settings) for each in runs)]:
@@ -897,10 +916,11 @@ def generation(runs, settings):
         ids = [*map(run.tokenizer.encode, texts)] if settings['cleanup'] else ids
         scores = [text_row('', [text], [row], known)['known words (%)']
                   for text, row in zip(texts, ids)]
-        rows.append(text_row(name, texts, ids, known) | judged(judge, run, texts, ids)
+        rows.append(text_row(name, texts, ids, known)
+                    | judged(judge, run, texts, ids, settings['batch_size'])
                     | {'longest copy (chars)': longest_copy(texts, training)} | cost
                     | {'texts': records(run, scores, written=texts)})
-    return rows, ''
+    return rows, contexts(runs)
 
 
 def first_texts(rows, path):
@@ -936,7 +956,7 @@ def speed(runs, settings):
 
     The columns are those of task=generation.
     """
-    run, judge, known = runs[0], load_judge(runs, settings), set(words_of(training_text(runs[0])))
+    run, judge, known = runs[0], load_judge(runs, settings), set(words_of(training_text(runs)))
     rows, steps = [], whole_numbers('grid_steps', settings['grid_steps'])
     written = [('', '', *held_out(run, settings))]
     for each in runs:
@@ -946,8 +966,9 @@ def speed(runs, settings):
     for decoder, setting, name, ids, cost in written:
         texts = [run.tokenizer.decode(row) for row in ids]
         rows.append({'run': name, 'decoder': decoder, 'setting': setting} | cost
-                    | judged(judge, run, texts, ids) | text_row(name, texts, ids, known))
-    return rows, peak_memory(pick_device(settings['device'])).strip(', ')
+                    | judged(judge, run, texts, ids, settings['batch_size'])
+                    | text_row(name, texts, ids, known))
+    return rows, contexts(runs) + peak_memory(pick_device(settings['device']))
 
 
 def plot_speed(rows, path):
@@ -1095,7 +1116,7 @@ def reversal(runs, settings):
     """
     rows, a_is_b, b_is_a = [], '\n{0} is {1}.\n', '\n{1} is {0}.\n'
     for run in runs:
-        training, row = training_text(run), {'run': run.name, 'texts': []}
+        training, row = training_text([run]), {'run': run.name, 'texts': []}
         facts = set(FACT.findall(training))
         turned = {fact for fact in facts if b_is_a.format(*fact) in training}
         fine = turned and facts - turned and run.meta['tokenizer']['kind'] == 'char'
@@ -1416,6 +1437,7 @@ def main():
     one_of('task', task, (*TASKS, 'report'))
     require('data', data, not data or task in ('likelihood', 'report'), "'' for other tasks")
     require('save_texts', save_texts, not save_texts or task in WRITING, "'' for other tasks")
+    require('file', file, not file or task in ('translation', 'length'), "'' for other tasks")
     if task in ('curves', 'scaling'):  # they read logs, no models
         runs = [load_log(path.strip())[0] for path in out_dir.split(',')]
     else:

@@ -169,6 +169,7 @@ def test_lines_of_a_picture_differ():
     (['--task=infill', '--decoder=nonsense'], "decoder is 'nonsense', not one of auto, remdm"),
     (['--task=infill', '--save_texts=nowhere/x.jsonl'], 'No such file'),
     (['--task=infill', '--save_texts=out'], 'Is a directory'),
+    (['--file=verse.txt'], "file is 'verse.txt', but it must be '' for other"),
     (['--save_texts=x.jsonl'], "save_texts is 'x.jsonl', but it must be '' for other tasks")])
 def test_bad_input_is_one_line(runs, words, said):
     (runs / 'odd.txt').write_text('The cat# é#', encoding='utf-8')
@@ -896,6 +897,33 @@ def test_a_report_of_another_shape_is_made_anew(tmp_path, text):
     assert json.loads(text)['curves']['rows'] == [{'a': None, 'b': [None]}]
 
 
+def test_words_are_known_by_the_longest_training_text_of_any_run(settings):
+    whole, part = (a_run(Knowing([0] * 16, 40), 'mdm', train_tokens=n) for n in (0, 90))
+    text = evaluation.training_text([part, whole])
+    assert len(evaluation.training_text([part])) == 90 < len(text)
+    assert text == evaluation.training_text([whole, part]) == evaluation.training_text([whole])
+
+
+def test_an_eot_is_no_word_and_no_characters(settings):
+    assert evaluation.words_of("The owl's.<|endoftext|>Hoot") == ['the', "owl's", 'hoot']
+    V, sizes = load_meta('verse')['vocab_size'], []
+    judge, run_ = (a_run(Knowing([0] * 16, V, sure=0.0), 'ar') for _ in range(2))
+    other = judge._replace(meta=judge.meta | {'eos_id': 0}, tokenizer=SimpleNamespace(
+        encode=lambda text: [1] * 8))
+    judged = evaluation.judged(other, run_, ['The<|endoftext|>cat.'], [[1] * 8])
+    assert judged['nats/char under ar'] == pytest.approx(8 / 7 * math.log(V))
+    other = other._replace(objective=SimpleNamespace(bound=lambda model, x0, rng: (
+        sizes.append(len(x0)), torch.zeros(len(x0)))[1]))
+    evaluation.judged(other, run_, ['The cat.'] * 5, [[1] * 8] * 5, batch_size=2)
+    assert sorted(sizes) == [1, 2, 2]
+
+
+def test_curves_of_several_data_sets_say_so(settings):
+    runs = [evaluation.load_log(f'out/{name}')[0] for name in ('ar', 'mdm', 'other')]
+    assert evaluation.curves(runs[:2], settings)[1] == ''
+    assert 'cannot be compared' in evaluation.curves(runs, settings)[1]
+
+
 def test_a_judge_with_another_eos_reads_texts(settings):
     """As its own tokens: the runs' EOS may be its mask, which it never predicts."""
     V = load_meta('verse')['vocab_size']
@@ -1019,7 +1047,9 @@ def test_epochs_are_those_of_the_tokens_that_were_trained_on(runs, settings):
 
 
 @pytest.mark.parametrize('word, share', [('--row_share=1.0', 1), ('--row_share=0.5', 0.5),
-                                         ('--predict_pad', 1)])
+                                         ('--predict_pad', 1),
+                                         ('--predict_pad --random_length=1.0', 1),
+                                         ('--predict_pad --pad_curriculum=99', 1)])
 def test_train_and_curves_count_the_same_epochs(runs, settings, monkeypatch, word, share):
     """Of rows, an epoch has no PAD unless PAD is predicted, and only the rows that are kept."""
     monkeypatch.chdir(runs)
@@ -1027,14 +1057,16 @@ def test_train_and_curves_count_the_same_epochs(runs, settings, monkeypatch, wor
     Path('xy.csv').write_text('a,b\n' + ''.join(f'{a},{b}\n' for a, b in pairs))
     prepare('xy.csv', fields='a,b')
     rows = sorted(len(a + b) for a, b in pairs[:90])[:int(90 * share)]
-    if word == '--predict_pad':
+    if '--predict_pad' in word:
         rows = [len(a) + 5 for a, _ in pairs[:90]]
-    n = len(set(rows))  # batches of an epoch: one for every width
-    done = run('train.py', *TRAIN, '--dataset=xy', word, '--epochs=3', '--batch_size=99',
-               '--out_dir=out/xy', '--overwrite', cwd=runs)
+    size = 4 if ' ' in word else 99  # of the small batches some have no answer of the longest
+    n = sum(math.ceil(rows_of / size) for rows_of in Counter(rows).values())  # batches of an epoch
+    done = run('train.py', *TRAIN, '--dataset=xy', *word.split(), '--epochs=3',
+               f'--batch_size={size}', '--out_dir=out/xy', '--overwrite', cwd=runs)
     assert f'{3 * n} updates = 3.0 epochs' in done.stdout, done.stderr + done.stdout
     run_, log = evaluation.load_log('out/xy')
-    assert log['tokens'][-1] == 3 * sum(width + 2 for width in rows), 'with SEP and EOS'
+    tokens = 3 * sum(width + 2 for width in rows)  # with SEP and EOS
+    assert log['tokens'][-1] < tokens if ' ' in word else log['tokens'][-1] == tokens
     (row,), _ = evaluation.curves([run_], settings)
     assert row['epochs'] == pytest.approx(3)
 
@@ -1069,6 +1101,13 @@ def abc(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('abc.txt').write_text('abc ' * 99)
     prepare('abc.txt')
+
+
+def test_scaling_fits_each_length_of_blocks_by_itself(abc):
+    paths = [write_log(f'block_{n}_{k}', C, 3 - k / 4 - n / 9, block_length=n)
+             for n in (4, 8) for k, C in enumerate((1e13, 2e13))]
+    assert [row['group'] for row in scaling_of(paths)['rows']][-2:] == [
+        'block 4, n_conv 0', 'block 8, n_conv 0']
 
 
 @pytest.mark.parametrize('L_inf, n_budgets, n_seeds', [(1.2, 5, 3), (0.0, 3, 3), (0.0, 2, 1)])
