@@ -297,10 +297,17 @@ def after_start(model, x):
     """x (B, T) after a start token, (B, T + 1): the output at its position i predicts x[:, i].
 
     AR reads its text so, all but the last token (see Autoregression). So does masked diffusion with
-    shift, and there the last token is read too (see place()): a network that was AR first still
-    predicts each token at the position where it learned to [DiffuLLaMA sec. 3.2].
+    shift, and there the last token is read too: a network that was AR first still predicts each
+    token at the position where it learned to [DiffuLLaMA sec. 3.2].
     """
     return F.pad(x, (1, 0), value=model.config.start_id)
+
+
+def check_context(c, n):
+    """Raises UserError if n tokens, with shift the start token among them, are too many."""
+    if n > c.block_size + c.shift:
+        raise UserError(f'{n} tokens do not fit into the context of this model, '
+                        f'block_size is {c.block_size}')
 
 
 class Transformer(nn.Module):
@@ -326,7 +333,7 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def forward(self, x, level=None, *, where=None, hidden=False, cache=None, position=None,
-                attn_mask=None):
+                attn_mask=None, neighbours=None):
         """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
         Training calls model(x, level, where=..., hidden=True), and then logits().
@@ -336,14 +343,27 @@ class Transformer(nn.Module):
         None: the fraction of x that is masks.
         hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
 
-        To be skipped at first: cache, position, see place(). attn_mask, bool, (T, T), but with a
-        start token one larger, and in block diffusion (2T, 2T): the tokens (columns) that each
-        token (row) may see. None: all, or with causal those up to itself.
+        To be skipped at first:
+        cache: a KVCache of the tokens that x continues.
+        attn_mask, bool, (T, T), with shift one larger: the tokens (columns) that each token (row)
+        may see. None: all, or with causal those up to itself.
+        position, attn_mask, neighbours: in block diffusion, where x is [xt ; x0], what
+        beside_clean() returns; `where` then has columns for xt alone.
+
+        With shift, the output at a token predicts the next one. So a start token is put before x,
+        whose output predicts x[:, 0], and the last output, for the token after x, is dropped. With
+        a cache only the first pass does so: later x begins with a token that is only read, for
+        which `where`, (B, T - 1), has no column.
         """
         if self.time_mlp and level is None:
             level = (x == self.mask_id).float().mean(1, keepdim=True)
-        tokens, position, neighbours = self.place(x, cache, position, attn_mask)
-        h = self.embed(tokens)  # (B, T, C)
+        n_before = 0 if cache is None else cache.length  # tokens that were read before x
+        if self.config.shift and n_before == 0:
+            x = after_start(self, x)
+        if position is None:
+            position = torch.arange(n_before, n_before + x.size(1), device=x.device)  # (T,)
+        check_context(self.config, n_before + x.size(1) // (1 if neighbours is None else 2))
+        h = self.embed(x)  # (B, T, C)
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
         h = self.drop(h)
@@ -353,36 +373,12 @@ class Transformer(nn.Module):
         for block in self.blocks:
             h = block(h, rope, cache, attn_mask, neighbours, condition)
         if cache is not None:
-            cache.length += tokens.size(1)
-        # with shift, the last output would be for the token after x
-        h = h[:, :tokens.size(1) - self.config.shift]
-        if where is not None:  # in block diffusion it has columns for the first half alone, xt
+            cache.length += x.size(1)
+        h = h[:, :x.size(1) - self.config.shift]
+        if where is not None:
             h = h[:, :where.size(1)][where]  # (M, C): with a large V the head is most of the work
         h = self.norm(h)
         return h if hidden else self.logits(h)
-
-    def place(self, x, cache, position, attn_mask):
-        """What the layers read: (tokens; their positions; neighbours for local mixing, or None).
-
-            without a cache     they stand at 0, 1, 2, ..., with shift the start token at 0
-            cache, a KVCache    x continues it: its first token stands at cache.length
-            position (2T,)      of block diffusion, where x is [xt ; x0]: every position twice. Only
-                                here are there neighbours: those that attn_mask lets a token see
-
-        With shift, the output at a token predicts the next one. So the first pass puts a start
-        token before x, whose output predicts x[:, 0]. A later pass puts none there: x begins with
-        a token that is only read, and `where` of forward(), (B, T - 1), has no column for it.
-        """
-        n_before = cache.length if cache is not None else 0  # tokens that were read before x
-        if self.config.shift and n_before == 0:
-            x = after_start(self, x)
-        end = n_before + x.size(1) // (1 if position is None else 2)
-        if end > self.config.block_size + self.config.shift:
-            raise UserError(f'{end} tokens do not fit into the context of this model, '
-                            f'block_size is {self.config.block_size}')
-        if position is not None:
-            return x, position, visible_neighbours(position, attn_mask, self.config.n_conv)
-        return x, torch.arange(n_before, end, device=x.device), None
 
     def logits(self, h):
         """Logits (..., V) of hidden states (..., C); with subs the mask's is -inf.
@@ -522,7 +518,7 @@ class Noised(NamedTuple):
     level: torch.Tensor   # (B, 1), in blocks (B, 2T): noise_level, for time_cond; None in ar
     token_loss: Callable = cross_entropy  # (logits (M, V), x0 (M,), *extra (M,)) -> (M,)
     extra: tuple = ()     # what else token_loss reads: tensors (B, T) or (B, 1)
-    inputs: dict = {}     # in blocks: position and attn_mask of Transformer.forward
+    inputs: dict = {}     # in blocks: what beside_clean() returns, for Transformer.forward
 
 
 @dataclass
@@ -890,7 +886,7 @@ class BlockDiffusion(Objective):
         levels = map(noise_level, p_noise.split(n, dim=1), given.split(n, dim=1))  # of a block
         level = torch.cat([*levels, torch.zeros_like(x0)], dim=1)  # (B, 2T): x0 has no noise
         return Noised(torch.cat([xt, x0], dim=1), is_mask, weight, level,
-                      inputs=beside_clean(x0.size(1), n, x0.device))
+                      inputs=beside_clean(x0.size(1), n, model.config.n_conv, x0.device))
 
 
 OBJECTIVES = {'ar': Autoregression, 'mdm': MaskedDiffusion, 'd3pm': D3PM, 'uniform': Uniform,
@@ -948,29 +944,24 @@ class KVCache:
         return self.inputs[number, :, begin - n:begin]
 
 
-def beside_clean(T, block_length, device):
-    """How [xt ; x0] is read [BD3-LM]: {'position': (2T,), 'attn_mask': (2T, 2T)}.
+def beside_clean(T, block_length, K, device):
+    """How [xt ; x0] is read [BD3-LM]: position (2T,), attn_mask (2T, 2T), neighbours.
 
     Both halves stand at positions 0..T-1. xt sees its own block and the clean blocks before it; x0
-    its own block and those before it.
+    its own block and those before it. neighbours: (j, found) for each of the K of local mixing:
+    where it is, (2T,), and whether it is visible, (2T, 1). Two tokens stand at every position; the
+    neighbour is the one of them that a token may attend to, if any.
     """
     position = torch.arange(T, device=device)
     block = position // block_length
     own, before = block[:, None] == block, block[:, None] > block  # 2 x (T, T)
     attn_mask = torch.cat([torch.cat([own, before], dim=1),
                            torch.cat([torch.zeros_like(own), own | before], dim=1)])
-    return {'position': position.repeat(2), 'attn_mask': attn_mask}
-
-
-def visible_neighbours(position, attn_mask, K):
-    """[(j, found)] for each of K neighbours: where it is, (2T,), and whether it is visible.
-
-    In [xt ; x0] two tokens stand at every position. The neighbour is the one of them that a token
-    may attend to, if any: found (2T, 1).
-    """
+    position = position.repeat(2)
     offset = position - position[:, None]  # (2T, 2T)
     visible = [attn_mask & (offset == k - K // 2) for k in range(K)]  # at most one in a row
-    return [(here.int().argmax(1), here.any(1, keepdim=True)) for here in visible]
+    neighbours = [(here.int().argmax(1), here.any(1, keepdim=True)) for here in visible]
+    return {'position': position, 'attn_mask': attn_mask, 'neighbours': neighbours}
 
 
 class LengthHead(nn.Module):
@@ -1251,12 +1242,12 @@ class HubNetwork(nn.Module):
 
     def forward(self, x, level=None, *, where=None, hidden=False, **other):
         require('prefix_cache or attn_anneal', True, not other, 'off for a masked model of the hub')
-        self.place(x, None, None, None)  # refuses more tokens than the context has
+        check_context(self.config, x.size(1))
         h = self.network(x).logits  # (B, T, V)
         h = h if where is None else h[where]  # (M, V)
         return h if hidden else self.logits(h)
 
-    logits, device, place = Transformer.logits, Transformer.device, Transformer.place
+    logits, device = Transformer.logits, Transformer.device
     count_parameters = Transformer.count_parameters
 
 

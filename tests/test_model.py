@@ -98,13 +98,13 @@ class ContextFree(nn.Module):
         super().__init__()
         self.always = torch.cat([logits, torch.tensor([-torch.inf])])
         self.mask_id = len(logits)
-        self.config = SimpleNamespace(block_size=T, vocab_size=len(logits) + 1,
+        self.config = SimpleNamespace(block_size=T, n_conv=0, vocab_size=len(logits) + 1,
                                       start_id=self.mask_id)
         self.embed = nn.Embedding(1, 1)
         self.asked = []
 
     def forward(self, x, level=None, where=None, cache=None, hidden=False, position=None,
-                attn_mask=None):
+                attn_mask=None, neighbours=None):
         self.asked.append((x, level))
         n = x.shape if where is None else (int(where.sum()),)
         h = torch.zeros(*n, 1)
@@ -754,7 +754,8 @@ def test_uniform_cost_is_precise_in_float32():
 def beside(model, xt, x0, block_length, level=None):
     """The logits (B, T, V) of xt (B, T) in blocks, beside the clean x0."""
     T = x0.size(1)
-    return model(torch.cat([xt, x0], dim=1), level, **beside_clean(T, block_length, 'cpu'))[:, :T]
+    return model(torch.cat([xt, x0], dim=1), level, **beside_clean(
+        T, block_length, model.config.n_conv, 'cpu'))[:, :T]
 
 
 @pytest.mark.parametrize('time_cond, n_conv', [(False, 0), (True, 0), (True, 5)])

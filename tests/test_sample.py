@@ -1784,7 +1784,7 @@ def test_corrupt_shows_the_noise_of_the_run_and_what_it_makes_of_it(run_main, ru
         assert corrupted == sample.visible(sample.show(xt[0].tolist(), run.tokenizer, mask_id))
         if block_length:  # behind it the clean text, of level 0
             reads = torch.cat([xt, x0], dim=1), torch.tensor([[k / 5, 0.0]]).repeat_interleave(T, 1)
-            more = beside_clean(T, block_length, 'cpu')
+            more = beside_clean(T, block_length, run.model.config.n_conv, 'cpu')
         else:
             reads, more = (xt, torch.full((1, 1), k / 5)), {}
         with torch.no_grad():
