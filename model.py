@@ -1317,6 +1317,6 @@ def export_model(run, folder):
     network.generation_config.suppress_tokens = [c.mask_id]  # ours never predicts it
     network.save_pretrained(folder)
     if run.meta['tokenizer']['kind'] == 'hf':
-        end = run.tokenizer.tokenizer.decode([run.meta['eos_id']], skip_special_tokens=False)
+        end = run.tokenizer.library.decode([run.meta['eos_id']], skip_special_tokens=False)
         transformers.PreTrainedTokenizerFast(
-            tokenizer_object=run.tokenizer.tokenizer, eos_token=end).save_pretrained(folder)
+            tokenizer_object=run.tokenizer.library, eos_token=end).save_pretrained(folder)

@@ -56,6 +56,7 @@ from contextlib import suppress
 from functools import cache, lru_cache, partial
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import requests
@@ -142,12 +143,10 @@ def choose_recipe(what, prompts, answers, fields, documents, text_field, max_doc
     known = what in recipe_names()
     names = fields.split(',') if fields else [text_field]  # of text_field even with a comma in it
     ways = known, prompts, fields, documents or text_field
-    if known and any(ways[1:]):
-        raise UserError(f'{what} has a recipe, which says how it is read: leave out --prompts, '
-                        '--fields, --documents and --text_field')
     if sum(map(bool, ways)) > 1 or bool(prompts) != bool(answers):
         raise UserError('rows are made from --prompts=FILE --answers=FILE, or from a file with '
-                        '--fields=PROMPT,ANSWER, or from a text or --text_field with --documents')
+                        '--fields=PROMPT,ANSWER, or from a text or --text_field with --documents; '
+                        'a recipe says itself how its data set is read')
     recipe = load_recipe(what if known else '__init__')
     if what.startswith('hf:'):
         require('text_field', text_field, text_field or fields, 'a column, unless fields is set')
@@ -220,36 +219,23 @@ def download(urls, path, sha256, timeout=(3, 15), tries=4, pause=0.5):
                     '--source=FILE')
 
 
-def unpack(path):
-    """Writes the content of path, x.gz, to x. Raises UserError if it is damaged, and deletes it."""
-    try:
-        path.with_suffix('').write_bytes(gzip.decompress(path.read_bytes()))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        path.unlink()  # or every later run would take it as downloaded
-        raise UserError(f'{path} was damaged, and is deleted: run this again') from e
-
-
 def fetch(recipe):
     """(path, source in words) of a recipe's text, which is downloaded, or else made.
 
     The path is that of the one file, or of the folder with all of them."""
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
-    if not recipe['mirrors']:
-        made = recipe['make'] and recipe['make'](DOWNLOADS)
-        require('mirrors', [], made, 'some URLs: the recipe makes no text')
-        return made
+    mirrors, files = recipe['mirrors'], recipe['files']
     try:
-        for file, sha256 in recipe['files'].items():
-            target = DOWNLOADS / recipe['folder'] / file
-            download([mirror + file for mirror in recipe['mirrors']], target, sha256)
-            if target.suffix == '.gz':
-                unpack(target)
+        require('mirrors', mirrors, mirrors, 'some URLs: the recipe makes no text')
+        for file, sha256 in files.items():
+            download([mirror + file for mirror in mirrors], DOWNLOADS / recipe['folder'] / file,
+                     sha256)
     except UserError:
         if recipe['make'] and (made := recipe['make'](DOWNLOADS)):
             return made
         raise
-    place = recipe['folder'] or file.removesuffix('.gz')
-    return DOWNLOADS / place, recipe['mirrors'][0] + place
+    place = recipe['folder'] or file
+    return DOWNLOADS / place, mirrors[0] + place
 
 
 def save_hub_data(what, columns, max_docs, folder):
@@ -290,13 +276,15 @@ def licence_of(place):
 
 
 def members(path):
-    """[files in a folder], [zipfile.Path of each file in a zip], or [the file itself]."""
-    if path.is_dir():
-        return [*path.iterdir()]
+    """[each file in a folder], [each in a zip], or [the file itself], as things with name and open.
+
+    A file x.gz is called x, and read as what is in it."""
     if zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
         return [zipfile.Path(archive, file) for file in archive.namelist() if file[-1] != '/']
-    return [path]
+    return [SimpleNamespace(name=file.stem, open=partial(gzip.open, file))
+            if file.suffix == '.gz' else file
+            for file in (path.iterdir() if path.is_dir() else [path])]
 
 
 def find_texts(what, recipe, sources):
@@ -310,28 +298,25 @@ def find_texts(what, recipe, sources):
     else:
         path, words = fetch(recipe)
         paths = [path]
-    for path in paths:
-        if not path.exists():
-            raise UserError(f'there is no file {str(path)!r} '
-                            f'(data sets: {", ".join(recipe_names())})')
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise UserError(f'there is no file {missing[0]!r} (data sets: {", ".join(recipe_names())})')
 
     def file_called(name):  # 'a|b' is the file a or b
         for option in name.split('|'):
             if option in by_name:
                 return by_name[option]
-        raise UserError(f'{path} is not {what}: it has no {name.replace("|", " or ")}')
+        raise UserError(f'{paths[0]} is not {what}: it has no {name.replace("|", " or ")}')
 
     try:
         files = [file for path in paths for file in members(path)]
         by_name = {file.name: file for file in files}
         texts = {split: [*map(file_called, names)] for split, names in recipe['text'].items()}
-        if not texts:
-            if path.is_dir() or len(files) != len(paths):
-                raise UserError(f'{path} is not a text')
-            texts = {'': files}
+        if not texts and (paths[0].is_dir() or len(files) != len(paths)):
+            raise UserError(f'{paths[0]} is not a text')
+        texts = texts or {'': files}
         sha256 = sha256_of(*itertools.chain(*texts.values()))
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # the last: encrypted
-        raise UserError(f'{", ".join(map(str, paths))} cannot be read ({e})'
+    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError) as e:
+        raise UserError(f'{", ".join(map(str, paths))} cannot be read ({e})'  # or is encrypted
                         + ': delete it and run this again' * (not sources)) from e
     if sources and recipe['title'] and sha256 not in recipe['files'].values():
         words += f' (not the published {recipe["title"]})'
@@ -340,13 +325,13 @@ def find_texts(what, recipe, sources):
 
 def read_chunks(file):
     """Yields the text of a UTF-8 file in pieces of READ_SIZE, line ends untouched."""
-    with file.open('r', encoding='utf-8-sig', newline='') as f:  # without a byte order mark
+    with file.open('rt', encoding='utf-8-sig', newline='') as f:  # without a byte order mark
         try:
             while chunk := f.read(READ_SIZE):
                 yield chunk
         except UnicodeDecodeError as e:
             offset = f.buffer.tell() - len(e.object) + e.start
-            raise UserError(f'{file} is not UTF-8 at byte {offset}: convert it first') from e
+            raise UserError(f'{file.name} is not UTF-8 at byte {offset}: convert it first') from e
 
 
 def recut(chunks, where):
@@ -377,8 +362,8 @@ def read_pairs(prompts, answers):
     pairs = itertools.zip_longest(*(split_at('\n', read_chunks(f)) for f in (prompts, answers)))
     for i, pair in enumerate(pairs, start=1):
         if None in pair:
-            raise UserError(f'{(prompts, answers)[pair.index(None)]} ends before line {i} of the '
-                            'other file: they must correspond line by line')
+            raise UserError(f'{(prompts, answers)[pair.index(None)].name} ends before line {i} of '
+                            'the other file: they must correspond line by line')
         yield pair
 
 
@@ -391,14 +376,14 @@ def read_fields(file, names):
     try:
         for i, record in enumerate(records, start=1):
             if missing := [name for name in names if record.get(name) is None]:
-                raise UserError(f'record {i} of {file} has no {missing[0]!r}, only '
+                raise UserError(f'record {i} of {file.name} has no {missing[0]!r}, only '
                                 f'{", ".join(str(k) for k, v in record.items() if v is not None)}')
             texts = (v if isinstance(v := record[name], str) else json.dumps(v, ensure_ascii=False)
                      for name in names)
             # JSON can hold half a surrogate pair, which is no text
             yield [text.encode('utf-8', 'replace').decode() for text in texts]
     except (ValueError, AttributeError, RecursionError, csv.Error) as e:
-        raise UserError(f'{file} is not a .csv or .jsonl of records, after record {i}: {e}') from e
+        raise UserError(f'{file.name} is no .csv or .jsonl of records, after {i}: {e}') from e
 
 
 def read_texts(file, name, rows):
@@ -502,41 +487,6 @@ def open_splits(recipe, texts, kind, val_share, seed):
     return {split: partial(items_of, split) for split in splits}
 
 
-class CharTokenizer:
-    """One id per character, in the order of `chars`; after them the `specials` {text: id}.
-
-    An EOT in the text is encoded as its id only in a stream, whose one special token it is."""
-
-    def __init__(self, chars, specials):
-        self.pieces = [*chars, *specials]  # of each id
-        self.ids = {char: i for i, char in enumerate(chars)}
-        if specials.keys() == {EOT}:
-            self.ids[SURROGATE] = specials[EOT]
-
-    def encode(self, text):
-        text = text.replace(EOT, SURROGATE) if SURROGATE in self.ids else text
-        if lacking := sorted(map(repr, set(text) - self.ids.keys())):
-            raise UserError(f'the tokenizer does not know {" ".join(lacking[:9])}')
-        return [self.ids[char] for char in text]
-
-    def decode(self, ids):
-        return ''.join(self.pieces[i] for i in ids)
-
-
-class BytePairTokenizer:
-    """A tiktoken.Encoding. As above, an EOT in the text is encoded as its id only in a stream."""
-
-    def __init__(self, encoding):
-        self.encoding = encoding
-        self.allowed = {EOT} if encoding.special_tokens_set == {EOT} else set()
-
-    def encode(self, text):
-        return self.encoding.encode(text, allowed_special=self.allowed, disallowed_special=())
-
-    def decode(self, ids):
-        return self.encoding.decode([int(i) for i in ids])
-
-
 def optional(module, extra):
     """A module that not everybody installs, only imported where it is needed. Raises UserError."""
     try:
@@ -545,42 +495,58 @@ def optional(module, extra):
         raise UserError(f"{module} is needed: pip install -e '.[{extra}]'") from e
 
 
-class HubTokenizer:
-    """The tokenizer of a model of the Hugging Face hub, from the text of its tokenizer.json.
+class Tokenizer:
+    """encode(text) -> list of ids and decode(ids) -> text.
 
-    As above, an EOT in the text is encoded as its id only in a stream, and no text as any other
-    special token. A mask that is an ordinary token, as DiffuGPT's, may occur in the text, and
-    gather() then refuses the data: prepare them with --tokenizer=gpt2, which has a mask of its own.
-    """
+    An EOT in the text is encoded as eos_id, or, where that is None, as any other text; nothing is
+    encoded as another special token. encode_text, decode_ids: the same between EOTs. library: the
+    object of tiktoken or tokenizers that does the work."""
 
-    def __init__(self, json_text, specials):
-        self.tokenizer = optional('tokenizers', extra='hf').Tokenizer.from_str(json_text)
-        self.tokenizer.no_truncation()  # the file may ask for both, at 512 tokens
-        self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # as ordinary text: '[MASK]' is no mask
-        self.eos_id = specials[EOT] if specials.keys() == {EOT} else None
+    def __init__(self, encode_text, decode_ids, eos_id, library=None):
+        self.encode_text, self.decode_ids = encode_text, decode_ids
+        self.eos_id, self.library = eos_id, library
 
     def encode(self, text):
         ids = []
         for part in [text] if self.eos_id is None else text.split(EOT):
-            ids += [self.eos_id, *self.tokenizer.encode(part, add_special_tokens=False).ids]
+            ids += [self.eos_id, *self.encode_text(part)]
         return ids[1:]  # without the first EOS, since EOTs are between the parts
 
     def decode(self, ids):
-        parts = [[]]  # between EOS, whose text may be another than EOT here
+        parts = [[]]  # between EOS, whose text may be another than EOT in a tokenizer of the hub
         for i in map(int, ids):
             parts.append([]) if i == self.eos_id else parts[-1].append(i)
-        return EOT.join(self.tokenizer.decode(part, skip_special_tokens=False) for part in parts)
+        return EOT.join(map(self.decode_ids, parts))
+
+
+def encode_chars(id_of, text):
+    """The ids of the characters of a text, by the dictionary id_of. Raises UserError."""
+    if lacking := sorted(map(repr, set(text) - id_of.keys())):
+        raise UserError(f'the tokenizer does not know {" ".join(lacking[:9])}')
+    return [id_of[char] for char in text]
 
 
 def load_tokenizer(meta):
-    """The tokenizer that meta describes: encode(text) -> list of ids, decode(ids) -> text."""
+    """The Tokenizer that meta describes.
+
+    An EOT in the text is encoded as its id only in a stream, whose one special token it is.
+    Of hf: a mask that is an ordinary token, as DiffuGPT's, may occur in the text, and gather() then
+    refuses the data: prepare them with --tokenizer=gpt2, which has a mask of its own.
+    """
     spec = meta['tokenizer']
     specials = {text: meta[key] for key, text in SPECIALS.items() if meta.get(key) is not None}
+    eos_id = specials[EOT] if specials.keys() == {EOT} else None
     if spec['kind'] == 'char':
-        return CharTokenizer(spec['chars'], specials)
+        pieces = [*spec['chars'], *specials]  # of each id
+        return Tokenizer(partial(encode_chars, {char: i for i, char in enumerate(spec['chars'])}),
+                         lambda ids: ''.join(pieces[i] for i in ids), eos_id)
     if spec['kind'] == 'hf':
-        return HubTokenizer(spec['json'], specials)
+        hub = optional('tokenizers', extra='hf').Tokenizer.from_str(spec['json'])
+        hub.no_truncation()  # the file may ask for both, at 512 tokens
+        hub.no_padding()
+        hub.encode_special_tokens = True  # as ordinary text: '[MASK]' is no mask
+        return Tokenizer(lambda text: hub.encode(text, add_special_tokens=False).ids,
+                         partial(hub.decode, skip_special_tokens=False), eos_id, hub)
     if spec['kind'] == 'bpe':
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec['ranks'])}
     else:
@@ -590,9 +556,10 @@ def load_tokenizer(meta):
             raise UserError("GPT-2's files vocab.bpe and encoder.json cannot be fetched: set "
                             "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or use "
                             '--tokenizer=bpe') from e
-    return BytePairTokenizer(tiktoken.Encoding(
+    encoding = tiktoken.Encoding(
         spec['kind'], pat_str=spec.get('pattern', GPT2_PATTERN), mergeable_ranks=ranks,
-        special_tokens=specials))
+        special_tokens=specials)
+    return Tokenizer(encoding.encode_ordinary, encoding.decode, eos_id, encoding)
 
 
 def texts_of(layout, *reads):
@@ -781,22 +748,23 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
            ('char', 'gpt2', 'bpe', 'hf:NAME'))
     require('vocab_size', vocab_size, kind == 'bpe' or not vocab_size, '0 without --tokenizer=bpe')
     require('max_docs', max_docs, what.startswith('hf:') or not max_docs, '0 without hf:NAME')
-    known = what in recipe_names() or what.startswith('hf:')
-    own = [prompts, answers] if prompts else [source] if source else [] if known else [what]
+    own = [prompts, answers] if prompts else [source] if source else \
+        [] if what in recipe_names() or what.startswith('hf:') else [what]
     path = Path(what.removeprefix('hf:'))
     own_name = path.stem if path.is_file() and not prompts else path.name
     target = Path('data', name or own_name.replace(':', '-'))
     foreign = target.exists() and not (target / 'meta.json').exists()  # not written by prepare()
     # nor may the folder hold what is read: it would be thrown away with the older data set
-    foreign |= any(target.resolve() in Path(file, '_').resolve().parents for file in (path, *own))
+    foreign |= any(Path(file).resolve().is_relative_to(target.resolve()) for file in (path, *own))
     if foreign or target.parent != Path('data') or target in (DOWNLOADS, Path('data', '..')):
         raise UserError(f'{target} cannot be the folder of a data set: choose another --name')
     texts, origin = find_texts(what, recipe, own)
     splits = open_splits(recipe, texts, kind, val_share, seed)
     vocabulary = make_vocabulary(kind, layout, splits, vocab_size or recipe['vocab_size'])
-    row_length = (max_prompt + 1 if layout == 'pairs' else 0) + max_answer + 1  # with SEP and EOS
-    meta = {'name': target.name, 'layout': 'stream' if layout == 'stream' else 'rows',
-            'row_length': None if layout == 'stream' else row_length, **vocabulary, **origin,
+    row_length = {'stream': None, 'documents': max_answer + 1,  # with EOS
+                  'pairs': max_prompt + 1 + max_answer + 1}[layout]
+    meta = {'name': target.name, 'layout': 'rows' if row_length else 'stream',
+            'row_length': row_length, **vocabulary, **origin,
             'is_chat': recipe['unfold'] is unfold_turns,  # prompts are written by chat_prompt()
             'counts': {split: {} for split in splits}}
     encode = encode_stream if layout == 'stream' else partial(

@@ -53,8 +53,7 @@ from config import UserError, one_of, require
 from model import SCHEDULES, KVCache, MaskedDiffusion, Objective, Transformer, after_start, \
     alpha_and_weight, cross_entropy, export_model, first_to_hold, load_checkpoint, load_model, \
     make_objective, pick_device
-from prepare import EOT, SPECIALS, CharTokenizer, chat_prompt, load_tokenizer, mixed_seed, \
-    read_chunks, split_row
+from prepare import EOT, SPECIALS, chat_prompt, load_tokenizer, mixed_seed, read_chunks, split_row
 
 # what is read
 out_dir = 'out/shakespeare_mdm'  # the folder of the run whose model is used
@@ -1084,7 +1083,7 @@ def show_corruption(run, text, seed):
     if run is None:
         chars = ''.join(sorted(set(text)))
         run = Run('', SimpleNamespace(mask_id=len(chars), device='cpu'), MaskedDiffusion(), {},
-                  CharTokenizer(chars, {}), {}, 0, '')
+                  load_tokenizer({'tokenizer': {'kind': 'char', 'chars': chars}}), {}, 0, '')
     require('corrupt', text, not run.objective.exact, "'' for an ar run, which undoes no noise")
     x0 = torch.tensor([run.tokenizer.encode(text)], device=run.model.device)  # (1, T)
     require('corrupt', text, x0.numel(), 'a text that has tokens')
