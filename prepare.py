@@ -198,22 +198,21 @@ def download(urls, path, sha256, timeout=(3, 15), tries=4, pause=0.5):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f'{path}.part')
-    problems = dict.fromkeys(urls, '')  # {url: the last problem with it}
-    for attempt in range(tries):
+    problems = {}  # {url: the last problem with it}
+    for attempt, url in itertools.product(range(tries), urls):
+        if problems.get(url) == 'ConnectTimeout':
+            continue  # nobody is there, and asking again takes long
         time.sleep(pause * attempt)
-        for url in urls:
-            if problems[url] == 'ConnectTimeout':
-                continue  # nobody is there, and asking again takes long
-            try:
-                append_rest(url, part, timeout)
-                if sha256 in (None, sha256_of(part)):
-                    return os.replace(part, path)
-                part.unlink()
-                problems[url] = 'wrong checksum'
-            except requests.HTTPError as e:
-                problems[url] = f'HTTP status {e.response.status_code}'
-            except requests.RequestException as e:
-                problems[url] = type(e).__name__
+        try:
+            append_rest(url, part, timeout)
+            if sha256 in (None, sha256_of(part)):
+                return os.replace(part, path)
+            part.unlink()
+            problems[url] = 'wrong checksum'
+        except requests.HTTPError as e:
+            problems[url] = f'HTTP status {e.response.status_code}'
+        except requests.RequestException as e:
+            problems[url] = type(e).__name__
     listed = '; '.join(f'{url}: {problem}' for url, problem in problems.items())
     raise UserError(f'cannot download {path.name} ({listed}): get it in another way and add '
                     '--source=FILE')
@@ -678,10 +677,10 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer, truncate):
             count['empty'] += 1
             continue
         lengths.append((len(prompt), len(answer)))
-        if len(prompt) > max_prompt or len(answer) > max_answer:
-            count['long'] += 1
-            if is_pair and not truncate:
-                continue
+        is_long = len(prompt) > max_prompt or len(answer) > max_answer
+        count['long'] += is_long
+        if is_long and is_pair and not truncate:
+            continue
         if {meta['eos_id'], meta['sep_id']} & {*prompt, *answer}:  # some of the hub's encode it
             raise UserError('a text holds what ends a prompt or text here: '
                             + encoder.decode(prompt + answer)[:99])
@@ -691,8 +690,7 @@ def encode_rows(pairs, encoder, count, meta, max_prompt, max_answer, truncate):
         count['characters'] += len(text)
         count['bytes'] += len(text.encode('utf-8'))
         kept.append((len(prompt), len(answer) + 1))
-        row = [*prompt, meta['sep_id'], *answer] if is_pair else answer
-        row = [*row, meta['eos_id']]
+        row = [*prompt, *[meta['sep_id']] * is_pair, *answer, meta['eos_id']]
         yield row + [meta['pad_id']] * (meta['row_length'] - len(row))
     n_prompt, n_scored = np.array(kept, int).reshape(-1, 2).T  # (rows,) each
     count.update(rows=len(kept), scored=n_scored.sum().item(),
@@ -719,13 +717,12 @@ def write_dataset(target, meta, encoded):
             with open(work / f'{split}.bin', 'wb') as f:
                 for ids in tqdm(lists, f'{target.name} {split}', delay=1):
                     f.write(np.array(ids, dtype).tobytes())
-                meta['counts'][split]['tokens'] = tokens = f.tell() // dtype.itemsize
-            if tokens < 2:
                 count = meta['counts'][split]
-                why = f' ({count["empty"]} rows are empty, {count["long"]} too long)' \
-                    if 'empty' in count else ''
-                raise UserError(f'{target.name} is too short: its {split} split has {tokens} '
-                                f'tokens{why}')
+                count['tokens'] = f.tell() // dtype.itemsize
+            if count['tokens'] < 2:
+                raise UserError(f'{target.name} is too short: its {split} split has '
+                                f'{count["tokens"]} tokens (of rows, {count.get("empty", 0)} were '
+                                f'empty and {count.get("long", 0)} too long)')
         if meta['layout'] == 'rows':
             meta['max_answer'] = max(count['longest'] for count in meta['counts'].values())
         (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
@@ -788,26 +785,23 @@ def load_meta(dataset):
     try:
         # data sets of earlier versions have no dtype
         meta = {'dtype': 'uint16'} | json.loads(path.read_text(encoding='utf-8'))
-        wrong = [key for key, kind in META_TYPES.items() if not isinstance(meta.get(key), kind)]
-        if TOKENIZER_KEYS[meta['tokenizer']['kind']] != meta['tokenizer'].keys() - {'kind'}:
-            wrong.append('tokenizer')
-        wrong += ['dtype'] * (meta['dtype'] not in ('uint16', 'uint32'))
-        wrong += [split for split, count in meta['counts'].items()
-                  if [type(count[k]) for k in ('tokens', 'characters', 'bytes')] != [int] * 3]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        wrong = [f'{type(e).__name__}: {e}']
-    if wrong:
-        raise UserError(f'{path} is damaged ({", ".join(wrong)}): prepare {dataset} again')
+        fine = [isinstance(meta.get(key), kind) for key, kind in META_TYPES.items()]
+        fine += [TOKENIZER_KEYS[meta['tokenizer']['kind']] == meta['tokenizer'].keys() - {'kind'}]
+        fine += [meta['dtype'] in ('uint16', 'uint32')]
+        fine += [isinstance(count[key], int) for count in meta['counts'].values()
+                 for key in ('tokens', 'characters', 'bytes')]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fine = [False]
+    if not all(fine):
+        raise UserError(f'{path} is damaged: prepare {dataset} again')
     return meta
 
 
 def load_split(dataset, split):
     """The ids of a split (N,), a read-only memmap. Raises UserError."""
     path, meta = Path('data', dataset, f'{split}.bin'), load_meta(dataset)
-    counts, dtype = meta['counts'], np.dtype(meta['dtype'])
-    if split not in counts:
-        raise UserError(f'{dataset} has no split {split!r}, only {", ".join(counts)}')
-    tokens = counts[split]['tokens']
+    one_of('split', split, meta['counts'])
+    tokens, dtype = meta['counts'][split]['tokens'], np.dtype(meta['dtype'])
     size = path.stat().st_size if path.is_file() else 0
     if tokens == 0 or size != dtype.itemsize * tokens:
         raise UserError(f'{path} has {size} bytes for {tokens} tokens: prepare {dataset} again')
@@ -948,7 +942,7 @@ class Stream:
         The windows lie side by side, and the last may be shorter than T. limit: read only so many
         whole windows, evenly spread; 0 = all.
         """
-        data, T, starts = self.whole_windows(split, self.block_size, limit)
+        data, starts, T = self.whole_windows(split, self.block_size, limit)
         parts = [(starts[i:i + batch_size], T) for i in range(0, len(starts), batch_size)]
         if len(starts) == len(data) // T and len(data) % T:
             parts.append((np.array([len(data) // T * T]), len(data) % T))
@@ -956,17 +950,16 @@ class Stream:
 
     def windows(self, split, T, n):
         """n windows (n, T) int64 of a split, evenly spread, or all that there are; 0 = all."""
-        data, T, starts = self.whole_windows(split, T, n)
-        return self.read(data, starts, T)[0]
+        return self.read(*self.whole_windows(split, T, n))[0]
 
     def whole_windows(self, split, T, limit):
-        """(the ids (N,) of a split; T, or N if that is less; where windows of T tokens begin).
+        """(the ids (N,) of a split; where windows of T tokens begin; T, or N if that is less).
 
         They lie side by side. limit: only so many of them, evenly spread; 0 = all.
         """
         data = self.train if split == 'train' else self.tokens(split)
         T = min(T, len(data))
-        return data, T, evenly(len(data) // T, limit) * T
+        return data, evenly(len(data) // T, limit) * T, T
 
     def read(self, data, starts, T):
         """Windows x0 (B, T) int64 that begin at starts (B,), and given (B, T) bool, all False."""

@@ -151,7 +151,7 @@ def test_lines_of_a_picture_differ():
     (['--out_dir=out/ar,out/ar', '--task=curves'], 'of the same name'),
     (['--out_dir=out/nowhere', '--task=curves'], 'is not a run'),
     (['--out_dir=out/ar,out/other', '--task=generation'], 'cannot be compared'),
-    (['--split=test'], "no split 'test'"),
+    (['--split=test'], "split is 'test', not one of train"),
     (['--repeats=1'], 'repeats is 1'),
     (['--judge=out/mdm', '--task=generation'], 'must be an ar run'),
     (['--decoder=ar', '--task=generation'], "decoder is 'ar', not one of auto, remdm"),

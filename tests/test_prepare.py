@@ -349,7 +349,7 @@ def test_what_is_missing_or_left_out_is_said():
     assert done.stderr.count('\n') == 1
     with pytest.raises(UserError, match='vocab_size is 300, but it must be 0 without'):
         prepare.prepare('verse.txt', tokenizer='char', vocab_size=300)
-    with pytest.raises(UserError, match='0 rows are empty, 9 too long'):
+    with pytest.raises(UserError, match='of rows, 0 were empty and 9 too long'):
         Path('p').write_text('abc\n' * 10), Path('a').write_text('abc\n' * 10)
         prepare.prepare('long', tokenizer='char', prompts='p', answers='a', max_prompt=2)
 
@@ -1172,7 +1172,7 @@ def test_damaged_meta_is_one_line(damage):
     else:
         text = damage
     path.write_text(text)
-    with pytest.raises(UserError, match='meta.json is damaged .*prepare verse again'):
+    with pytest.raises(UserError, match='meta.json is damaged: prepare verse again'):
         prepare.load_meta('verse')
 
 
@@ -1180,7 +1180,7 @@ def test_missing_data_and_wrong_sizes_are_one_line():
     with pytest.raises(UserError, match='no data.nix.meta.json: run python prepare.py nix'):
         prepare.load_meta('nix')
     prepare.prepare(write('verse.txt', VERSE))
-    with pytest.raises(UserError, match="no split 'test', only train, val"):
+    with pytest.raises(UserError, match="split is 'test', not one of train, val"):
         prepare.load_split('verse', 'test')
     with open('data/verse/val.bin', 'ab') as f:
         f.write(b'\0')
