@@ -64,7 +64,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from config import UserError, one_of, override, read_config, require
+from config import UserError, as_user_error, one_of, override, read_config, require
 
 name = ''          # the folder in data/; '' = named as the data set, or as the file without its
                    # suffix
@@ -250,7 +250,9 @@ def save_hub_data(what, columns, max_docs, folder):
     place, file = (str(path.resolve().parent), path.name) if path.is_file() else (name, None)
     target = folder / f'{path.stem}.hf.jsonl'  # never the file that is read: its name is longer
     part = Path(f'{target}.part')
-    try:
+    # errors are of many kinds, for want of a package, of a network, of a known format
+    with as_user_error(Exception, f'{what} cannot be read', ": hf: needs pip install -e '.[hf]', "
+                       'and a network or the path of a folder or file of Parquet'):
         from datasets import load_dataset_builder
         builder = load_dataset_builder(place, subset or None, data_files=file)
         records = builder.as_streaming_dataset(split or 'train').select_columns(columns)
@@ -258,10 +260,6 @@ def save_hub_data(what, columns, max_docs, folder):
             for record in tqdm(itertools.islice(records, max_docs or None), path.name, delay=1):
                 f.write(json.dumps(record) + '\n')
         os.replace(part, target)
-    except Exception as e:  # of many kinds, for want of a package, of a network, of a known format
-        reason = f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'
-        raise UserError(f"{what} cannot be read ({reason}): hf: needs pip install -e '.[hf]', and "
-                        'a network or the path of a folder or file of Parquet') from e
     revision = builder.base_path.partition('@')[2] or 'of a local file'
     return target, f'{what}, revision {revision}, licence {licence_of(builder.base_path)}'
 
@@ -306,7 +304,9 @@ def find_texts(what, recipe, sources):
                 return by_name[option]
         raise UserError(f'{paths[0]} is not {what}: it has no {name.replace("|", " or ")}')
 
-    try:
+    damaged = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError)
+    advice = f': delete {paths[0]} and run this again' * (not sources)
+    with as_user_error(damaged, f'{words} cannot be read', advice):  # RuntimeError: encrypted
         files = [file for path in paths for file in members(path)]
         by_name = {file.name: file for file in files}
         texts = {split: [*map(file_called, names)] for split, names in recipe['text'].items()}
@@ -314,9 +314,6 @@ def find_texts(what, recipe, sources):
             raise UserError(f'{paths[0]} is not a text')
         texts = texts or {'': files}
         sha256 = sha256_of(*itertools.chain(*texts.values()))
-    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError) as e:
-        raise UserError(f'{", ".join(map(str, paths))} cannot be read ({e})'  # or is encrypted
-                        + ': delete it and run this again' * (not sources)) from e
     if sources and recipe['title'] and sha256 not in recipe['files'].values():
         words += f' (not the published {recipe["title"]})'
     return texts, {'source': words, 'sha256': sha256}
@@ -398,13 +395,12 @@ def chat_prompt(messages):
 
 def unfold_turns(document):
     """[(prompt, answer)] of a document [conversation in JSON]: one for each answer in it."""
-    try:
+    with as_user_error((ValueError, TypeError, KeyError, AttributeError, RecursionError),
+                       f'{document[0][:60]} is no list of {{"role": "user" or "assistant", '
+                       '"content": TEXT}'):
         messages = json.loads(document[0])
         return [(chat_prompt(messages[:i]), message['content'].strip())
                 for i, message in enumerate(messages) if message['role'] == 'assistant']
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise UserError(f'{document[0][:60]} is no list of {{"role": "user" or "assistant", '
-                        '"content": TEXT}') from e
 
 
 def cut_documents(read):
@@ -488,10 +484,8 @@ def open_splits(recipe, texts, kind, val_share, seed):
 
 def optional(module, extra):
     """A module that not everybody installs, only imported where it is needed. Raises UserError."""
-    try:
+    with as_user_error(ImportError, f"{module} is needed: pip install -e '.[{extra}]'"):
         return importlib.import_module(module)
-    except ImportError as e:
-        raise UserError(f"{module} is needed: pip install -e '.[{extra}]'") from e
 
 
 class Tokenizer:
@@ -549,12 +543,10 @@ def load_tokenizer(meta):
     if spec['kind'] == 'bpe':
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec['ranks'])}
     else:
-        try:
+        with as_user_error((OSError, ValueError), "GPT-2's files vocab.bpe and encoder.json cannot "
+                           "be fetched: set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or "
+                           'use --tokenizer=bpe'):
             ranks = tiktoken.get_encoding('gpt2')._mergeable_ranks  # downloads them once
-        except (requests.RequestException, OSError, ValueError) as e:
-            raise UserError("GPT-2's files vocab.bpe and encoder.json cannot be fetched: set "
-                            "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or use "
-                            '--tokenizer=bpe') from e
     encoding = tiktoken.Encoding(
         spec['kind'], pat_str=spec.get('pattern', GPT2_PATTERN), mergeable_ranks=ranks,
         special_tokens=specials)
@@ -568,32 +560,36 @@ def texts_of(layout, *reads):
             yield from [item.replace(EOT, SURROGATE)] if layout == 'stream' else item
 
 
-def learn_byte_pairs(texts, n):
-    """At most n tokens: the bytes of each, in base64, in the order of their ids."""
-    trainer = optional('rustbpe', extra='bpe').Tokenizer()
-    trainer.train_from_iterator(texts, n, buffer_size=16, pattern=GPT2_PATTERN)
-    tokens = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])  # (bytes, id)
-    return [base64.b64encode(bytes(token)).decode() for token, _ in tokens]
-
-
 def from_hub(kind, name, **how):
     """transformers.<kind>.from_pretrained(name, **how), name on the hub or a folder."""
     transformers = optional('transformers', extra='hf')
     transformers.logging.set_verbosity_error()  # what is wrong is said below, in one line
     transformers.logging.disable_progress_bar()
-    try:
+    own_code = '; its own code needs --trust_remote_code' * ('trust_remote_code' in how)
+    # errors are of many kinds: no network, no such name, a damaged or missing file
+    with as_user_error(Exception, f'hf:{name} cannot be loaded',
+                       f': without a network write hf:FOLDER{own_code}'):
         return getattr(transformers, kind).from_pretrained(name, **how)
-    except Exception as e:  # of many kinds: no network, no such name, a damaged or missing file
-        own_code = '; its own code needs --trust_remote_code' * ('trust_remote_code' in how)
-        raise UserError(f'hf:{name} cannot be loaded ({" ".join(str(e).split())[:150]}): without a '
-                        f'network write hf:FOLDER{own_code}') from e
+
+
+def number_specials(n, specials, own, tokenizer):
+    """What meta.json says of ids: vocab_size, those of the special tokens and mask, the tokenizer.
+
+    A special token that is not in `own`, {key: id}, gets a new id: they follow the n ordinary
+    tokens in the order of `specials`, and the mask is the last."""
+    ids = dict.fromkeys([*own, *SPECIALS])
+    for key in [*specials, 'mask_id']:
+        lacks = own.get(key) is None or key == 'sep_id' and own[key] == ids['eos_id']
+        ids[key], n = (n, n + 1) if lacks else (own[key], n)
+    return {'vocab_size': n - 1, **ids, 'dtype': 'uint16' if n <= 1 << 16 else 'uint32',
+            'tokenizer': tokenizer}
 
 
 def hub_vocabulary(name, layout):
     """As make_vocabulary, for a tokenizer of the hub, which keeps its ids, that of its mask too.
 
-    EOS is its own or, as in BERT, its sep token; SEP is its cls token, unless that is EOS. What it
-    lacks gets new ids after all of its own. PAD may be EOS, as in LLaDA."""
+    EOS is its own or, as in BERT, its sep token; SEP is its cls token, unless that is EOS. PAD may
+    be EOS, as in LLaDA."""
     hub = from_hub('AutoTokenizer', name)
     has_one = hub.is_fast and len(hub) > len(set(hub.all_special_ids))  # not one made of nothing
     require('tokenizer', f'hf:{name}', has_one, 'one that has a tokenizer.json')
@@ -601,19 +597,15 @@ def hub_vocabulary(name, layout):
            'sep_id': hub.cls_token_id, 'pad_id': hub.pad_token_id, 'mask_id': hub.mask_token_id}
     if own['mask_id'] is None:  # LLaDA's is in its config alone
         own['mask_id'] = getattr(from_hub('PretrainedConfig', name), 'mask_token_id', None)
-    ids, n = dict.fromkeys(SPECIALS), max(*hub.get_vocab().values(), own['mask_id'] or 0) + 1
-    for key in [*SPECIALS_OF[layout], 'mask_id']:
-        lacks = own[key] is None or key == 'sep_id' and own[key] == ids['eos_id']
-        ids[key], n = (n, n + 1) if lacks else (own[key], n)
-    return {'vocab_size': n - 1, **ids, 'dtype': 'uint16' if n <= 1 << 16 else 'uint32',
-            'tokenizer': {'kind': 'hf', 'json': hub.backend_tokenizer.to_str()}}
+    n = max(*hub.get_vocab().values(), own['mask_id'] or 0) + 1
+    return number_specials(n, SPECIALS_OF[layout], own,
+                           {'kind': 'hf', 'json': hub.backend_tokenizer.to_str()})
 
 
 def make_vocabulary(kind, layout, splits, vocab_size):
-    """What meta.json says of ids: vocab_size, mask_id, those of special tokens, and the tokenizer.
+    """What number_specials() says of a kind of tokenizer. Raises UserError.
 
-    But for hf: the n ordinary tokens come first, then special tokens, then the mask. Characters are
-    those of all splits; byte pairs are learned from train. Raises UserError."""
+    Characters are those of all splits; byte pairs are learned from train."""
     if kind.startswith('hf:'):
         return hub_vocabulary(kind[3:], layout)
     specials, spec = SPECIALS_OF[layout], {'kind': kind}
@@ -630,12 +622,13 @@ def make_vocabulary(kind, layout, splits, vocab_size):
         require('vocab_size', vocab_size, n >= 256, f'{256 + len(specials)} or more')
         texts = tqdm(texts_of(layout, splits['train']), 'learning byte pairs', delay=1)
         parts = (part for text in texts for part in text.split(SURROGATE))  # without EOTs
-        spec |= {'pattern': GPT2_PATTERN, 'ranks': learn_byte_pairs(parts, n)}
-        n = len(spec['ranks'])  # fewer, where the text has no more pairs to merge
-    ids = {key: n + i for i, key in enumerate(specials)}
-    mask_id = n + len(specials)
-    return {'vocab_size': mask_id, 'mask_id': mask_id, **dict.fromkeys(SPECIALS), **ids,
-            'dtype': 'uint16' if mask_id < 1 << 16 else 'uint32', 'tokenizer': spec}
+        trainer = optional('rustbpe', extra='bpe').Tokenizer()
+        trainer.train_from_iterator(parts, n, buffer_size=16, pattern=GPT2_PATTERN)
+        pairs = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])  # (bytes, id)
+        spec |= {'pattern': GPT2_PATTERN,
+                 'ranks': [base64.b64encode(bytes(token)).decode() for token, _ in pairs]}
+        n = len(pairs)  # fewer, where the text has no more pairs to merge
+    return number_specials(n, specials, {'mask_id': None}, spec)
 
 
 def encode_stream(pieces, encoder, count):
@@ -782,7 +775,8 @@ def load_meta(dataset):
     if not path.is_file():
         raise UserError(f'there is no {path}: run python prepare.py {dataset}, or with a file of '
                         'yours; dataset is the name of the folder that it makes')
-    try:
+    with as_user_error((ValueError, KeyError, TypeError, AttributeError), f'{path} is damaged',
+                       f': prepare {dataset} again'):
         # data sets of earlier versions have no dtype
         meta = {'dtype': 'uint16'} | json.loads(path.read_text(encoding='utf-8'))
         fine = [isinstance(meta.get(key), kind) for key, kind in META_TYPES.items()]
@@ -790,10 +784,8 @@ def load_meta(dataset):
         fine += [meta['dtype'] in ('uint16', 'uint32')]
         fine += [isinstance(count[key], int) for count in meta['counts'].values()
                  for key in ('tokens', 'characters', 'bytes')]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        fine = [False]
-    if not all(fine):
-        raise UserError(f'{path} is damaged: prepare {dataset} again')
+        if not all(fine):
+            raise ValueError('an entry of another kind')
     return meta
 
 
@@ -912,9 +904,8 @@ class Stream:
     def check(self):
         """Raises UserError where val is missing or the training text is shorter than a window."""
         self.tokens('val')
-        if len(self.train) < self.block_size:
-            raise UserError(f'block_size is {self.block_size}, but data/{self.dataset} has only '
-                            f'{len(self.train):,} training tokens')
+        require('block_size', self.block_size, self.block_size <= len(self.train),
+                f'{len(self.train)} or less: data/{self.dataset} has no more training tokens')
 
     def scored(self, split):
         """How many tokens of a split an evaluation scores: all."""
@@ -999,9 +990,9 @@ class Rows:
     def check(self):
         """Raises UserError where a row is longer than the context."""
         val = row_widths(self.rows('val'), self.meta, self.predict_pad)
-        if (widest := max(self.widths.max(), val.max())) > self.block_size:
-            raise UserError(f'data/{self.dataset} has rows of {widest} tokens: set block_size, '
-                            f'which is {self.block_size}, to {widest} or more')
+        widest = max(self.widths.max(), val.max())
+        require('block_size', self.block_size, widest <= self.block_size,
+                f'{widest} or more: data/{self.dataset} has rows of so many tokens')
 
     def rows(self, split):
         """All rows of a split, a memmap (N, row_length)."""
@@ -1079,8 +1070,7 @@ def open_data(dataset, block_size, batch_size, seed=0, *, random_length=0.0, tra
     meta = load_meta(dataset)
     common = (dataset, meta, block_size, batch_size, seed, random_length)
     if meta['layout'] == 'rows':
-        if train_tokens:
-            raise UserError(f'train_tokens is for a stream of text, but data/{dataset} has rows')
+        require('train_tokens', train_tokens, not train_tokens, f'0: data/{dataset} has rows')
         return Rows(*common, predict_pad, score_prompt, row_share, pad_curriculum)
     if predict_pad or score_prompt or row_share != 1.0:
         raise UserError('predict_pad, score_prompt and row_share are for rows, but '

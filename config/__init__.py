@@ -13,7 +13,7 @@ import difflib
 import os
 import runpy
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LIMITS = {  # {interval: names of the settings that must lie in it, whichever script has them}
@@ -48,6 +48,18 @@ def one_of(name, value, known):
     """Raises UserError unless the value of a setting is one of the known names."""
     if value not in known:
         raise UserError(f'{name} is {value!r}, not one of {", ".join(filter(None, known))}')
+
+
+@contextmanager
+def as_user_error(kinds, problem, advice=''):
+    """Turns an exception of these kinds into a UserError: problem (what the exception says)advice.
+
+    It is one line, whatever the exception says."""
+    try:
+        yield
+    except kinds as e:
+        said = ' '.join(str(e).split())[:200]
+        raise UserError(f'{problem} ({type(e).__name__}: {said}){advice}') from e
 
 
 def check_limits(settings):
@@ -160,11 +172,8 @@ def read_config(path):
     """{name: value} of a config file, run as Python, without imported modules. Raises UserError."""
     if not os.path.isfile(path):
         raise UserError(f'there is no config file {path!r} (a setting is written --name=value)')
-    try:
+    with as_user_error(Exception, f'config file {path!r} does not run'):
         found = runpy.run_path(path)
-    except Exception as e:
-        said = ' '.join(str(e).split())
-        raise UserError(f'config file {path!r} does not run: {type(e).__name__}: {said}') from e
     return {n: v for n, v in found.items() if not n.startswith('_') and type(v) is not type(ast)}
 
 

@@ -762,9 +762,9 @@ def test_an_unknown_data_set_ends_in_one_line(tmp_path):
     (['config/none.py'], 'there is no config file'), (['--objective=gan'], 'one of ar, mdm'),
     (['--optimizer=sgd'], 'muon, adamw'), (['--compile=maybe'], 'on, off'),
     (['--lr_schedule=x'], 'cosine, wsd'),
-    (['--n_head=3'], 'multiple of n_head'), (['--block_size=100000'], 'training tokens'),
+    (['--n_head=3'], 'multiple of n_head'), (['--block_size=100000'], 'no more training tokens'),
     (['--resume', '--out_dir=out/nowhere'], 'is not a run'), (['--device=tpu'], 'tpu'),
-    (['--train_tokens=20'], 'only 20 training tokens'),
+    (['--train_tokens=20'], 'block_size is 32, but it must be 20 or less'),
     (['--batch_size=0'], 'batch_size'), (['--max_iters=-1'], 'max_iters'),
     (['--epochs=0'], 'above 0'), (['--epochs'], 'epochs=VALUE'),
     (['--dtype=int8'], 'dtype'),
@@ -950,8 +950,8 @@ def test_two_processes_share_the_rows_of_one_with_accumulation_two(pairs):
 
 
 @pytest.mark.parametrize('words, said', [
-    ([*ROWS, '--block_size=8'], 'set block_size, which is 8, to'),
-    ([*ROWS, '--train_tokens=100'], 'train_tokens is for a stream'),
+    ([*ROWS, '--block_size=8'], 'block_size is 8, but it must be '),
+    ([*ROWS, '--train_tokens=100'], 'train_tokens is 100, but it must be 0: data/'),
     ([*ROWS, '--score_prompt', '--objective=mdm'], 'for objective=ar alone'),
     ([*ROWS, '--random_length=0.5'], 'which have nothing to crop'),
     ([*TINY, '--predict_pad'], 'are for rows'),
