@@ -163,7 +163,7 @@ def choose_recipe(what, prompts, answers, fields, documents, text_field, max_doc
 
 
 def sha256_of(*files):
-    """The sha256, in hex, of files one after the other; a zipfile.Path is a file, too."""
+    """The sha256, in hex, of files one after the other: Paths, or what members() finds."""
     digest = hashlib.sha256()
     for file in files:
         with file.open('rb') as f:
@@ -273,15 +273,16 @@ def licence_of(place):
 
 
 def members(path):
-    """[each file in a folder], [each in a zip], or [the file itself], as things with name and open.
+    """[what is read of a path], objects with a name and open() as a Path has them.
 
-    A file x.gz is called x, and read as what is in it."""
+    They are the files in a folder or zip, or the file itself; x.gz is called x, and unpacked as it
+    is read."""
     if zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
         return [zipfile.Path(archive, file) for file in archive.namelist() if file[-1] != '/']
+    files = path.iterdir() if path.is_dir() else [path]
     return [SimpleNamespace(name=file.stem, open=partial(gzip.open, file))
-            if file.suffix == '.gz' else file
-            for file in (path.iterdir() if path.is_dir() else [path])]
+            if file.suffix == '.gz' else file for file in files]
 
 
 def find_texts(what, recipe, sources):
@@ -738,8 +739,8 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
            ('char', 'gpt2', 'bpe', 'hf:NAME'))
     require('vocab_size', vocab_size, kind == 'bpe' or not vocab_size, '0 without --tokenizer=bpe')
     require('max_docs', max_docs, what.startswith('hf:') or not max_docs, '0 without hf:NAME')
-    own = [prompts, answers] if prompts else [source] if source else \
-        [] if what in recipe_names() or what.startswith('hf:') else [what]
+    known = what in recipe_names() or what.startswith('hf:')
+    own = [prompts, answers] if prompts else [source] if source else [] if known else [what]
     path = Path(what.removeprefix('hf:'))
     own_name = path.stem if path.is_file() and not prompts else path.name
     target = Path('data', name or own_name.replace(':', '-'))
