@@ -19,8 +19,8 @@ make = None           # function that makes the text where there are no mirrors,
 title = ''            # name of the text: with it, a --source of another sha256 is reported
 # how it is read
 text = {}             # the files in a zip or folder: {split: [text]}, or, of pairs, {split:
-                      # [prompts, answers]}. 'a|b' is the file a or b. The only key '' means that
-                      # `splits` cuts the text. {} = the download is that text itself
+                      # [prompts, answers]}. 'a|b' is the file a or b; x.gz is called x. The only
+                      # key '' means that `splits` cuts the text. {} = the download is that text
 splits = {'train': 0.9, 'val': 1}  # {split: share of the characters or rows at which it ends};
                       # train and val must be there
 drawn = False         # rather draw the split of each document at random, with these shares
