@@ -87,8 +87,9 @@ max_answer = 128   # tokens; the same, but a longer document is cut
 truncate = False   # keep these pairs: a prompt loses its beginning, an answer its end (and EOS
                    # follows where it was cut)
 # which part is val
-val_share = 0.0    # so large a random part of the documents, which are the lines where there is no
-                   # EOT; 0 = the splits of the recipe or, of a file of yours, the last 10%
+val_share = 0.0    # so large a random part of the documents (in a stream without EOTs paragraphs
+                   # or, without blank lines, lines); 0 = the splits of the recipe or, of a file of
+                   # yours, the last 10%
 seed = 0           # of val_share
 
 RECIPES = Path(__file__).parent / 'data'
@@ -404,15 +405,19 @@ def unfold_turns(document):
                 for i, message in enumerate(messages) if message['role'] == 'assistant']
 
 
-def cut_documents(read):
-    """Yields the documents of a stream, each with the EOT that ends it; without EOTs, its lines."""
-    has_eot = any(EOT in chunk for chunk in recut(read(), OUTSIDE_EOT))
-    yield from split_at(EOT if has_eot else '\n', read())
+def cut_documents(read, *otherwise):
+    """Yields the documents of a text, each with the EOT that ends it.
+
+    Where there is no EOT they end with the first of `otherwise` that the text has."""
+    for separator in (EOT, *otherwise):
+        if any(separator in chunk for chunk in recut(read(), OUTSIDE_EOT)):
+            break
+    yield from split_at(separator, read())
 
 
 def read_documents(file):
     """Yields ('', document) of each document of a text."""
-    for document in cut_documents(partial(read_chunks, file)):
+    for document in cut_documents(partial(read_chunks, file), '\n'):
         yield '', document.removesuffix(EOT)
 
 
@@ -465,7 +470,9 @@ def open_splits(recipe, texts, kind, val_share, seed):
     splits = {split: partial(read, *files) for split, files in texts.items()}
     if val_share or recipe['drawn']:
         require('val_share', val_share, '' in splits, '0 for data that has its own val')
-        whole = partial(cut_documents, splits['']) if stream else splits['']
+        # a line of a text would be drawn without those that belong to it: paragraphs, if there are
+        ends_with = '\n\n', '\r\n\r\n', '\n'
+        whole = partial(cut_documents, splits[''], *ends_with) if stream else splits['']
         ends = {'train': 1 - val_share, 'val': 1} if val_share else recipe['splits']
         splits = {split: lambda split=split: (item for item in whole() if split_of(
             item, ends, seed) == split) for split in ends}
@@ -714,9 +721,10 @@ def write_dataset(target, meta, encoded):
                 count = meta['counts'][split]
                 count['tokens'] = f.tell() // dtype.itemsize
             if count['tokens'] < 2:
+                why = f' ({count["empty"]} rows are empty, {count["long"]} too long)' \
+                    if 'empty' in count else ''
                 raise UserError(f'{target.name} is too short: its {split} split has '
-                                f'{count["tokens"]} tokens (of rows, {count.get("empty", 0)} were '
-                                f'empty and {count.get("long", 0)} too long)')
+                                f'{count["tokens"]} tokens{why}')
         if meta['layout'] == 'rows':
             meta['max_answer'] = max(count['longest'] for count in meta['counts'].values())
         (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')

@@ -349,7 +349,7 @@ def test_what_is_missing_or_left_out_is_said():
     assert done.stderr.count('\n') == 1
     with pytest.raises(UserError, match='vocab_size is 300, but it must be 0 without'):
         prepare.prepare('verse.txt', tokenizer='char', vocab_size=300)
-    with pytest.raises(UserError, match='of rows, 0 were empty and 9 too long'):
+    with pytest.raises(UserError, match='0 rows are empty, 9 too long'):
         Path('p').write_text('abc\n' * 10), Path('a').write_text('abc\n' * 10)
         prepare.prepare('long', tokenizer='char', prompts='p', answers='a', max_prompt=2)
 
@@ -473,6 +473,18 @@ def test_a_document_is_on_one_side_in_every_layout_order_and_file():
         ' '.join(in_val['a']).split()
     other = prepare.prepare('a.txt', 'other', documents=True, val_share=0.2, seed=4)
     assert {text for _, text in texts_of(other, 'val')} != {*in_val['a']}
+
+
+@pytest.mark.parametrize('end', ['\n', '\r\n'])
+def test_paragraphs_of_a_stream_are_drawn_whole(end):
+    speeches = [f'HAMLET:{end}line {i}{end}line {i * i}{end}{end}' for i in range(100)]
+    meta = prepare.prepare(write('play.txt', ''.join(speeches)), tokenizer='char',
+                           val_share=0.2)
+    decode = prepare.load_tokenizer(meta).decode
+    train, val = (decode(ids_of('play', split)) for split in ('train', 'val'))
+    drawn = [speech for speech in speeches if speech in val]
+    assert 5 < len(drawn) < 40 and val == ''.join(drawn)
+    assert train == ''.join(speech for speech in speeches if speech not in drawn)
 
 
 def test_pairs_and_recipes_without_splits_of_their_own_take_a_share():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 133, 'prepare.py': 690, 'model.py': 716, 'train.py': 572,
+BUDGETS = {'config/__init__.py': 133, 'prepare.py': 693, 'model.py': 716, 'train.py': 572,
            'sample.py': 815, 'eval.py': 942, 'data/*.py': 104}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
