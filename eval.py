@@ -105,7 +105,7 @@ MAY_DIFFER = ('seed', 'out_dir', 'resume', 'overwrite', 'init_from', 'eval_inter
               'wandb_project', 'decode_rows')
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
           '#882255')   # distinct for the colour-blind; printed in grey, the markers are
-MARKERS = '*s^Dv<>Po'
+MARKERS = 'os^Dv<>PXp'  # one more than colours, so that only the 91st line of a picture repeats
 DIGITS = {             # digits after the point in a column; 1 of what is in %, 3 of the rest
     'tokens/s': 0, 'updates': 0, **dict.fromkeys(('BLEU', 'chrF', 'ROUGE-1', 'ROUGE-L'), 2),
     **dict.fromkeys(('nats/token', 's.e.', 'bits/token', 'bits/char', 'bits/byte', 'PFLOP'), 4),
@@ -116,9 +116,14 @@ DIGITS = {             # digits after the point in a column; 1 of what is in %, 
 # --------------------------------------------------------------------------------- runs and data
 
 
+def names_in(text):
+    """The names in a text, which has commas between them."""
+    return [name.strip() for name in text.split(',')]
+
+
 def load_runs(out_dirs, device, one_data_set=True, ckpt='last', trust=False):
     """[Run] of the folders, with commas between them; all on one data set if that is asked."""
-    runs = [load_run(path.strip(), device, ckpt, trust) for path in out_dirs.split(',')]
+    runs = [load_run(path, device, ckpt, trust) for path in names_in(out_dirs)]
     for run in runs:
         if run.meta != load_meta(run.settings['dataset']):
             raise UserError(f'data/{run.settings["dataset"]} is not what {run.name} was trained on')
@@ -152,13 +157,9 @@ def load_log(path):
 
 
 def about(run):
-    """The data set of a run in words."""
-    return f'{run.meta["name"]} ({run.meta["source"]}; tokens: {run.meta["tokenizer"]["kind"]})'
-
-
-def contexts(runs):
-    """The context lengths of runs in words."""
-    return 'context ' + ', '.join(sorted({str(run.model.config.block_size) for run in runs}))
+    """The data set and the context length of a run in words."""
+    return (f'{run.meta["name"]} ({run.meta["source"]}; tokens: {run.meta["tokenizer"]["kind"]}; '
+            f'context {run.settings["block_size"]})')
 
 
 def data_of(run):
@@ -273,43 +274,25 @@ def markdown(rows):
 
 
 def panels(n):
-    """A figure and its n axes, side by side."""
-    fig = Figure(figsize=(4.8 * n, 4.4), layout='constrained')
-    return fig, fig.subplots(1, n, squeeze=False)[0]
+    """A figure and its n axes, side by side, whose lines take one colour and marker after another.
 
-
-def style(i):
-    """How the i-th line of a picture is drawn; each round of the colours has other markers."""
-    marker = MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
-    return {'color': COLORS[i % len(COLORS)], 'marker': marker, 'lw': 1.3,
-            'ms': 9 if marker == '*' else 5}  # a star looks smaller than the other markers
-
-
-def plot_by_passes(ax, rows, column, names):
-    """A column against the passes of the network, a line for all rows with the same `names`.
-
-    names: the columns whose values, words, make the label of a line.
+    A line that is given a colour and a marker of its own takes none of these.
     """
-    lines = {}
-    for row in rows:
-        label = ', '.join(filter(None, (row[name] for name in names)))
-        lines.setdefault(label, []).append((row['nfe'], row[column]))
-    for i, (label, points) in enumerate(lines.items()):
-        ax.plot(*zip(*sorted(points)), label=label, **style(i))
-    ax.set_xscale('log', base=2)
-    ax.xaxis.set_major_formatter('{x:g}')
+    fig = Figure(figsize=(4.8 * n, 4.4), layout='constrained')
+    axes = fig.subplots(1, n, squeeze=False)[0]
+    for ax in axes:
+        ax.set_prop_cycle(color=COLORS * len(MARKERS), marker=[*MARKERS] * len(COLORS))
+        ax.grid(color='0.92')
+        ax.spines[['top', 'right']].set_visible(False)
+    return fig, axes
 
 
 def save_figure(fig, path):
     """Writes a figure whose panels share one legend; returns the Markdown that shows it."""
-    for ax in fig.axes:
-        ax.grid(color='0.92')
-        ax.spines[['top', 'right']].set_visible(False)
     handles, labels = fig.axes[-1].get_legend_handles_labels()
     inches = 0.6 + 0.07 * max(map(len, labels), default=0)  # of an entry
     fig.legend(handles, labels, loc='outside upper center', frameon=False, fontsize=9,
                ncols=max(1, int(fig.get_figwidth() / inches)))
-    path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
     return f'![{path.stem}]({path.name})'
 
@@ -429,20 +412,17 @@ def likelihood_curves(run, split, settings):
     return {'by share': by_share, 'by position': table.nanmean(0).tolist()}
 
 
-def scored_texts(run, settings):
-    """[(data, split, batches, tokens that are scored, counts)] of the texts for likelihood()."""
-    splits = [word.strip() for word in settings['split'].split(',')]
-    if settings['data']:
-        return [foreign_text(run, name, split, settings)
-                for name in map(str.strip, settings['data'].split(','))
-                for split in ([''] if Path(name).is_file() else splits)]
-    data, size, most = data_of(run), settings['batch_size'], settings['max_windows']
-    return [(run.meta['name'], split, data.batches(split, size, most * (split == 'train')),
-             data.scored(split), run.meta['counts'][split]) for split in splits]
+def texts_to_score(run, settings):
+    """[(data, split, Stream or Rows)]: the texts that likelihood() reads, in the run's own tokens."""
+    splits = names_in(settings['split'])
+    if not settings['data']:
+        return [(run.meta['name'], split, data_of(run)) for split in splits]
+    return [foreign_text(run, name, split, settings) for name in names_in(settings['data'])
+            for split in ([''] if Path(name).is_file() else splits)]
 
 
 def foreign_text(run, name, split, settings):
-    """The same of a file, or of a data set with any tokenizer, in the run's own tokens.
+    """The same of a file, or of a data set with any tokenizer.
 
     As in prepare.py an EOT is none of the characters that are counted.
     """
@@ -451,20 +431,21 @@ def foreign_text(run, name, split, settings):
     require('data', name, layouts == {'stream'}, 'a text or a stream, and that for a run on one')
     text = ''.join(read_chunks(Path(name))) if is_file else \
         load_tokenizer(load_meta(name)).decode(load_split(name, split).tolist())
-    parts, known = text.split(EOT), set(run.meta['tokenizer'].get('chars', text))
-    lacking = Counter(char for part in parts for char in part if char not in known)
+    known = set(run.meta['tokenizer'].get('chars', text))
+    lacking = Counter(char for char in text.replace(EOT, '') if char not in known)
     require('skip_unknown', False, not lacking or settings['skip_unknown'],
             f'True: {name} has {lacking.total():,} characters that {run.name} does not know, '
             + ' '.join(sorted(map(repr, lacking))[:9]))
-    parts = [''.join(filter(known.__contains__, part)) for part in parts]
+    parts = [''.join(filter(known.__contains__, part)) for part in text.split(EOT)]
     ids = run.tokenizer.encode(('' if run.meta['eos_id'] is None else EOT).join(parts))
-    data, text = data_of(run), ''.join(parts)
+    text = ''.join(parts)
     require('data', name, ids and text, 'a text that is not empty')
-    data.tokens = lambda split: np.array(ids)  # the run's Stream, but of this text
-    return (name + f' less {lacking.total():,}' * bool(lacking), split,
-            data.batches('all', settings['batch_size'],
-                         settings['max_windows'] * (split == 'train')), len(ids),
-            {'characters': len(text), 'bytes': len(text.encode())})
+    data = data_of(run)
+    data.train = np.array(ids)  # the run's Stream, but of this text
+    data.tokens = lambda split: data.train
+    data.meta = run.meta | {'counts': {split: {
+        'tokens': len(ids), 'characters': len(text), 'bytes': len(text.encode())}}}
+    return name + f' less {lacking.total():,}' * bool(lacking), split, data
 
 
 def likelihood(runs, settings):
@@ -483,25 +464,26 @@ def likelihood(runs, settings):
     """
     rows, s = [], settings
     for run in tqdm(runs, 'likelihood', disable=None):
-        for data, split, batches, tokens, counts in scored_texts(run, s):
+        for name, split, data in texts_to_score(run, s):
+            batches = data.batches(split, s['batch_size'], s['max_windows'] * (split == 'train'))
             for measured, objective in objectives_of(run, s['discrete_steps']).items():
                 began = time.perf_counter()
                 nats, error, draws = nll_or_bound(run, objective, batches, s)
                 seconds = (time.perf_counter() - began) / (draws or 1)  # of one draw
-                rows.append({'run': run.name, 'data': data, 'split': split,
+                rows.append({'run': run.name, 'data': name, 'split': split,
                              'parameters': run.model.count_parameters(), 'updates': run.updates,
                              'training batches/s': training_pace(run),
                              'evaluation batches/s': len(batches) / seconds,
                              'measured': measured, 'draws': draws}
-                            | in_units(nats, error, tokens, counts))
+                            | in_units(nats, error, data.scored(split), data.meta['counts'][split]))
                 if objective is run.objective and s['task'] != 'noises' and not s['data']:
                     rows[-1] |= likelihood_curves(run, split, s)
-    note = contexts(runs)
+    note = ''
     if len({str(run.meta['tokenizer']) for run in runs}) > 1:
-        note += '; tokens differ, so only bits per character or byte can be compared'
-    if not s['data'] and len({(run.meta['sha256'], *(
-            run.meta['counts'][split.strip()]['characters'] for split in s['split'].split(',')))
-            for run in runs}) > 1:
+        note = 'tokens differ, so only bits per character or byte can be compared'
+    texts = {(run.meta['sha256'], split, run.meta['counts'][split]['characters'])
+             for run in runs for split in names_in(s['split']) if not s['data']}
+    if len(texts) > len(names_in(s['split'])):
         note += '; the texts differ too, so not even those say which model is better: give --data'
     return rows, note
 
@@ -512,10 +494,10 @@ def plot_likelihood(rows, path):
     if not rows:  # they are of prompts and answers, or of texts of `data`
         return ''
     fig, (by_share, by_position) = panels(2)
-    for i, row in enumerate(rows):
+    for row in rows:
         for ax, nats in (by_share, row['by share']), (by_position, row['by position']):
             n = len(nats)
-            ax.plot((np.arange(n) + 0.5) / n, nats, label=row['run'], **style(i))
+            ax.plot((np.arange(n) + 0.5) / n, nats, label=row['run'])
     by_share.set(xlabel='share of tokens that are masked (AR: no masks)', xlim=(0, 1),
                  ylabel='nats per masked token')
     by_position.set(xlabel='position in the window (share of its length)', xlim=(0, 1),
@@ -580,9 +562,9 @@ def noises(runs, settings):
 def plot_noises(rows, path):
     """noises.png: bits per character of each run, from left to right as they were named."""
     fig, (ax,) = panels(1)
-    kinds, y = [row['objective'].split()[0] for row in rows], [row['bits/char'] for row in rows]
+    y = [row['bits/char'] for row in rows]
+    ax.plot(y, ls='', ms=9)
     for i, bits in enumerate(y):
-        ax.plot(i, bits, **style(kinds.index(kinds[i])) | {'ms': 9})  # named by its tick
         ax.annotate(f'{float(bits):.2f}', (i, bits), xytext=(0, 8), textcoords='offset points',
                     ha='center', fontsize=8, color='0.4')
     ax.set_xticks(range(len(rows)), [row['objective'].replace(' ', '\n', 1) for row in rows])
@@ -625,21 +607,21 @@ def orders(runs, settings):
         both = (each.to(model.device).split(s['batch_size']) for each in (x0, order))
         return sum(ordered_nll(model, *part).sum().item() for part in zip(*both)) / x0.numel()
 
-    for run in tqdm(runs, desc='order', disable=None):
-        found = {}
-        if run.objective.exact:
-            found = {'left to right': nll_or_bound(run, run.objective, batches, s)[:2]}
-        elif run.objective.any_order:
+    for run in tqdm(runs, 'order', disable=None):
+        own, exact = run.objective, run.objective.exact
+        if own.any_order:
             each = [mean(run.model, order) for order in random]
-            mixed = Number(np.mean(each), spread=np.std(each, ddof=1))
-            nelbo, error, _ = nll_or_bound(run, run.objective, batches, s)
-            found = {'left to right': (mean(run.model, left), 'exact'),
-                     'right to left': (mean(run.model, left.flip(1)), 'exact'),
-                     f'{len(random)} random orders': (mixed, 'exact'),
-                     'all orders': (Number(nelbo, bound=True), error)}
-        rows += [{'run': run.name, 'order': order, 'measured': 'nll' if error == 'exact' else
-                  'nelbo', 'nats/token': nats, 's.e.': error}
-                 for order, (nats, error) in found.items()]
+            found = {'left to right': mean(run.model, left),
+                     'right to left': mean(run.model, left.flip(1)),
+                     f'{len(random)} random orders': Number(np.mean(each),
+                                                            spread=np.std(each, ddof=1))}
+            rows += [{'run': run.name, 'order': order, 'measured': 'nll', 'nats/token': nats,
+                      's.e.': 'exact'} for order, nats in found.items()]
+        if own.any_order or exact:
+            nats, error, _ = nll_or_bound(run, own, batches, s)
+            rows.append({'run': run.name, 'order': 'left to right' if exact else 'all orders',
+                         'measured': own.measured.split()[0],
+                         'nats/token': Number(nats, bound=not exact), 's.e.': error})
     return rows, f'{len(x0)} texts of {x0.size(1)} tokens'
 
 
@@ -680,17 +662,15 @@ def plot_curves(rows, path):
     """
     fig, axes = panels(2)
     scarce = 'x: epochs' in rows[0]
-    for i, row in enumerate(rows):
-        best, bound = int(np.argmin(row['y'])), row['measured'] == 'nelbo'
-        label = f'{row["run"]}, {row["measured"]}' + ' (an upper bound on the nll)' * bound
-        for ax, x in zip(axes, (row['x: epochs' if scarce else 'x: tokens'], row['x: minutes'])):
-            ax.plot(x, row['y'], label=label, **style(i))
+    for ax, x in zip(axes, ('x: epochs' if scarce else 'x: tokens', 'x: minutes')):
+        for row in rows:
+            (line,) = ax.plot(row[x], row['y'], label=f'{row["run"]}, {row["measured"]}')
             if scarce:
-                ax.plot(x[best], row['y'][best], 'o', ms=16, mfc='none', color=style(i)['color'])
-    axes[0].set(ylabel='validation loss (nats per token)', xlabel='training tokens (millions)')
-    axes[0].locator_params(axis='x', nbins=6)
+                best = np.argmin(row['y'])
+                ax.plot(row[x][best], row['y'][best], 'o', ms=16, mfc='none', c=line.get_color())
+    axes[0].set(xlabel='training tokens (millions)',
+                ylabel='validation loss (nats per token; nelbo: a bound)')
     axes[1].set(xlabel='training time (minutes)')
-    axes[1].sharey(axes[0])
     if scarce:
         axes[0].set_xscale('log', base=2)
         axes[0].set_xlabel('epochs over the training text (ring: lowest loss)')
@@ -756,10 +736,10 @@ def scaling(runs, settings):
 def plot_scaling(rows, path):
     """scaling.png: the last loss of every run against its compute, and the fit of each group."""
     fig, (ax,) = panels(1)
-    for i, fit in enumerate(row for row in rows if 'x' in row):
+    for fit in [row for row in rows if 'x' in row]:
         x = np.array(fit['x'])
-        ax.plot(x, fit['y'], **style(i) | {'ls': ''}, label=fit['group'])
-        ax.plot(x, fit['L_inf'] + fit['a'] * x ** -fit['b'], c=style(i)['color'])
+        (points,) = ax.plot(x, fit['y'], ls='', label=fit['group'])
+        ax.plot(x, fit['L_inf'] + fit['a'] * x ** -fit['b'], c=points.get_color(), marker='')
     ax.set(xscale='log', xlabel='compute (PFLOP)', ylabel='validation loss (nats per token)')
     return save_figure(fig, path)
 
@@ -920,7 +900,7 @@ def generation(runs, settings):
                     | judged(judge, run, texts, ids, settings['batch_size'])
                     | {'longest copy (chars)': longest_copy(texts, training)} | cost
                     | {'texts': records(run, scores, written=texts)})
-    return rows, contexts(runs)
+    return rows, ''
 
 
 def first_texts(rows, path):
@@ -968,18 +948,32 @@ def speed(runs, settings):
         rows.append({'run': name, 'decoder': decoder, 'setting': setting} | cost
                     | judged(judge, run, texts, ids, settings['batch_size'])
                     | text_row(name, texts, ids, known))
-    return rows, contexts(runs) + peak_memory(pick_device(settings['device']))
+    device = str(run.model.device)
+    return rows, f'{device}{peak_memory(device)}'
 
 
-def plot_speed(rows, path):
-    """speed.png: quality of text against passes, a line for every decoder."""
-    columns = [name for name in rows[0] if name.startswith(('nll', 'nats', 'known', 'unigram'))]
+def plot_by_passes(rows, path):
+    """speed.png, translation.png: quality against passes, a line for each way to decode a run.
+
+    What has one number of passes, as AR has, is also a dotted line; so is the validation text.
+    """
+    columns = [name for name in rows[0]
+               if name == 'BLEU' or name.startswith(('nll', 'nats', 'known', 'unigram'))]
+    lines = {}
+    for row in rows:
+        words = [row.get(name) for name in ('run', 'decoder', 'length')]
+        lines.setdefault(', '.join(filter(None, words)), []).append(row)
     fig, axes = panels(len(columns))
     for ax, column in zip(axes, columns):
-        plot_by_passes(ax, rows[1:], column, ('run', 'decoder'))
-        ax.axhline(rows[0][column], color='0.5', lw=1, ls=':', label=rows[0]['run'])
-        ax.set(xlabel='passes per text',
-               ylabel=f'{column} (nats per token)' if column.startswith('nll') else column)
+        for label, line in lines.items():
+            points = sorted((row['nfe'], row[column]) for row in line if row['nfe'] != '')
+            if points:
+                ax.plot(*zip(*points), label=label)
+            if len(line) == 1:
+                ax.axhline(line[0][column], color='0.5', lw=1, ls=':', label=label * (not points))
+        ax.set_xscale('log', base=2)
+        ax.xaxis.set_major_formatter('{x:g}')
+        ax.set(xlabel='passes per text', ylabel=column.replace('nll', 'nll (nats per token)'))
     return save_figure(fig, path)
 
 
@@ -1194,7 +1188,7 @@ def ways_to_answer(run, settings):
         {'decoder': sample.decoder_name(s['decoder'], run.objective)}
     if run.objective.exact:
         return [('', '', s)]
-    names = dict.fromkeys(sample.length_name(name.strip(), run) for name in s['length'].split(','))
+    names = dict.fromkeys(sample.length_name(name, run) for name in names_in(s['length']))
     steps = whole_numbers('answer_steps', s['answer_steps'])
     steps = steps if s['decoder'] != 'threshold' else ['']  # it takes as many as it needs
     return [(name, n, s | {'length': name, 'steps': n}) for name in names for n in steps]
@@ -1223,21 +1217,9 @@ def translation(runs, settings):
             for level in filter(None, dict.fromkeys(levels)):
                 part = [(a, b) for a, b, its in zip(written, references, levels) if its == level]
                 rows[-1][f'BLEU {level}'] = score(*map(list, zip(*part)))['BLEU']
-            if settings['save_texts']:
-                chrf = [score([a], [b])['chrF'] for a, b in zip(written, references)]
-                rows[-1]['texts'] = records(run, chrf, given=prompts, written=written,
-                                            right=references)
+            chrf = [score([a], [b])['chrF'] for a, b in zip(written, references)]
+            rows[-1]['texts'] = records(run, chrf, given=prompts, written=written, right=references)
     return rows, f'{len(pairs):,} prompts of {path or "the split"}; {signatures}'
-
-
-def plot_translation(rows, path):
-    """translation.png: BLEU against passes, a line for a masked run and length, and one for AR."""
-    fig, (ax,) = panels(1)
-    plot_by_passes(ax, rows, 'BLEU', ('run', 'decoder', 'length'))
-    for row in [row for row in rows if not row['length']]:  # AR has a single point
-        ax.axhline(row['BLEU'], color='0.5', lw=1, ls=':')
-    ax.set(xlabel='passes per sentence', ylabel='BLEU', ylim=(0, None))
-    return save_figure(fig, path)
 
 
 # ------------------------------------------------------------------------ length before decoding
@@ -1305,8 +1287,8 @@ def lengths(runs, settings):
     share of the rows EOS is the most likely token at its own place.
     """
     score, _ = make_score()
-    for name, usual in (('file', ''), ('length_candidates', 1)):
-        require(name, settings[name], settings[name] == usual, f'{usual!r} for task=length')
+    n = settings['length_candidates']
+    require('length_candidates', n, n == 1, '1 for task=length')
     pairs, rows, notes = row_pairs(runs[0], settings), [], []
     full = runs[0].meta['max_answer'] + 1  # with EOS
     for run in runs:
@@ -1337,8 +1319,8 @@ def plot_length(rows, path):
         return ''
     fig, axes = panels(len(rows))
     for ax, row in zip(axes, rows):
-        for i, share in enumerate(EOS_SHARES):
-            ax.plot(row[f'x {share:.0%}'], row[f'y {share:.0%}'], lw=1.3, color=COLORS[i],
+        for share in EOS_SHARES:
+            ax.plot(row[f'x {share:.0%}'], row[f'y {share:.0%}'], marker='',
                     label=f'{share:.0%} masked')
         ax.axvline(0, color='0.5', lw=1, ls=':')
         ax.set(title=row['run'], xlabel='tokens from EOS in the reference', xlim=(-20, 20),
@@ -1366,20 +1348,19 @@ TASKS = {
     'generation': Task(generation, 'batch_size seed temperature decoder steps', first_texts),
     'infill': Task(infill, 'split steps decoder seed'),
     'recover': Task(recover, 'split steps decoder seed'),
-    'speed': Task(speed, 'gen_tokens batch_size seed temperature', plot_speed),
+    'speed': Task(speed, 'gen_tokens batch_size seed temperature', plot_by_passes),
     'noises': Task(noises, 'split max_windows seed', plot_noises),
-    'translation': Task(translation, 'split batch_size greedy temperature seed', plot_translation,
+    'translation': Task(translation, 'split batch_size greedy temperature seed', plot_by_passes,
                         on='prompts and answers'),
     'length': Task(lengths, 'split batch_size seed length_quantile', plot_length,
                    on='prompts and answers'),
     'reversal': Task(reversal, '')}
 WRITING = ('generation', 'infill', 'recover', 'translation', 'reversal', 'report')  # have texts
-ALONE = {'speed': {'gen_tokens': 2048}}  # defaults of one task, where they differ from those above
-REPORT = {                 # the tasks of a report, and their defaults there, for a laptop
-    'curves': {}, 'likelihood': {'split': 'train,val'},
-    'order': {'max_windows': 8, 'target_se': 0.02}, 'generation': {'gen_tokens': 4096},
-    'infill': {'max_windows': 16, 'steps': 32}, 'recover': {'max_windows': 16, 'steps': 32},
-    'speed': {'gen_tokens': 1024, 'grid_steps': (8, 32, 128)}}
+ALONE = {'speed': '--gen_tokens=2048'}  # settings of one task that come before those of the user
+REPORT = {                 # the tasks of a report, and the same of each, for a laptop
+    'curves': '', 'likelihood': '--split=train,val', 'order': '--max_windows=8 --target_se=0.02',
+    'generation': '--gen_tokens=4096', 'infill': '--max_windows=16 --steps=32',
+    'recover': '--max_windows=16 --steps=32', 'speed': '--gen_tokens=1024 --grid_steps=(8,32,128)'}
 
 
 @torch.no_grad()
@@ -1433,30 +1414,28 @@ def save_report(sections, folder):
 
 
 def main():
-    settings = config.override(globals(), inherited=sample, names=sample.DECODING)
+    config.override(globals(), inherited=sample, names=sample.DECODING)
     one_of('task', task, (*TASKS, 'report'))
     require('data', data, not data or task in ('likelihood', 'report'), "'' for other tasks")
     require('save_texts', save_texts, not save_texts or task in WRITING, "'' for other tasks")
-    require('file', file, not file or task in ('translation', 'length'), "'' for other tasks")
+    require('file', file, not file or task == 'translation', "'' for other tasks")
     if task in ('curves', 'scaling'):  # they read logs, no models
-        runs = [load_log(path.strip())[0] for path in out_dir.split(',')]
+        runs = [load_log(path)[0] for path in names_in(out_dir)]
     else:
         runs = load_runs(out_dir, pick_device(device), task != 'likelihood', ckpt,
                          trust_remote_code)
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f'{out_dir} has runs of the same name, which no table could tell apart')
-    words = [word for word in sys.argv[1:] if not word.startswith('--task=')]
-    work = REPORT if task == 'report' else {task: ALONE.get(task, {})}
+    work = REPORT if task == 'report' else {task: ALONE.get(task, '')}
     Path(report_dir).mkdir(parents=True, exist_ok=True)
     if save_texts:
         open(save_texts, 'a').close()  # what cannot be written is refused before the work
-    for name, change in work.items():
-        # the words once more, since what the user says comes before the defaults of a task
-        own = config.override(dict(globals()), None, sample, sample.DECODING, earlier=change)
-        changed = [f'--{key}={own[key]}' for key in change if own[key] != settings[key]]
-        command = shlex.join([*words, f'--task={name}', *changed])
+    for name, before in work.items():
+        words = [word for word in sys.argv[1:] if not word.startswith('--task=')]
+        words = [*before.split(), *words, f'--task={name}']
+        own = config.override(dict(globals()), words, sample, sample.DECODING)
         try:
-            section = run_task(name, runs, own, command)
+            section = run_task(name, runs, own, shlex.join(words))
         except UserError as e:
             if task != 'report':
                 raise

@@ -141,8 +141,11 @@ def test_tables_are_markdown():
 
 
 def test_lines_of_a_picture_differ():
-    looks = {(style['color'], style['marker']) for style in map(evaluation.style, range(80))}
-    assert len(looks) == 80
+    _, (ax,) = evaluation.panels(1)
+    lines = [ax.plot([0, 1])[0] for _ in range(80)]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 80
+    (ring,) = ax.plot(0, 0, 'o', color=lines[0].get_color())  # what has its own style takes none
+    assert ax.plot(0)[0].get_color() == evaluation.COLORS[80 % len(evaluation.COLORS)]
 
 
 @pytest.mark.parametrize('words, said', [
@@ -170,6 +173,7 @@ def test_lines_of_a_picture_differ():
     (['--task=infill', '--save_texts=nowhere/x.jsonl'], 'No such file'),
     (['--task=infill', '--save_texts=out'], 'Is a directory'),
     (['--file=verse.txt'], "file is 'verse.txt', but it must be '' for other"),
+    (['--file=verse.txt', '--task=length'], "file is 'verse.txt', but it must be '' for other"),
     (['--save_texts=x.jsonl'], "save_texts is 'x.jsonl', but it must be '' for other tasks")])
 def test_bad_input_is_one_line(runs, words, said):
     (runs / 'odd.txt').write_text('The cat# é#', encoding='utf-8')
@@ -452,7 +456,8 @@ def test_a_run_on_rows_is_translated(tmp_path, monkeypatch):
     table_rows = table(done.stdout)
     assert [(row['length'], row['steps'], row['nfe']) for row in table_rows] == \
         [(name, n, f'{n}.0') for name in ('full', 'reference (oracle)') for n in '12']
-    assert 'turn (questions.txt, answers.txt; tokens: char); 3 prompts of the split' in done.stdout
+    assert ('turn (questions.txt, answers.txt; tokens: char; context 16); 3 prompts of the split'
+            in done.stdout)
     assert 'seed 1' in done.stdout and 'greedy True' in done.stdout
     assert Path('out/report/translation.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
 
@@ -1101,6 +1106,7 @@ def abc(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('abc.txt').write_text('abc ' * 99)
     prepare('abc.txt')
+    Path('r').mkdir()
 
 
 def test_scaling_fits_each_length_of_blocks_by_itself(abc):
@@ -1252,13 +1258,13 @@ def test_probabilities_of_an_eos_stand_at_their_distance_from_the_end(book, monk
     for away, p in mean.items():
         at = [k + away == 2 for k in n if 1 <= k + away <= 8]
         assert p == pytest.approx(np.mean(at), abs=1e-2)
-    evaluation.plot_length(rows, tmp_path / 'new' / 'length.png')
-    picture = (tmp_path / 'new/length.png').read_bytes()
+    evaluation.plot_length(rows, tmp_path / 'length.png')
+    picture = (tmp_path / 'length.png').read_bytes()
     assert picture[:8] == b'\x89PNG\r\n\x1a\n' and len(picture) > 10_000
 
 
 @pytest.mark.parametrize('settings, trained, said', [
-    ({'file': 'book.tsv'}, {}, "'' for task=length"), ({'answer_steps': ()}, {}, 'answer_steps'),
+    ({'length_candidates': 2}, {}, '1 for task=length'), ({'answer_steps': ()}, {}, 'answer_steps'),
     ({'length': 'regress'}, {}, 'no such head'),
     ({'length': 'argmax'}, {'predict_pad': False}, 'train with predict_pad')])
 def test_lengths_that_cannot_be_measured(book, monkeypatch, settings, trained, said):
