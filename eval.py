@@ -45,7 +45,7 @@ from tqdm import tqdm
 import config
 import sample
 from config import UserError, one_of, require, write_atomically
-from model import Autoregression, HubNetwork, cross_entropy, evaluate, flops_per_token, in_slices, \
+from model import HubNetwork, cross_entropy, evaluate, flops_per_token, in_slices, \
     make_objective, peak_memory, pick_device, spread
 from prepare import EOT, SURROGATE, from_hub, load_meta, load_split, load_tokenizer, mixed_seed, \
     open_run_data, optional, read_chunks, row_batches
@@ -100,9 +100,9 @@ LENGTH_BLOCK = 8       # length: tokens per block of the decoding in blocks, for
 MOST_DRAWS = 64        # draws of a bound, even if its standard error is still above target_se
 N_LEVELS, N_PLACES = 16, 16  # points of the two curves of likelihood.png
 # settings that seeds of one configuration may change
-MAY_DIFFER = ('seed', 'out_dir', 'resume', 'overwrite', 'init_from', 'eval_interval', 'keep_best',
+MAY_DIFFER = {'seed', 'out_dir', 'resume', 'overwrite', 'init_from', 'eval_interval', 'keep_best',
               'log_interval', 'eval_repeats', 'wandb_run_name', 'compile', 'device', 'track',
-              'wandb_project', 'decode_rows')
+              'wandb_project', 'decode_rows'}
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
           '#882255')   # distinct for the colour-blind; printed in grey, the markers are
 MARKERS = 'os^Dv<>PXp'  # one more than colours, so that only the 91st line of a picture repeats
@@ -137,7 +137,6 @@ def load_log(path):
     """A run without its model, and its log: {'iter', 'tokens', 'seconds', 'val', 'measured'}.
 
     All but 'measured' are arrays, with an entry for every evaluation.
-
     The evaluation before the first update is left out: most runs have log V' there, and it would
     stretch the axis of curves.png.
     """
@@ -145,15 +144,13 @@ def load_log(path):
         settings = json.loads(Path(path, 'config.json').read_text('utf-8'))
         rows = [*csv.DictReader(Path(path, 'log.csv').read_text('utf-8').splitlines())][1:]
         log = {k: np.array([float(r[k]) for r in rows]) for k in 'iter tokens seconds val'.split()}
-        dataset, measured = settings['dataset'], [row['measured'] for row in rows]
+        meta = load_meta(settings['dataset'])
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise UserError(f'{path} has no whole log.csv and config.json: it is not a run, or one '
                         f'that is half written ({type(e).__name__})') from e
-    if not rows:
-        raise UserError(f'{path} was not evaluated on its validation text yet: train it further')
-    run = Run(name=Path(path).name, model=None, objective=None, meta=load_meta(dataset),
-              tokenizer=None, settings=settings, updates=log['iter'][-1], path=path)
-    return run, log | {'measured': measured[0]}
+    require('out_dir', path, rows, 'a run with evaluations: train it further')
+    log['measured'] = rows[0]['measured']
+    return Run(Path(path).name, None, None, meta, None, settings, log['iter'][-1], path), log
 
 
 def about(run):
@@ -217,12 +214,6 @@ class Number(float):
         return text if self.spread is None else f'{text} +- {self.spread:{spec}}'
 
 
-def configuration(run):
-    """What the seeds of one configuration have in common, as a text."""
-    shared = {name: value for name, value in run.settings.items() if name not in MAY_DIFFER}
-    return repr((run.updates, bool(run.settings.get('init_from')), sorted(shared.items())))
-
-
 def seeds_together(rows, runs):
     """The rows, with the seeds of each configuration made one row: mean +- standard deviation.
 
@@ -231,9 +222,10 @@ def seeds_together(rows, runs):
     """
     copies, rows_of, owners, groups = Counter(), Counter(), {}, {}
     for run in runs:
-        key = configuration(run), run.settings['seed']
-        copies[key] += 1
-        owners[run.name] = key[0], copies[key]  # a second run of one seed is in another group
+        shared = {name: run.settings[name] for name in sorted({*run.settings} - MAY_DIFFER)}
+        what = f'{run.updates} {bool(run.settings.get("init_from"))} {shared}'
+        copies[what, run.settings['seed']] += 1
+        owners[run.name] = what, copies[what, run.settings['seed']]  # 2: the second of one seed
     for row in rows:
         rows_of[row['run']] += 1
         points = [len(value) for value in row.values() if isinstance(value, list)]
@@ -376,25 +368,16 @@ def in_units(nats, error, tokens, counts):
             'perplexity': number(math.exp(nats))}
 
 
-def whole_numbers(name, value):
-    """The value of a setting that lists one number of steps or more."""
-    require(name, value, value and all(type(n) is int for n in value), 'of whole numbers, as 4,16')
-    return value
-
-
 def objectives_of(run, discrete_steps):
     """{name: Objective} whose bounds are measured: the run's own, and D3PM's in discrete_steps.
 
     The network of masked diffusion is also that of a reverse process in discrete steps [D3PM],
     unless it gives the mask a probability or reads the clean text of earlier blocks.
     """
-    objective = run.objective
-    found = {objective.measured.split()[0]: objective}
-    if discrete_steps and objective.masks_anywhere and run.model.config.subs:
-        for n in whole_numbers('discrete_steps', discrete_steps):
-            found[f'nelbo in {n:,} steps'] = make_objective(
-                run.settings | {'objective': 'd3pm', 'diffusion_steps': n})
-    return found
+    own = run.objective
+    steps = discrete_steps if own.masks_anywhere and run.model.config.subs else ()
+    return {own.measured.split()[0]: own} | {f'nelbo in {n:,} steps': make_objective(
+        run.settings | {'objective': 'd3pm', 'diffusion_steps': n}) for n in steps}
 
 
 def likelihood_curves(run, split, settings):
@@ -413,7 +396,7 @@ def likelihood_curves(run, split, settings):
 
 
 def texts_to_score(run, settings):
-    """[(data, split, Stream or Rows)]: the texts that likelihood() reads, in the run's own tokens."""
+    """[(data, split, Stream or Rows)]: the texts for likelihood(), in the run's own tokens."""
     splits = names_in(settings['split'])
     if not settings['data']:
         return [(run.meta['name'], split, data_of(run)) for split in splits]
@@ -478,14 +461,14 @@ def likelihood(runs, settings):
                             | in_units(nats, error, data.scored(split), data.meta['counts'][split]))
                 if objective is run.objective and s['task'] != 'noises' and not s['data']:
                     rows[-1] |= likelihood_curves(run, split, s)
-    note = ''
+    notes = []
     if len({str(run.meta['tokenizer']) for run in runs}) > 1:
-        note = 'tokens differ, so only bits per character or byte can be compared'
+        notes = ['tokens differ, so only bits per character or byte can be compared']
     texts = {(run.meta['sha256'], split, run.meta['counts'][split]['characters'])
              for run in runs for split in names_in(s['split']) if not s['data']}
     if len(texts) > len(names_in(s['split'])):
-        note += '; the texts differ too, so not even those say which model is better: give --data'
-    return rows, note
+        notes += ['the texts differ, so not even those say which model is better: give --data']
+    return rows, '; '.join(notes)
 
 
 def plot_likelihood(rows, path):
@@ -562,15 +545,11 @@ def noises(runs, settings):
 def plot_noises(rows, path):
     """noises.png: bits per character of each run, from left to right as they were named."""
     fig, (ax,) = panels(1)
-    y = [row['bits/char'] for row in rows]
-    ax.plot(y, ls='', ms=9)
-    for i, bits in enumerate(y):
-        ax.annotate(f'{float(bits):.2f}', (i, bits), xytext=(0, 8), textcoords='offset points',
-                    ha='center', fontsize=8, color='0.4')
-    ax.set_xticks(range(len(rows)), [row['objective'].replace(' ', '\n', 1) for row in rows])
+    names = [row['objective'].replace(' ', '\n', 1) for row in rows]
+    bars = ax.bar(range(len(rows)), [row['bits/char'] for row in rows], tick_label=names)
+    ax.bar_label(bars, fmt='%.2f')
     ax.set(ylabel='bits per character (all but ar: an upper bound)',
            xlabel='objective, and length of its blocks')
-    ax.margins(y=0.15)
     return save_figure(fig, path)
 
 
@@ -660,21 +639,21 @@ def plot_curves(rows, path):
 
     Over many epochs of a short text the loss rises again, so a ring is around its lowest point.
     """
+    labels = {'x: tokens': 'training tokens (millions)',
+              'x: epochs': 'epochs over the training text (ring: lowest loss)',
+              'x: minutes': 'training time (minutes)'}
     fig, axes = panels(2)
-    scarce = 'x: epochs' in rows[0]
-    for ax, x in zip(axes, ('x: epochs' if scarce else 'x: tokens', 'x: minutes')):
+    for ax, x in zip(axes, [name for name in labels if name in rows[0]]):
         for row in rows:
             (line,) = ax.plot(row[x], row['y'], label=f'{row["run"]}, {row["measured"]}')
-            if scarce:
+            if 'x: epochs' in row:
                 best = np.argmin(row['y'])
                 ax.plot(row[x][best], row['y'][best], 'o', ms=16, mfc='none', c=line.get_color())
-    axes[0].set(xlabel='training tokens (millions)',
-                ylabel='validation loss (nats per token; nelbo: a bound)')
-    axes[1].set(xlabel='training time (minutes)')
-    if scarce:
-        axes[0].set_xscale('log', base=2)
-        axes[0].set_xlabel('epochs over the training text (ring: lowest loss)')
-        axes[0].xaxis.set_major_formatter('{x:g}')
+        ax.set_xlabel(labels[x])
+        if x == 'x: epochs':
+            ax.set_xscale('log', base=2)
+            ax.xaxis.set_major_formatter('{x:g}')
+    axes[0].set_ylabel('validation loss (nats per token; nelbo: a bound)')
     return save_figure(fig, path)
 
 
@@ -793,33 +772,30 @@ def longest_copy(texts, source):
     return bisect_left(range(high), True, lo=high // 2 + 1, key=is_new) - 1
 
 
-class HuggingFace:
-    """A causal model of transformers with the interface of a Transformer that a judge needs.
+def hub_judge(path, device, trust):
+    """A Run of a causal model of transformers, as far as judged() needs one.
 
     Like ours it reads a start token before every text.
     """
+    tokenizer = from_hub('AutoTokenizer', path, trust_remote_code=trust)
+    model = from_hub('AutoModelForCausalLM', path, dtype=torch.float32,
+                     trust_remote_code=trust).to(device).eval()
+    context = getattr(model.config, 'max_position_embeddings', None)
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    require('judge', path, context and start is not None and encode('a'),
+            'a model with a tokenizer, a start or an end token, and a longest context')
+    a, b = model(torch.tensor([[start, 0], [start, 1]], device=device)).logits
+    require('judge', path, torch.allclose(a[0], b[0], atol=1e-4),
+            'a causal model: this one sees the tokens that it scores')
 
-    def __init__(self, name, device, trust):
-        tokenizer = from_hub('AutoTokenizer', name, trust_remote_code=trust)
-        self.model = from_hub('AutoModelForCausalLM', name, dtype=torch.float32,
-                              trust_remote_code=trust).to(device).eval()
-        self.encode, self.device = partial(tokenizer.encode, add_special_tokens=False), device
-        bos, eos, c = tokenizer.bos_token_id, tokenizer.eos_token_id, self.model.config
-        start_id = eos if bos is None else bos
-        context = getattr(c, 'max_position_embeddings', None)
-        require('judge', name, context and start_id is not None and self.encode('a'),
-                'a model with a tokenizer, a start or an end token, and a longest context')
-        a, b = self.model(torch.tensor([[start_id, 0], [start_id, 1]], device=device)).logits
-        require('judge', name, torch.allclose(a[0], b[0], atol=1e-4),
-                'a causal model: this one sees the tokens that it scores')
-        self.config = SimpleNamespace(vocab_size=c.vocab_size, start_id=start_id,
-                                      block_size=context)
+    def nll(model, x0, rng):
+        """As the bound of Autoregression, -log p of each row of x0 (B, T): (B,) nats."""
+        x = torch.cat([torch.full_like(x0[:, :1], start), x0[:, :-1]], dim=1)  # (B, T)
+        return cross_entropy(model(x).logits.flatten(0, 1), x0.flatten()).view(x0.shape).sum(1)
 
-    def __call__(self, x, level=None, *, where, hidden=True):
-        return self.model(x).logits[where]  # (M, V)
-
-    def logits(self, h):
-        return h
+    return Run(Path(path).name, model, SimpleNamespace(bound=nll), {'tokenizer': path},
+               SimpleNamespace(encode=encode), {'block_size': context}, 0, path)
 
 
 def load_judge(runs, settings):
@@ -828,9 +804,7 @@ def load_judge(runs, settings):
     if not path:
         return next((run for run in runs if run.objective.exact), None)
     if not Path(path, 'ckpt.pt').exists():
-        path = path.removeprefix('hf:')
-        meta, model = {'tokenizer': path}, HuggingFace(path, device, settings['trust_remote_code'])
-        return Run(Path(path).name, model, Autoregression(), meta, model, {}, 0, path)
+        return hub_judge(path.removeprefix('hf:'), device, settings['trust_remote_code'])
     (run,) = load_runs(path, device)
     require('judge', path, run.objective.exact, 'an ar run: no other says how likely a text is')
     return run
@@ -845,8 +819,8 @@ def judged(judge, run, texts, ids, batch_size=16):
     """
     if judge is None:
         return {}
-    T, same = judge.model.config.block_size, all(
-        judge.meta.get(key) == run.meta[key] for key in ('tokenizer', 'eos_id'))
+    T = judge.settings['block_size']
+    same = all(judge.meta.get(key) == run.meta[key] for key in ('tokenizer', 'eos_id'))
     rows = ids if same else [judge.tokenizer.encode(text) for text in texts]
     windows = [row[i:i + T] for row in rows for i in range(0, len(row), T)]
     nats = 0.0
@@ -937,12 +911,12 @@ def speed(runs, settings):
     The columns are those of task=generation.
     """
     run, judge, known = runs[0], load_judge(runs, settings), set(words_of(training_text(runs)))
-    rows, steps = [], whole_numbers('grid_steps', settings['grid_steps'])
+    rows, grid = [], settings['grid_steps']
     written = [('', '', *held_out(run, settings))]
     for each in runs:
         write_texts(each, settings | {'gen_tokens': 1, 'steps': 4})  # warm-up, one text
         written += [(decoder, setting, *write_texts(each, settings | how)) for
-                    decoder, setting, how in decoders_of(each, steps, settings['guidance'])]
+                    decoder, setting, how in decoders_of(each, grid, settings['guidance'])]
     for decoder, setting, name, ids, cost in written:
         texts = [run.tokenizer.decode(row) for row in ids]
         rows.append({'run': name, 'decoder': decoder, 'setting': setting} | cost
@@ -1108,20 +1082,21 @@ def reversal(runs, settings):
     Greedy; a masked model writes its most confident token first. The blank, __, is as wide as its
     answer, and all of it must be right.
     """
-    rows, a_is_b, b_is_a = [], '\n{0} is {1}.\n', '\n{1} is {0}.\n'
+    rows = []
     for run in runs:
-        training, row = training_text([run]), {'run': run.name, 'texts': []}
-        facts = set(FACT.findall(training))
-        turned = {fact for fact in facts if b_is_a.format(*fact) in training}
-        fine = turned and facts - turned and run.meta['tokenizer']['kind'] == 'char'
+        training, row, texts = training_text([run]), {'run': run.name}, []
+        facts = sorted(set(FACT.findall(training)))
+        turned = [(a, b) for a, b in facts if f'\n{b} is {a}.\n' in training]
+        others = [fact for fact in facts if fact not in turned]
+        fine = turned and others and run.meta['tokenizer']['kind'] == 'char'
         require('out_dir', run.path, fine, 'a run on facts: python prepare.py reversal')
         how = decoding(run, settings) | sample.greedy(run.objective)
         how |= {'steps': 0} if run.objective.reads_masks else {}  # one token a step
-        for column, asked, sentence, blank in (
-                ('A is __', facts, a_is_b, 1), ('__ is B', facts, a_is_b, 0),
-                ('B is __, stated', turned, b_is_a, 0),
-                ('B is __, never stated', facts - turned, b_is_a, 0)):
-            asked = [(sentence.format(*fact), fact[blank]) for fact in sorted(asked)]
+        questions = {'A is __': [(f'\n{a} is {b}.\n', b) for a, b in facts],
+                     '__ is B': [(f'\n{a} is {b}.\n', a) for a, b in facts],
+                     'B is __, stated': [(f'\n{b} is {a}.\n', a) for a, b in turned],
+                     'B is __, never stated': [(f'\n{b} is {a}.\n', a) for a, b in others]}
+        for column, asked in questions.items():
             templates = [text.replace(answer, f'[_:{len(answer)}]') for text, answer in asked]
             done, _ = sample.complete(run, [sample.template_canvas(
                 template, run.tokenizer, run.model.mask_id) for template in templates], how)
@@ -1129,8 +1104,8 @@ def reversal(runs, settings):
             right = [text for text, _ in asked]
             score = [100 * (text == other) for text, other in zip(written, right)]
             row[f'{column} (%)'] = sum(score) / len(score)
-            row['texts'] += records(run, score, given=templates, written=written, right=right)
-        rows.append(row)
+            texts += records(run, score, given=templates, written=written, right=right)
+        rows.append(row | {'texts': texts})
     return rows, f'{len(facts)} facts, {len(turned)} of them stated in both directions'
 
 
@@ -1189,8 +1164,7 @@ def ways_to_answer(run, settings):
     if run.objective.exact:
         return [('', '', s)]
     names = dict.fromkeys(sample.length_name(name, run) for name in names_in(s['length']))
-    steps = whole_numbers('answer_steps', s['answer_steps'])
-    steps = steps if s['decoder'] != 'threshold' else ['']  # it takes as many as it needs
+    steps = s['answer_steps'] if s['decoder'] != 'threshold' else ['']  # it takes what it needs
     return [(name, n, s | {'length': name, 'steps': n}) for name in names for n in steps]
 
 
@@ -1255,16 +1229,6 @@ def eos_probabilities(run, n, share, settings):
     return correct / n, {i: np.mean(found[i]) for i in sorted(found)}
 
 
-def eos_curves(run, n, settings):
-    """eos_probabilities for each of EOS_SHARES: columns for length.png, and lines for the note."""
-    curves, said = {}, []
-    for share in EOS_SHARES if saw_pad(run) and run.objective.masks_anywhere else ():
-        correct, mean = eos_probabilities(run, n, share, settings)
-        curves |= {f'x {share:.0%}': [*mean], f'y {share:.0%}': [*map(float, mean.values())]}
-        said.append(f'{run.name}, {share:.0%} of the window masked: EOS found {correct:.1%}')
-    return curves, said
-
-
 def ways_to_know_length(run, settings):
     """As ways_to_answer, with the last of answer_steps; `length` auto is all ways of the run."""
     s = settings | {'answer_steps': settings['answer_steps'][-1:]}
@@ -1294,7 +1258,6 @@ def lengths(runs, settings):
     for run in runs:
         ways = ways_to_know_length(run, settings)
         answers_of(run, pairs[:4], ways[0][2])  # warm-up
-        curves, said = eos_curves(run, len(pairs), settings)
         for length, steps, how in ways:
             written, figures, (masks, predicted, needed) = answers_of(run, pairs, how)  # 3 x (N,)
             fits = masks >= needed
@@ -1306,9 +1269,11 @@ def lengths(runs, settings):
                 window = dict.fromkeys(window, '')
             rows.append({'run': run.name, 'length': length} | window | {
                 'steps': steps, 'nfe': figures['nfe'], 'ms/sentence': 1000 / figures['sentences/s'],
-                'BLEU': score(written, [pair[2] for pair in pairs])['BLEU']} | curves)
-            curves = {}  # they are of the run, not of a way to decode it
-        notes += said
+                'BLEU': score(written, [pair[2] for pair in pairs])['BLEU']})
+        for share in EOS_SHARES if saw_pad(run) and run.objective.masks_anywhere else ():
+            found, mean = eos_probabilities(run, len(pairs), share, settings)
+            rows[-1] |= {f'x {share:.0%}': [*mean], f'y {share:.0%}': [*map(float, mean.values())]}
+            notes.append(f'{run.name}, {share:.0%} of the window masked: EOS found {found:.1%}')
     return rows, '; '.join([f'{len(pairs):,} prompts; full: {full} masks', *notes])
 
 
@@ -1336,7 +1301,7 @@ class Task(NamedTuple):
     measure: Callable      # (runs, settings) -> (rows, note), see the head of this file
     settings: str          # names of settings that are printed, since the numbers depend on them
     show: Callable = None  # (rows, path of a picture) -> Markdown
-    on: str = 'a stream of text'  # the kind of data that it is for; '' = any
+    on: str = 'stream'     # the kind of data that it is for: stream, pairs; '' = any
 
 
 TASKS = {
@@ -1351,9 +1316,8 @@ TASKS = {
     'speed': Task(speed, 'gen_tokens batch_size seed temperature', plot_by_passes),
     'noises': Task(noises, 'split max_windows seed', plot_noises),
     'translation': Task(translation, 'split batch_size greedy temperature seed', plot_by_passes,
-                        on='prompts and answers'),
-    'length': Task(lengths, 'split batch_size seed length_quantile', plot_length,
-                   on='prompts and answers'),
+                        'pairs'),
+    'length': Task(lengths, 'split batch_size seed length_quantile', plot_length, 'pairs'),
     'reversal': Task(reversal, '')}
 WRITING = ('generation', 'infill', 'recover', 'translation', 'reversal', 'report')  # have texts
 ALONE = {'speed': '--gen_tokens=2048'}  # settings of one task that come before those of the user
@@ -1367,11 +1331,9 @@ REPORT = {                 # the tasks of a report, and the same of each, for a 
 def run_task(name, runs, settings, command):
     """{'markdown', 'rows', 'settings', 'command'} of a task: a section of the report."""
     task, picture = TASKS[name], Path(settings['report_dir'], f'{name}.png')
-    of_rows = 'documents' if runs[0].meta['sep_id'] is None else 'prompts and answers'
-    kind = 'a stream of text' if runs[0].meta['layout'] == 'stream' else of_rows
-    if task.on not in ('', kind):
-        others = ', '.join(other for other in TASKS if TASKS[other].on in ('', kind))
-        raise UserError(f'task {name} is for {task.on}; for {kind} there are {others}')
+    of_rows = 'documents' if runs[0].meta['sep_id'] is None else 'pairs'
+    kind = 'stream' if runs[0].meta['layout'] == 'stream' else of_rows
+    one_of(f'task (for {kind})', name, [other for other in TASKS if TASKS[other].on in ('', kind)])
     rows, note = task.measure(runs, settings)
     if not rows:
         raise UserError(f'task {name} has nothing to say about objectives like those of these runs')
@@ -1416,6 +1378,10 @@ def save_report(sections, folder):
 def main():
     config.override(globals(), inherited=sample, names=sample.DECODING)
     one_of('task', task, (*TASKS, 'report'))
+    for name, value in (('discrete_steps', discrete_steps or (1,)), ('grid_steps', grid_steps),
+                        ('answer_steps', answer_steps)):
+        require(name, value, value and all(type(n) is int for n in value),
+                'of whole numbers, as 4,16')
     require('data', data, not data or task in ('likelihood', 'report'), "'' for other tasks")
     require('save_texts', save_texts, not save_texts or task in WRITING, "'' for other tasks")
     require('file', file, not file or task == 'translation', "'' for other tasks")

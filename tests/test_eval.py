@@ -164,6 +164,8 @@ def test_lines_of_a_picture_differ():
     (['--grid_steps=()', '--task=speed'], 'grid_steps is ()'),
     (['--grid_steps=(4.5,)', '--task=speed'], 'grid_steps is (4.5,)'),
     (['--discrete_steps=(4.5,)'], 'discrete_steps is (4.5,)'),
+    (['--answer_steps=()', '--task=length'], 'answer_steps is ()'),
+    (["--answer_steps=(1, 'x')", '--task=translation'], "answer_steps is (1, 'x')"),
     (['--gen_length=0', '--task=order'], 'gen_length is 0'),
     (['--data=verse.txt', '--task=order'], "data is 'verse.txt', but it must be '' for other"),
     (['--data=nothing'], 'there is no data/nothing/meta.json'),
@@ -422,8 +424,7 @@ def test_files_have_two_columns_or_three(tmp_path):
     ({'file': 'nowhere.tsv'}, 'No such file'), ({'file': 'latin.tsv'}, 'not UTF-8 at byte 3'),
     ({'file': 'one.tsv'}, "has the line 'a': write (level TAB) prompt TAB answer"),
     ({'file': 'blank.tsv'}, 'is empty'), ({'file': 'gap.tsv'}, 'prompt TAB answer'),
-    ({'answer_steps': ()}, 'answer_steps'),
-    ({'answer_steps': (1, 'x')}, 'answer_steps'), ({'length': 'full,long'}, "length is 'long'"),
+    ({'length': 'full,long'}, "length is 'long'"),
     ({'length_candidates': 3}, 'length_candidates is 3')])
 def test_what_cannot_be_translated(book, settings, said):
     for name, text in (('one', 'a\n'), ('blank', '\n\n'), ('gap', 'a\t \n')):
@@ -1264,7 +1265,7 @@ def test_probabilities_of_an_eos_stand_at_their_distance_from_the_end(book, monk
 
 
 @pytest.mark.parametrize('settings, trained, said', [
-    ({'length_candidates': 2}, {}, '1 for task=length'), ({'answer_steps': ()}, {}, 'answer_steps'),
+    ({'length_candidates': 2}, {}, '1 for task=length'),
     ({'length': 'regress'}, {}, 'no such head'),
     ({'length': 'argmax'}, {'predict_pad': False}, 'train with predict_pad')])
 def test_lengths_that_cannot_be_measured(book, monkeypatch, settings, trained, said):
@@ -1274,5 +1275,5 @@ def test_lengths_that_cannot_be_measured(book, monkeypatch, settings, trained, s
 
 def test_a_stream_has_no_lengths(runs):
     done = run('eval.py', '--out_dir=out/mdm', '--task=length', cwd=runs)
-    assert done.returncode == 2 and 'length is for prompts and answers' in done.stderr
+    assert done.returncode == 2 and "task (for stream) is 'length', not one of" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
