@@ -589,11 +589,10 @@ def orders(runs, settings):
     for run in tqdm(runs, 'order', disable=None):
         own, exact = run.objective, run.objective.exact
         if own.any_order:
-            each = [mean(run.model, order) for order in random]
-            found = {'left to right': mean(run.model, left),
-                     'right to left': mean(run.model, left.flip(1)),
-                     f'{len(random)} random orders': Number(np.mean(each),
-                                                            spread=np.std(each, ddof=1))}
+            forward, backward, *each = [mean(run.model, o) for o in (left, left.flip(1), *random)]
+            found = {'left to right': forward, 'right to left': backward,
+                     f'{len(each)} random orders': Number(np.mean(each),
+                                                          spread=np.std(each, ddof=1))}
             rows += [{'run': run.name, 'order': order, 'measured': 'nll', 'nats/token': nats,
                       's.e.': 'exact'} for order, nats in found.items()]
         if own.any_order or exact:
