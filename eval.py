@@ -546,7 +546,8 @@ def plot_noises(rows, path):
     """noises.png: bits per character of each run, from left to right as they were named."""
     fig, (ax,) = panels(1)
     names = [row['objective'].replace(' ', '\n', 1) for row in rows]
-    bars = ax.bar(range(len(rows)), [row['bits/char'] for row in rows], tick_label=names)
+    bits = [row['bits/char'] for row in rows]
+    bars = ax.bar(range(len(rows)), bits, tick_label=names, zorder=2)  # above the grid
     ax.bar_label(bars, fmt='%.2f')
     ax.set(ylabel='bits per character (all but ar: an upper bound)',
            xlabel='objective, and length of its blocks')
@@ -921,8 +922,7 @@ def speed(runs, settings):
         rows.append({'run': name, 'decoder': decoder, 'setting': setting} | cost
                     | judged(judge, run, texts, ids, settings['batch_size'])
                     | text_row(name, texts, ids, known))
-    device = str(run.model.device)
-    return rows, f'{device}{peak_memory(device)}'
+    return rows, f'{run.model.device}{peak_memory(str(run.model.device))}'
 
 
 def plot_by_passes(rows, path):
