@@ -144,13 +144,13 @@ def load_log(path):
         settings = json.loads(Path(path, 'config.json').read_text('utf-8'))
         rows = [*csv.DictReader(Path(path, 'log.csv').read_text('utf-8').splitlines())][1:]
         log = {k: np.array([float(r[k]) for r in rows]) for k in 'iter tokens seconds val'.split()}
-        meta = load_meta(settings['dataset'])
+        meta, measured = load_meta(settings['dataset']), [row['measured'] for row in rows]
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise UserError(f'{path} has no whole log.csv and config.json: it is not a run, or one '
                         f'that is half written ({type(e).__name__})') from e
     require('out_dir', path, rows, 'a run with evaluations: train it further')
-    log['measured'] = rows[0]['measured']
-    return Run(Path(path).name, None, None, meta, None, settings, log['iter'][-1], path), log
+    run = Run(Path(path).name, None, None, meta, None, settings, log['iter'][-1], path)
+    return run, log | {'measured': measured[0]}
 
 
 def about(run):
@@ -549,6 +549,7 @@ def plot_noises(rows, path):
     bits = [row['bits/char'] for row in rows]
     bars = ax.bar(range(len(rows)), bits, tick_label=names, zorder=2)  # above the grid
     ax.bar_label(bars, fmt='%.2f')
+    ax.tick_params(axis='x', labelsize=9)  # room for 'uniform'
     ax.set(ylabel='bits per character (all but ar: an upper bound)',
            xlabel='objective, and length of its blocks')
     return save_figure(fig, path)
@@ -645,7 +646,8 @@ def plot_curves(rows, path):
     fig, axes = panels(2)
     for ax, x in zip(axes, [name for name in labels if name in rows[0]]):
         for row in rows:
-            (line,) = ax.plot(row[x], row['y'], label=f'{row["run"]}, {row["measured"]}')
+            bound = ' (an upper bound on the nll)' * (row['measured'] == 'nelbo')
+            (line,) = ax.plot(row[x], row['y'], label=f'{row["run"]}, {row["measured"]}{bound}')
             if 'x: epochs' in row:
                 best = np.argmin(row['y'])
                 ax.plot(row[x][best], row['y'][best], 'o', ms=16, mfc='none', c=line.get_color())
@@ -653,7 +655,7 @@ def plot_curves(rows, path):
         if x == 'x: epochs':
             ax.set_xscale('log', base=2)
             ax.xaxis.set_major_formatter('{x:g}')
-    axes[0].set_ylabel('validation loss (nats per token; nelbo: a bound)')
+    axes[0].set_ylabel('validation loss (nats per token)')
     return save_figure(fig, path)
 
 
@@ -928,7 +930,7 @@ def speed(runs, settings):
 def plot_by_passes(rows, path):
     """speed.png, translation.png: quality against passes, a line for each way to decode a run.
 
-    What has one number of passes, as AR has, is also a dotted line; so is the validation text.
+    What has one number of passes, as AR has, is a dotted line, too; so is the validation text.
     """
     columns = [name for name in rows[0]
                if name == 'BLEU' or name.startswith(('nll', 'nats', 'known', 'unigram'))]
@@ -940,10 +942,11 @@ def plot_by_passes(rows, path):
     for ax, column in zip(axes, columns):
         for label, line in lines.items():
             points = sorted((row['nfe'], row[column]) for row in line if row['nfe'] != '')
+            color = '0.5'
             if points:
-                ax.plot(*zip(*points), label=label)
+                color = ax.plot(*zip(*points), label=label)[0].get_color()
             if len(line) == 1:
-                ax.axhline(line[0][column], color='0.5', lw=1, ls=':', label=label * (not points))
+                ax.axhline(line[0][column], c=color, lw=1, ls=':', label=label * (not points))
         ax.set_xscale('log', base=2)
         ax.xaxis.set_major_formatter('{x:g}')
         ax.set(xlabel='passes per text', ylabel=column.replace('nll', 'nll (nats per token)'))
