@@ -68,7 +68,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from config import UserError, one_of, require
+from config import UserError, as_user_error, one_of, require
 from prepare import from_hub, hub_vocabulary, licence_of, mixed_seed, optional
 
 # oneDNN keeps a kernel for each of its last 1,024 shapes, and every new number M of masked
@@ -1115,12 +1115,11 @@ def load_checkpoint(out_dir, device='cpu', ckpt='last'):
     if not os.path.isfile(path):  # Path.is_file raises for names that are too long
         raise UserError(f'{out_dir} is not a run{" with keep_best" * (ckpt == "best")}: it holds '
                         f'no {path.name} (train.py writes one)')
-    try:
+    # torch raises half a dozen kinds of errors for damaged zip archives
+    with as_user_error(Exception, f'{path} is damaged, or not a checkpoint',
+                       '; train again with --overwrite'):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         missing = {'model', 'optimizer', 'config', 'meta', 'iter', 'rng', 'best'} - set(checkpoint)
-    except Exception as e:  # torch raises half a dozen kinds for damaged zip archives
-        raise UserError(f'{path} is damaged, or not a checkpoint ({type(e).__name__}); '
-                        f'train again with --overwrite') from e
     if missing:
         raise UserError(f'{path} lacks {", ".join(sorted(missing))}: not written by train.py')
     checkpoint['meta'] = {'dtype': 'uint16'} | checkpoint['meta']  # of ids; older runs lack it
@@ -1167,11 +1166,8 @@ def flops_per_token(settings, data):
 def load_model(checkpoint, device, trust=False):
     """The network of a checkpoint, on `device`, in evaluation mode; trust: trust_remote_code."""
     model = make_network(model_config(checkpoint['config'], checkpoint['meta']), trust)
-    try:
+    with as_user_error(RuntimeError, 'the weights of this checkpoint do not fit its own settings'):
         model.load_state_dict(checkpoint['model'])
-    except RuntimeError as e:
-        raise UserError('the weights of this checkpoint do not fit its own settings: '
-                        + str(e).splitlines()[-1].strip()) from e
     return model.to(device).eval()
 
 
@@ -1213,12 +1209,10 @@ def make_network(config, trust=False):
     transformers = optional('transformers', extra='hf')
     theirs = from_hub('AutoConfig', hub['name'], **how) if 'auto_map' in hub else \
         transformers.AutoConfig.for_model(**hub)
-    try:
+    with as_user_error(ValueError, f'init_from is a {hub["model_type"]} of the hub, but it must be '
+                       'a GPT-2 or a masked model'):
         network = getattr(transformers, hub['class']).from_config(
             theirs, dtype=torch.float32, **how)
-    except ValueError as e:  # of a model type that has no masked language model
-        raise UserError(f'init_from is a {hub["model_type"]} of the hub, but it must be a GPT-2 or '
-                        'a masked model') from e
     return HubNetwork(config, network)
 
 
