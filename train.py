@@ -35,10 +35,12 @@ import shlex
 import signal
 import sys
 import time
+import timeit
 from collections import defaultdict
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import torch
@@ -222,8 +224,8 @@ class TrainingRun:
         self.seconds = 0.0      # spent on these updates, without evaluations
         self.speed = 0.0        # tokens/s of all processes, since the run was started or resumed
         self.log, self.steps = [], []  # rows of log.csv, of steps.csv
-        self.saved_at = None    # the iteration of ckpt.pt
         self.caught = []        # numbers of the signals that asked this process to stop
+        self.stop = False       # some process has caught one: save and leave
         if checkpoint:
             restore(self, s, checkpoint)
         if self.world > 1:  # all processes begin with the same weights, on whatever machines
@@ -312,7 +314,7 @@ def restore(run, s, checkpoint):
     except (RuntimeError, ValueError, KeyError) as e:
         raise UserError(f'the weights in {s.out_dir} have another shape than these settings ask '
                         'for: resume without changing the model or the optimizer') from e
-    run.iteration = run.saved_at = done
+    run.iteration = done
     try:
         run.log, run.steps = (read_rows(Path(s.out_dir, name), run.iteration)
                               for name in ('log.csv', 'steps.csv'))
@@ -375,25 +377,33 @@ def annealed(run, s, x0):
     return {'attn_mask': ~closed.triu(1)}
 
 
-def update(run, s, factor):
-    """One update: data, corruption and loss, backward, clip, step.
+def micro_step(run, s, i):
+    """One batch, number i of the next update: its loss, whose gradients are added to those so far.
 
-    factor: what lr_factor() returned. Counts run.iteration and run.tokens, and sets
-    run.gradient_norm, that before clipping. Returns the loss per token that counts, over all
-    batches of all processes, as a tensor (to read it is to wait for the device), and whether any
-    process has caught a signal.
+    Returns the tensor (nats, tokens that count), and how many tokens were read.
+    """
+    seed = mixed_seed(s.seed, run.iteration, i)
+    torch.manual_seed(mixed_seed(seed, 1))  # a second seed: for dropout, attn_anneal
+    rng = torch.Generator(run.device).manual_seed(seed)  # for t and masks
+    x0, given = on_device(run.data.batch(run.iteration, i, run.micro_steps), run.device)
+    with run.autocast():
+        nats, count = run.objective.loss(run.compiled, x0, rng, given, **annealed(run, s, x0))
+    nats.backward()  # of a sum: update() makes it a mean
+    return torch.stack([nats.detach(), count]), x0.numel()
+
+
+def update(run, s):
+    """One update: data, corruption, loss and backward (micro_step), mean, clip, step.
+
+    Counts run.iteration and run.tokens, and sets run.gradient_norm, that before clipping, and
+    run.stop. Returns the loss per token that counts, over all batches of all processes, as a
+    tensor: to read it is to wait for the device.
     """
     sums = torch.zeros(3, device=run.device)  # nats, tokens that count, signals
     for i in range(run.rank, run.micro_steps, run.world):  # micro-steps of this process
-        seed = mixed_seed(s.seed, run.iteration, i)
-        torch.manual_seed(mixed_seed(seed, 1))  # a second seed: for dropout, attn_anneal
-        rng = torch.Generator(run.device).manual_seed(seed)  # for t and masks
-        x0, given = on_device(run.data.batch(run.iteration, i, run.micro_steps), run.device)
-        run.tokens += x0.numel() * run.world  # the others' batches are about as wide
-        with run.autocast():
-            nats, count = run.objective.loss(run.compiled, x0, rng, given, **annealed(run, s, x0))
-        nats.backward()  # of a sum: it becomes a mean below, divided by sums[1]
-        sums[:2] += torch.stack([nats.detach(), count])
+        nats_and_count, tokens = micro_step(run, s, i)
+        sums[:2] += nats_and_count
+        run.tokens += tokens * run.world  # the others' batches are about as wide
     learned = [p for p in run.model.parameters() if p.grad is not None]
     if run.world > 1:
         sums[2] = len(run.caught)
@@ -407,13 +417,13 @@ def update(run, s, factor):
     run.gradient_norm = torch.nn.utils.clip_grad_norm_(learned, s.grad_clip or math.inf)
     for o in run.optimizers:
         for group in o.param_groups:
-            group['lr'] = factor * (s.muon_lr if isinstance(o, Muon) else s.learning_rate)
+            group['lr'] = lr_factor(s, run.iteration) * o.defaults['lr']
         o.step()
         o.zero_grad()
     run.iteration += 1
     # all processes have the same sums, and so stop after the same update
-    stop = sums[2].item() > 0 if run.world > 1 else bool(run.caught)
-    return sums[0] / sums[1].clamp(min=1), stop
+    run.stop = sums[2].item() > 0 if run.world > 1 else bool(run.caught)
+    return sums[0] / sums[1].clamp(min=1)
 
 
 def train(run, s):
@@ -421,35 +431,33 @@ def train(run, s):
     # disable=None: tqdm shows a bar only on a terminal
     bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
     tokens_before, seconds_before = run.tokens, run.seconds  # run.speed counts from this start
-    stop = False  # True: save and leave at the top of the next round
-    if run.log and s.keep_best and not Path(s.out_dir, 'best.pt').exists():
+    if run.log and s.keep_best:
         save(run, s)  # a run resumed with keep_best may stand where its loss was lowest
     # SIGINT and SIGTERM only leave a note. An update that stopped halfway would have changed some
     # weights and not others; so it is finished first, and saved.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: run.caught.append(number))
     while True:  # at max_iters it evaluates and saves a last time, and leaves
-        factor = lr_factor(run.iteration, s.max_iters, s.warmup_iters, s.lr_schedule)
-        due = run.iteration % s.eval_interval == 0 or run.iteration == s.max_iters
+        done = run.iteration == s.max_iters
         # a run that is resumed at this iteration may have logged it already
-        due = due and not (run.log and int(run.log[-1]['iter']) == run.iteration)
+        logged = run.log and int(run.log[-1]['iter']) == run.iteration
+        due = (done or run.iteration % s.eval_interval == 0) and not logged
         if due:
-            bar.write(evaluate_now(run, s, factor * s.learning_rate))
-        if due or stop and run.saved_at != run.iteration:
+            bar.write(evaluate_now(run, s))
+        if due or run.stop:
             save(run, s)
-            if due and s.decode_rows and run.rank == 0:
-                write_answers(run, s)
-        if stop or run.iteration == s.max_iters:
+        if due and s.decode_rows and run.rank == 0:
+            write_answers(run, s)
+        if done or run.stop:
             break
 
         began = time.perf_counter()
-        loss, stop = update(run, s, factor)
+        loss = update(run, s)
         to_record = run.iteration % s.log_interval == 0
-        if to_record or stop:
+        if to_record or run.stop:
             loss = loss.item()
             # few batches are noisy, and one token may weigh w_max; with elbo w(t), without a limit
-            highest = math.inf if s.loss_weight == 'elbo' else 2 * max(5.0, s.w_max)
-            check_loss(run, s, loss, factor * s.learning_rate, highest)
+            check_loss(run, s, loss, math.inf if s.loss_weight == 'elbo' else 2 * max(5.0, s.w_max))
         run.seconds += time.perf_counter() - began  # with the wait for loss.item()
         run.speed = (run.tokens - tokens_before) / (run.seconds - seconds_before)
         bar.update()
@@ -466,9 +474,9 @@ def train(run, s):
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
         signal.signal(number, signal.SIG_DFL)
-    # `stop` does not know of a signal during the last evaluation: a single process still exits on
+    # run.stop does not know of a signal during the last evaluation: a single process still exits on
     # it. Several ignore it, since perhaps only some of them caught one.
-    if stop or run.world == 1 and run.caught:
+    if run.stop or run.world == 1 and run.caught:
         print(f'stopped and saved after {run.iteration} updates; go on with\n'
               f'python train.py --out_dir={shlex.quote(s.out_dir)} --resume')
         sys.exit(128 + (run.caught or [signal.SIGTERM])[0])
@@ -477,21 +485,22 @@ def train(run, s):
 # ----------------------------------------------------------------------------- evaluation, records
 
 
-def evaluate_now(run, s, learning_rate):
+def evaluate_now(run, s):
     """Measures, logs and draws the loss on the validation split and on some training text.
 
-    learning_rate: AdamW's, for the log. Returns a line to print.
+    Returns a line to print.
     """
     mean_loss = partial(evaluate, run.model, run.objective)
     with run.autocast():
         val, _ = mean_loss(run.data.batches('val', s.batch_size))
         train_loss, _ = mean_loss(run.data.batches('train', s.batch_size, limit=4 * s.batch_size))
     # of training text: on validation text, mere overfitting could look like divergence
-    check_loss(run, s, train_loss, learning_rate, highest=2)
+    check_loss(run, s, train_loss, highest=2)
     name = run.objective.measured
+    lr = lr_factor(s, run.iteration) * s.learning_rate  # AdamW's
     run.log.append({
         'iter': run.iteration, 'tokens': run.tokens, 'measured': name, 'train': f'{train_loss:.6f}',
-        'val': f'{val:.6f}', 'lr': f'{learning_rate:.3e}', 'data': run.data.meta['source'],
+        'val': f'{val:.6f}', 'lr': f'{lr:.3e}', 'data': run.data.meta['source'],
         'seconds': f'{run.seconds:.1f}', 'tokens_per_second': f'{run.speed:.0f}'})
     if run.rank == 0:
         write_rows(Path(s.out_dir, 'log.csv'), run.log)
@@ -502,18 +511,17 @@ def evaluate_now(run, s, learning_rate):
             f'{run.objective.unit} on the validation split, {train_loss:.4f} on training text')
 
 
-def check_loss(run, s, loss, learning_rate, highest):
+def check_loss(run, s, loss, highest):
     """Raises UserError if a training loss is nan, or has grown beyond all reason.
 
     The limit is `highest` times the larger of two: the first training loss in log.csv, and that of
-    a uniform guess. Before the first checkpoint there is none, for there is nothing to go back to.
+    a uniform guess. Before the first evaluation there is none, for there is no checkpoint yet.
     """
     guess = math.log(run.data.meta['vocab_size'])  # log V': meta does not count the mask
     # "not <=", since nan is neither above nor below
-    if run.saved_at is not None and not loss <= highest * max(guess, float(run.log[0]['train'])):
-        raise UserError(f'diverged: the training loss is {loss:.4g} after {run.iteration} updates '
-                        f'and at learning rate {learning_rate:.2e}: lower it; {s.out_dir}/ckpt.pt '
-                        f'has the weights after {run.saved_at} updates')
+    if run.log and not loss <= highest * max(guess, float(run.log[0]['train'])):
+        raise UserError(f'diverged: the training loss is {loss:.4g} after {run.iteration} updates: '
+                        f'lower the learning rate; {s.out_dir}/ckpt.pt has weights from before')
 
 
 def write_rows(path, rows):
@@ -586,7 +594,6 @@ def save(run, s):
         if s.keep_best and int(best['iter']) == run.iteration:
             write_atomically(Path(s.out_dir, 'best.pt'), buffer.getbuffer())
         write_atomically(Path(s.out_dir, 'ckpt.pt'), buffer.getbuffer())
-    run.saved_at = run.iteration
 
 
 def write_answers(run, s):
@@ -631,8 +638,8 @@ class Muon(torch.optim.Optimizer):
     without bfloat16 instructions 10.4 s an update in place of 0.9 s (4 x 256; RESULTS, Speed).
     """
 
-    def __init__(self, params, weight_decay, dtype, momentum=0.95):
-        super().__init__(params, {'lr': 0.0, 'weight_decay': weight_decay, 'momentum': momentum})
+    def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
+        super().__init__(params, {'lr': lr, 'weight_decay': weight_decay, 'momentum': momentum})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -659,27 +666,28 @@ def make_optimizers(model, s, dtype):
 
     Either way these matrices alone have weight decay. The weights of local mixing are no matrix:
     they are a vector of channels for each neighbour. Most models of the hub call their blocks
-    layers. Of a model with a length head, only the head is trained. Learning rates are not set
-    here, but by every update.
+    layers. Of a model with a length head, only the head is trained. The learning rates are their
+    peaks, of which every update takes a fraction.
     """
     matrices, rest = [], []
     for name, p in (model.length_head or model).named_parameters():
         is_matrix = p.ndim == 2 and ('blocks.' in name or '.layer' in name) and 'mixing' not in name
         (matrices if is_matrix else rest).append(p)
-    adam = partial(torch.optim.AdamW, betas=(s.beta1, s.beta2), weight_decay=0.0, fused=True)
+    adam = partial(torch.optim.AdamW, lr=s.learning_rate, betas=(s.beta1, s.beta2),
+                   weight_decay=0.0, fused=True)
     if s.optimizer == 'muon' and matrices:
-        return [Muon(matrices, s.weight_decay, dtype), adam(rest)]
+        return [Muon(matrices, s.muon_lr, s.weight_decay, dtype), adam(rest)]
     return [adam([{'params': matrices, 'weight_decay': s.weight_decay}, {'params': rest}])]
 
 
-def lr_factor(iteration, max_iters, warmup_iters, lr_schedule):
+def lr_factor(s, iteration):
     """The learning rates of update number `iteration` (from 0), as a fraction of their peaks."""
-    if iteration < warmup_iters:
-        return (iteration + 1) / (warmup_iters + 1)
-    progress = (iteration - warmup_iters) / max(1, max_iters - warmup_iters)  # in [0, 1]
+    if iteration < s.warmup_iters:
+        return (iteration + 1) / (s.warmup_iters + 1)
+    progress = (iteration - s.warmup_iters) / max(1, s.max_iters - s.warmup_iters)  # in [0, 1]
     return {'constant': 1.0,
             'wsd': min(1.0, 5 * (1 - progress)),
-            'cosine': 0.5 * (1 + math.cos(math.pi * progress))}[lr_schedule]
+            'cosine': 0.5 * (1 + math.cos(math.pi * progress))}[s.lr_schedule]
 
 
 # ------------------------------------------------------------------------------------------- speed
@@ -695,19 +703,19 @@ def fastest_flops(device, dtype):
 
 
 def compile_or_not(asked, device, dtype, data, seconds):
-    """(whether to compile, why). 'auto' compiles where that saves time within this run.
+    """('on' or 'off', why). 'auto' compiles where that saves time within this run.
 
     seconds: what the updates of this run would take if compiled. Otherwise they take twice as long
     in bfloat16, a tenth longer in float32. On 2 cores compiling costs about 40 s.
     """
     if asked != 'auto':
-        return asked == 'on', 'as set, or as the run began'
+        return asked, 'as set, or as the run began'
     if data.meta['layout'] == 'rows' or data.random_length:
-        return False, 'batches may have many widths, and each would be compiled anew'
+        return 'off', 'batches may have many widths, and each would be compiled anew'
     if device == 'mps':
-        return False, 'there is no compiler for this device'
+        return 'off', 'there is no compiler for this device'
     saved = seconds if dtype == 'bfloat16' else seconds / 10
-    return saved >= 40, f'it costs about 40 s and saves about {saved:.0f} s'
+    return 'on' if saved >= 40 else 'off', f'it costs about 40 s and saves about {saved:.0f} s'
 
 
 def compile_model(run, s):
@@ -717,44 +725,34 @@ def compile_model(run, s):
     """
     tokens = run.tokens_per_update * (s.bench or s.max_iters - run.iteration)
     seconds = tokens * run.flops_per_token / (0.25 * run.peak)  # a quarter of peak is usual
-    on, why = compile_or_not(s.compile, run.device, run.dtype, run.data, seconds)
-    s.compile = 'on' if on else 'off'  # in ckpt.pt, so that a resumed run ends in the same bits
+    # what is decided stands in ckpt.pt, so that a resumed run ends in the same bits
+    s.compile, why = compile_or_not(s.compile, run.device, run.dtype, run.data, seconds)
     print(f'compile: {s.compile} ({why})')
-    if on:
+    if s.compile == 'on':
         run.compiled = torch.compile(run.model)
         try:
-            x0, given = on_device(run.data.batch(0, run.rank, run.micro_steps), run.device)
-            rng = torch.Generator(run.device)
-            with run.autocast():
-                nats, _ = run.objective.loss(run.compiled, x0, rng, given, **annealed(run, s, x0))
-                nats.backward()
+            micro_step(run, s, run.rank)
         except Exception as e:  # of many kinds: no headers, no space, a bug of the compiler
             run.compiled, s.compile = run.model, 'off'
             print(f'torch.compile failed ({type(e).__name__}): going on without it')
         run.model.zero_grad()
 
 
-def time_updates(run, s, warm_up=3, profiled=3):
-    """Prints the speed of s.bench updates and, of a few more, where their time goes."""
-    def timed_update():  # seconds of an update that changes no weight
-        began = time.perf_counter()
-        update(run, s, 0.0)[0].item()  # waits for the device
-        return time.perf_counter() - began
+def time_updates(run, s):
+    """Prints the speed of s.bench updates and, of one more, where its time goes."""
+    def timed_update():
+        update(run, s).item()  # waits for the device
 
-    times = [timed_update() for _ in range(warm_up + s.bench)][warm_up:]
-    seconds = sorted(times)[s.bench // 2]
+    seconds = median(timeit.repeat(timed_update, number=1, repeat=3 + s.bench)[3:])  # 3: warm-up
     with torch.profiler.profile() as profiler:
-        for _ in range(profiled):
-            timed_update()
+        timed_update()
     speed = run.tokens_per_update / seconds
     flops = speed * run.flops_per_token
     print(f'{1000 * seconds:.1f} ms per update (median of {s.bench}), {speed:,.0f} tokens/s, '
           f'{flops / 1e9:.1f} GFLOP/s = {100 * flops / run.peak:.1f}% of the '
           f'{run.peak / 1e9:.1f} of torch.mm{peak_memory(run.device)}\n')
-    own_time = f'self_{"device" if run.device.startswith("cuda") else "cpu"}_time_total'
-    for e in sorted(profiler.key_averages(), key=lambda e: -getattr(e, own_time))[:15]:
-        milliseconds = getattr(e, own_time) / 1000 / profiled
-        print(f'{milliseconds:8.2f} ms  {e.count // profiled:4} x  {e.key[:70]}')
+    kind = 'cuda' if run.device.startswith('cuda') else 'cpu'
+    print(profiler.key_averages().table(sort_by=f'self_{kind}_time_total', row_limit=15))
 
 
 # ------------------------------------------------------------------------------ from start to end
