@@ -149,8 +149,7 @@ wandb_run_name = ''         # and under this name; '' = the last part of out_dir
 bench = 0                   # only time this many updates and profile a few: nothing is written
 
 
-# fields of ModelConfig in which a run may differ from the one that it begins with: training adapts
-# the weights
+# fields of ModelConfig in which a run may differ from its init_from: training adapts the weights
 MAY_DIFFER = ('block_size', 'causal', 'dropout', 'attn_dropout', 'subs', 'block_length',
               'length_head', 'shift')
 # settings of older versions, by which nothing was gained, with the values at which they did nothing
@@ -213,8 +212,6 @@ class TrainingRun:
         self.model = make_network(shape, s.trust_remote_code).to(self.device)
         require('attn_anneal', s.attn_anneal, not (s.attn_anneal and isinstance(
             self.model, HubNetwork)), '0 for a masked model of the hub')
-        if s.init_from and not checkpoint:
-            load_first_weights(self.model, s, self.data.meta)
         self.compiled = self.model  # what updates call: compile_model() may compile it
         self.objective = LengthLoss(self.data.meta['eos_id'], s.length_quantile) \
             if s.length_head else make_objective(vars(s))
@@ -228,6 +225,8 @@ class TrainingRun:
         self.stop = False       # some process has caught one: save and leave
         if checkpoint:
             restore(self, s, checkpoint)
+        elif s.init_from:
+            load_first_weights(self.model, s, self.data.meta)
         if self.world > 1:  # all processes begin with the same weights, on whatever machines
             for p in self.model.parameters():
                 dist.broadcast(p.detach(), 0)
@@ -271,6 +270,22 @@ def open_training_data(s, rank, world):
     return data
 
 
+def require_same(names, name_of_run, checkpoint, s, meta):
+    """Raises UserError if an earlier run differs in one of names from these settings and data.
+
+    What an older run has not saved counts as the same. Returns {name: value} of the earlier run.
+    """
+    def described(settings, meta):
+        return meta | settings | vars(model_config(settings, meta)) | {'data set': meta}
+
+    theirs = described(checkpoint['config'], checkpoint['meta'])
+    own = described(vars(s), meta) | GONE
+    if differing := [name for name in names if theirs.get(name, own[name]) != own[name]]:
+        raise UserError(f'{name_of_run} cannot be continued with another {", ".join(differing)} '
+                        'than its own')
+    return theirs
+
+
 def load_first_weights(model, s, meta):
     """Gives model the weights of init_from; UserError if shapes or vocabulary differ.
 
@@ -278,14 +293,11 @@ def load_first_weights(model, s, meta):
     """
     source = load_hub(s, meta) if s.init_from.startswith('hf:') else \
         load_checkpoint(s.init_from, model.device)
-    theirs, own = vars(model_config(source['config'], source['meta'])), vars(model.config)
-    differing = [name for name in theirs if theirs[name] != own[name] and name not in MAY_DIFFER]
-    differing += [name for name in ('tokenizer', 'sep_id') if source['meta'][name] != meta[name]]
-    differing += [name for name in ('objective', 'predict_pad', 'subs', 'shift')
-                  if s.length_head and (source['config'] | theirs)[name] != vars(s)[name]]
-    if differing:
-        raise UserError(f'{s.init_from} cannot begin this run: it has another '
-                        + ', '.join(differing))
+    names = [name for name in vars(model.config) if name not in MAY_DIFFER]
+    names += ['tokenizer', 'sep_id']
+    if s.length_head:
+        names += ['objective', 'predict_pad', 'subs', 'shift']
+    theirs = require_same(names, s.init_from, source, s, meta)
     most = theirs['block_size'] + theirs['shift'] - s.shift  # positions that have learned weights
     require('block_size', s.block_size, s.pos == 'rope' or s.block_size <= most, f'{most} or less')
     weights = {name: p[:s.block_size + s.shift] if name == 'embed_pos.weight' else p
@@ -295,26 +307,23 @@ def load_first_weights(model, s, meta):
 
 def restore(run, s, checkpoint):
     """Brings weights, optimizers, counters and the log back to where they were at a checkpoint."""
-    if checkpoint['meta'] != run.data.meta:
-        raise UserError(f'data/{s.dataset} is not what {s.out_dir} was trained on')
-    theirs, own = model_config(checkpoint['config'], checkpoint['meta']), vars(run.model.config)
-    if changed := [k for k in own if vars(theirs)[k] != own[k] and 'dropout' not in k]:
-        raise UserError(f'{s.out_dir} was trained with another {", ".join(changed)}: '
-                        'resume without changing the model')
-    done = checkpoint['iter']
-    require('max_iters', s.max_iters, s.max_iters >= done, f'{done} or more: so many are done')
+    names = [name for name in vars(run.model.config) if 'dropout' not in name]
+    names += ['objective', 'init_from', 'optimizer', 'data set', *GONE]
+    require_same(names, s.out_dir, checkpoint, s, run.data.meta)
+    run.iteration = checkpoint['iter']
+    require('max_iters', s.max_iters, s.max_iters >= run.iteration,
+            f'{run.iteration} or more: so many are done')
     try:
         run.model.load_state_dict(checkpoint['model'])
-        for o, state in zip(run.optimizers, checkpoint['optimizer'], strict=True):
+        for o, state in zip(run.optimizers, checkpoint['optimizer']):
             # only the averages of gradients: weight decay and betas are those of the settings
             o.load_state_dict(o.state_dict() | {'state': state['state']})
             # torch compares no shapes, and fused AdamW would crash
             if any(x.dim() and x.shape != p.shape for p in o.state for x in o.state[p].values()):
                 raise ValueError
     except (RuntimeError, ValueError, KeyError) as e:
-        raise UserError(f'the weights in {s.out_dir} have another shape than these settings ask '
-                        'for: resume without changing the model or the optimizer') from e
-    run.iteration = done
+        raise UserError(f'the weights in {s.out_dir} have another shape than its settings ask for: '
+                        'they are of another version of train.py, or damaged') from e
     try:
         run.log, run.steps = (read_rows(Path(s.out_dir, name), run.iteration)
                               for name in ('log.csv', 'steps.csv'))
@@ -789,27 +798,29 @@ def show_sample(run, s):
           f'python eval.py --out_dir={run_dir} --task={task}')
 
 
-def main():
-    # the settings above, changed by the command line, which may name an earlier run; then the
-    # settings of that run (of init_from its shape) take their place, and are changed once more
+def read_settings():
+    """The settings of this run and, if it is resumed, its checkpoint, else None.
+
+    The command line may name an earlier run. The settings of that run, of init_from those of its
+    shape, then take the place of the block above, and the command line changes them.
+    """
     s = SimpleNamespace(**config.override(globals()))
-    if Path(s.out_dir, 'ckpt.pt').exists() and not (s.resume or s.overwrite or s.bench):
+    checkpoint, earlier = None, {}
+    if s.resume:
+        checkpoint = load_checkpoint(s.out_dir)
+        earlier = checkpoint['config'] | {'out_dir': s.out_dir}  # it may have been moved
+    elif Path(s.out_dir, 'ckpt.pt').exists() and not (s.overwrite or s.bench):
         raise UserError(f'{s.out_dir} holds a run already: --resume goes on with it, --overwrite '
                         'starts anew, --out_dir=... puts the new one elsewhere')
-    checkpoint = load_checkpoint(s.out_dir) if s.resume else None
-    if s.resume:  # with the settings of the run, but for those on this command line
-        before = checkpoint['config']
-        if gone := [name for name, off in GONE.items() if before.get(name, off) != off]:
-            raise UserError(f'{s.out_dir} was trained with {gone[0]}, which train.py has no more: '
-                            'sample from it as it is, or train anew with --overwrite')
-        s = SimpleNamespace(**config.override(globals(), earlier=before | {'out_dir': s.out_dir}))
-        for name in ('objective', 'init_from'):
-            require(name, vars(s)[name], vars(s)[name] == before.get(name, ''), 'that of the run')
-    elif s.init_from:  # with its shape
+    elif s.init_from:
         theirs = hub_settings(s) if s.init_from.startswith('hf:') else \
             load_checkpoint(s.init_from)['config']
-        shape = {k: v for k, v in fields_in(ModelConfig, theirs).items() if k not in MAY_DIFFER}
-        s = SimpleNamespace(**config.override(globals(), earlier=shape))
+        earlier = {k: v for k, v in fields_in(ModelConfig, theirs).items() if k not in MAY_DIFFER}
+    return SimpleNamespace(**config.override(globals(), earlier=earlier)), checkpoint
+
+
+def main():
+    s, checkpoint = read_settings()
     check_settings(s)
     run = TrainingRun(s, checkpoint)
     print(run.data.describe())

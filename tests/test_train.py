@@ -542,7 +542,7 @@ def test_trackers_get_the_losses_or_one_line_says_what_to_install(verse, monkeyp
     assert_one_line(run('train.py', *words, cwd=verse), "'.[track]'")
     assert load_checkpoint(verse / 'out/tracked')['iter'] == 6, 'thrown away for nothing'
     done = run('train.py', '--out_dir=out/tracked', '--resume', '--objective=ar', cwd=verse)
-    assert_one_line(done, 'that of the run')
+    assert_one_line(done, 'another causal, objective')
 
 
 @pytest.mark.parametrize('asked, device, layout, random_length, seconds, on, why', [
@@ -645,7 +645,7 @@ def test_a_run_of_a_training_that_is_gone_is_sampled_but_not_resumed(verse, sett
     torch.save(checkpoint, path)
     before = path.read_bytes()
     assert_one_line(run('train.py', '--out_dir=out/soft', '--resume', cwd=verse),
-                    f'was trained with {[*setting][0]}', 'sample from it')
+                    f'cannot be continued with another {[*setting][0]}')
     assert path.read_bytes() == before
     done = run('sample.py', '--out_dir=out/soft', '--start=The', '--json', cwd=verse)
     assert done.returncode == 0 and json.loads(done.stdout)['decoder'] == 'uniform', done.stderr
@@ -807,8 +807,8 @@ def test_a_run_goes_on_as_the_model_that_it_is(verse):
     for word, said in (('--n_embd=64', 'another n_embd'), ('--norm=layernorm', 'another norm'),
                        ('--mlp=gelu', 'another mlp'), ('--shift', 'another shift'),
                        ('--block_size=8', 'another block_size'),
-                       ('--optimizer=adamw', 'or the optimizer'), ('--max_iters=1', '2 or more'),
-                       ('--init_from=out/same', 'that of the run')):
+                       ('--optimizer=adamw', 'another optimizer'), ('--max_iters=1', '2 or more'),
+                       ('--init_from=out/same', 'another init_from')):
         assert_one_line(run('train.py', '--out_dir=out/same', '--resume', word, cwd=verse), said)
     assert (verse / 'out/same/config.json').read_bytes() == before
     train(verse, '--out_dir=out/same', '--resume', '--max_iters=3', '--dropout=0.1')
@@ -1152,8 +1152,8 @@ def test_settings_that_contradict_a_model_of_the_hub_are_one_line(tmp_path):
     tiny = ['--max_iters=1', '--block_size=16', '--batch_size=2', '--device=cpu', '--compile=off',
             '--eval_repeats=2']
     words = ['--init_from=hf:hub', '--objective=ar', '--dataset=prose', '--out_dir=out/ar', *tiny]
-    for word, said in (('--n_layer=3', 'hf:hub cannot begin this run: it has another n_layer'),
-                       ('--mlp=relu2', 'it has another mlp'),
+    for word, said in (('--n_layer=3', 'hf:hub cannot be continued with another n_layer'),
+                       ('--mlp=relu2', 'another mlp'),
                        ('--dataset=chars', 'must be prepared with --tokenizer=hf:hub'),
                        ('--shift', 'shift is True, but it must be False but for mdm, d3pm'),
                        ('--init_from=hf:llama', 'a llama of the hub, but it must be a GPT-2 or a'),
