@@ -191,9 +191,9 @@ class TrainingRun:
     """What the loop works with (model, data, objective, optimizers) and how far it has come.
 
     Built from the settings and, when a run is resumed, from its checkpoint. (A finished run is a
-    sample.Run.) Where epochs is set it writes max_iters into the settings. open_out_dir() is the
-    first to write to out_dir, and is called late, so that a mistake found before it leaves an
-    earlier run intact. update() sets one more attribute, gradient_norm.
+    sample.Run.) Where epochs is set it writes max_iters into the settings. Nothing is written to
+    out_dir here, but by train(), so that a mistake found before it leaves an earlier run intact.
+    update() sets one more attribute, gradient_norm.
     """
 
     def __init__(self, s, checkpoint=None):
@@ -230,7 +230,7 @@ class TrainingRun:
         if self.world > 1:  # all processes begin with the same weights, on whatever machines
             for p in self.model.parameters():
                 dist.broadcast(p.detach(), 0)
-        self.trackers = open_out_dir(s, self.steps) if self.rank == 0 and not s.bench else []
+        self.trackers = []      # functions of ({name: number}, iteration), see open_out_dir()
         self.flops_per_token = flops_per_token(vars(s), self.data)
         # FLOP/s: by it compile_model() judges whether compiling pays; the log gives a share of it
         self.peak = self.world * fastest_flops(self.device, self.dtype)
@@ -336,28 +336,31 @@ def restore(run, s, checkpoint):
 
 def read_rows(path, last):
     """The rows of log.csv or steps.csv up to that of `last` updates; [] if there is no file."""
-    lines = path.read_text('utf-8').splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text('utf-8').splitlines() if path.exists() else []
     return [row for row in csv.DictReader(lines)  # a line cut short has a None
             if None not in row.values() and int(row['iter']) <= last]
 
 
-def open_out_dir(s, steps):
-    """Makes out_dir, config.json and steps.csv, which holds `steps` of a resumed run at first.
+def open_out_dir(run, s):
+    """Makes out_dir, config.json and, with the rows of a resumed run, log.csv and steps.csv.
 
-    Deletes the weights and the curves of a run that is thrown away (overwrite). Returns the
-    trackers, functions of (numbers, iteration).
+    Also makes run.trackers. Deletes the weights and the curves of a run that is thrown away
+    (overwrite).
     """
     out = Path(s.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     old = [] if s.resume else [out / 'ckpt.pt', out / 'best.pt', out / 'samples.csv',
                                *out.glob('events.out.tfevents.*')]  # TensorBoard's
     # a tracker may be missing: that is found out before anything is deleted
-    trackers = [make_tracker(name, s) for name in filter(None, s.track.split(','))]
+    run.trackers = [make_tracker(name, s) for name in filter(None, s.track.split(','))]
     for path in old:
         path.unlink(missing_ok=True)
     write_atomically(out / 'config.json', json.dumps(vars(s), indent=2).encode())
-    write_rows(out / 'steps.csv', steps)
-    return trackers
+    for name, rows in (('log.csv', run.log), ('steps.csv', run.steps)):
+        part = out / f'{name}.part'  # so that rows are not lost if this is killed
+        part.unlink(missing_ok=True)
+        append_rows(part, rows)
+        part.replace(out / name)
 
 
 def make_tracker(name, s):
@@ -437,6 +440,8 @@ def update(run, s):
 
 def train(run, s):
     """The loop: evaluate, save, update, until max_iters or a signal."""
+    if run.rank == 0:
+        open_out_dir(run, s)
     # disable=None: tqdm shows a bar only on a terminal
     bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
     tokens_before, seconds_before = run.tokens, run.seconds  # run.speed counts from this start
@@ -512,7 +517,7 @@ def evaluate_now(run, s):
         'val': f'{val:.6f}', 'lr': f'{lr:.3e}', 'data': run.data.meta['source'],
         'seconds': f'{run.seconds:.1f}', 'tokens_per_second': f'{run.speed:.0f}'})
     if run.rank == 0:
-        write_rows(Path(s.out_dir, 'log.csv'), run.log)
+        append_rows(Path(s.out_dir, 'log.csv'), run.log[-1:])
         plot_losses(run, s)
     for track in run.trackers:
         track({f'train {name}': train_loss, f'val {name}': val}, run.iteration)
@@ -533,12 +538,11 @@ def check_loss(run, s, loss, highest):
                         f'lower the learning rate; {s.out_dir}/ckpt.pt has weights from before')
 
 
-def write_rows(path, rows):
-    """Writes log.csv or steps.csv: a header, and a line for each of the dicts `rows`."""
-    text = io.StringIO(newline='')
-    header = [list(row) for row in rows[:1]]
-    csv.writer(text).writerows([*header, *(row.values() for row in rows)])
-    write_atomically(path, text.getvalue().encode())
+def append_rows(path, rows):
+    """Appends dicts to a CSV file, after a header if the file is empty."""
+    with open(path, 'a', newline='', encoding='utf-8') as f:
+        header = [list(row) for row in rows[:1] if f.tell() == 0]
+        csv.writer(f).writerows([*header, *(row.values() for row in rows)])
 
 
 def record_step(run, s, loss):
@@ -550,31 +554,31 @@ def record_step(run, s, loss):
     rates = {f'lr_{type(o).__name__.lower()}': o.param_groups[0]['lr'] for o in run.optimizers}
     numbers = {'weighted_loss': loss, 'gradient_norm': run.gradient_norm.item(), **rates,
                'tokens_per_second': run.speed}
-    row = {'iter': run.iteration, 'tokens': run.tokens}
-    row |= {name: f'{number:.6g}' for name, number in numbers.items()}
-    run.steps.append(row)
+    run.steps.append({'iter': run.iteration, 'tokens': run.tokens}
+                     | {name: f'{number:.6g}' for name, number in numbers.items()})
+    if run.rank == 0:
+        append_rows(Path(s.out_dir, 'steps.csv'), run.steps[-1:])
     for track in run.trackers:
         track(numbers, run.iteration)
-    if run.rank == 0:
-        with open(Path(s.out_dir, 'steps.csv'), 'a', newline='') as f:
-            header = [list(row)] if f.tell() == 0 else []
-            csv.writer(f).writerows([*header, row.values()])
 
 
 def plot_losses(run, s):
     """loss.png: losses of evaluations and, pale, of batches; log V', that of a uniform guess."""
     from matplotlib.figure import Figure
+
+    def column(rows, name):
+        return torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
+
     fig = Figure(figsize=(7, 4.5), layout='constrained')
-    ax, x = fig.subplots(), [int(row['iter']) for row in run.log]
+    ax = fig.subplots()
     if run.steps:  # drawn below the others; smoothed: the mean over a twentieth of them
-        steps = [int(row['iter']) for row in run.steps]
-        loss = torch.tensor([[float(row['weighted_loss']) for row in run.steps]])  # (1, N)
+        steps, loss = column(run.steps, 'iter'), column(run.steps, 'weighted_loss')  # (N,) each
         half = len(steps) // 40
-        smooth = torch.avg_pool1d(loss, 2 * half + 1, 1, half, count_include_pad=False)  # (1, N)
-        ax.plot(steps, loss[0], c='0.85', lw=0.8)
-        ax.plot(steps, smooth[0], c='0.6', label='batches, weighted as in training')
-    for key, label in (('val', 'validation text'), ('train', 'training text')):
-        ax.plot(x, [float(row[key]) for row in run.log], 'o-', ms=4, label=label)
+        smooth = torch.avg_pool1d(loss[None], 2 * half + 1, 1, half, count_include_pad=False)[0]
+        ax.plot(steps, loss, c='0.85', lw=0.8)
+        ax.plot(steps, smooth, c='0.6', label='batches, weighted as in training')
+    for name, label in (('val', 'validation text'), ('train', 'training text')):
+        ax.plot(column(run.log, 'iter'), column(run.log, name), 'o-', ms=4, label=label)
     if not s.length_head:
         ax.axhline(math.log(run.data.meta['vocab_size']), c='0.5', ls=':', label="log V' (uniform)")
     ax.set(xlabel='updates', title=f'{s.length_head or s.objective} on {s.dataset}',
@@ -583,9 +587,7 @@ def plot_losses(run, s):
     ax.secondary_xaxis('top', xlabel='training tokens (millions)',
                        functions=(lambda n: n * millions, lambda n: n / millions))
     ax.legend(frameon=False)
-    buffer = io.BytesIO()
-    fig.savefig(buffer, dpi=150, format='png')
-    write_atomically(Path(s.out_dir, 'loss.png'), buffer.getvalue())
+    fig.savefig(Path(s.out_dir, 'loss.png'), dpi=150)
 
 
 def save(run, s):
@@ -607,17 +609,16 @@ def save(run, s):
 
 def write_answers(run, s):
     """Appends to samples.csv how ckpt.pt answers the first prompts; BLEU, if sacrebleu is there."""
-    path, bleu = Path(s.out_dir, 'samples.csv'), ''
-    rows = [] if path.exists() else [('iter', 'BLEU', 'prompt', 'reference', 'answer')]
     trained = sample.load_run(s.out_dir, run.device, trust=s.trust_remote_code)
     answers = sample.first_answers(trained, run.data, s.decode_rows, sample.defaults())
+    bleu = ''
     with suppress(ImportError):
         from sacrebleu import corpus_bleu
         _, references, texts = zip(*answers)
         bleu = f'{corpus_bleu(texts, [references]).score:.2f}'
-    rows += [(run.iteration, bleu, *row) for row in answers]
-    with open(path, 'a', newline='', encoding='utf-8') as f:
-        csv.writer(f).writerows(rows)
+    append_rows(Path(s.out_dir, 'samples.csv'), [
+        {'iter': run.iteration, 'BLEU': bleu, 'prompt': prompt, 'reference': reference,
+         'answer': answer} for prompt, reference, answer in answers])
 
 
 # ----------------------------------------------------------------------------------- the optimisers
