@@ -160,31 +160,31 @@ GONE = {'soft_inputs': False, 'divergence': 'elbo', 'length_curriculum': 0,
 # ------------------------------------------------------------------------------------------ set-up
 
 
+def off_unless(s, name, fine, condition):
+    """Raises UserError if a setting is on that only some runs can have."""
+    require(name, vars(s)[name], fine or not vars(s)[name], f'off unless {condition}')
+
+
 def check_settings(s):
     """Raises UserError for settings that do not go together, before anything is written."""
     one_of('optimizer', s.optimizer, ('muon', 'adamw'))
     one_of('lr_schedule', s.lr_schedule, ('cosine', 'wsd', 'constant'))
     one_of('compile', s.compile, ('auto', 'on', 'off'))
     objective = make_objective(vars(s))
-    # a setting, whether its value is fine, and what it must be
-    for name, fine, wanted in (
-            ('out_dir', s.out_dir, 'a folder'),
-            ('score_prompt', not s.score_prompt or objective.causal,
-             'False: it is for objective=ar alone'),
-            ('subs', s.subs or s.objective == 'd3pm', 'True (d3pm alone may predict the mask)'),
-            ('shift', not s.shift or objective.masks_anywhere, 'False but for mdm, d3pm'),
-            ('attn_anneal', not s.attn_anneal or objective.masks_anywhere and not s.length_head,
-             '0 unless objective is mdm or d3pm and there is no length_head'),
-            ('block_length', s.objective != 'block' or 1 <= s.block_length <= s.block_size,
-             'in [1, block_size]'),
-            ('pad_curriculum', s.predict_pad or not s.pad_curriculum, '0 without predict_pad'),
-            ('length_head', not s.length_head or (s.predict_pad and objective.masks_anywhere),
-             "'', unless predict_pad is on and objective is mdm or d3pm"),
-            ('init_from', s.init_from or not s.length_head, 'the run that a length_head is for'),
-            ('dropout', not (s.length_head and s.dropout), '0 with a length_head'),
-            ('attn_dropout', not (s.length_head and s.attn_dropout), '0 with a length_head'),
-            ('length_quantile', s.length_quantile < 1, 'in (0, 1)')):
-        require(name, vars(s)[name], fine, wanted)
+    require('out_dir', s.out_dir, s.out_dir, 'a folder')
+    require('subs', s.subs, s.subs or s.objective == 'd3pm', 'True unless objective is d3pm')
+    require('block_length', s.block_length, s.objective != 'block'
+            or 1 <= s.block_length <= s.block_size, 'in [1, block_size]')
+    require('length_quantile', s.length_quantile, s.length_quantile < 1, 'in (0, 1)')
+    masks, no_head = objective.masks_anywhere, not s.length_head
+    off_unless(s, 'score_prompt', objective.causal, 'objective is ar')
+    off_unless(s, 'pad_curriculum', s.predict_pad, 'predict_pad is on')
+    off_unless(s, 'shift', masks, 'objective is mdm or d3pm')
+    off_unless(s, 'attn_anneal', masks and no_head, 'objective is mdm or d3pm, without length_head')
+    off_unless(s, 'length_head', masks and s.predict_pad and s.init_from,
+               'objective is mdm or d3pm, predict_pad is on and init_from is a run')
+    off_unless(s, 'dropout', no_head, 'length_head is, too')
+    off_unless(s, 'attn_dropout', no_head, 'length_head is, too')
 
 
 class TrainingRun:
@@ -210,8 +210,8 @@ class TrainingRun:
         torch.manual_seed(s.seed)
         shape = model_config(vars(s), self.data.meta)
         self.model = make_network(shape, s.trust_remote_code).to(self.device)
-        require('attn_anneal', s.attn_anneal, not (s.attn_anneal and isinstance(
-            self.model, HubNetwork)), '0 for a masked model of the hub')
+        off_unless(s, 'attn_anneal', not isinstance(self.model, HubNetwork),
+                   'the model is a Transformer of ours: that of the hub sees all tokens')
         self.compiled = self.model  # what updates call: compile_model() may compile it
         self.objective = LengthLoss(self.data.meta['eos_id'], s.length_quantile) \
             if s.length_head else make_objective(vars(s))
@@ -262,10 +262,9 @@ def open_training_data(s, rank, world):
         dist.barrier()
     data = open_run_data(vars(s))
     for name in ('decode_rows', 'length_head'):
-        require(name, vars(s)[name], not vars(s)[name] or data.meta['sep_id'] is not None,
-                f'off: it is for prompts and answers, but data/{s.dataset} has none')
-    require('random_length', s.random_length, s.predict_pad or data.meta['layout'] == 'stream'
-            or not s.random_length, '0 for rows without predict_pad, which have nothing to crop')
+        off_unless(s, name, data.meta['sep_id'] is not None, 'the data are prompts and answers')
+    off_unless(s, 'random_length', s.predict_pad or data.meta['layout'] == 'stream',
+               'predict_pad is on: without PAD there is nothing to crop')
     data.check()
     return data
 
@@ -475,16 +474,8 @@ def train(run, s):
         run.seconds += time.perf_counter() - began  # with the wait for loss.item()
         run.speed = (run.tokens - tokens_before) / (run.seconds - seconds_before)
         bar.update()
-
         if to_record:
-            record_step(run, s, loss)
-            state = (f'loss {loss:.4f}, {run.speed:,.0f} tokens/s, '
-                     f'{100 * run.speed * run.flops_per_token / run.peak:.0f}% of torch.mm')
-            bar.set_postfix_str(state)
-            if bar.disable and run.iteration % (10 * s.log_interval) == 0:  # no terminal: lines
-                left = (s.max_iters - run.iteration) * run.tokens_per_update / run.speed / 60
-                print(f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {state}, '
-                      f'{left:.1f} minutes left', flush=True)
+            record_step(run, s, loss, bar)
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
         signal.signal(number, signal.SIG_DFL)
@@ -545,8 +536,8 @@ def append_rows(path, rows):
         csv.writer(f).writerows([*header, *(row.values() for row in rows)])
 
 
-def record_step(run, s, loss):
-    """Appends an update to steps.csv, and reports it to the trackers.
+def record_step(run, s, loss, bar):
+    """Appends an update to steps.csv, and reports it to the trackers and on the screen.
 
     loss: of its batches, in nats per token, weighted as in training. Only for ar, or with
     loss_weight='elbo' and mask_range=(0, 1), does it estimate the losses in log.csv.
@@ -560,6 +551,13 @@ def record_step(run, s, loss):
         append_rows(Path(s.out_dir, 'steps.csv'), run.steps[-1:])
     for track in run.trackers:
         track(numbers, run.iteration)
+    state = (f'loss {loss:.4f}, {run.speed:,.0f} tokens/s, '
+             f'{100 * run.speed * run.flops_per_token / run.peak:.0f}% of torch.mm')
+    bar.set_postfix_str(state)
+    if bar.disable and run.iteration % (10 * s.log_interval) == 0:  # no terminal: lines
+        left = (s.max_iters - run.iteration) * run.tokens_per_update / run.speed / 60
+        print(f'{run.iteration:6,} updates, {run.seconds:4.0f} s: {state}, '
+              f'{left:.1f} minutes left', flush=True)
 
 
 def plot_losses(run, s):

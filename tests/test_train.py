@@ -776,9 +776,10 @@ def test_an_unknown_data_set_ends_in_one_line(tmp_path):
     (['--batch_size=0'], 'batch_size'), (['--max_iters=-1'], 'max_iters'),
     (['--epochs=0'], 'above 0'), (['--epochs'], 'epochs=VALUE'),
     (['--dtype=int8'], 'dtype'),
-    (['--subs=False'], 'd3pm alone'),
+    (['--subs=False'], 'unless objective is d3pm'),
     (['--block_length=0', '--objective=block'], 'block_length'),
-    (['--random_length=2'], 'random_length'), (['--pad_curriculum=9'], 'without predict_pad'),
+    (['--random_length=2'], 'random_length'),
+    (['--pad_curriculum=9'], 'unless predict_pad is on'),
     (['--loss_weight=heavy'], 'loss_weight'), (['--mask_range=(0.5, 2.0)'], 'mask_range')])
 def test_bad_settings_end_in_one_line(verse, words, said):
     assert_one_line(run('train.py', *TINY, '--out_dir=out/bad', *words, cwd=verse), said)
@@ -958,10 +959,10 @@ def test_two_processes_share_the_rows_of_one_with_accumulation_two(pairs):
 
 
 @pytest.mark.parametrize('words, said', [
-    ([*ROWS, '--block_size=8'], 'block_size is 8, but it must be '),
-    ([*ROWS, '--train_tokens=100'], 'train_tokens is 100, but it must be 0: data/'),
-    ([*ROWS, '--score_prompt', '--objective=mdm'], 'for objective=ar alone'),
-    ([*ROWS, '--random_length=0.5'], 'which have nothing to crop'),
+    ([*ROWS, '--block_size=8'], 'set block_size, which is 8, to'),
+    ([*ROWS, '--train_tokens=100'], 'train_tokens is for a stream'),
+    ([*ROWS, '--score_prompt', '--objective=mdm'], 'unless objective is ar'),
+    ([*ROWS, '--random_length=0.5'], 'there is nothing to crop'),
     ([*TINY, '--predict_pad'], 'are for rows'),
     ([*TINY, '--row_share=0.5'], 'are for rows'), ([*ROWS, '--row_share=2'], 'in [0, 1]')])
 def test_settings_of_streams_and_rows_do_not_mix(pairs, words, said):
@@ -983,7 +984,7 @@ def test_answers_are_not_asked_of_documents(tmp_path, monkeypatch):
     for name, value in (('decode_rows', 2), ('length_head', 'classify')):
         changes = {'dataset': 'lines', 'predict_pad': True, name: value}
         s = types.SimpleNamespace(**settings_of(None) | changes)
-        with pytest.raises(UserError, match=f'{name} .* is for prompts and answers'):
+        with pytest.raises(UserError, match=f'{name} .* unless the data are prompts and answers'):
             script.open_training_data(s, 0, 1)
 
 
@@ -1035,7 +1036,8 @@ def test_a_length_head_is_trained_on_a_run_that_stays_as_it_is(verse, monkeypatc
             assert key not in frozen or torch.equal(found[key], frozen[key]), 'bit by bit'
         assert float(rows[-1]['val']) < 0.7 * float(rows[0]['val'])
     head = [*words, '--length_head=classify', '--out_dir=out/bad']
-    for bad, said in (('--init_from=', 'init_from is'), ('--predict_pad=False', 'length_head is'),
+    for bad, said in (('--init_from=', 'init_from is a run'),
+                      ('--predict_pad=False', 'length_head is'),
                       ('--attn_dropout=0.1', 'attn_dropout is'),
                       ('--dropout=0.1', 'dropout is'),  # hidden states of a frozen model are exact
                       ('--objective=ar', 'length_head is'), ('--length_head=x', 'length_head is'),
@@ -1155,7 +1157,7 @@ def test_settings_that_contradict_a_model_of_the_hub_are_one_line(tmp_path):
     for word, said in (('--n_layer=3', 'hf:hub cannot be continued with another n_layer'),
                        ('--mlp=relu2', 'another mlp'),
                        ('--dataset=chars', 'must be prepared with --tokenizer=hf:hub'),
-                       ('--shift', 'shift is True, but it must be False but for mdm, d3pm'),
+                       ('--shift', 'shift is True, but it must be off unless objective is mdm'),
                        ('--init_from=hf:llama', 'a llama of the hub, but it must be a GPT-2 or a'),
                        ('--init_from=hf:nowhere', 'write hf:FOLDER')):
         assert_one_line(run('train.py', *words, word, cwd=tmp_path), said)
