@@ -21,9 +21,9 @@ several machines, which must all see the same folder, start on each:
         --master_port=1234 train.py config/shakespeare_mdm_10m.py
 
 Read the docstrings of config/__init__.py and of Stream.batch in prepare.py first; then main() at
-the end of this file, TrainingRun (what a run consists of), update() and train() (the loop:
-evaluate, save, update). Skip what checks, restores and tracks at a first reading; the optimisers,
-and how fast it all is, come after the loop.
+the end of this file, TrainingRun (what a run consists of), micro_step(), update() and train() (the
+loop: evaluate, save, update). What follows the loop can wait: records, going on from an earlier
+run, the optimisers, and how fast it all is.
 """
 
 import csv
@@ -258,7 +258,7 @@ def open_training_data(s, rank, world):
             and not Path('data', s.dataset, 'meta.json').exists():
         print(f'data/{s.dataset} is missing: preparing it')
         prepare(s.dataset)
-    if world > 1:  # until the data is complete, and all have passed main()'s check of out_dir
+    if world > 1:  # until the data is complete, and all have passed read_settings()'s check
         dist.barrier()
     data = open_run_data(vars(s))
     for name in ('decode_rows', 'length_head'):
@@ -267,109 +267,6 @@ def open_training_data(s, rank, world):
                'predict_pad is on: without PAD there is nothing to crop')
     data.check()
     return data
-
-
-def require_same(names, name_of_run, checkpoint, s, meta):
-    """Raises UserError if an earlier run differs in one of names from these settings and data.
-
-    What an older run has not saved counts as the same. Returns {name: value} of the earlier run.
-    """
-    def described(settings, meta):
-        return meta | settings | vars(model_config(settings, meta)) | {'data set': meta}
-
-    theirs = described(checkpoint['config'], checkpoint['meta'])
-    own = described(vars(s), meta) | GONE
-    if differing := [name for name in names if theirs.get(name, own[name]) != own[name]]:
-        raise UserError(f'{name_of_run} cannot be continued with another {", ".join(differing)} '
-                        'than its own')
-    return theirs
-
-
-def load_first_weights(model, s, meta):
-    """Gives model the weights of init_from; UserError if shapes or vocabulary differ.
-
-    A length head learns from a frozen model: then what that predicts, and how, must be equal too.
-    """
-    source = load_hub(s, meta) if s.init_from.startswith('hf:') else \
-        load_checkpoint(s.init_from, model.device)
-    names = [name for name in vars(model.config) if name not in MAY_DIFFER]
-    names += ['tokenizer', 'sep_id']
-    if s.length_head:
-        names += ['objective', 'predict_pad', 'subs', 'shift']
-    theirs = require_same(names, s.init_from, source, s, meta)
-    most = theirs['block_size'] + theirs['shift'] - s.shift  # positions that have learned weights
-    require('block_size', s.block_size, s.pos == 'rope' or s.block_size <= most, f'{most} or less')
-    weights = {name: p[:s.block_size + s.shift] if name == 'embed_pos.weight' else p
-               for name, p in source['model'].items() if 'length_head.' not in name}
-    model.load_state_dict(model.state_dict() | weights)
-
-
-def restore(run, s, checkpoint):
-    """Brings weights, optimizers, counters and the log back to where they were at a checkpoint."""
-    names = [name for name in vars(run.model.config) if 'dropout' not in name]
-    names += ['objective', 'init_from', 'optimizer', 'data set', *GONE]
-    require_same(names, s.out_dir, checkpoint, s, run.data.meta)
-    run.iteration = checkpoint['iter']
-    require('max_iters', s.max_iters, s.max_iters >= run.iteration,
-            f'{run.iteration} or more: so many are done')
-    try:
-        run.model.load_state_dict(checkpoint['model'])
-        for o, state in zip(run.optimizers, checkpoint['optimizer']):
-            # only the averages of gradients: weight decay and betas are those of the settings
-            o.load_state_dict(o.state_dict() | {'state': state['state']})
-            # torch compares no shapes, and fused AdamW would crash
-            if any(x.dim() and x.shape != p.shape for p in o.state for x in o.state[p].values()):
-                raise ValueError
-    except (RuntimeError, ValueError, KeyError) as e:
-        raise UserError(f'the weights in {s.out_dir} have another shape than its settings ask for: '
-                        'they are of another version of train.py, or damaged') from e
-    try:
-        run.log, run.steps = (read_rows(Path(s.out_dir, name), run.iteration)
-                              for name in ('log.csv', 'steps.csv'))
-        last = run.log[-1]  # there must be one
-        run.tokens = int(checkpoint.get('tokens', last['tokens']))  # older checkpoints lack both
-        run.seconds = float(checkpoint.get('seconds', last['seconds']))
-    except (OSError, ValueError, TypeError, LookupError, csv.Error) as e:
-        raise UserError(f'{s.out_dir}: log.csv or steps.csv is damaged ({type(e).__name__})') from e
-
-
-def read_rows(path, last):
-    """The rows of log.csv or steps.csv up to that of `last` updates; [] if there is no file."""
-    lines = path.read_text('utf-8').splitlines() if path.exists() else []
-    return [row for row in csv.DictReader(lines)  # a line cut short has a None
-            if None not in row.values() and int(row['iter']) <= last]
-
-
-def open_out_dir(run, s):
-    """Makes out_dir, config.json and, with the rows of a resumed run, log.csv and steps.csv.
-
-    Also makes run.trackers. Deletes the weights and the curves of a run that is thrown away
-    (overwrite).
-    """
-    out = Path(s.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    old = [] if s.resume else [out / 'ckpt.pt', out / 'best.pt', out / 'samples.csv',
-                               *out.glob('events.out.tfevents.*')]  # TensorBoard's
-    # a tracker may be missing: that is found out before anything is deleted
-    run.trackers = [make_tracker(name, s) for name in filter(None, s.track.split(','))]
-    for path in old:
-        path.unlink(missing_ok=True)
-    write_atomically(out / 'config.json', json.dumps(vars(s), indent=2).encode())
-    for name, rows in (('log.csv', run.log), ('steps.csv', run.steps)):
-        part = out / f'{name}.part'  # so that rows are not lost if this is killed
-        part.unlink(missing_ok=True)
-        append_rows(part, rows)
-        part.replace(out / name)
-
-
-def make_tracker(name, s):
-    """A function ({name: number}, iteration) that reports to TensorBoard or Weights & Biases."""
-    one_of('track', name, ('tensorboard', 'wandb'))
-    if name == 'tensorboard':
-        writer = optional('torch.utils.tensorboard', extra='track').SummaryWriter(s.out_dir)
-        return lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]
-    return optional('wandb', extra='track').init(
-        project=s.wandb_project, name=s.wandb_run_name or Path(s.out_dir).name, config=vars(s)).log
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -487,7 +384,50 @@ def train(run, s):
         sys.exit(128 + (run.caught or [signal.SIGTERM])[0])
 
 
-# ----------------------------------------------------------------------------- evaluation, records
+# ----------------------------------------------------------------------- records and evaluation
+
+
+def write_rows(file, rows):
+    """Writes dicts to an open CSV file, after a header if the file is empty."""
+    header = [list(row) for row in rows[:1] if file.tell() == 0]
+    csv.writer(file).writerows([*header, *(row.values() for row in rows)])
+
+
+def append_rows(path, rows):
+    """Appends dicts to a CSV file."""
+    with open(path, 'a', newline='', encoding='utf-8') as f:
+        write_rows(f, rows)
+
+
+def open_out_dir(run, s):
+    """Makes out_dir, config.json and, with the rows of a resumed run, log.csv and steps.csv.
+
+    Also makes run.trackers. Deletes the weights and the curves of a run that is thrown away
+    (overwrite).
+    """
+    out = Path(s.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    old = [] if s.resume else [out / 'ckpt.pt', out / 'best.pt', out / 'samples.csv',
+                               *out.glob('events.out.tfevents.*')]  # TensorBoard's
+    # a tracker may be missing: that is found out before anything is deleted
+    run.trackers = [make_tracker(name, s) for name in filter(None, s.track.split(','))]
+    for path in old:
+        path.unlink(missing_ok=True)
+    write_atomically(out / 'config.json', json.dumps(vars(s), indent=2).encode())
+    for name, rows in (('log.csv', run.log), ('steps.csv', run.steps)):
+        text = io.StringIO(newline='')
+        write_rows(text, rows)
+        write_atomically(out / name, text.getvalue().encode())
+
+
+def make_tracker(name, s):
+    """A function ({name: number}, iteration) that reports to TensorBoard or Weights & Biases."""
+    one_of('track', name, ('tensorboard', 'wandb'))
+    if name == 'tensorboard':
+        writer = optional('torch.utils.tensorboard', extra='track').SummaryWriter(s.out_dir)
+        return lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]
+    return optional('wandb', extra='track').init(
+        project=s.wandb_project, name=s.wandb_run_name or Path(s.out_dir).name, config=vars(s)).log
 
 
 def evaluate_now(run, s):
@@ -527,13 +467,6 @@ def check_loss(run, s, loss, highest):
     if run.log and not loss <= highest * max(guess, float(run.log[0]['train'])):
         raise UserError(f'diverged: the training loss is {loss:.4g} after {run.iteration} updates: '
                         f'lower the learning rate; {s.out_dir}/ckpt.pt has weights from before')
-
-
-def append_rows(path, rows):
-    """Appends dicts to a CSV file, after a header if the file is empty."""
-    with open(path, 'a', newline='', encoding='utf-8') as f:
-        header = [list(row) for row in rows[:1] if f.tell() == 0]
-        csv.writer(f).writerows([*header, *(row.values() for row in rows)])
 
 
 def record_step(run, s, loss, bar):
@@ -617,6 +550,80 @@ def write_answers(run, s):
     append_rows(Path(s.out_dir, 'samples.csv'), [
         {'iter': run.iteration, 'BLEU': bleu, 'prompt': prompt, 'reference': reference,
          'answer': answer} for prompt, reference, answer in answers])
+
+
+# ------------------------------------------------------------------------ going on from a run
+
+
+def require_same(names, name_of_run, checkpoint, s, meta):
+    """Raises UserError if an earlier run differs in one of names from these settings and data.
+
+    What an older run has not saved counts as the same. Returns {name: value} of the earlier run.
+    """
+    def described(settings, meta):
+        return meta | settings | vars(model_config(settings, meta)) | {'data set': meta}
+
+    theirs = described(checkpoint['config'], checkpoint['meta'])
+    own = described(vars(s), meta) | GONE
+    if differing := [name for name in names if theirs.get(name, own[name]) != own[name]]:
+        raise UserError(f'{name_of_run} cannot be continued with another {", ".join(differing)} '
+                        'than its own')
+    return theirs
+
+
+def load_first_weights(model, s, meta):
+    """Gives model the weights of init_from; UserError if shapes or vocabulary differ.
+
+    A length head learns from a frozen model: then what that predicts, and how, must be equal too.
+    """
+    source = load_hub(s, meta) if s.init_from.startswith('hf:') else \
+        load_checkpoint(s.init_from, model.device)
+    names = [name for name in vars(model.config) if name not in MAY_DIFFER]
+    names += ['tokenizer', 'sep_id']
+    if s.length_head:
+        names += ['objective', 'predict_pad', 'subs', 'shift']
+    theirs = require_same(names, s.init_from, source, s, meta)
+    most = theirs['block_size'] + theirs['shift'] - s.shift  # positions that have learned weights
+    require('block_size', s.block_size, s.pos == 'rope' or s.block_size <= most, f'{most} or less')
+    weights = {name: p[:s.block_size + s.shift] if name == 'embed_pos.weight' else p
+               for name, p in source['model'].items() if 'length_head.' not in name}
+    model.load_state_dict(model.state_dict() | weights)
+
+
+def restore(run, s, checkpoint):
+    """Brings weights, optimizers, counters and the log back to where they were at a checkpoint."""
+    names = [name for name in vars(run.model.config) if 'dropout' not in name]
+    names += ['objective', 'init_from', 'optimizer', 'data set', *GONE]
+    require_same(names, s.out_dir, checkpoint, s, run.data.meta)
+    run.iteration = checkpoint['iter']
+    require('max_iters', s.max_iters, s.max_iters >= run.iteration,
+            f'{run.iteration} or more: so many are done')
+    try:
+        run.model.load_state_dict(checkpoint['model'])
+        for o, state in zip(run.optimizers, checkpoint['optimizer']):
+            # only the averages of gradients: weight decay and betas are those of the settings
+            o.load_state_dict(o.state_dict() | {'state': state['state']})
+            # torch compares no shapes, and fused AdamW would crash
+            if any(x.dim() and x.shape != p.shape for p in o.state for x in o.state[p].values()):
+                raise ValueError
+    except (RuntimeError, ValueError, KeyError) as e:
+        raise UserError(f'the weights in {s.out_dir} have another shape than its settings ask for: '
+                        'they are of another version of train.py, or damaged') from e
+    try:
+        run.log = read_rows(Path(s.out_dir, 'log.csv'), run.iteration)
+        run.steps = read_rows(Path(s.out_dir, 'steps.csv'), run.iteration)
+        last = run.log[-1]  # there must be one
+        run.tokens = int(checkpoint.get('tokens', last['tokens']))  # older checkpoints lack both
+        run.seconds = float(checkpoint.get('seconds', last['seconds']))
+    except (OSError, ValueError, TypeError, LookupError, csv.Error) as e:
+        raise UserError(f'{s.out_dir}: log.csv or steps.csv is damaged ({type(e).__name__})') from e
+
+
+def read_rows(path, last):
+    """The rows of log.csv or steps.csv up to that of `last` updates; [] if there is no file."""
+    lines = path.read_text('utf-8').splitlines() if path.exists() else []
+    return [row for row in csv.DictReader(lines)  # a line cut short has a None
+            if None not in row.values() and int(row['iter']) <= last]
 
 
 # ----------------------------------------------------------------------------------- the optimisers
