@@ -193,7 +193,7 @@ class TrainingRun:
     Built from the settings and, when a run is resumed, from its checkpoint. (A finished run is a
     sample.Run.) Where epochs is set it writes max_iters into the settings. Nothing is written to
     out_dir here, but by train(), so that a mistake found before it leaves an earlier run intact.
-    update() sets one more attribute, gradient_norm.
+    update() sets one more attribute, gradient_norm, a tensor.
     """
 
     def __init__(self, s, checkpoint=None):
@@ -567,7 +567,7 @@ def require_same(names, name_of_run, checkpoint, s, meta):
     own = described(vars(s), meta) | GONE
     if differing := [name for name in names if theirs.get(name, own[name]) != own[name]]:
         raise UserError(f'{name_of_run} cannot be continued with another {", ".join(differing)} '
-                        'than its own')
+                        'than its own: keep to that, or train anew')
     return theirs
 
 
@@ -754,7 +754,10 @@ def compile_model(run, s):
 
 
 def time_updates(run, s):
-    """Prints the speed of s.bench updates and, of one more, where its time goes."""
+    """Prints the speed of s.bench updates and, of one more, where its time goes.
+
+    They change the weights, as all updates do, but nothing is saved.
+    """
     def timed_update():
         update(run, s).item()  # waits for the device
 
