@@ -746,7 +746,9 @@ def compile_model(run, s):
     if s.compile == 'on':
         run.compiled = torch.compile(run.model)
         try:
-            micro_step(run, s, run.rank)
+            # of another batch than that of the first update: after a second number of masks the
+            # compiler makes kernels for any, which a resumed run, too, should use from the start
+            micro_step(run, s, run.micro_steps + run.rank)
         except Exception as e:  # of many kinds: no headers, no space, a bug of the compiler
             run.compiled, s.compile = run.model, 'off'
             print(f'torch.compile failed ({type(e).__name__}): going on without it')
