@@ -170,6 +170,8 @@ def check_settings(s):
     one_of('optimizer', s.optimizer, ('muon', 'adamw'))
     one_of('lr_schedule', s.lr_schedule, ('cosine', 'wsd', 'constant'))
     one_of('compile', s.compile, ('auto', 'on', 'off'))
+    for name in filter(None, s.track.split(',')):
+        one_of('track', name, ('tensorboard', 'wandb'))
     objective = make_objective(vars(s))
     require('out_dir', s.out_dir, s.out_dir, 'a folder')
     require('subs', s.subs, s.subs or s.objective == 'd3pm', 'True unless objective is d3pm')
@@ -227,13 +229,14 @@ class TrainingRun:
             restore(self, s, checkpoint)
         elif s.init_from:
             load_first_weights(self.model, s, self.data.meta)
-        if self.world > 1:  # all processes begin with the same weights, on whatever machines
-            for p in self.model.parameters():
-                dist.broadcast(p.detach(), 0)
-        self.trackers = []      # functions of ({name: number}, iteration), see open_out_dir()
-        self.flops_per_token = flops_per_token(vars(s), self.data)
         # FLOP/s: by it compile_model() judges whether compiling pays; the log gives a share of it
-        self.peak = self.world * fastest_flops(self.device, self.dtype)
+        peak = torch.tensor(fastest_flops(self.device, self.dtype), device=self.device)
+        if self.world > 1:  # all begin with the same weights, and judge alike, on whatever machines
+            for tensor in (*self.model.parameters(), peak):
+                dist.broadcast(tensor.detach(), 0)
+        self.peak = self.world * peak.item()
+        self.flops_per_token = flops_per_token(vars(s), self.data)
+        self.trackers = []      # functions of ({name: number}, iteration), see open_out_dir()
 
 
 def join_processes(device):
@@ -422,7 +425,6 @@ def open_out_dir(run, s):
 
 def make_tracker(name, s):
     """A function ({name: number}, iteration) that reports to TensorBoard or Weights & Biases."""
-    one_of('track', name, ('tensorboard', 'wandb'))
     if name == 'tensorboard':
         writer = optional('torch.utils.tensorboard', extra='track').SummaryWriter(s.out_dir)
         return lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]
@@ -816,6 +818,7 @@ def read_settings():
     shape, then take the place of the block above, and the command line changes them.
     """
     s = SimpleNamespace(**config.override(globals()))
+    off_unless(s, 'overwrite', not s.resume, 'resume is off: it deletes the run that is to go on')
     checkpoint, earlier = None, {}
     if s.resume:
         checkpoint = load_checkpoint(s.out_dir)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 129, 'prepare.py': 735, 'model.py': 716, 'train.py': 561,
-           'sample.py': 815, 'eval.py': 942, 'data/*.py': 104}
+BUDGETS = {'config/__init__.py': 133, 'prepare.py': 694, 'model.py': 707, 'train.py': 564,
+           'sample.py': 814, 'eval.py': 906, 'data/*.py': 104}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 

@@ -791,6 +791,10 @@ def test_a_run_is_not_overwritten_unasked(verse):
     assert run('train.py', *words, cwd=verse).returncode == 0
     before = (verse / 'out/kept/ckpt.pt').read_bytes()
     assert_one_line(run('train.py', *words, cwd=verse), 'holds a run already', '--overwrite')
+    assert_one_line(run('train.py', '--out_dir=out/kept', '--resume', '--overwrite', cwd=verse),
+                    'overwrite is True', 'off unless resume is off')
+    done = run('train.py', *words, '--overwrite', '--track=wandb,tensorbord', cwd=verse)
+    assert_one_line(done, "track is 'tensorbord'")
     assert (verse / 'out/kept/ckpt.pt').read_bytes() == before
     assert run('train.py', *words, '--overwrite', cwd=verse).returncode == 0
     log = verse / 'out/kept/log.csv'
@@ -959,8 +963,8 @@ def test_two_processes_share_the_rows_of_one_with_accumulation_two(pairs):
 
 
 @pytest.mark.parametrize('words, said', [
-    ([*ROWS, '--block_size=8'], 'set block_size, which is 8, to'),
-    ([*ROWS, '--train_tokens=100'], 'train_tokens is for a stream'),
+    ([*ROWS, '--block_size=8'], 'block_size is 8, but it must be '),
+    ([*ROWS, '--train_tokens=100'], 'train_tokens is 100, but it must be 0: data/'),
     ([*ROWS, '--score_prompt', '--objective=mdm'], 'unless objective is ar'),
     ([*ROWS, '--random_length=0.5'], 'there is nothing to crop'),
     ([*TINY, '--predict_pad'], 'are for rows'),
