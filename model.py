@@ -19,12 +19,11 @@ A first reading ends at evaluate. What follows is for later:
 Letters here, and in the papers:
 
     B, T, C   batch, sequence length, channels (n_embd)
-    H, D      attention heads, channels of one head (C = H * D); Hkv, heads of keys and values
+    H, D      attention heads, channels of one head: C = H * D; Hkv, heads of keys and values
     K         width of local mixing (n_conv): a token and its K - 1 neighbours
-    N, M      diffusion steps of D3PM; tokens of a batch that are scored, i.e. have a loss
-    S         tokens whose keys are read: T, or more with a cache
-    V         rows of the embedding: V' real tokens and the mask; mask_id = V - 1, but an imported
-              model may have it elsewhere. vocab_size is V in ModelConfig, and V' in meta.json
+    M         tokens of a batch that are scored, i.e. have a loss
+    V, V'     rows of the embedding, and without the mask: V = V' + 1. mask_id = V - 1, but an
+              imported model may have it elsewhere. vocab_size is V in ModelConfig, V' in meta.json
 
     here                                                             in the papers
     x0        clean tokens (B, T) int64                              x, z_0 in MDLM, x_0 in LLaDA
@@ -34,10 +33,7 @@ Letters here, and in the papers:
     alpha     P(a token is kept at time t)                           alpha_t
     q         distributions of the noise: q(xt | x0) of xt given x0  q
     w(t)      weight of time t in the bound                          -alpha'_t / (1 - alpha_t)
-    level     the fraction of all tokens of a row that is noise, (B, 1): expected at t
-              (noise_level) or counted; only networks with time_cond look at it. (In block
-              diffusion each block has a level, and so each token: (B, 2T).)
-    shift     (a setting) masked diffusion that predicts as ar does: token i at position i - 1
+    level     the fraction of a row that is noise, (B, 1): only networks with time_cond read it
     is_mask   (B, T) bool, True where xt is mask_id
     given     (B, T) bool, True in a prompt: never corrupted, never scored
     L, n      tokens of a row that are not given, and how many of them are masked
@@ -83,7 +79,7 @@ LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress',
 
 @dataclass
 class ModelConfig:
-    """The shape of a Transformer. A run sets all of it, by defaults of its own, in train.py."""
+    """The shape of a Transformer. train.py sets every field, and has defaults of its own."""
     vocab_size: int           # V = V' + 1: the real tokens and the mask
     block_size: int = 256     # context length, the largest T
     causal: bool = False      # position i sees 0..i (ar); False: every position sees all (mdm)
@@ -95,23 +91,24 @@ class ModelConfig:
     norm: str = 'rmsnorm'     # rmsnorm, layernorm
     mlp: str = 'relu2'        # relu2, swiglu, gelu, gelu_tanh (its approximation, GPT-2's)
     n_conv: int = 0           # kernel width K of local mixing, twice in a layer; 0 = none
-    n_hidden: int = 0         # channels inside the mlp; 0 = 4 n_embd, of swiglu 8/3 n_embd
+    n_hidden: int = 0         # channels inside the mlp; 0 = 4 n_embd, for swiglu 8/3 n_embd
     qk_norm: bool = True      # normalise queries and keys, so that attention logits stay small
     bias: bool = False        # biases in linear layers and in layernorm
     tied: bool = False        # the head shares the embedding's matrix
-    time_cond: bool = False   # scale and shift by the noise level (adaLN); masks show it as well
-    dropout: float = 0.0      # of what attention and mlp add, and of the embedding
-    attn_dropout: float = 0.0  # of the weights of attention
+    time_cond: bool = False   # scale and shift by the noise level (adaLN), which the network could
+                              # also read off the number of masks
+    dropout: float = 0.0      # on the outputs of attention and mlp, and on the embedding
+    attn_dropout: float = 0.0  # on the weights of attention
     subs: bool = True         # MDLM's SUBS: the mask is never predicted; False: it may be (D3PM)
     block_length: int = 0     # tokens per block of block diffusion; 0 = none
     length_head: str = ''     # how the length of an answer is predicted, see LengthHead; '' = none
     mask_id: int = -1         # -1: V - 1
     start_id: int = -1        # read before the first token, by ar and with shift; -1: V - 1
     shift: bool = False       # mdm, d3pm: token i is predicted where i - 1 is read, as ar does
-    hub: str = ''             # config.json, as text, of the hub's model that this one began as
+    hub: str = ''             # config.json, as text, of the hub's model that training began with
 
     def __post_init__(self):
-        self.mask_id %= self.vocab_size
+        self.mask_id %= self.vocab_size  # -1 becomes V - 1
         self.start_id %= self.vocab_size
         self.n_head = self.n_head or max(1, self.n_embd // 64)
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -120,7 +117,7 @@ class ModelConfig:
                             f'and that of n_kv_head {self.n_kv_head}')
         one_of('pos', self.pos, ('rope', 'learned'))
         one_of('norm', self.norm, ('rmsnorm', 'layernorm'))
-        one_of('mlp', self.mlp, ('relu2', 'swiglu', 'gelu', 'gelu_tanh'))
+        one_of('mlp', self.mlp, ('swiglu', *ACTIVATIONS))
         one_of('length_head', self.length_head, ('', *LENGTH_HEADS))
         if self.causal and self.time_cond:
             raise UserError('time_cond shows the network a noise level; causal models have none')
@@ -154,21 +151,21 @@ def rotate(x, cos, sin):
 def attend(q, k, v, attn_mask, causal, dropout):
     """softmax(q k^T / sqrt(D)) v, (B, H, T, D); queries read the keys that attn_mask (T, S) allows.
 
-    causal: the T queries belong to the last T of the S tokens, and read the keys up to their own;
-    then there is no attn_mask.
+    S tokens have keys: T, or more with a cache. causal, without an attn_mask: the queries belong to
+    the last T of them, and read the keys up to their own.
 
-    By torch's scaled_dot_product_attention, except in bfloat16 on a CPU. There the products are
-    written out: compiled, that takes a fifth off an update (not compiled, it adds 3%; RESULTS,
-    Speed), and the scores, T x S for each head, are held in memory.
+    In bfloat16 on a CPU the products are written out, not left to torch's kernel. Compiled, that
+    takes a fifth off an update (not compiled, it adds 3%; RESULTS, Speed), and the scores, T x S
+    for each head, are held in memory.
     """
     T, S, gqa = q.size(2), k.size(2), k.size(1) < q.size(1)  # gqa: heads of queries share keys
     by_torch = q.device.type != 'cpu' or q.dtype != torch.bfloat16
-    if causal and (S > T or not by_torch):  # the kernel's is_causal would align query 0 with key 0
+    is_causal = causal and by_torch and S == T  # with S > T it would align query 0 with key 0
+    if causal and not is_causal:
         attn_mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     if by_torch:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attn_mask, is_causal=causal and attn_mask is None,
-            dropout_p=dropout, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal,
+                                              dropout_p=dropout, enable_gqa=gqa)
     if gqa:
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(2, 3)  # (B, H, T, S)
@@ -206,12 +203,17 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
+ACTIVATIONS = {'relu2': lambda h: F.relu(h).square(), 'gelu': F.gelu,  # [Primer 2109.08668]
+               'gelu_tanh': partial(F.gelu, approximate='tanh')}
+
+
 class MLP(nn.Module):
+    """Two matrices with an activation between them; swiglu has a gate [GLU variants 2002.05202]."""
 
     def __init__(self, c):
         super().__init__()
         self.kind = c.mlp
-        # swiglu has a third matrix: with a width of 8/3 C it has as many parameters as 4 C
+        # the gate is a third matrix: with a width of 8/3 C there are as many parameters as with 4 C
         hidden = c.n_hidden or (4 * c.n_embd if c.mlp != 'swiglu' else 8 * c.n_embd // 3)
         self.fc = nn.Linear(c.n_embd, hidden, bias=c.bias)
         self.gate = nn.Linear(c.n_embd, hidden, bias=c.bias) if c.mlp == 'swiglu' else None
@@ -219,12 +221,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = self.fc(x)  # (B, T, hidden)
-        if self.kind == 'swiglu':
-            return self.proj(F.silu(self.gate(x)) * h)  # [GLU variants 2002.05202]
-        if self.kind in ('gelu', 'gelu_tanh'):
-            return self.proj(F.gelu(h, approximate='none' if self.kind == 'gelu' else 'tanh'))
-        h = F.relu(h)  # relu2 [Primer 2109.08668]
-        return self.proj(h * h)
+        h = ACTIVATIONS[self.kind](h) if self.gate is None else F.silu(self.gate(x)) * h
+        return self.proj(h)
 
 
 def make_norm(c):
@@ -247,8 +245,8 @@ class LocalMixing(nn.Module):
         self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
 
     def forward(self, x, cache, neighbours):
-        """x (B, T, C). To be skipped at first: the cache, which knows this LocalMixing by its
-        number; neighbours, which only block diffusion has."""
+        """x (B, T, C). Skip at first: the cache, in which this LocalMixing has a number of its own;
+        neighbours, which only block diffusion has (see beside_clean)."""
         (B, T, C), K = x.shape, len(self.weight)
         if neighbours is not None:
             copies = [x[:, j].where(found, 0) for j, found in neighbours]
@@ -296,9 +294,9 @@ class Block(nn.Module):
 def after_start(model, x):
     """x (B, T) after a start token, (B, T + 1): the output at its position i predicts x[:, i].
 
-    AR reads its text so, all but the last token (see Autoregression). So does masked diffusion with
-    shift, and there the last token is read too: a network that was AR first still predicts each
-    token at the position where it learned to [DiffuLLaMA sec. 3.2].
+    AR reads its text this way, without the last token (see Autoregression), and so does masked
+    diffusion with shift, with the last token: a network that was AR first still predicts each token
+    at the position where it learned to [DiffuLLaMA sec. 3.2].
     """
     return F.pad(x, (1, 0), value=model.config.start_id)
 
@@ -343,7 +341,7 @@ class Transformer(nn.Module):
         None: the fraction of x that is masks.
         hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
 
-        To be skipped at first:
+        Skip at first:
         cache: a KVCache of the tokens that x continues.
         attn_mask, bool, (T, T), with shift one larger: the tokens (columns) that each token (row)
         may see. None: all, or with causal those up to itself.
@@ -398,7 +396,7 @@ class Transformer(nn.Module):
         So every layer is the identity at first and, with an untied head, the first loss is log V'
         (without subs log V). The standard deviation of embeddings is 0.25, or 0.02 with a tied
         head, which named_parameters() lists as the embedding alone. (The encoder of a length head
-        begins as the rest of the model does.)
+        is initialised in the same way.)
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -525,17 +523,17 @@ class Noised(NamedTuple):
 class Objective:
     """How text is corrupted, and how the prediction of it is scored.
 
-    loss() in training and bound() in evaluation both compute
+    loss() in training and bound() in evaluation both corrupt, read and score. For masked diffusion
+    all of it comes to
 
-        noised = self.corrupt(model, x0, given, rng)         # bound(): self.corrupt_evenly
-        logits = model(noised.xt, noised.level, where=noised.scored)     # (M, V)
-        losses = cross_entropy(logits, x0[noised.scored])    # (M,), or by another token_loss
-        losses = noised.weight.expand_as(x0)[noised.scored] * losses     # (M,)
+        is_mask = (rand(B, T) >= alpha) & ~given                              # corrupt()
+        logits = model(where(is_mask, mask_id, x0), where=is_mask)            # (M, V)
+        nats = (w(t) * cross_entropy(logits, x0[is_mask])).sum()              # weighted_losses()
 
-    The last three lines are weighted_losses(), which computes the logits in slices. corrupt draws t
-    from mask_range, and its weight is set by loss_weight. corrupt_evenly draws t from all of
-    (0, 1], with the weight w(t), or makes another unbiased estimate, of less variance. A subclass
-    defines corrupt, and may define corrupt_evenly.
+    Other objectives score other positions, by another token_loss, with other weights: Noised says
+    which. corrupt draws t from mask_range, and its weight is set by loss_weight. bound() calls
+    corrupt_evenly in its place: t from all of (0, 1], with the weight w(t), or another unbiased
+    estimate, of less variance. A subclass defines corrupt, and may define corrupt_evenly.
 
     The other files read the attributes below and do not ask which subclass it is, except where
     train.py checks settings.
@@ -552,7 +550,7 @@ class Objective:
     # type, and so makes it a setting.)
     exact = False                # True: the bound is the nll itself, of ar
     causal = False               # True: the network sees no later token
-    reads_masks = True           # for what is unknown; ar (but for its start) and uniform do not
+    reads_masks = True           # the network is shown unknown text as masks; ar, uniform: False
     any_order = False            # True: eval.py can compute the nll of revealing in a given order
     block_length = 0             # tokens per block, if there are blocks
     decoders = MASK_DECODERS     # names in sample.py, the default first
@@ -606,10 +604,10 @@ class Objective:
 
     def weighted_losses(self, model, x0, noised, **more):
         """Weighted losses (M,) of predicting x0 from one sample of its corruption."""
-        xt, scored, weight, level, token_loss, extra, inputs = noised
-        h = model(xt, level, where=scored, hidden=True, **inputs, **more)  # (M, C)
-        weight, *extra = (part.expand_as(x0)[scored] for part in (weight, *extra))  # (M,) each
-        return weight * in_slices(token_loss, model, h, x0[scored], *extra)
+        n = noised
+        h = model(n.xt, n.level, where=n.scored, hidden=True, **n.inputs, **more)  # (M, C)
+        weight, *extra = (part.expand_as(x0)[n.scored] for part in (n.weight, *n.extra))  # (M,)
+        return weight * in_slices(n.token_loss, model, h, x0[n.scored], *extra)
 
     def draw_t(self, n, rng, device):
         """(n, 1) stratified values of t in mask_range, never 0."""
@@ -632,19 +630,17 @@ class MaskedDiffusion(Objective):
 
     (1)  nelbo per token = E over t, xt of  w(t) / L * sum over masks i of  -log p(x0[i] | xt)
 
-    where the logits at position i are for token i. Evaluation samples the number of masks instead,
-    n, uniform in 1..L, and then which n tokens are masked:
+    where the logits at position i are for token i. Evaluation samples the number of masks instead.
+    Let f(n) be the expected sum over masks i of -log p(x0[i] | xt) where n of the L tokens, drawn
+    at random, are masked. With n uniform in 1..L
 
-    (2)  nelbo per token = E over n, xt of     1 / n * sum over masks i of  -log p(x0[i] | xt)
-
-    Below, f(n) is the expected sum over masks i of -log p(x0[i] | xt), where n of the L tokens,
-    drawn at random, are masked.
+    (2)  nelbo per token = E over n of  f(n) / n = 1/L * sum over n of  f(n) / n
 
     Why (1) is (2): with the linear schedule a token is masked with probability t, and w(t) = 1/t,
     so that (1) is 1/L * sum over n of f(n) * (the integral over t of 1/t * P(n masks | t)). With
-    P(n masks | t) = (L choose n) t^n (1 - t)^(L - n) that integral is 1/n (a beta function), and
-    1/L * sum over n of f(n) / n is (2). Other schedules substitute t. Samples of (2) vary less, and
-    with uniform logits not at all.
+    P(n masks | t) = (L choose n) t^n (1 - t)^(L - n) that integral is 1/n (a beta function). Other
+    schedules substitute t. Samples of (2) vary less: with uniform logits f(n) is n log V', and all
+    samples are log V'.
 
     Why it is a bound: write a row token after token, in a random order. The step that finds n masks
     reveals one of them, any with probability 1/n, so that its expected nll is f(n) / n. Summed over
@@ -753,7 +749,7 @@ class D3PM(Objective):
         m, c = self.grid(x0.device)
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]) & ~given
         weight = self.training_weight(self.diffusion_steps * c[step])
-        return self.as_noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
+        return self.as_noised(model, x0, given, is_mask, weight, step)
 
     def corrupt_evenly(self, model, x0, given, rng):
         """Importance sampling: no row lacks masks, and with uniform logits (and subs) no variance.
@@ -773,13 +769,13 @@ class D3PM(Objective):
         sure = torch.rand(x0.shape, generator=rng, device=x0.device).masked_fill(given, -1.0)
         is_mask = (u < m[step]).scatter(1, sure.argmax(1, keepdim=True), True) & ~given
         weight = (~given).sum(1, keepdim=True) / is_mask.sum(1, keepdim=True).clamp(min=1)  # L / n
-        return self.as_noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
+        return self.as_noised(model, x0, given, is_mask, weight, step)
 
-    def as_noised(self, model, x0, given, is_mask, weight, m_t, m_s, c):
-        """m_t, m_s and c, (B, 1), are those of the step from t to s."""
-        xt = torch.where(is_mask, model.mask_id, x0)
-        return Noised(xt, is_mask, weight, noise_level(m_t, given),
-                      partial(d3pm_token_loss, mask_id=model.mask_id), (m_t, m_s, c))
+    def as_noised(self, model, x0, given, is_mask, weight, step):
+        xt, (m, c) = torch.where(is_mask, model.mask_id, x0), self.grid(x0.device)
+        return Noised(xt, is_mask, weight, noise_level(m[step], given),
+                      partial(d3pm_token_loss, mask_id=model.mask_id),
+                      (m[step], m[step - 1], c[step]))
 
 
 def d3pm_token_loss(logits, target, m_t, m_s, c, mask_id=-1):

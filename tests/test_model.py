@@ -1277,7 +1277,7 @@ def test_diffugpt_predicts_what_its_own_code_does(tmp_path, mask_inside):
         folder / 'model.safetensors', {'format': 'pt'})
     plain = hub_vocabulary(str(folder), 'stream')
     described = json.loads((folder / 'tokenizer_config.json').read_text())
-    text = load_tokenizer(plain).tokenizer.id_to_token(290)
+    text = load_tokenizer(plain).library.id_to_token(290)
     (folder / 'tokenizer_config.json').write_text(json.dumps(described | {'mask_token': text}))
     with_mask = hub_vocabulary(str(folder), 'stream')
     assert (plain['mask_id'], with_mask['mask_id'], with_mask['vocab_size']) == (300, 290, 299)
