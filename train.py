@@ -54,7 +54,7 @@ from config import UserError, one_of, require, write_atomically
 from model import HubNetwork, LengthLoss, ModelConfig, evaluate, fields_in, flops_per_token, \
     hub_settings, load_checkpoint, load_hub, make_network, make_objective, model_config, \
     on_device, peak_memory, pick_device, pick_dtype
-from prepare import mixed_seed, open_run_data, optional, prepare, recipe_names
+from prepare import mixed_seed, open_run_data, optional, prepare, recipe_names, split_row
 
 # the run
 out_dir = 'out/shakespeare_mdm'  # the run's folder; a config file sets out/<its name>
@@ -75,9 +75,8 @@ batch_size = 16             # B, windows per forward and backward pass
 gradient_accumulation_steps = 1  # batches per update, of each process
 block_size = 256            # T, tokens per window
 train_tokens = 0            # use only this many tokens, the first of the training split; 0 = all
-random_length = 0.0         # share of batches that are cropped to a random width. Of a stream, to
-                            # any; of rows, which needs predict_pad, to any that holds the longest
-                            # answer of the batch
+random_length = 0.0         # share of batches that are cropped to a random width (of rows, which
+                            # needs predict_pad, to one that holds the longest answer of the batch)
 # data of rows: prompts and answers, or documents; a batch holds rows of one width
 predict_pad = False         # predict PAD too, and so learn where an answer ends; False: rows have
                             # no PAD, and their width shows where the answer ends
@@ -106,9 +105,8 @@ objective = 'mdm'           # ar, mdm, d3pm, uniform, block. Of the settings bel
                             # and "d3pm:" marks what d3pm alone uses
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
 loss_weight = 'clipped'     # of time t: elbo = w(t), clipped = min(w(t), w_max), flat = 1;
-                            # masked_mean = 1, and the mean is over masked tokens alone.
-                            # uniform scores all tokens, not noise alone: each weight is then
-                            # multiplied by 1 - alpha_t, the share of noise
+                            # masked_mean = 1, and the mean is over masked tokens alone. (uniform,
+                            # which scores all tokens, multiplies it by 1 - alpha_t)
 w_max = 5.0                 # for loss_weight = clipped
 mask_range = (0.15, 0.99)   # from which t is drawn in training (with the linear schedule t is the
                             # share of masks): at small t a row has few masks to learn from, at
@@ -124,7 +122,7 @@ block_length = 16           # block: tokens per block
 # length prediction: train a head that predicts the length of an answer on the frozen run init_from
 length_head = ''            # regress_mean, regress_concat, classify, encoder_regress,
                             # encoder_classify; see LengthHead in model.py
-length_quantile = 0.95      # regress: the share of answers that are no longer than predicted
+length_quantile = 0.95      # regress_*: the share of answers that are no longer than predicted
 # optimiser
 optimizer = 'muon'          # muon: Muon for matrices in blocks, AdamW for the rest; adamw: for all
 max_iters = 3600            # updates
@@ -246,7 +244,7 @@ def join_processes(device):
     """
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world > 1:
-        if device == 'cuda':
+        if device.startswith('cuda'):
             device = f'cuda:{os.environ["LOCAL_RANK"]}'
             torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
@@ -310,21 +308,22 @@ def update(run, s):
     run.stop. Returns the loss per token that counts, over all batches of all processes, as a
     tensor: to read it is to wait for the device.
     """
-    sums = torch.zeros(3, device=run.device)  # nats, tokens that count, signals
+    sums = torch.zeros(3, device=run.device)
+    nats, count, signals = sums  # of all batches and processes; count: tokens that count
     for i in range(run.rank, run.micro_steps, run.world):  # micro-steps of this process
         nats_and_count, tokens = micro_step(run, s, i)
         sums[:2] += nats_and_count
         run.tokens += tokens * run.world  # the others' batches are about as wide
     learned = [p for p in run.model.parameters() if p.grad is not None]
     if run.world > 1:
-        sums[2] = len(run.caught)
+        signals += len(run.caught)
         for tensor in (sums, *(p.grad for p in learned)):
             dist.all_reduce(tensor)
     # Gradients become a mean only here, where the number of tokens that count is known. A mean of
     # each batch, and then of all, would give a token more weight in a batch in which few count, and
     # would depend on how an update is cut into batches and processes.
     for p in learned:
-        p.grad *= 1 / sums[1].clamp(min=1)
+        p.grad *= 1 / count.clamp(min=1)
     run.gradient_norm = torch.nn.utils.clip_grad_norm_(learned, s.grad_clip or math.inf)
     for o in run.optimizers:
         for group in o.param_groups:
@@ -333,8 +332,8 @@ def update(run, s):
         o.zero_grad()
     run.iteration += 1
     # all processes have the same sums, and so stop after the same update
-    run.stop = sums[2].item() > 0 if run.world > 1 else bool(run.caught)
-    return sums[0] / sums[1].clamp(min=1)
+    run.stop = signals.item() > 0 if run.world > 1 else bool(run.caught)
+    return nats / count.clamp(min=1)
 
 
 def train(run, s):
@@ -348,8 +347,8 @@ def train(run, s):
         save(run, s)  # a run resumed with keep_best may stand where its loss was lowest
     # SIGINT and SIGTERM only leave a note. An update that stopped halfway would have changed some
     # weights and not others; so it is finished first, and saved.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: run.caught.append(number))
+    before = {number: signal.signal(number, lambda number, frame: run.caught.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
     while True:  # at max_iters it evaluates and saves a last time, and leaves
         done = run.iteration == s.max_iters
         # a run that is resumed at this iteration may have logged it already
@@ -369,7 +368,8 @@ def train(run, s):
         to_record = run.iteration % s.log_interval == 0
         if to_record or run.stop:
             loss = loss.item()
-            # few batches are noisy, and one token may weigh w_max; with elbo w(t), without a limit
+            # the loss of a few batches is noisy, and one token may weigh w_max; with elbo weights
+            # have no limit, and so the loss has none
             check_loss(run, s, loss, math.inf if s.loss_weight == 'elbo' else 2 * max(5.0, s.w_max))
         run.seconds += time.perf_counter() - began  # with the wait for loss.item()
         run.speed = (run.tokens - tokens_before) / (run.seconds - seconds_before)
@@ -377,8 +377,8 @@ def train(run, s):
         if to_record:
             record_step(run, s, loss, bar)
     bar.close()
-    for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: signals may stop what follows
-        signal.signal(number, signal.SIG_DFL)
+    for number, handler in before.items():  # all is saved: signals may stop what follows
+        signal.signal(number, handler)
     # run.stop does not know of a signal during the last evaluation: a single process still exits on
     # it. Several ignore it, since perhaps only some of them caught one.
     if run.stop or run.world == 1 and run.caught:
@@ -740,7 +740,7 @@ def compile_model(run, s):
 
     Evaluation keeps to run.model: it is too short to be worth the compiling.
     """
-    tokens = run.tokens_per_update * (s.bench or s.max_iters - run.iteration)
+    tokens = run.tokens_per_update * (s.max_iters - run.iteration)  # with bench of the whole run
     seconds = tokens * run.flops_per_token / (0.25 * run.peak)  # a quarter of peak is usual
     # what is decided stands in ckpt.pt, so that a resumed run ends in the same bits
     s.compile, why = compile_or_not(s.compile, run.device, run.dtype, run.data, seconds)
@@ -800,7 +800,7 @@ def show_sample(run, s):
         task, option = 'likelihood', '--num_samples=3'
         canvas = sample.text_canvas(trained, 'prompt', '', how)
         done, _ = sample.complete(trained, [canvas], how, trained.meta['eos_id'])
-        print(trained.tokenizer.decode(done[0][0]), end='\n\n')
+        print(trained.tokenizer.decode(split_row(done[0][0], trained.meta)[1]), end='\n\n')
     else:
         rows = sample.first_answers(trained, run.data, 2, how)
         for prompt, reference, answer in rows:
