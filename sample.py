@@ -62,8 +62,8 @@ device = 'auto'        # cuda, mps, cpu; auto takes the first that this machine 
 trust_remote_code = False  # run the code that a model of the Hugging Face hub consists of
 export = ''            # only write an ar model to this new folder, as a GPT-2 of transformers
 # what is to be generated
-start = ''             # the text to continue; in a run on prompts and answers, the prompt (of
-                       # conversations as in training: user: TEXT)
+start = ''             # the text to continue; in a run on prompts and answers, the prompt (for
+                       # conversations written as in training: user: TEXT)
 template = ''          # a text with blanks to fill: [___] is 5 tokens wide, [___:9] is 9
 prompt_file = ''       # a prompt or a template on every line; - reads them from stdin
 chat = False           # answer each line of stdin; a run on conversations reads all turns before it
@@ -136,7 +136,7 @@ def defaults():
 
 
 def filter_logits(logits, top_k, top_p):
-    """logits (M, V) with -inf outside the top_k likeliest tokens and the nucleus of top_p of these.
+    """logits (M, V) with -inf outside the top_k likeliest tokens, and then outside their nucleus.
 
     Tokens as likely as the last of the top_k stay too. The nucleus [1904.09751] is the smallest set
     of likeliest tokens that holds at least top_p.
@@ -197,21 +197,23 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 # -------------------------------------------------------------------------------------- decoders
 #
 # What all decoders have in common, to be read together with decode_ancestral.
-# decode_<name>(model, x, to_generate, rng, *, its own settings, **sampling) is a generator.
+# decode_<name>(model, x, to_generate, rng, *, its own settings, **sampling) is a generator. It
+# writes tokens into the canvases x (B, T), in place, where to_generate (B, T) is True, and after
+# every step that changed something it yields `where, logits`: the positions (B, T) that its pass
+# predicted, and the logits (M, V) there.
 #
-#     x (B, T) int64        canvases, filled in place
-#     to_generate (B, T)    bool, the positions to fill; masks elsewhere are read and left as they
-#                           are. run_decoder() holds the same tensor: once a row has generated an
-#                           EOS, it sets the row to False, and the decoder fills it no further
+# Between two steps run_decoder() looks at x. Once a row has generated an EOS, it sets this row of
+# to_generate, the same tensor, to False: so a decoder reads to_generate anew in every step. Masks
+# where to_generate is False (later blocks, padding) are read and left as they are.
+#
 #     rng                   the torch.Generator of everything random
 #     its own settings      make_decoder() passes them all; defaults are for whoever calls a decoder
 #     **sampling            the keywords of probabilities(). (decode_blocks and decode_guided take
 #                           `inner` instead, a decoder to which its keywords are bound already.)
 #
-# After every step that changed something it yields `where, logits`: the positions (B, T) that its
-# pass predicted, and the logits (M, V) there. All but decode_ar call model(x, level, where=...),
-# which returns the logits (M, V) at `where`; level (B, 1) is the fraction of the canvas that is
-# noise. To commit a token is to write it for good. nfe, the number of function evaluations, counts
+# All but decode_ar call model(x, level, where=...), which returns the logits (M, V) at `where`;
+# level (B, 1) is the fraction of the canvas that is noise, which the model counts if it is left
+# out. To commit a token is to write it for good. nfe, the number of function evaluations, counts
 # passes.
 
 
@@ -289,8 +291,8 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         if reveal.any():
             logits = model(x, level, where=reveal)  # (M, V), M to reveal
             logits[:, model.mask_id] = -torch.inf
-            now = temperature * (1 + cool * (1 - 2 * alpha_t))
-            x[reveal] = sample_token(logits, x, reveal, rng, temperature=now, **sampling)
+            cooled = temperature * (1 + cool * (1 - 2 * alpha_t))
+            x[reveal] = sample_token(logits, x, reveal, rng, temperature=cooled, **sampling)
         else:  # tokens are only masked again: no pass, so no logits
             logits = torch.empty(0, model.config.vocab_size, device=x.device)
         x[remask] = model.mask_id
@@ -312,7 +314,7 @@ def confidence(order, logits, token, rng):
     if order == 'margin':
         best, second = p.topk(2, dim=-1).values.unbind(-1)
         return best - second
-    return torch.special.xlogy(p, p).sum(-1).exp()
+    return torch.special.xlogy(p, p).sum(-1).exp()  # exp(-entropy), with 0 log 0 = 0
 
 
 def propose(model, x, is_mask, order, rng, sampling):
@@ -423,7 +425,7 @@ def window_start(i, size):
 
 
 def decode_ar(model, x, to_generate, rng, **sampling):
-    """Left to right, each token given those before it; a filled blank has not seen what follows.
+    """Left to right, each token given those before it; what follows a blank does not influence it.
 
     One pass for each column i that any row generates. It reads the tokens before i that are not yet
     in the KV cache, mostly one. A canvas longer than the context is read through a window, the
@@ -439,10 +441,7 @@ def decode_ar(model, x, to_generate, rng, **sampling):
             continue
         if (new := window_start(i, model.config.block_size)) > begin:
             begin, cache.length = new, 0  # positions have shifted, so all is read again
-        n_cached = max(cache.length - 1, 0)  # tokens of the window, beside the start token
-        unread = x[:, begin + n_cached:i]
-        if cache.length == 0:
-            unread = after_start(model, unread)
+        unread = after_start(model, x[:, begin:i])[:, cache.length:]  # the rest is in the cache
         last = torch.zeros_like(unread, dtype=torch.bool)
         last[:, -1] = True  # the output at token i - 1 predicts token i
         logits = model(unread, cache=cache, where=last)  # (B, V)
@@ -832,7 +831,7 @@ def end_of(ids, canvas, eos_id, mask_id):
     """How many of ids, a canvas as it was filled, are text: those before EOS.
 
     EOS is the first eos_id at one of the masks with which the canvas ends. Without one, all of the
-    canvas is text. (ids may be longer than it, by the masks that pad it.)
+    canvas is text. (ids may be longer: then masks pad the canvas.)
     """
     begin = len(canvas) - sum(1 for _ in takewhile(mask_id.__eq__, reversed(canvas)))
     written = ids[begin:len(canvas)]
@@ -851,18 +850,19 @@ def complete(run, canvases, settings, eos_id=None, on_step=None, with_log_p=Fals
     done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), run.model.mask_id
     for batch in batches(run, canvases, settings['batch_size'], settings['block_length'] > 0):
         rows = [canvases[i] for i in batch]
-        kept = torch.zeros(len(rows), max(map(len, rows)))  # log p of the tokens
-        watcher = partial(keep_log_p, kept) if with_log_p else on_step if batch[0] == 0 else None
+        log_p = torch.zeros(len(rows), max(map(len, rows)))  # of each token, if with_log_p
+        watcher = partial(keep_log_p, log_p) if with_log_p else on_step if batch[0] == 0 else None
         # the first batch has the seed as it is; neighbouring seeds would not be independent
         seed = mixed_seed(settings['seed'], batch[0]) if batch[0] else settings['seed']
         x, nfe, seconds = decode(run, rows, settings | {'seed': seed}, eos_id, watcher)
-        ends = [end_of(ids, canvases[i], eos_id, mask_id) for i, ids in zip(batch, x.tolist())]
-        written = [canvases[i][:end + 1].count(mask_id) for i, end in zip(batch, ends)]
-        figures = {'nfe': nfe, 'seconds': seconds, 'tokens_per_second': sum(written) / seconds}
-        for k, (i, end) in enumerate(zip(batch, ends)):
-            done[i] = x[k, :end].tolist(), figures | {'ended': end < len(canvases[i])}
+        ends = [end_of(ids, row, eos_id, mask_id) for ids, row in zip(x.tolist(), rows)]
+        written = [row[:end + 1].count(mask_id) for row, end in zip(rows, ends)]  # with the EOS
+        for k, (i, row, end) in enumerate(zip(batch, rows, ends)):
+            figures = {'nfe': nfe, 'seconds': seconds, 'ended': end < len(row),
+                       'tokens_per_second': sum(written) / seconds}
             if with_log_p:
-                done[i][1]['log_p'] = kept[k, :end + 1].sum().item() / written[k]
+                figures['log_p'] = log_p[k, :end + 1].sum().item() / written[k]
+            done[i] = x[k, :end].tolist(), figures
         totals = tuple(a + b for a, b in zip(totals, (sum(written), nfe, seconds)))
     return done, totals
 
@@ -935,7 +935,7 @@ def predict_lengths(model, x, name, quantile, eos_id):
     if name not in ('argmax', 'quantile'):
         return model.length_head.predict(model, x, quantile)
     is_mask = x == model.mask_id
-    logits = model(x, is_mask.float().mean(1, keepdim=True), where=is_mask)  # (B * W, V)
+    logits = model(x, where=is_mask)  # (B * W, V)
     eos = logits.float().log_softmax(-1)[:, eos_id].view(len(x), -1)  # (B, W)
     held = eos.softmax(1).cumsum(1)  # (B, W)
     return eos.argmax(1) + 1.0 if name == 'argmax' else first_to_hold(held, quantile)
@@ -1163,7 +1163,7 @@ FRAMES = 120           # of a GIF, at most
 ROWS, ROW_LINES = 9, 8  # of a PNG: steps shown, and lines of each, at most
 # Colours from the first step to the last are the upper half of viridis: lightness grows along it,
 # black ink is legible on all of it, and masks are darker, so that it works in grey as well.
-RAMP_256 = (31, 37, 36, 72, 71, 77, 113, 149, 185, 221)  # the like in a terminal's 256 colours
+RAMP_256 = (31, 37, 36, 72, 71, 77, 113, 149, 185, 221)  # similar ones of a terminal's 256
 MASK_COLOR, MASK_256 = '#3d4454', 240
 
 
