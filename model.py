@@ -95,6 +95,8 @@ class ModelConfig:
     qk_norm: bool = True      # normalise queries and keys, so that attention logits stay small
     bias: bool = False        # biases in linear layers and in layernorm
     tied: bool = False        # the head shares the embedding's matrix
+    embed_scale: float = 0.0  # embeddings are multiplied by it when they are read; 0 = sqrt(n_embd)
+                              # if tied [Attention is all you need 1706.03762, sec. 3.4], else 1
     time_cond: bool = False   # scale and shift by the noise level (adaLN), which the network could
                               # also read off the number of masks
     dropout: float = 0.0      # on the outputs of attention and mlp, and on the embedding
@@ -112,6 +114,7 @@ class ModelConfig:
         self.start_id %= self.vocab_size
         self.n_head = self.n_head or max(1, self.n_embd // 64)
         self.n_kv_head = self.n_kv_head or self.n_head
+        self.embed_scale = self.embed_scale or (self.n_embd ** 0.5 if self.tied else 1.0)
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             raise UserError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, '
                             f'and that of n_kv_head {self.n_kv_head}')
@@ -364,7 +367,7 @@ class Transformer(nn.Module):
         h = self.embed(x)  # (B, T, C)
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
-        h = self.drop(h)
+        h = self.drop(h * self.config.embed_scale)
         # cos and sin, (T, D) each
         rope = self.rope[:, position].unbind() if self.embed_pos is None else None
         condition = self.time_mlp(time_features(level)) if self.time_mlp else None  # (B, 1, C)
@@ -394,9 +397,10 @@ class Transformer(nn.Module):
         """Random matrices; zero at the end of a branch, in local mixing, adaLN and an untied head.
 
         So every layer is the identity at first and, with an untied head, the first loss is log V'
-        (without subs log V). The standard deviation of embeddings is 0.25, or 0.02 with a tied
-        head, which named_parameters() lists as the embedding alone. (The encoder of a length head
-        is initialised in the same way.)
+        (without subs log V). The standard deviation of embeddings is 0.25 or, with a tied head,
+        which named_parameters() lists as the embedding alone, 0.02, so that the first logits are
+        small; embed_scale makes them as large for the layers. (The encoder of a length head is
+        initialised in the same way.)
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -977,7 +981,7 @@ class LengthHead(nn.Module):
         self.kind, self.encoder, C = c.length_head, None, c.n_embd
         if self.kind.startswith('encoder'):
             self.encoder = Transformer(ModelConfig(c.vocab_size, c.block_size, n_layer=2, n_head=4,
-                                                   n_embd=128, tied=True))
+                                                   n_embd=128, tied=True, embed_scale=1.0))
             C = 128
         n_in = 2 * C if self.kind == 'regress_concat' else C
         n_out = c.block_size if self.kind == 'encoder_classify' else 1
@@ -1119,8 +1123,9 @@ def load_checkpoint(out_dir, device='cpu', ckpt='last'):
     if missing:
         raise UserError(f'{path} lacks {", ".join(sorted(missing))}: not written by train.py')
     checkpoint['meta'] = {'dtype': 'uint16'} | checkpoint['meta']  # of ids; older runs lack it
-    older = {'n_conv': 0, 'attn_dropout': checkpoint['config'].get('dropout', 0.0)}
-    checkpoint['config'] = older | checkpoint['config']  # older runs lack both
+    older = {'n_conv': 0, 'attn_dropout': checkpoint['config'].get('dropout', 0.0),
+             'embed_scale': 1.0}
+    checkpoint['config'] = older | checkpoint['config']  # older runs lack them
     return checkpoint
 
 
@@ -1188,7 +1193,8 @@ def hub_settings(s):
     places = getattr(c, 'max_position_embeddings', 1 << 20) - 2 * ('roberta' in c.model_type)
     found = {'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads, 'pos': 'learned',
              'n_embd': c.hidden_size, 'tied': getattr(c, 'tie_word_embeddings', False),
-             'block_size': places, 'n_conv': 0, 'shift': False, 'hub': c.to_json_string()}
+             'block_size': places, 'n_conv': 0, 'shift': False, 'embed_scale': 1.0,
+             'hub': c.to_json_string()}
     if c.model_type != 'gpt2':
         return found
     usual = c.activation_function in GELUS and not c.scale_attn_by_inverse_layer_idx
@@ -1291,11 +1297,12 @@ def export_model(run, folder):
     """
     c, transformers = run.model.config, optional('transformers', extra='hf')
     require('export', folder, not Path(folder).exists(), 'a folder that is not there yet')
-    shape = (c.pos, c.norm, c.qk_norm, c.n_conv, c.n_kv_head)
+    shape = (c.pos, c.norm, c.qk_norm, c.n_conv, c.n_kv_head, c.embed_scale)
     if not run.objective.exact or c.mlp not in GELUS.values() \
-            or shape != ('learned', 'layernorm', False, 0, c.n_head):
+            or shape != ('learned', 'layernorm', False, 0, c.n_head, 1.0):
         raise UserError('only ar models can be exported that are a GPT-2: pos=learned, qk_norm='
-                        'False, norm=layernorm, mlp=gelu or gelu_tanh, n_conv=0, n_kv_head=0')
+                        'False, norm=layernorm, mlp=gelu or gelu_tanh, n_conv=0, n_kv_head=0, '
+                        'embed_scale=1')
     network = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
         n_head=c.n_head, n_inner=c.n_hidden or None, tie_word_embeddings=c.tied,

@@ -97,6 +97,7 @@ n_hidden = 0                # channels inside the mlp; 0 = 4 n_embd, of swiglu 8
 qk_norm = True
 bias = False
 tied = False                # the head shares the embedding's matrix
+embed_scale = 0.0           # embeddings are multiplied by it; 0 = sqrt(n_embd) if tied, else 1
 time_cond = False           # show the network the noise level
 dropout = 0.0               # of what attention and mlp add, and of the embedding
 attn_dropout = 0.0          # of the weights of attention: slow on a CPU

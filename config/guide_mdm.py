@@ -20,6 +20,7 @@ mlp = 'gelu'
 qk_norm = False
 bias = True
 tied = True
+embed_scale = 1.0
 time_cond = True
 dropout = 0.1
 attn_dropout = 0.1

@@ -18,6 +18,7 @@ pos = 'learned'
 qk_norm = False
 bias = True
 tied = True
+embed_scale = 1.0
 dropout = 0.1
 attn_dropout = 0.1
 schedule = 'cosine'

@@ -11,6 +11,7 @@ n_layer = 12
 n_embd = 768
 n_conv = 0
 tied = True
+embed_scale = 1.0
 optimizer = 'adamw'
 learning_rate = 3e-4
 lr_schedule = 'constant'

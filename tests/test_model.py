@@ -364,6 +364,16 @@ def test_embeddings_begin_at_a_quarter_or_at_what_a_tied_head_needs(shape, std):
         assert embed.weight.std().item() == pytest.approx(std, rel=0.05)
 
 
+@pytest.mark.parametrize('shape, scale', [({}, 1.0), ({'tied': True}, 32 ** 0.5),
+                                          ({'tied': True, 'embed_scale': 1.0}, 1.0)])
+def test_a_tied_embedding_is_read_larger_than_the_head_needs_it(shape, scale):
+    """Its layers, untrained, pass what they read: the hidden state is the scaled embedding."""
+    model = Transformer(ModelConfig(40, 20, n_embd=32, pos='learned', **shape))
+    x = tokens(2, 20, 40)
+    read = (model.embed.weight[x] + model.embed_pos.weight) * scale
+    torch.testing.assert_close(model(x, hidden=True), model.norm(read))
+
+
 def test_unknown_schedule_is_refused():
     with pytest.raises(UserError, match='not one of linear, cosine'):
         alpha_and_weight(torch.ones(1, 1), 'quadratic')
@@ -1369,8 +1379,8 @@ def test_what_a_hub_model_cannot_be_is_one_line(tmp_path):
         imported(bert, 'mdm')
 
 
-@pytest.mark.parametrize('shape', [{'tied': True}, {'mlp': 'gelu_tanh', 'n_hidden': 40},
-                                   {'bias': False}])
+@pytest.mark.parametrize('shape', [{'tied': True, 'embed_scale': 1.0}, {'bias': False},
+                                   {'mlp': 'gelu_tanh', 'n_hidden': 40}])
 def test_an_exported_model_has_our_logits_in_transformers(tmp_path, shape):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     save_tokenizer(tmp_path, 'gpt2', [PROSE])
@@ -1392,7 +1402,7 @@ def test_an_exported_model_has_our_logits_in_transformers(tmp_path, shape):
     with pytest.raises(UserError, match='a folder that is not there yet'):
         export_model(run, str(folder))
     for other in ({'mlp': 'relu2'}, {'qk_norm': True}, {'n_conv': 3}, {'causal': False},
-                  {'pos': 'rope'}, {'norm': 'rmsnorm'}, {'n_kv_head': 2}):
+                  {'pos': 'rope'}, {'norm': 'rmsnorm'}, {'n_kv_head': 2}, {'embed_scale': 2.0}):
         run.model = tiny(**{'causal': True} | shape | other)
         run.objective = OBJECTIVES['mdm' if 'causal' in other else 'ar']()
         with pytest.raises(UserError, match='only ar models can be exported'):
