@@ -612,10 +612,11 @@ def test_averages_of_other_shapes_are_refused(verse):
 
 def test_a_checkpoint_with_settings_of_another_kind_resumes(verse):
     """It has fewer settings, some that are gone, compile was a bool, and meta had no dtype."""
-    train(verse, *TINY, '--n_conv=0', '--out_dir=out/bools', '--max_iters=1', '--overwrite')
+    train(verse, *TINY, '--n_conv=0', '--tied', '--embed_scale=1.0', '--out_dir=out/bools',
+          '--max_iters=1', '--overwrite')
     path = verse / 'out/bools/ckpt.pt'
     checkpoint = torch.load(path, weights_only=True)
-    for name in ('track', 'n_conv', 'attn_dropout'):
+    for name in ('track', 'n_conv', 'attn_dropout', 'embed_scale'):
         del checkpoint['config'][name]
     del checkpoint['meta']['dtype']
     checkpoint['config'] |= {'compile': True, 'tensorboard': False, 'wandb': False}
@@ -624,6 +625,7 @@ def test_a_checkpoint_with_settings_of_another_kind_resumes(verse):
     assert 'compile: off (as set, or as the run began)' in said
     after = load_checkpoint(verse / 'out/bools')
     assert after['iter'] == 2 and after['config']['compile'] == 'off'
+    assert after['config']['embed_scale'] == 1.0
     checkpoint['config']['compile'] = False
     torch.save(checkpoint, path)
     train(verse, '--out_dir=out/bools', '--resume', '--max_iters=2')
