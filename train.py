@@ -743,7 +743,7 @@ def compile_model(run, s):
     """
     tokens = run.tokens_per_update * (s.max_iters - run.iteration)  # with bench of the whole run
     seconds = tokens * run.flops_per_token / (0.25 * run.peak)  # a quarter of peak is usual
-    # what is decided stands in ckpt.pt, so that a resumed run ends in the same bits
+    # what is decided stands in ckpt.pt, so that a resumed run goes on with the same kernels
     s.compile, why = compile_or_not(s.compile, run.device, run.dtype, run.data, seconds)
     print(f'compile: {s.compile} ({why})')
     if s.compile == 'on':
