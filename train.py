@@ -11,7 +11,8 @@
 The first command takes 12 to 15 minutes on 2 CPU cores that have bfloat16 instructions (half an
 hour to an hour on others). It prepares the data set if that is missing and writes a run to out_dir:
 ckpt.pt (the weights), config.json, log.csv (evaluations), steps.csv (training losses) and loss.png
-(both). An interrupted run goes on with --resume as if nothing had happened.
+(both). An interrupted run goes on with --resume, and ends with the weights that it would have had:
+the same bits, unless it is compiled and on several threads.
 
 In an update, each process of a torchrun works through batch_size * gradient_accumulation_steps
 windows of its own: 2 processes with gradient_accumulation_steps=1 train as 1 process with 2. With
@@ -37,7 +38,7 @@ import sys
 import time
 import timeit
 from collections import defaultdict
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -56,6 +57,7 @@ from model import HubNetwork, LengthLoss, ModelConfig, evaluate, fields_in, flop
     on_device, peak_memory, pick_device, pick_dtype
 from prepare import mixed_seed, open_run_data, optional, prepare, recipe_names, split_row
 
+# the settings: config.override() lets config files and --name=value words change their values
 # the run
 out_dir = 'out/shakespeare_mdm'  # the run's folder; a config file sets out/<its name>
 resume = False              # continue the run in out_dir, with the settings that it has
@@ -75,8 +77,8 @@ batch_size = 16             # B, windows per forward and backward pass
 gradient_accumulation_steps = 1  # batches per update, of each process
 block_size = 256            # T, tokens per window
 train_tokens = 0            # use only this many tokens, the first of the training split; 0 = all
-random_length = 0.0         # share of batches that are cropped to a random width (of rows, which
-                            # needs predict_pad, to one that holds the longest answer of the batch)
+random_length = 0.0         # share of batches that are cropped to a random width; batches of rows,
+                            # which need predict_pad, to one that holds their longest answer
 # data of rows: prompts and answers, or documents; a batch holds rows of one width
 predict_pad = False         # predict PAD too, and so learn where an answer ends; False: rows have
                             # no PAD, and their width shows where the answer ends
@@ -127,7 +129,7 @@ length_quantile = 0.95      # regress_*: the share of answers that are no longer
 # optimiser
 optimizer = 'muon'          # muon: Muon for matrices in blocks, AdamW for the rest; adamw: for all
 max_iters = 3600            # updates
-epochs = 0.0                # another way to say max_iters: so many times all of the training text
+epochs = 0.0                # above 0 it sets max_iters: so many times all of the training text
 learning_rate = 6e-3        # AdamW's
 muon_lr = 0.02              # Muon's
 lr_schedule = 'wsd'         # wsd (constant, then linear over the last fifth), cosine, constant
@@ -148,10 +150,12 @@ wandb_run_name = ''         # and under this name; '' = the last part of out_dir
 bench = 0                   # only time this many updates and profile a few: nothing is written
 
 
-# fields of ModelConfig in which a run may differ from its init_from: training adapts the weights
+# Fields of ModelConfig in which a run may differ from its init_from: training adapts the weights.
+# (causal: local mixing then reads other neighbours with each weight, which did no harm; RESULTS.)
 MAY_DIFFER = ('block_size', 'causal', 'dropout', 'attn_dropout', 'subs', 'block_length',
               'length_head', 'shift')
-# settings of older versions, by which nothing was gained, with the values at which they did nothing
+# Settings that were removed, and the values at which they did nothing: a run that used one can be
+# sampled, but it cannot go on.
 GONE = {'soft_inputs': False, 'divergence': 'elbo', 'length_curriculum': 0,
         'token_weights': (1.0, 1.0, 1.0)}
 
@@ -184,8 +188,8 @@ def check_settings(s):
     off_unless(s, 'attn_anneal', masks and no_head, 'objective is mdm or d3pm, without length_head')
     off_unless(s, 'length_head', masks and s.predict_pad and s.init_from,
                'objective is mdm or d3pm, predict_pad is on and init_from is a run')
-    off_unless(s, 'dropout', no_head, 'length_head is, too')
-    off_unless(s, 'attn_dropout', no_head, 'length_head is, too')
+    off_unless(s, 'dropout', no_head, 'there is no length_head')
+    off_unless(s, 'attn_dropout', no_head, 'there is no length_head')
 
 
 class TrainingRun:
@@ -194,7 +198,6 @@ class TrainingRun:
     Built from the settings and, when a run is resumed, from its checkpoint. (A finished run is a
     sample.Run.) Where epochs is set it writes max_iters into the settings. Nothing is written to
     out_dir here, but by train(), so that a mistake found before it leaves an earlier run intact.
-    update() sets one more attribute, gradient_norm, a tensor.
     """
 
     def __init__(self, s, checkpoint=None):
@@ -221,14 +224,15 @@ class TrainingRun:
         self.tokens = 0         # read in these updates by all processes; of Rows approximately
         self.seconds = 0.0      # spent on these updates, without evaluations
         self.speed = 0.0        # tokens/s of all processes, since the run was started or resumed
-        self.log, self.steps = [], []  # rows of log.csv, of steps.csv
+        self.gradient_norm = torch.zeros(())  # of the last update, before clipping
+        self.log, self.steps = [], []  # rows of log.csv, of steps.csv; their values are texts
         self.caught = []        # numbers of the signals that asked this process to stop
         self.stop = False       # some process has caught one: save and leave
         if checkpoint:
             restore(self, s, checkpoint)
         elif s.init_from:
             load_first_weights(self.model, s, self.data.meta)
-        # FLOP/s: by it compile_model() judges whether compiling pays; the log gives a share of it
+        # FLOP/s: compile_model() judges by it whether compiling pays; speeds are shown in % of it
         peak = torch.tensor(fastest_flops(self.device, self.dtype), device=self.device)
         if self.world > 1:  # all begin with the same weights, and judge alike, on whatever machines
             for tensor in (*self.model.parameters(), peak):
@@ -305,23 +309,23 @@ def micro_step(run, s, i):
 def update(run, s):
     """One update: data, corruption, loss and backward (micro_step), mean, clip, step.
 
-    Counts run.iteration and run.tokens, and sets run.gradient_norm, that before clipping, and
-    run.stop. Returns the loss per token that counts, over all batches of all processes, as a
-    tensor: to read it is to wait for the device.
+    Counts run.iteration and run.tokens; sets run.gradient_norm and run.stop. Returns the loss per
+    token that counts, over all batches of all processes, as a tensor: to read it is to wait for
+    the device.
     """
     sums = torch.zeros(3, device=run.device)
-    nats, count, signals = sums  # of all batches and processes; count: tokens that count
+    nats, count, signals = sums  # views: what is added to sums shows in them
     for i in range(run.rank, run.micro_steps, run.world):  # micro-steps of this process
         nats_and_count, tokens = micro_step(run, s, i)
-        sums[:2] += nats_and_count
+        sums[:2] += nats_and_count  # nats, and tokens that count
         run.tokens += tokens * run.world  # the others' batches are about as wide
     learned = [p for p in run.model.parameters() if p.grad is not None]
     if run.world > 1:
         signals += len(run.caught)
         for tensor in (sums, *(p.grad for p in learned)):
-            dist.all_reduce(tensor)
-    # Gradients become a mean only here, where the number of tokens that count is known. A mean of
-    # each batch, and then of all, would give a token more weight in a batch in which few count, and
+            dist.all_reduce(tensor)  # now of all batches of all processes
+    # Gradients become a mean only here, where the number of tokens that count is known. The mean of
+    # the means of batches would give a token more weight in a batch in which few tokens count, and
     # would depend on how an update is cut into batches and processes.
     for p in learned:
         p.grad *= 1 / count.clamp(min=1)
@@ -337,6 +341,22 @@ def update(run, s):
     return nats / count.clamp(min=1)
 
 
+@contextmanager
+def catching_signals(run):
+    """Inside it SIGINT and SIGTERM only add their number to run.caught.
+
+    An update that stopped halfway would have changed some weights and not others: so the loop
+    finishes it, saves, and then stops.
+    """
+    handlers = {number: signal.signal(number, lambda number, frame: run.caught.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def train(run, s):
     """The loop: evaluate, save, update, until max_iters or a signal."""
     if run.rank == 0:
@@ -345,43 +365,39 @@ def train(run, s):
     bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
     tokens_before, seconds_before = run.tokens, run.seconds  # run.speed counts from this start
     if run.log and s.keep_best:
-        save(run, s)  # a run resumed with keep_best may stand where its loss was lowest
-    # SIGINT and SIGTERM only leave a note. An update that stopped halfway would have changed some
-    # weights and not others; so it is finished first, and saved.
-    before = {number: signal.signal(number, lambda number, frame: run.caught.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
-    while True:  # at max_iters it evaluates and saves a last time, and leaves
-        done = run.iteration == s.max_iters
-        # a run that is resumed at this iteration may have logged it already
-        logged = run.log and int(run.log[-1]['iter']) == run.iteration
-        due = (done or run.iteration % s.eval_interval == 0) and not logged
-        if due:
-            bar.write(evaluate_now(run, s))
-        if due or run.stop:
-            save(run, s)
-        if due and s.decode_rows and run.rank == 0:
-            write_answers(run, s)
-        if done or run.stop:
-            break
+        save(run, s)  # best.pt may be missing, though a resumed run stands at its lowest loss
+    with catching_signals(run):
+        while True:  # at max_iters it evaluates and saves a last time, and leaves
+            done = run.iteration == s.max_iters
+            # a run that is resumed at this iteration may have logged it already
+            logged = run.log and int(run.log[-1]['iter']) == run.iteration
+            due = (done or run.iteration % s.eval_interval == 0) and not logged
+            if due:
+                bar.write(evaluate_now(run, s))
+            if due or run.stop:
+                save(run, s)
+            if due and s.decode_rows and run.rank == 0:
+                write_answers(run, s)
+            if done or run.stop:
+                break
 
-        began = time.perf_counter()
-        loss = update(run, s)
-        to_record = run.iteration % s.log_interval == 0
-        if to_record or run.stop:
-            loss = loss.item()
-            # the loss of a few batches is noisy, and one token may weigh w_max; with elbo weights
-            # have no limit, and so the loss has none
-            check_loss(run, s, loss, math.inf if s.loss_weight == 'elbo' else 2 * max(5.0, s.w_max))
-        run.seconds += time.perf_counter() - began  # with the wait for loss.item()
-        run.speed = (run.tokens - tokens_before) / (run.seconds - seconds_before)
-        bar.update()
-        if to_record:
-            record_step(run, s, loss, bar)
+            began = time.perf_counter()
+            loss = update(run, s)
+            to_record = run.iteration % s.log_interval == 0
+            if to_record or run.stop:
+                loss = loss.item()
+                # The loss of a few batches is noisy, and one token may weigh w_max. With elbo the
+                # weights have no limit, and so the loss has none.
+                factor = math.inf if s.loss_weight == 'elbo' else 2 * max(5.0, s.w_max)
+                check_loss(run, s, loss, factor)
+            run.seconds += time.perf_counter() - began  # with the wait for loss.item()
+            run.speed = (run.tokens - tokens_before) / (run.seconds - seconds_before)
+            bar.update()
+            if to_record:
+                record_step(run, s, loss, bar)
     bar.close()
-    for number, handler in before.items():  # all is saved: signals may stop what follows
-        signal.signal(number, handler)
-    # run.stop does not know of a signal during the last evaluation: a single process still exits on
-    # it. Several ignore it, since perhaps only some of them caught one.
+    # A signal during the last evaluation is not in run.stop. A single process still exits on it;
+    # several do not, since perhaps only some of them caught one.
     if run.stop or run.world == 1 and run.caught:
         print(f'stopped and saved after {run.iteration} updates; go on with\n'
               f'python train.py --out_dir={shlex.quote(s.out_dir)} --resume')
@@ -436,6 +452,7 @@ def make_tracker(name, s):
 def evaluate_now(run, s):
     """Measures, logs and draws the loss on the validation split and on some training text.
 
+    It is measured in the dtype of training; that at the end, by print_final_loss(), in float32.
     Returns a line to print.
     """
     mean_loss = partial(evaluate, run.model, run.objective)
@@ -443,7 +460,7 @@ def evaluate_now(run, s):
         val, _ = mean_loss(run.data.batches('val', s.batch_size))
         train_loss, _ = mean_loss(run.data.batches('train', s.batch_size, limit=4 * s.batch_size))
     # of training text: on validation text, mere overfitting could look like divergence
-    check_loss(run, s, train_loss, highest=2)
+    check_loss(run, s, train_loss, factor=2)
     name = run.objective.measured
     lr = lr_factor(s, run.iteration) * s.learning_rate  # AdamW's
     run.log.append({
@@ -459,15 +476,15 @@ def evaluate_now(run, s):
             f'{run.objective.unit} on the validation split, {train_loss:.4f} on training text')
 
 
-def check_loss(run, s, loss, highest):
-    """Raises UserError if a training loss is nan, or has grown beyond all reason.
+def check_loss(run, s, loss, factor):
+    """Raises UserError if a training loss is nan or inf, or has grown beyond all reason.
 
-    The limit is `highest` times the larger of two: the first training loss in log.csv, and that of
+    The limit is `factor` times the larger of two: the first training loss in log.csv, and that of
     a uniform guess. Before the first evaluation there is none, for there is no checkpoint yet.
     """
     guess = math.log(run.data.meta['vocab_size'])  # log V': meta does not count the mask
-    # "not <=", since nan is neither above nor below
-    if run.log and not loss <= highest * max(guess, float(run.log[0]['train'])):
+    # "not <", since nan is neither above nor below, and inf not below inf
+    if run.log and not loss < factor * max(guess, float(run.log[0]['train'])):
         raise UserError(f'diverged: the training loss is {loss:.4g} after {run.iteration} updates: '
                         f'lower the learning rate; {s.out_dir}/ckpt.pt has weights from before')
 
@@ -561,7 +578,8 @@ def write_answers(run, s):
 def require_same(names, name_of_run, checkpoint, s, meta):
     """Raises UserError if an earlier run differs in one of names from these settings and data.
 
-    What an older run has not saved counts as the same. Returns {name: value} of the earlier run.
+    names: of settings, fields of ModelConfig and keys of meta; 'data set' is all of meta. What an
+    older run has not saved counts as the same. Returns {name: value} of the earlier run.
     """
     def described(settings, meta):
         return meta | settings | vars(model_config(settings, meta)) | {'data set': meta}
@@ -586,7 +604,8 @@ def load_first_weights(model, s, meta):
     if s.length_head:
         names += ['objective', 'predict_pad', 'subs', 'shift']
     theirs = require_same(names, s.init_from, source, s, meta)
-    most = theirs['block_size'] + theirs['shift'] - s.shift  # positions that have learned weights
+    # learned positions: with shift there is one more, that of the start token
+    most = theirs['block_size'] + theirs['shift'] - s.shift
     require('block_size', s.block_size, s.pos == 'rope' or s.block_size <= most, f'{most} or less')
     weights = {name: p[:s.block_size + s.shift] if name == 'embed_pos.weight' else p
                for name, p in source['model'].items() if 'length_head.' not in name}
@@ -641,12 +660,13 @@ def orthogonalize(G, dtype):
     about (0.7, 1.2). X is G, or the transpose of a tall G, so that A is as small as can be.
     kellerjordan.github.io/posts/muon
     """
-    X = (G if G.size(1) <= G.size(2) else G.mT).to(dtype)
+    is_tall = G.size(1) > G.size(2)
+    X = (G.mT if is_tall else G).to(dtype)
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         A = X @ X.mT  # (number, k, k), k = min(n, m)
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
-    return X if G.size(1) <= G.size(2) else X.mT
+    return X.mT if is_tall else X
 
 
 class Muon(torch.optim.Optimizer):
@@ -683,12 +703,12 @@ def make_optimizers(model, s, dtype):
     """[Muon, AdamW] or [AdamW]: Muon takes the matrices inside the blocks.
 
     Either way these matrices alone have weight decay. The weights of local mixing are no matrix:
-    they are a vector of channels for each neighbour. Most models of the hub call their blocks
-    layers. Of a model with a length head, only the head is trained. The learning rates are their
-    peaks, of which every update takes a fraction.
+    they are a vector of channels for each neighbour. Of a model with a length head, only the head
+    is trained. The learning rates here are the peaks: update() multiplies them by lr_factor().
     """
     matrices, rest = [], []
     for name, p in (model.length_head or model).named_parameters():
+        # models of the hub call their blocks layers
         is_matrix = p.ndim == 2 and ('blocks.' in name or '.layer' in name) and 'mixing' not in name
         (matrices if is_matrix else rest).append(p)
     adam = partial(torch.optim.AdamW, lr=s.learning_rate, betas=(s.beta1, s.beta2),
@@ -749,8 +769,9 @@ def compile_model(run, s):
     if s.compile == 'on':
         run.compiled = torch.compile(run.model)
         try:
-            # of another batch than that of the first update: after a second number of masks the
-            # compiler makes kernels for any, which a resumed run, too, should use from the start
+            # The first batch with another number of masks makes torch compile once more, for any
+            # number. It comes here, before the first update, so that a run that is resumed
+            # computes with the same kernels as one that is not.
             micro_step(run, s, run.micro_steps + run.rank)
         except Exception as e:  # of many kinds: no headers, no space, a bug of the compiler
             run.compiled, s.compile = run.model, 'off'
@@ -815,8 +836,9 @@ def show_sample(run, s):
 def read_settings():
     """The settings of this run and, if it is resumed, its checkpoint, else None.
 
-    The command line may name an earlier run. The settings of that run, of init_from those of its
-    shape, then take the place of the block above, and the command line changes them.
+    They are read twice. The first time says whether the command line names an earlier run. Its
+    settings (of init_from: those of its shape) then replace those at the head of this file, before
+    the config file and the command line change them.
     """
     s = SimpleNamespace(**config.override(globals()))
     off_unless(s, 'overwrite', not s.resume, 'resume is off: it deletes the run that is to go on')

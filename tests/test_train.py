@@ -263,9 +263,9 @@ def test_a_rare_level_is_no_divergence():
                                  data=types.SimpleNamespace(meta={'vocab_size': 9}))
     s = types.SimpleNamespace(out_dir='x')
     script.check_loss(run_, s, 45.0, math.inf)
-    for loss, highest in ((45.0, 10), (math.nan, math.inf)):
+    for loss, factor in ((45.0, 10), (math.nan, math.inf), (math.inf, math.inf)):
         with pytest.raises(UserError, match='diverged'):
-            script.check_loss(run_, s, loss, highest)
+            script.check_loss(run_, s, loss, factor)
 
 
 def test_what_began_high_has_not_diverged():
