@@ -8,20 +8,22 @@
     python sample.py --out_dir=out/talk --chat  # a run on prompts and answers; an empty line ends
     python sample.py --corrupt="What's in a name?"
 
-From a checkpoint to text: main() calls make_canvases, then complete_best (that is complete, unless
-several lengths of an answer are tried), which calls decode for every batch of canvases, which calls
-make_decoder and run_decoder.
+From a checkpoint to text, each calls the next:
 
-    canvas    make_canvases: the ids of a text, with mask_id wherever a token is to be generated.
-              Continuing a prompt, infilling and writing from nothing differ in nothing else.
-    decoder   make_decoder: a generator that fills the masks of canvases (B, T) step by step
-    loop      run_decoder: runs a decoder, counts the passes of the network, ends rows at EOS
-    text      complete: the ids of each canvas up to its EOS, which the tokenizer decodes
+    main
+        make_canvases     the ids of a text, with mask_id wherever a token is to be generated.
+                          Continuing a prompt, infilling and writing from nothing differ in
+                          nothing else
+        complete_best     tries several lengths of an answer, if asked to
+            complete      fills canvases batch by batch: the ids of each up to its EOS
+                decode_batch
+                    make_decoder    a generator that fills the masks of x (B, T) step by step
+                    run_decoder     runs it, counts the passes of the network, ends rows at EOS
 
-At a first reading go from top to bottom: a token, the decoders (remdm is the default of
-objective=mdm; decode_ar needs model.py's KVCache), the loop around them, canvases, text. Skip
-blocks and guidance (in make_decoder take size, cached and guidance as not set), the lengths of
-answers, and the pictures; of the command line, make_canvases and main() close the circle.
+At a first reading go from top to bottom: a token, the loop, the decoders (remdm is the default of
+objective=mdm; decode_ar needs model.py's KVCache), make_decoder with size, cached and guidance not
+set, canvases, text; then make_canvases and main(). Blocks and guidance, the lengths of answers and
+the pictures can wait.
 
 Letters are those of model.py: B rows of T tokens, which are the canvas x (B, T); V rows of the
 embedding, V' real tokens and the mask. where (B, T) bool marks the positions that a pass predicts,
@@ -71,9 +73,9 @@ corrupt = ''           # a text: only show what noise makes of it and, if out_di
                        # the run makes of that
 num_samples = 1        # of each prompt
 batch_size = 16        # rows at a time
-gen_length = 0         # tokens to write after start (not in a template, which says how many); 0
-                       # fills the model's context or, of documents (not of ar and block, which
-                       # end by themselves), takes a width of training
+gen_length = 0         # tokens to write after start (not in a template, which says how many). 0:
+                       # as many as the context holds; of documents, but for ar and block, which
+                       # end by themselves, a width of training
 seed = 1337
 # how it is decoded
 decoder = 'auto'       # ar: left to right; ancestral: places at random; confidence, threshold: most
@@ -98,11 +100,12 @@ top_p = 1.0            # sample among the fewest tokens that hold this probabili
 repetition_penalty = 1.0  # above 1: tokens that the text already holds are made less likely, except
                        # EOS, SEP and PAD
 length = 'auto'        # masks for the answer to a prompt. full: as many as in training; fit: the
-                       # average in training for so long a prompt; ratio: by length_line. Predicted
-                       # in one pass by the model: argmax, quantile; by a head that
-                       # config/length_*.py train: regress, classify, encoder. auto: the head, if
-                       # the run has one; else full, if it was trained with predict_pad; else fit
-length_line = (1.3, 2.0)  # ratio, (a, b): a * (tokens of the prompt) + b masks
+                       # average in training for so long a prompt; ratio: by length_line. argmax,
+                       # quantile: the model predicts it in one pass; regress, classify, encoder: a
+                       # head does, which config/length_*.py train. auto: the head, if the run has
+                       # one; else full, if it was trained with predict_pad; else fit
+length_line = (1.3, 2.0)  # ratio, (a, b): a * (tokens of the prompt) + b masks; also fit, where
+                       # the data set has counted no average
 length_quantile = 0.9  # quantile and heads that classify: P(the answer is at most as long as
                        # predicted); a head that regresses keeps that of its training, train.py's
 length_candidates = 1  # fit, ratio, reference: lengths to try; the most confident answer stays
@@ -194,9 +197,9 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
     return token.to(logits.device)
 
 
-# -------------------------------------------------------------------------------------- decoders
+# ---------------------------------------------------------------------- the loop around a decoder
 #
-# What all decoders have in common, to be read together with decode_ancestral.
+# What all decoders have in common; read it together with decode_ancestral, the first one.
 # decode_<name>(model, x, to_generate, rng, *, its own settings, **sampling) is a generator. It
 # writes tokens into the canvases x (B, T), in place, where to_generate (B, T) is True, and after
 # every step that changed something it yields `where, logits`: the positions (B, T) that its pass
@@ -211,24 +214,74 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 #     **sampling            the keywords of probabilities(). (decode_blocks and decode_guided take
 #                           `inner` instead, a decoder to which its keywords are bound already.)
 #
-# All but decode_ar call model(x, level, where=...), which returns the logits (M, V) at `where`;
-# level (B, 1) is the fraction of the canvas that is noise, which the model counts if it is left
-# out. To commit a token is to write it for good. nfe, the number of function evaluations, counts
-# passes.
+# All but decode_ar call model(x, level, where=...), which returns the logits (M, V) at `where`.
+# level (B, 1), which only networks with time_cond read, is the fraction of the canvas that is
+# noise; without it the model counts the masks of x. To commit a token is to write it and never
+# change it. nfe, the number of function evaluations, counts passes.
+
+
+class Counted:
+    """A model that counts its passes in nfe, those of caches and of guidance among them."""
+
+    def __init__(self, model):
+        self.model, self.config, self.mask_id = model, model.config, model.mask_id
+        self.nfe = 0
+
+    def __call__(self, *inputs, **options):
+        self.nfe += 1
+        return self.model(*inputs, **options)
+
+
+def end_rows(x, to_generate, may_end, eos_id, mask_id):
+    """Ends, in place, rows that have generated an eos_id where may_end, once no mask is before it.
+
+    All that was to be generated after it becomes eos_id, and to_generate is cleared in the row.
+    """
+    before = (x == mask_id).cumsum(1)  # masks up to here
+    ended = to_generate & may_end & (x == eos_id) & (before == 0)
+    x[to_generate & (ended.cumsum(1) > 0)] = eos_id
+    to_generate &= ~ended.any(1, keepdim=True)
+
+
+@torch.no_grad()
+def run_decoder(decoder, model, x, rng, eos_id=None, on_step=None, lengths=None):
+    """The canvases x (B, T) filled by a decoder, and how many passes of the network that took.
+
+    With an eos_id, a row ends at the first one that it generates after all that is given; in a
+    blank with given text after it an eos_id is a token like others. on_step(x, nfe, where, logits)
+    is called after every step, with the `where, logits` that the decoder yielded. The next step
+    changes x in place: clone what is to be kept. lengths: of each row the number of tokens before
+    its padding, which stays masked; None: T.
+    """
+    x, model = x.clone(), Counted(model)
+    to_generate = x == model.mask_id
+    may_end = to_generate.flip(1).cumprod(1).flip(1).bool()  # nothing is given from here on
+    for row, length in zip(to_generate, lengths or ()):
+        row[length:] = False
+    for where, logits in decoder(model, x, to_generate, rng):
+        if eos_id is not None:
+            end_rows(x, to_generate, may_end, eos_id, model.mask_id)
+        if on_step is not None:
+            on_step(x, model.nfe, where, logits)
+    return x, model.nfe
+
+
+# -------------------------------------------------------------------------------------- decoders
 
 
 def reverse_steps(model, x, to_generate, steps, schedule):
     """[(alpha_t, alpha_s, level)] of `steps` steps from t = 1 to t = 0, s = t - 1/steps.
 
-    level (B, 1): the fraction of each canvas that is noise at t, in expectation: 1 - alpha_t of
-    what is to be generated, and the masks elsewhere, which are those of later blocks.
+    level (B, 1): the expected fraction of each canvas that is noise at t: 1 - alpha_t of what is to
+    be generated, and all masks elsewhere (of later blocks, and of padding).
     """
     require('steps', steps, steps > 0, '1 or more: one token a step is for confidence and remask')
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     alpha = alpha_and_weight(t, schedule)[0].tolist()
     here = to_generate.float().mean(1, keepdim=True)  # (B, 1)
     elsewhere = ((x == model.mask_id) & ~to_generate).float().mean(1, keepdim=True)  # (B, 1)
-    return [(a, b, here * (1 - a) + elsewhere) for a, b in zip(alpha, alpha[1:])]
+    return [(alpha_t, alpha_s, here * (1 - alpha_t) + elsewhere)
+            for alpha_t, alpha_s in zip(alpha, alpha[1:])]
 
 
 def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linear', **sampling):
@@ -258,6 +311,7 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
         token = sample_token(logits, x, reveal, rng, **sampling)  # (M,)
         if p_mask is not None and alpha_s < 1:  # d3pm alone
             p_reveal = (alpha_s - alpha_t) * (1 - p_mask) / (1 - alpha_t * (1 - p_mask))
+            # the smaller of the two probabilities, so that the same u decides
             token[u[reveal] >= p_reveal] = model.mask_id
         x[reveal] = token
         yield reveal, logits
@@ -271,11 +325,12 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         a masked one is revealed with (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
 
     so that the expected fraction of written tokens at s is alpha_s: (1 - sigma) * alpha_t stay, and
-    alpha_s - (1 - sigma) * alpha_t come. The temperature falls as text appears: early tokens are
-    sampled with variety, late ones, which must fit the text around them, from the likeliest. With
-    eta = 0 nothing is masked again: but for the temperature it is decode_ancestral.
+    alpha_s - (1 - sigma) * alpha_t come. The temperature falls as text appears, from 1 + cool to
+    1 - cool times its value: early tokens are sampled with variety, late ones, which must fit the
+    text around them, from the likeliest. With eta = 0 nothing is masked again: but for the
+    temperature it is decode_ancestral.
     """
-    if not (eta or model.config.subs):  # only decode_ancestral knows that d3pm may predict the mask
+    if eta == 0 and not model.config.subs:  # decode_ancestral knows that d3pm may predict a mask
         yield from decode_ancestral(model, x, to_generate, rng, steps=steps, **sampling,
                                     noise_schedule=noise_schedule, temperature=temperature)
         return
@@ -358,7 +413,7 @@ def masks_left(n, i, steps, counts):
 
 def decode_confidence(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
                       **sampling):
-    """The most confident tokens first, for good [MaskGIT sec. 3.2; LLaDA sec. 2.4].
+    """Commits the most confident tokens first [MaskGIT sec. 3.2; LLaDA sec. 2.4].
 
     Each pass samples a token for every mask and commits those of the highest confidence(), so many
     that masks_left() masks remain in each row. The simplest decoder of all is this one with steps =
@@ -378,7 +433,7 @@ def decode_confidence(model, x, to_generate, rng, *, steps, order='max_prob', co
 
 
 def decode_threshold(model, x, to_generate, rng, *, threshold, order='max_prob', **sampling):
-    """All tokens of enough confidence, in as many passes as that takes [Fast-dLLM 2505.22618].
+    """Commits all tokens of enough confidence, as many passes as it takes [Fast-dLLM 2505.22618].
 
     Each pass samples a token for every mask and commits those whose confidence is not below the
     threshold, and the most confident of each row in any case. With threshold = 1 a pass commits
@@ -394,7 +449,7 @@ def decode_threshold(model, x, to_generate, rng, *, threshold, order='max_prob',
 
 def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
                   **sampling):
-    """The most confident tokens first, none for good until a row ends [Mask-Predict 1904.09324].
+    """Keeps the most confident tokens, and commits none until a row ends [Mask-Predict 1904.09324].
 
     As decode_confidence, but every token keeps the score it had when it was sampled, and each step
     keeps the most confident of all, old and new, and masks the others again.
@@ -403,7 +458,7 @@ def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts
     for i in range(1, (steps or x.size(1)) + 1):
         is_mask = to_generate & (x == model.mask_id)
         keep = n_masks - masks_left(n_masks, i, steps, counts)  # (B,)
-        if not (is_mask.any(1) & (keep > 0)).any():
+        if not (is_mask.any(1) & (keep > 0)).any():  # cosine may keep none at first
             continue
         tokens, scores, logits = propose(model, x, is_mask, order, rng, sampling)
         score_of_all = torch.where(is_mask, scores, score_of_all)
@@ -415,13 +470,11 @@ def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts
 def window_start(i, size):
     """The first token of the window that is read to write token i; its last is token i - 1.
 
-    (Of BlockCached: block in place of token.) The window holds at most size - 1 tokens, since the
-    start token, or block i itself, needs a place too. When it would hold size, it drops its older
-    half: with size = 8 it begins at 0 for i = 0..7, at 4 for 8..11, at 8 for 12..15. That follows
-    from i alone, so that a text does not depend on where its prompt ended.
+    It is the smallest multiple of half the size that leaves fewer than size tokens in the window:
+    the start token needs a place too. With size = 8 it is 0 for i = 0..7, 4 for 8..11, 8 for
+    12..15. That follows from i alone, so that a text does not depend on where its prompt ended.
     """
-    half = (size + 1) // 2
-    return max(0, (i - size) // half + 1) * half
+    return next(begin for begin in range(0, i + 1, (size + 1) // 2) if i - begin < size)
 
 
 def decode_ar(model, x, to_generate, rng, **sampling):
@@ -532,7 +585,7 @@ class BlockCached:
     def enter(self, x, start, stop):
         """Goes to the block x[:, start:stop]: a pass for each earlier block that is not cached."""
         size, n, self.block = self.config.block_size, self.config.block_length, slice(start, stop)
-        if stop - self.begin > size:
+        if stop - self.begin > size:  # counted in blocks; the start token's place is this block's
             self.begin, self.cache.length = n * window_start(start // n, size // n), 0
         clean = torch.zeros(len(x), 1, device=x.device)  # the level of a finished block
         for k in range(self.begin + self.cache.length, start, n):
@@ -609,7 +662,7 @@ def decode_guided(model, x, to_generate, rng, *, inner, guidance):
     yield from inner(Guided(model, x != model.mask_id, guidance), x, to_generate, rng)
 
 
-# ---------------------------------------------------------------------------- running a decoder
+# ------------------------------------------------------------------- the decoder of the settings
 
 DECODERS = {'ar': decode_ar, 'ancestral': decode_ancestral, 'confidence': decode_confidence,
             'threshold': decode_threshold, 'remask': decode_remask, 'remdm': decode_remdm,
@@ -646,10 +699,12 @@ def make_decoder(objective, settings, specials=()):
                 f'off for {name}, which reads no masks')
     require('block_length', s['block_length'], s['block_length'] in (0, size),
             f'0 or {size}: this model learned blocks of {size} and reads no others')
-    require('prefix_cache', s['prefix_cache'], size or not cached,
-            'off where block_length is 0: with no blocks, nothing precedes one')
+    require('prefix_cache', s['prefix_cache'],
+            not s['prefix_cache'] or s['block_length'] and not objective.block_length,
+            'off unless block_length is set, and for a model that learned blocks: its cache is exact')
     require('guidance', s['guidance'], not (s['guidance'] and cached),
             '0 with a cache: guidance reads finished text again, masked, and a cache reads it once')
+    # the keywords of a decoder are the names of its settings
     own = {key: s[key] for key in (*getfullargspec(DECODERS[name]).kwonlyargs, *SAMPLING)}
     decoder = partial(DECODERS[name], specials=specials, **own)
     if size:
@@ -658,52 +713,6 @@ def make_decoder(objective, settings, specials=()):
     if s['guidance']:
         decoder = partial(decode_guided, inner=decoder, guidance=s['guidance'])
     return decoder
-
-
-class Counted:
-    """A model that counts its passes in nfe, those of caches and of guidance among them."""
-
-    def __init__(self, model):
-        self.model, self.config, self.mask_id = model, model.config, model.mask_id
-        self.nfe = 0
-
-    def __call__(self, *inputs, **options):
-        self.nfe += 1
-        return self.model(*inputs, **options)
-
-
-def end_rows(x, to_generate, may_end, eos_id, mask_id):
-    """Ends, in place, rows that have generated an eos_id where may_end, with no mask before it.
-
-    All that was to be generated after it becomes eos_id, and to_generate is cleared in the row.
-    """
-    before = (x == mask_id).cumsum(1)  # masks up to here
-    ended = to_generate & may_end & (x == eos_id) & (before == 0)
-    x[to_generate & (ended.cumsum(1) > 0)] = eos_id
-    to_generate &= ~ended.any(1, keepdim=True)
-
-
-@torch.no_grad()
-def run_decoder(decoder, model, x, rng, eos_id=None, on_step=None, lengths=None):
-    """The canvases x (B, T) filled by a decoder, and how many passes of the network that took.
-
-    With an eos_id, a row ends at the first one that it generates after all that is given; in a
-    blank with given text after it an eos_id is a token like others. on_step(x, nfe, where, logits)
-    is called after every step, with the `where, logits` that the decoder yielded; x changes in
-    place after the call, so clone what is to be kept. lengths: of each row the number of tokens
-    before its padding, which stays masked; None: T.
-    """
-    x, model = x.clone(), Counted(model)
-    to_generate = x == model.mask_id
-    may_end = to_generate.flip(1).cumprod(1).flip(1).bool()  # nothing is given from here on
-    for row, length in zip(to_generate, lengths or ()):
-        row[length:] = False
-    for where, logits in decoder(model, x, to_generate, rng):
-        if eos_id is not None:
-            end_rows(x, to_generate, may_end, eos_id, model.mask_id)
-        if on_step is not None:
-            on_step(x, model.nfe, where, logits)
-    return x, model.nfe
 
 
 # -------------------------------------------------------------------------- runs and their canvases
@@ -765,8 +774,9 @@ def template_canvas(template, tokenizer, mask_id):
 def text_canvas(run, kind, text, settings):
     """The ids of a 'template', or of a 'prompt' and gen_length masks; 0 fills the context.
 
-    Of documents a model that reads its canvas as a whole then gets one as wide as in training. That
-    is one width with predict_pad; without, where only the width ends a document, it is the mean.
+    For documents 0 makes a canvas as wide as in training, if the model reads it as a whole. With
+    predict_pad there is one width in training; without it only the width says where a document
+    ends, and the canvas has the mean width.
     """
     T, mask_id = run.model.config.block_size, run.model.mask_id
     if kind == 'template':
@@ -786,7 +796,7 @@ def text_canvas(run, kind, text, settings):
 # ---------------------------------------------------------------------------- from canvases to text
 
 
-def batches(run, canvases, batch_size, same_columns):
+def group_canvases(run, canvases, batch_size, same_columns):
     """Lists of indices of canvases: those that are decoded together, at most batch_size of them.
 
     AR takes canvases of any lengths together. Other models read a canvas as a whole, so that only
@@ -802,7 +812,7 @@ def batches(run, canvases, batch_size, same_columns):
             for k in range(0, len(group), batch_size)]
 
 
-def decode(run, canvases, settings, eos_id=None, on_step=None):
+def decode_batch(run, canvases, settings, eos_id=None, on_step=None):
     """Fills canvases by the decoder of the settings: (x (B, T), nfe, seconds).
 
     With an eos_id, a row ends where it generates one; without, at the end of its canvas. Masks pad
@@ -819,10 +829,12 @@ def decode(run, canvases, settings, eos_id=None, on_step=None):
 
 
 def keep_log_p(log_p, x, nfe, where, logits):
-    """An on_step, once log_p (B, T) is bound: keeps in it the log probability of each new token.
+    """Keeps in log_p (B, T) the log probability of each new token; partial(keep_log_p, log_p) is
+    an on_step.
 
     Every pass overwrites the entries of the positions that it predicted, so that a written token
-    has the entry of the pass that wrote it. (The entry of a mask means nothing.)
+    has the entry of the pass that wrote it. (The entry of a position that is still a mask means
+    nothing.)
     """
     log_p[where.cpu()] = -cross_entropy(logits.float(), x[where]).cpu()  # (M,)
 
@@ -848,13 +860,16 @@ def complete(run, canvases, settings, eos_id=None, on_step=None, with_log_p=Fals
     on_step sees the first batch, whose row 0 is the first canvas; with_log_p it is not called.
     """
     done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), run.model.mask_id
-    for batch in batches(run, canvases, settings['batch_size'], settings['block_length'] > 0):
+    in_blocks = settings['block_length'] > 0
+    for batch in group_canvases(run, canvases, settings['batch_size'], in_blocks):
         rows = [canvases[i] for i in batch]
         log_p = torch.zeros(len(rows), max(map(len, rows)))  # of each token, if with_log_p
-        watcher = partial(keep_log_p, log_p) if with_log_p else on_step if batch[0] == 0 else None
+        watcher = on_step if batch[0] == 0 else None
+        if with_log_p:
+            watcher = partial(keep_log_p, log_p)
         # the first batch has the seed as it is; neighbouring seeds would not be independent
         seed = mixed_seed(settings['seed'], batch[0]) if batch[0] else settings['seed']
-        x, nfe, seconds = decode(run, rows, settings | {'seed': seed}, eos_id, watcher)
+        x, nfe, seconds = decode_batch(run, rows, settings | {'seed': seed}, eos_id, watcher)
         ends = [end_of(ids, row, eos_id, mask_id) for ids, row in zip(x.tolist(), rows)]
         written = [row[:end + 1].count(mask_id) for row, end in zip(rows, ends)]  # with the EOS
         for k, (i, row, end) in enumerate(zip(batch, rows, ends)):
@@ -952,7 +967,7 @@ def crop_to_predicted(run, canvases, settings):
     if name not in PREDICTED or run.objective.causal:
         return canvases, None, 0, 0.0
     canvases, predicted, began = list(canvases), [None] * len(canvases), time.perf_counter()
-    groups = batches(run, canvases, settings['batch_size'], same_columns=True)
+    groups = group_canvases(run, canvases, settings['batch_size'], same_columns=True)
     for batch in groups:
         x = torch.tensor([canvases[i] for i in batch], device=model.device)
         lengths = predict_lengths(model, x, name, settings['length_quantile'], run.meta['eos_id'])
@@ -1009,9 +1024,9 @@ def answer(run, prompts, settings, references=None):
     answers = [split_row(ids, run.meta)[1] for ids, _ in done]
     masks = [canvas.count(run.model.mask_id) for canvas in canvases]
     sizes = [masks, predicted or masks]
-    figures = {'no EOS': np.mean([not figures['ended'] for _, figures in done]),
+    figures = {'no EOS': np.mean([not each['ended'] for _, each in done]),
                'empty': np.mean([not ids for ids in answers]),
-               'nfe': np.mean([figures['nfe'] for _, figures in done]) + (predicted is not None),
+               'nfe': np.mean([each['nfe'] for _, each in done]) + (predicted is not None),
                'sentences/s': len(prompts) / (seconds + took)}
     if references is not None:
         sizes.append([len(ids) + 1 for ids in references])
@@ -1178,8 +1193,8 @@ class Recorder:
     has had, as shown.
     """
 
-    def __init__(self, canvas, tokenizer, mask_id, show=None):
-        self.tokenizer, self.mask_id, self.show = tokenizer, mask_id, show
+    def __init__(self, canvas, tokenizer, mask_id, screen=None):
+        self.tokenizer, self.mask_id, self.screen = tokenizer, mask_id, screen
         self.steps, self.stood = [], [[] for _ in canvas]
         self.keep([None] * len(canvas), list(canvas), 0, {})
 
@@ -1187,8 +1202,8 @@ class Recorder:
         predicted = where[0].nonzero()[:, 0].tolist()
         self.keep(self.steps[-1]['ids'], x[0].tolist()[:len(self.stood)], nfe,
                   dict(zip(predicted, logits[:len(predicted)])))
-        if self.show is not None:
-            self.show(self)
+        if self.screen is not None:
+            self.screen(self)
 
     def keep(self, before, ids, nfe, logits):
         """Adds a step; logits[i] (V,) are those of position i."""

@@ -1327,7 +1327,7 @@ def test_a_new_decoder_works_with_all_that_stands_around_one(toy, settings):
     x[:, 0], x[:, 2] = torch.arange(6), 1
     run, steps = run_of(model), []
     how = sample.defaults() | {'temperature': 0.0} | settings
-    free, passes, _ = sample.decode(run, x.tolist(), how, on_step=lambda x, nfe, where, logits: (
+    free, passes, _ = sample.decode_batch(run, x.tolist(), how, on_step=lambda x, nfe, where, logits: (
         steps.append((x.clone(), nfe, where, logits))))
     each = 2 if 'guidance' in settings else 1
     assert passes == 14 * each and torch.equal(steps[-1][0], free)
@@ -1335,10 +1335,10 @@ def test_a_new_decoder_works_with_all_that_stands_around_one(toy, settings):
         assert nfe == each * k and where.sum(1).tolist() == [1] * 6
         assert torch.equal(canvas[where], logits.argmax(-1))
     eos = next(v for v in free[:, 3:8].flatten().tolist() if v != 1)
-    y, fewer, _ = sample.decode(run, x.tolist(), how, eos)
+    y, fewer, _ = sample.decode_batch(run, x.tolist(), how, eos)
     assert torch.equal(y, ended(free, x, eos)) and not torch.equal(y, free) and fewer <= passes
     for row in range(6):
-        alone, _, _ = sample.decode(run, x[row:row + 1].tolist(), how, eos)
+        alone, _, _ = sample.decode_batch(run, x[row:row + 1].tolist(), how, eos)
         assert torch.equal(alone[0], y[row]), 'a greedy row does not depend on the others'
 
 
@@ -1662,10 +1662,10 @@ def test_masked_canvases_go_together_only_if_they_are_alike():
     canvases = [[0, 9, 9], [9, 9], [0, 9, 9], [9, 9, 9], [9, 9], [0, 9, 9]]
     model = types.SimpleNamespace(mask_id=9)
     ar, mdm, block = (run_of(model, objective=name) for name in ('ar', 'mdm', 'block'))
-    assert sample.batches(ar, canvases, 4, False) == [[0, 1, 2, 3], [4, 5]]
-    assert sample.batches(mdm, canvases, 2, False) == [[0, 2], [3, 5], [1, 4]]
-    assert sample.batches(mdm, canvases, 4, True) == [[0, 2, 5], [1, 4], [3]]
-    assert sample.batches(block, canvases, 4, False) == [[0, 2, 5], [1, 4], [3]]
+    assert sample.group_canvases(ar, canvases, 4, False) == [[0, 1, 2, 3], [4, 5]]
+    assert sample.group_canvases(mdm, canvases, 2, False) == [[0, 2], [3, 5], [1, 4]]
+    assert sample.group_canvases(mdm, canvases, 4, True) == [[0, 2, 5], [1, 4], [3]]
+    assert sample.group_canvases(block, canvases, 4, False) == [[0, 2, 5], [1, 4], [3]]
 
 
 def test_json_lines_say_what_was_done(run_main, runs):
@@ -1830,7 +1830,9 @@ BAD = [
     (['--threshold=1.1'], 'threshold'), (['--threshold=0'], 'threshold'),
     (['--eta=-0.1'], 'eta is'), (['--eta=1.5'], 'eta is'), (['--guidance=-1'], 'guidance is'),
     (['--block_length=-1'], 'block_length is -1'),
-    (['--prefix_cache'], 'block_length is 0'),
+    (['--prefix_cache'], 'off unless block_length is set'),
+    (['--out_dir=block', '--prefix_cache'], 'its cache is exact'),
+    (['--out_dir=block', '--prefix_cache', '--block_length=4'], 'its cache is exact'),
     (['--prefix_cache', '--block_length=4', '--guidance=1'], '0 with a cache'),
     (['--out_dir=ar', '--block_length=4'], 'off for ar, which reads no masks'),
     (['--out_dir=ar', '--guidance=1'], 'guidance is 1.0, but it must be off for ar'),
@@ -1967,9 +1969,9 @@ def test_no_decoder_punishes_specials(objective, settings):
     run = row_run(Undecided({}), objective=objective)
     how = row_settings(repetition_penalty=2.0, **settings)
     given = [META['eos_id'], META['sep_id'], META['pad_id']]
-    x, _, _ = sample.decode(run, [given + [12] * 4], how)
+    x, _, _ = sample.decode_batch(run, [given + [12] * 4], how)
     assert set(x[0].tolist()) <= set(given), "with the penalty 'a' would be more likely"
-    x, _, _ = sample.decode(run, [[1, 1, 1] + [12] * 4], how)
+    x, _, _ = sample.decode_batch(run, [[1, 1, 1] + [12] * 4], how)
     assert set(x[0].tolist()) <= {1, *given}, 'as in a row without them'
 
 
