@@ -179,9 +179,9 @@ def attend(q, k, v, attn_mask, causal, dropout):
 
 class Attention(nn.Module):
 
-    def __init__(self, c, layer):
+    def __init__(self, c):
         super().__init__()
-        self.c, self.layer = c, layer
+        self.c = c
         D = c.n_embd // c.n_head
         # three matrices, not one of 3C rows: Muon orthogonalises the update of each by itself
         self.q = nn.Linear(c.n_embd, c.n_head * D, bias=c.bias)
@@ -200,7 +200,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, Hkv, S, D), S >= T
+            k, v = cache.extend(self.k, k), cache.extend(self.v, v)  # (B, Hkv, S, D), S >= T
         causal = c.causal and T > 1  # ar only; a single query is the last token and sees all keys
         y = attend(q, k, v, attn_mask, causal, c.attn_dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
@@ -242,22 +242,22 @@ class LocalMixing(nn.Module):
     [Primer 2109.08668; Canon layers, Allen-Zhu 2025].
     """
 
-    def __init__(self, c, number):
+    def __init__(self, c):
         super().__init__()
-        self.number, self.past = number, c.n_conv - 1 if c.causal else c.n_conv // 2
+        self.past = c.n_conv - 1 if c.causal else c.n_conv // 2
         self.weight = nn.Parameter(torch.zeros(c.n_conv, c.n_embd))
 
     def forward(self, x, cache, neighbours):
-        """x (B, T, C). Skip at first: the cache, in which this LocalMixing has a number of its own;
-        neighbours, which only block diffusion has (see beside_clean)."""
-        (B, T, C), K = x.shape, len(self.weight)
+        """x (B, T, C). Skip at first: the cache, which holds what precedes x, and neighbours, which
+        only block diffusion has (see beside_clean)."""
+        T, K = x.size(1), len(self.weight)
         if neighbours is not None:
             copies = [x[:, j].where(found, 0) for j, found in neighbours]
         else:
-            before = x.new_zeros(B, self.past, C) if cache is None else \
-                cache.extend_inputs(self.number, x, self.past)
-            padded = torch.cat([before, x, x.new_zeros(B, K - 1 - self.past, C)], dim=1)
-            copies = [padded[:, k:k + T] for k in range(K)]  # K x (B, T, C)
+            # x with up to `past` rows before it, and zeros for those that there are not
+            h = x if cache is None else cache.extend(self, x)[:, -(self.past + T):]
+            h = F.pad(h, (0, 0, self.past + T - h.size(1), K - 1 - self.past))  # (B, T + K - 1, C)
+            copies = [h[:, k:k + T] for k in range(K)]  # K x (B, T, C)
         return x + sum(w * h for w, h in zip(self.weight, copies))  # (B, T, C)
 
 
@@ -268,10 +268,10 @@ class Block(nn.Module):
     condition: with time_cond (B, 1, C), in block diffusion (B, 2T, C). neighbours: see LocalMixing.
     """
 
-    def __init__(self, c, layer):
+    def __init__(self, c):
         super().__init__()
-        self.mixing = nn.ModuleList(LocalMixing(c, 2 * layer + i) for i in (0, 1) if c.n_conv)
-        self.norm1, self.attn = make_norm(c), Attention(c, layer)
+        self.mixing = nn.ModuleList(LocalMixing(c) for _ in range(2) if c.n_conv)
+        self.norm1, self.attn = make_norm(c), Attention(c)
         self.norm2, self.mlp = make_norm(c), MLP(c)
         self.drop = nn.Dropout(c.dropout)
         self.modulate = nn.Linear(c.n_embd, 6 * c.n_embd) if c.time_cond else None
@@ -324,7 +324,7 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(c.dropout)
         self.time_mlp = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C), nn.SiLU()) \
             if c.time_cond else None
-        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = make_norm(c)
         self.head = nn.Linear(C, c.vocab_size, bias=False)
         if c.tied:
@@ -916,32 +916,24 @@ def time_features(level, size=256):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, so that later tokens need not recompute them.
+    """What layers have computed of the tokens read so far, so that later tokens need not recompute
+    it: keys and values of attention, and inputs of LocalMixing.
 
     length: tokens held, with the start token of ar and of shift. Transformer.forward advances it;
     setting it back drops the newest tokens.
-    The inputs of every LocalMixing, two in a layer, are held too, after n_conv rows of zeros.
     """
 
-    def __init__(self, config, B, device):
-        c, zeros = config, partial(torch.zeros, device=device)
-        T = c.block_size + c.shift  # with shift, the start token has a place, too
-        self.kv = zeros(c.n_layer, 2, B, c.n_kv_head, T, c.n_embd // c.n_head)
-        self.n_conv, self.length = c.n_conv, 0
-        if c.n_conv:
-            self.inputs = zeros(2 * c.n_layer, B, c.n_conv + T, c.n_embd)
+    def __init__(self, config):
+        self.places = config.block_size + config.shift  # with shift, the start token has one, too
+        self.length, self.held = 0, {}
 
-    def extend(self, layer, k, v):
-        """Appends k, v (B, Hkv, T, D) of `layer`; returns all its keys and values."""
-        held = self.kv[layer, :, :, :, :self.length + k.size(2)]  # (2, B, Hkv, S, D)
-        held[:, :, :, self.length:] = torch.stack([k, v])
+    def extend(self, owner, x):
+        """Appends x (..., T, D) to what the module `owner` has appended: all of it, (..., S, D)."""
+        if owner not in self.held:
+            self.held[owner] = x.new_zeros(*x.shape[:-2], self.places, x.size(-1))
+        held = self.held[owner][..., :self.length + x.size(-2), :]
+        held[..., self.length:, :] = x
         return held
-
-    def extend_inputs(self, number, x, n):
-        """Appends x (B, T, C), inputs of LocalMixing `number`; returns the n before, (B, n, C)."""
-        begin = self.n_conv + self.length
-        self.inputs[number, :, begin:begin + x.size(1)] = x
-        return self.inputs[number, :, begin - n:begin]
 
 
 def beside_clean(T, block_length, K, device):

@@ -488,7 +488,7 @@ def decode_ar(model, x, to_generate, rng, **sampling):
         i = 4    begin = 0    it holds start, tokens 0, 1, 2   unread: token 3
         i = 8    begin = 4    the window moved: it is empty    unread: start, tokens 4, 5, 6, 7
     """
-    cache, begin = KVCache(model.config, len(x), x.device), 0  # begin: of the window in the canvas
+    cache, begin = KVCache(model.config), 0  # begin: of the window in the canvas
     for i in to_generate.any(0).nonzero()[:, 0].tolist():
         if not to_generate[:, i].any():  # rows have ended since
             continue
@@ -558,7 +558,7 @@ class PrefixCached:
 
     def __init__(self, model, x):
         self.model, self.config, self.mask_id = model, model.config, model.mask_id
-        self.cache, self.start = KVCache(model.config, len(x), x.device), 0
+        self.cache, self.start = KVCache(model.config), 0
 
     def enter(self, x, start, stop):
         """Goes to the block x[:, start:stop]."""
@@ -580,7 +580,7 @@ class BlockCached:
 
     def __init__(self, model, x):
         self.model, self.config, self.mask_id = model, model.config, model.mask_id
-        self.cache, self.begin = KVCache(model.config, len(x), x.device), 0  # begin: of the window
+        self.cache, self.begin = KVCache(model.config), 0  # begin: of the window
 
     def enter(self, x, start, stop):
         """Goes to the block x[:, start:stop]: a pass for each earlier block that is not cached."""

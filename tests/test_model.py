@@ -182,7 +182,7 @@ def test_cached_logits_equal_uncached_ones(chunks, B, n_kv_head, pos, qk_norm, n
     model = tiny(causal=True, n_kv_head=n_kv_head, pos=pos, qk_norm=qk_norm, n_conv=n_conv,
                  block_size=25, std=0.3)
     x = tokens(B, sum(chunks))
-    cache = KVCache(model.config, B, x.device)
+    cache = KVCache(model.config)
     parts = [model(part, cache=cache) for part in x.split(chunks, dim=1)]
     assert cache.length == x.size(1)
     torch.testing.assert_close(torch.cat(parts, 1), model(x), atol=1e-5, rtol=1e-5)
@@ -790,7 +790,7 @@ def test_finished_blocks_in_a_cache_are_the_block_mask(shape, T, block_length):
     t = torch.rand(3, math.ceil(T / block_length), generator=generator)
     levels = t.repeat_interleave(block_length, dim=1)[:, :T]
     both = beside(model, xt, x0, block_length, torch.cat([levels, torch.zeros(3, T)], dim=1))
-    cache = KVCache(model.config, 3, x0.device)
+    cache = KVCache(model.config)
     parts = []
     for n, (noisy, clean) in enumerate(zip(xt.split(block_length, 1), x0.split(block_length, 1))):
         done = cache.length
@@ -1263,7 +1263,7 @@ def test_gpt2_of_the_hub_has_its_logits_in_our_transformer(tmp_path, other):
     with torch.no_grad():
         expected = theirs(x).logits  # (3, 16, 300)
         assert expected.std() > 1
-        logits, cache = ours(x), KVCache(ours.config, 3, 'cpu')
+        logits, cache = ours(x), KVCache(ours.config)
         steps = torch.cat([ours(part, cache=cache) for part in x.split([5, 1, 1, 9], 1)], 1)
         for found in (logits, steps):
             torch.testing.assert_close(found[..., :300], expected, atol=1e-4, rtol=0)
