@@ -261,6 +261,13 @@ class LocalMixing(nn.Module):
         return x + sum(w * h for w, h in zip(self.weight, copies))  # (B, T, C)
 
 
+def time_features(level, size=256):
+    """Sinusoids (..., size) of level (...), wavelengths from 2 pi / 1000 up [DDPM, DiT]."""
+    frequency = 1e4 ** (-torch.arange(size // 2, device=level.device) / (size // 2))
+    angle = 1000 * level[..., None] * frequency  # (B, 1, size / 2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
 class Block(nn.Module):
     """A layer: x + attention(norm(x)), then x + mlp(norm(x)); with n_conv local mixing before each.
 
@@ -425,8 +432,6 @@ class Transformer(nn.Module):
 # ------------------------------------------------------------------------- the probability models
 
 SCHEDULES = ('linear', 'cosine', 'polynomial')
-# decoders of sample.py for networks that read masks; the first is an objective's default
-MASK_DECODERS = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')
 
 
 def alpha_and_weight(t, schedule):
@@ -445,14 +450,14 @@ def alpha_and_weight(t, schedule):
     return 1 - t ** 2, 2 / t  # polynomial
 
 
-def low_discrepancy(n, rng, device):
+def low_discrepancy(n, rng):
     """(n, 1) stratified numbers: one in each interval of length 1/n of [0, 1), all shifted alike.
 
     Each is uniform, but together they cover (0, 1) more evenly than independent ones [VDM]. They
     are in random order, since rows may be neighbours in the text, or blocks of one text.
     """
-    u = torch.rand(1, generator=rng, device=device)
-    k = torch.randperm(n, generator=rng, device=device)[:, None]
+    u = torch.rand(1, generator=rng, device=rng.device)
+    k = torch.randperm(n, generator=rng, device=rng.device)[:, None]
     return (u + k / n) % 1  # (n, 1)
 
 
@@ -474,7 +479,7 @@ def masks_by_count(given, rng):
     Returns is_mask (B, T), and n / L (B, 1), which is stratified over the rows.
     """
     L = (~given).sum(1, keepdim=True)  # (B, 1)
-    u = low_discrepancy(len(given), rng, given.device)  # (B, 1)
+    u = low_discrepancy(len(given), rng)  # (B, 1)
     n = (1 + (u * L).long()).minimum(L)  # u * L may round up to L; 0 where all is given
     order = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
     rank = order.argsort(1).argsort(1)  # of each token in its row; given tokens are last
@@ -557,7 +562,8 @@ class Objective:
     reads_masks = True           # the network is shown unknown text as masks; ar, uniform: False
     any_order = False            # True: eval.py can compute the nll of revealing in a given order
     block_length = 0             # tokens per block, if there are blocks
-    decoders = MASK_DECODERS     # names in sample.py, the default first
+    # names in sample.py, the default first; these are for networks that read masks
+    decoders = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')
     measured = 'nelbo <='        # printed before the number, which is an upper bound
     unit = ' nats/token'         # of the bound
 
@@ -613,10 +619,10 @@ class Objective:
         weight, *extra = (part.expand_as(x0)[n.scored] for part in (n.weight, *n.extra))  # (M,)
         return weight * in_slices(n.token_loss, model, h, x0[n.scored], *extra)
 
-    def draw_t(self, n, rng, device):
+    def draw_t(self, n, rng):
         """(n, 1) stratified values of t in mask_range, never 0."""
         lo, hi = self.mask_range
-        return lo + (hi - lo) * (1 - low_discrepancy(n, rng, device))
+        return lo + (hi - lo) * (1 - low_discrepancy(n, rng))
 
     def training_weight(self, w):
         """The weight of t in training, in place of w(t), its weight in the bound."""
@@ -660,7 +666,7 @@ class MaskedDiffusion(Objective):
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')  # another default
 
     def corrupt(self, model, x0, given, rng):
-        t = self.draw_t(len(x0), rng, x0.device)  # (B, 1)
+        t = self.draw_t(len(x0), rng)  # (B, 1)
         alpha, w = alpha_and_weight(t, self.schedule)  # linear: 1 - t and 1 / t
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
         xt = torch.where(is_mask, model.mask_id, x0)
@@ -748,7 +754,7 @@ class D3PM(Objective):
         return m.float().to(device), c.float().to(device)
 
     def corrupt(self, model, x0, given, rng):
-        t = self.draw_t(len(x0), rng, x0.device)  # (B, 1)
+        t = self.draw_t(len(x0), rng)  # (B, 1)
         step = (t * self.diffusion_steps).ceil().long()  # (B, 1), 1..N
         m, c = self.grid(x0.device)
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]) & ~given
@@ -767,7 +773,7 @@ class D3PM(Objective):
         1 / (N c m_t) and m_t L / n, becomes L / n.
         """
         m, c = self.grid(x0.device)
-        u = low_discrepancy(len(x0), rng, x0.device)  # (B, 1)
+        u = low_discrepancy(len(x0), rng)  # (B, 1)
         step = torch.searchsorted(m, u, right=True)  # (B, 1), 1..N, since u < 1 = m at t = 1
         u = torch.rand(x0.shape, generator=rng, device=x0.device)
         sure = torch.rand(x0.shape, generator=rng, device=x0.device).masked_fill(given, -1.0)
@@ -819,7 +825,7 @@ class Uniform(Objective):
     decoders = ('uniform',)
 
     def corrupt(self, model, x0, given, rng):
-        t = self.draw_t(len(x0), rng, x0.device)  # (B, 1)
+        t = self.draw_t(len(x0), rng)  # (B, 1)
         alpha, w = alpha_and_weight(t, self.schedule)
         is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
         random = torch.randint(model.mask_id, x0.shape, generator=rng, device=x0.device)  # (B, T)
@@ -866,7 +872,7 @@ class BlockDiffusion(Objective):
 
     def corrupt(self, model, x0, given, rng):
         (B, T), n_blocks = x0.shape, math.ceil(x0.size(1) / self.block_length)
-        t = self.draw_t(B * n_blocks, rng, x0.device).view(B, n_blocks)
+        t = self.draw_t(B * n_blocks, rng).view(B, n_blocks)
         t = t.repeat_interleave(self.block_length, dim=1)[:, :T]  # (B, T)
         alpha, w = alpha_and_weight(t, self.schedule)
         is_mask = (torch.rand(B, T, generator=rng, device=x0.device) >= alpha) & ~given
@@ -889,6 +895,25 @@ class BlockDiffusion(Objective):
                       inputs=beside_clean(x0.size(1), n, model.config.n_conv, x0.device))
 
 
+def beside_clean(T, block_length, K, device):
+    """How [xt ; x0] is read [BD3-LM]: position (2T,), attn_mask (2T, 2T), neighbours.
+
+    Both halves stand at positions 0..T-1. A token sees its own block in its own half, and the clean
+    blocks before that. neighbours: for each of the K of local mixing (j, found): where it is,
+    (2T,), and whether it is visible, (2T, 1). Of the two tokens at a position, the neighbour is the
+    one that may be attended to, if any.
+    """
+    position = torch.arange(T, device=device).repeat(2)  # (2T,)
+    block, is_clean = position // block_length, torch.arange(2 * T, device=device) >= T
+    own = (block[:, None] == block) & (is_clean[:, None] == is_clean)  # (2T, 2T)
+    before = (block[:, None] > block) & is_clean
+    attn_mask = own | before
+    offset = position - position[:, None]  # (2T, 2T)
+    visible = [attn_mask & (offset == k - K // 2) for k in range(K)]  # at most one in a row
+    neighbours = [(here.int().argmax(1), here.any(1, keepdim=True)) for here in visible]
+    return {'position': position, 'attn_mask': attn_mask, 'neighbours': neighbours}
+
+
 OBJECTIVES = {'ar': Autoregression, 'mdm': MaskedDiffusion, 'd3pm': D3PM, 'uniform': Uniform,
               'block': BlockDiffusion}
 
@@ -906,13 +931,6 @@ def make_objective(settings):
 
 
 # ----------------------------------------------------------------- options of the transformer
-
-
-def time_features(level, size=256):
-    """Sinusoids (..., size) of level (...), wavelengths from 2 pi / 1000 up [DDPM, DiT]."""
-    frequency = 1e4 ** (-torch.arange(size // 2, device=level.device) / (size // 2))
-    angle = 1000 * level[..., None] * frequency  # (B, 1, size / 2)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class KVCache:
@@ -934,26 +952,6 @@ class KVCache:
         held = self.held[owner][..., :self.length + x.size(-2), :]
         held[..., self.length:, :] = x
         return held
-
-
-def beside_clean(T, block_length, K, device):
-    """How [xt ; x0] is read [BD3-LM]: position (2T,), attn_mask (2T, 2T), neighbours.
-
-    Both halves stand at positions 0..T-1. xt sees its own block and the clean blocks before it; x0
-    its own block and those before it. neighbours: (j, found) for each of the K of local mixing:
-    where it is, (2T,), and whether it is visible, (2T, 1). Two tokens stand at every position; the
-    neighbour is the one of them that a token may attend to, if any.
-    """
-    position = torch.arange(T, device=device)
-    block = position // block_length
-    own, before = block[:, None] == block, block[:, None] > block  # 2 x (T, T)
-    attn_mask = torch.cat([torch.cat([own, before], dim=1),
-                           torch.cat([torch.zeros_like(own), own | before], dim=1)])
-    position = position.repeat(2)
-    offset = position - position[:, None]  # (2T, 2T)
-    visible = [attn_mask & (offset == k - K // 2) for k in range(K)]  # at most one in a row
-    neighbours = [(here.int().argmax(1), here.any(1, keepdim=True)) for here in visible]
-    return {'position': position, 'attn_mask': attn_mask, 'neighbours': neighbours}
 
 
 class LengthHead(nn.Module):

@@ -25,7 +25,7 @@ import config
 import prepare
 import train as script
 from config import UserError
-from model import MASK_DECODERS, OBJECTIVES, MaskedDiffusion, ModelConfig, Noised, Transformer, \
+from model import OBJECTIVES, MaskedDiffusion, ModelConfig, Noised, Objective, Transformer, \
     evaluate, load_checkpoint, load_model, model_config, noise_level
 
 ROOT = Path(__file__).parents[1]
@@ -1098,8 +1098,9 @@ def test_a_new_objective_is_trained_sampled_and_measured(verse, monkeypatch):
 
 @pytest.mark.parametrize('like, words, decoders', [
     ('gpt2', ['--objective=ar'], ['ar']),
-    ('gpt2', ['--objective=mdm', '--shift', '--attn_anneal=8', '--optimizer=muon'], MASK_DECODERS),
-    ('bert', ['--objective=mdm'], MASK_DECODERS)])
+    ('gpt2', ['--objective=mdm', '--shift', '--attn_anneal=8', '--optimizer=muon'],
+     Objective.decoders),
+    ('bert', ['--objective=mdm'], Objective.decoders)])
 def test_a_model_of_the_hub_is_trained_resumed_sampled_and_measured(tmp_path, like, words,
                                                                     decoders):
     """20 updates; the run is whole without the folder that it began with."""
