@@ -7,7 +7,8 @@
     Autoregression  the next token is predicted: the nll itself
     evaluate        the mean of an objective over a split
 
-A first reading ends at evaluate. What follows is for later:
+A first reading ends at evaluate. Until there skip what says so, and take cache and neighbours as
+None, shift and time_cond as False. What follows is for later:
 
     D3PM, Uniform, BlockDiffusion     objectives that corrupt text, or score a token, in other ways
     KVCache, LengthHead               options of the transformer: decoding that recomputes nothing,
@@ -33,7 +34,7 @@ Letters here, and in the papers:
     alpha     P(a token is kept at time t)                           alpha_t
     q         distributions of the noise: q(xt | x0) of xt given x0  q
     w(t)      weight of time t in the bound                          -alpha'_t / (1 - alpha_t)
-    level     the fraction of a row that is noise, (B, 1): only networks with time_cond read it
+    level     the fraction of a row that is noise, (B, 1), see noise_level
     is_mask   (B, T) bool, True where xt is mask_id
     given     (B, T) bool, True in a prompt: never corrupted, never scored
     L, n      tokens of a row that are not given, and how many of them are masked
@@ -132,8 +133,8 @@ class ModelConfig:
 def rope_angles(T, D, base=10000.0):
     """cos and sin, (2, T, D), of position * frequency, base^(-2i/D) [RoFormer eq. 15].
 
-    Channel i is paired with i + D/2, as in GPT-NeoX, so both halves have the same angles; sin is
-    negative in the first half.
+    Channel i is paired with i + D/2, as in GPT-NeoX: both halves have the same angles, and in the
+    first one sin is negative, for rotate().
     """
     frequency = base ** (-torch.arange(0, D, 2) / D)
     angle = torch.outer(torch.arange(T).float(), frequency)  # (T, D/2)
@@ -142,24 +143,22 @@ def rope_angles(T, D, base=10000.0):
 
 
 def rotate(x, cos, sin):
-    """x (B, H, T, D) with its channel pairs (i, i + D/2) turned by the angles of their position.
+    """x (B, H, T, D), the halves (a, b) of D turned to (a cos - b sin, b cos + a sin).
 
-    The halves (a, b) of a head's channels become (a cos - b sin, b cos + a sin): roll swaps them.
     The product of a query at m and a key at n then depends on m - n only.
     """
     cos, sin = cos.type_as(x), sin.type_as(x)  # x is bfloat16 under autocast
-    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin  # roll swaps the halves
 
 
 def attend(q, k, v, attn_mask, causal, dropout):
     """softmax(q k^T / sqrt(D)) v, (B, H, T, D); queries read the keys that attn_mask (T, S) allows.
 
-    S tokens have keys: T, or more with a cache. causal, without an attn_mask: the queries belong to
-    the last T of them, and read the keys up to their own.
+    S = T or, with a cache, more: the queries are of the last T tokens. causal, without an
+    attn_mask: they read the keys up to their own.
 
-    In bfloat16 on a CPU the products are written out, not left to torch's kernel. Compiled, that
-    takes a fifth off an update (not compiled, it adds 3%; RESULTS, Speed), and the scores, T x S
-    for each head, are held in memory.
+    In bfloat16 on a CPU the products are written out, which holds all scores in memory but takes a
+    fifth off a compiled update (it adds 3% to another; RESULTS, Speed).
     """
     T, S, gqa = q.size(2), k.size(2), k.size(1) < q.size(1)  # gqa: heads of queries share keys
     by_torch = q.device.type != 'cpu' or q.dtype != torch.bfloat16
@@ -304,9 +303,8 @@ class Block(nn.Module):
 def after_start(model, x):
     """x (B, T) after a start token, (B, T + 1): the output at its position i predicts x[:, i].
 
-    AR reads its text this way, without the last token (see Autoregression), and so does masked
-    diffusion with shift, with the last token: a network that was AR first still predicts each token
-    at the position where it learned to [DiffuLLaMA sec. 3.2].
+    AR reads text this way, and so does masked diffusion with shift: a network that was AR first
+    still predicts each token at the position where it learned to [DiffuLLaMA sec. 3.2].
     """
     return F.pad(x, (1, 0), value=model.config.start_id)
 
@@ -344,33 +342,33 @@ class Transformer(nn.Module):
                 attn_mask=None, neighbours=None):
         """Logits (B, T, V), or (M, V) at the M positions where `where` (B, T) bool is True.
 
-        Training calls model(x, level, where=..., hidden=True), and then logits().
-
         x (B, T) int64: tokens, mask_id among them.
-        level (B, 1): the fraction of all tokens that is noise, see noise_level; for time_cond.
-        None: the fraction of x that is masks.
-        hidden: return the normed hidden states (B, T, C) or (M, C), for logits().
+        level (B, 1): noise_level, for time_cond. None: the fraction of x that is masks.
+        hidden: return the normed hidden states (B, T, C) or (M, C), of which training then computes
+        the logits() in slices.
 
         Skip at first:
         cache: a KVCache of the tokens that x continues.
-        attn_mask, bool, (T, T), with shift one larger: the tokens (columns) that each token (row)
-        may see. None: all, or with causal those up to itself.
-        position, attn_mask, neighbours: in block diffusion, where x is [xt ; x0], what
-        beside_clean() returns; `where` then has columns for xt alone.
+        attn_mask (T, T) bool: the tokens (columns) that each token (row) may see, with shift the
+        start token among them. None: all, or with causal those up to itself.
+        position, attn_mask, neighbours: what beside_clean() returns, in block diffusion, where x is
+        [xt ; x0]; `where` then has columns for xt alone.
 
-        With shift, the output at a token predicts the next one. So a start token is put before x,
-        whose output predicts x[:, 0], and the last output, for the token after x, is dropped. With
-        a cache only the first pass does so: later x begins with a token that is only read, for
-        which `where`, (B, T - 1), has no column.
+        With shift a start token is read before x, since the output at a token predicts the next
+        one; the last output, which predicts the token after x, is dropped. With a cache only the
+        first pass does so: later x begins with a token that is only read, for which `where`,
+        (B, T - 1), has no column.
         """
+        # what options add: the noise level, a start token, positions after a cache, or in blocks
         if self.time_mlp and level is None:
             level = (x == self.mask_id).float().mean(1, keepdim=True)
         n_before = 0 if cache is None else cache.length  # tokens that were read before x
         if self.config.shift and n_before == 0:
             x = after_start(self, x)
+        check_context(self.config, n_before + x.size(1) // (1 if position is None else 2))
         if position is None:
             position = torch.arange(n_before, n_before + x.size(1), device=x.device)  # (T,)
-        check_context(self.config, n_before + x.size(1) // (1 if neighbours is None else 2))
+
         h = self.embed(x)  # (B, T, C)
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
@@ -382,21 +380,20 @@ class Transformer(nn.Module):
             h = block(h, rope, cache, attn_mask, neighbours, condition)
         if cache is not None:
             cache.length += x.size(1)
-        h = h[:, :x.size(1) - self.config.shift]
+        h = h[:, :x.size(1) - self.config.shift]  # with shift the last predicts what follows x
         if where is not None:
             h = h[:, :where.size(1)][where]  # (M, C): with a large V the head is most of the work
         h = self.norm(h)
         return h if hidden else self.logits(h)
 
     def logits(self, h):
-        """Logits (..., V) of hidden states (..., C); with subs the mask's is -inf.
+        """Logits (..., V) of hidden states (..., C); with subs the mask's is -inf [MDLM sec. 3.2].
 
-        SUBS, MDLM's substitution of the network's output, has two halves: the mask has probability
-        0, here; and tokens that are no masks are copied, which needs no code: masks alone are
-        scored.
+        The other half of SUBS, that tokens which are no masks are copied, needs no code: masks
+        alone are scored.
         """
         logits = self.head(h)
-        if self.config.subs:  # [MDLM sec. 3.2]
+        if self.config.subs:
             logits[..., self.mask_id] = -torch.inf
         return logits
 
@@ -404,10 +401,9 @@ class Transformer(nn.Module):
         """Random matrices; zero at the end of a branch, in local mixing, adaLN and an untied head.
 
         So every layer is the identity at first and, with an untied head, the first loss is log V'
-        (without subs log V). The standard deviation of embeddings is 0.25 or, with a tied head,
-        which named_parameters() lists as the embedding alone, 0.02, so that the first logits are
-        small; embed_scale makes them as large for the layers. (The encoder of a length head is
-        initialised in the same way.)
+        (without subs log V). A tied head, which named_parameters() lists as the embedding alone,
+        has a small standard deviation, for small first logits; embed_scale makes up for it in what
+        the layers read. (The encoder of a length head is initialised in the same way.)
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -438,9 +434,9 @@ def alpha_and_weight(t, schedule):
     """alpha_t, the fraction of tokens kept at t, and the weight w(t) = -alpha'_t / (1 - alpha_t).
 
     Going back from t by dt, a masked token is revealed with probability w(t) dt, and then scored.
-    The bound does not depend on the schedule, since it is an integral over w(t) dt = -dalpha /
-    (1 - alpha): with alpha as the variable, t is gone. Only the variance of its estimates depends
-    on it. (D3PM's bound does depend on the schedule, the less the larger N is.)
+    The bound is an integral over w(t) dt = -dalpha / (1 - alpha), in which t is gone: on the
+    schedule only the variance of its estimates depends. (D3PM's bound itself depends on it, the
+    less the larger N is.)
     """
     one_of('schedule', schedule, SCHEDULES)
     if schedule == 'linear':
@@ -453,8 +449,8 @@ def alpha_and_weight(t, schedule):
 def low_discrepancy(n, rng):
     """(n, 1) stratified numbers: one in each interval of length 1/n of [0, 1), all shifted alike.
 
-    Each is uniform, but together they cover (0, 1) more evenly than independent ones [VDM]. They
-    are in random order, since rows may be neighbours in the text, or blocks of one text.
+    Each is uniform, but together they cover (0, 1) more evenly than independent ones [VDM]. Their
+    order is random, since rows may be neighbours in the text, or blocks of one text.
     """
     u = torch.rand(1, generator=rng, device=rng.device)
     k = torch.randperm(n, generator=rng, device=rng.device)[:, None]
@@ -466,24 +462,10 @@ def noise_level(p_noise, given):
 
         p_noise * mean over i of ~given[i],   p_noise (B, 1) = P(a token that is not given is noise)
 
-    (In block diffusion a row is a block here, and p_noise and the level are (B, block_length).)
-    Some decoders have no t, but every decoder can count masks. So the network is shown the fraction
-    of noise and not t: in training its expectation at t, in decoding often the count.
+    The network is shown this and not t, since some decoders have no t, but all can count masks. (In
+    block diffusion a row is a block here, and p_noise and the level are (B, block_length).)
     """
     return p_noise * (~given).float().mean(1, keepdim=True)
-
-
-def masks_by_count(given, rng):
-    """Masks exactly n of the L tokens of a row that are not given, n uniform in 1..L.
-
-    Returns is_mask (B, T), and n / L (B, 1), which is stratified over the rows.
-    """
-    L = (~given).sum(1, keepdim=True)  # (B, 1)
-    u = low_discrepancy(len(given), rng)  # (B, 1)
-    n = (1 + (u * L).long()).minimum(L)  # u * L may round up to L; 0 where all is given
-    order = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
-    rank = order.argsort(1).argsort(1)  # of each token in its row; given tokens are last
-    return rank < n, (n / L).nan_to_num(1.0)  # 0 / 0 where all is given
 
 
 def spread(values, where):
@@ -499,9 +481,9 @@ def cross_entropy(logits, target):
 def in_slices(token_loss, model, h, target, *extra, at_once=2 ** 28):
     """token_loss(logits of h, target, *extra), (M,), for hidden states h (M, C).
 
-    The logits are M * V numbers. Where that is more than at_once, they are computed slice by slice,
-    and again in the backward pass, so that those of one slice are in memory at a time: with GPT-2's
-    50,257 tokens all of them take gigabytes, and the rest of the network does not.
+    With GPT-2's 50,257 tokens all M * V logits take gigabytes, and the rest of the network does
+    not. Where they are more than at_once, they are computed slice by slice, and again in the
+    backward pass, so that those of one slice are in memory at a time.
     """
     def of_slice(h, target, *extra):
         return token_loss(model.logits(h).float(), target, *extra)
@@ -539,10 +521,10 @@ class Objective:
         logits = model(where(is_mask, mask_id, x0), where=is_mask)            # (M, V)
         nats = (w(t) * cross_entropy(logits, x0[is_mask])).sum()              # weighted_losses()
 
-    Other objectives score other positions, by another token_loss, with other weights: Noised says
-    which. corrupt draws t from mask_range, and its weight is set by loss_weight. bound() calls
-    corrupt_evenly in its place: t from all of (0, 1], with the weight w(t), or another unbiased
-    estimate, of less variance. A subclass defines corrupt, and may define corrupt_evenly.
+    Noised says what is read, which positions are scored, by which token_loss, with which weights.
+    loss() has it from corrupt: t from mask_range, weighted as loss_weight says. bound() has it from
+    corrupt_evenly: t from all of (0, 1], weighted by w(t), or another unbiased estimate, of less
+    variance. A subclass defines corrupt, and may define corrupt_evenly.
 
     The other files read the attributes below and do not ask which subclass it is, except where
     train.py checks settings.
@@ -586,9 +568,9 @@ class Objective:
         both up over all batches of an update and divides once, so that every token counts the same.
 
         x0 (B, T) int64, clean tokens; rng: a torch.Generator; more: attn_mask, for the network.
-        With loss_weight='elbo' and the whole mask_range, nats / count is in expectation an upper
-        bound on the nll per token. Other weights and ranges give no bound: they change which t
-        count most, but not the best prediction at any t, p(x0[i] | xt).
+        With loss_weight='elbo' and the whole mask_range, nats / count is in expectation the nelbo
+        per token. Others give no bound: they change which t count most, but not the best prediction
+        at any t, p(x0[i] | xt).
         """
         noised = self.corrupt(model, x0, given, rng)
         nats = self.weighted_losses(model, x0, noised, **more).sum()
@@ -605,10 +587,7 @@ class Objective:
         return spread(self.weighted_losses(model, x0, noised), noised.scored)
 
     def corrupt_evenly(self, model, x0, given, rng):
-        """What evaluation samples: as corrupt, but t from all of (0, 1], with the weight w(t).
-
-        Uniform and ar use this one, the others one of their own, of less variance.
-        """
+        """As corrupt, but for bound(). Objectives with masks have their own, of less variance."""
         everywhere = replace(self, loss_weight='elbo', mask_range=(0.0, 1.0))
         return everywhere.corrupt(model, x0, given, rng)
 
@@ -631,12 +610,25 @@ class Objective:
         return w if self.loss_weight == 'elbo' else torch.ones_like(w)
 
 
+def masks_by_count(given, rng):
+    """Masks exactly n of the L tokens of a row that are not given, n uniform in 1..L.
+
+    Returns is_mask (B, T), and n / L (B, 1), which is stratified over the rows.
+    """
+    L = (~given).sum(1, keepdim=True)  # (B, 1)
+    u = low_discrepancy(len(given), rng)  # (B, 1)
+    n = (1 + (u * L).long()).minimum(L)  # u * L may round up to L; 0 where all is given
+    order = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
+    rank = order.argsort(1).argsort(1)  # of each token in its row; given tokens are last
+    return rank < n, (n / L).nan_to_num(1.0)  # 0 / 0 where all is given
+
+
 @dataclass
 class MaskedDiffusion(Objective):
     """Masked diffusion [MDLM eq. 11; LLaDA eq. 3, 14; autoregressive diffusion].
 
-    Training samples a time t for each row, uniform in mask_range, and masks each token that is not
-    given with probability 1 - alpha_t. With t from all of (0, 1], and weighted by w(t), the loss is
+    Training samples t for each row, uniform in mask_range, and masks each token that is not given
+    with probability 1 - alpha_t. With t from all of (0, 1], and weighted by w(t), the loss is
 
     (1)  nelbo per token = E over t, xt of  w(t) / L * sum over masks i of  -log p(x0[i] | xt)
 
@@ -658,9 +650,8 @@ class MaskedDiffusion(Objective):
     of writing it in that order. A model that draws an order and writes in it has as its probability
     of the row the mean over all orders, and -log of a mean is at most the mean of -log (Jensen).
 
-    In code the weight of (2) is L / n, since the losses of a row are divided by L later. A network
-    with time_cond is shown a level made from n / L in (2), and from 1 - alpha_t in (1): to it the
-    two differ a little.
+    In code the weight of (2) is L / n: the losses of a row are divided by L later. To a network
+    with time_cond (1) and (2) differ a little: its level is made from 1 - alpha_t and from n / L.
     """
     any_order = True
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')  # another default
@@ -684,9 +675,9 @@ class Autoregression(Objective):
 
         nll per token = mean over (b, i) of  -log p(x0[b, i] | x0[b, :i])
 
-    The network reads x0 shifted by one after a start token, so that the first token is scored too,
-    from nothing: AR and diffusion are measured on the same T tokens of a window. The start token is
-    the mask, or what a model of the hub has learned to begin with.
+    The network reads x0 after a start token (the mask, or what a model of the hub has learned to
+    begin with), so that the first token is scored too: AR and diffusion are measured on the same T
+    tokens of a window.
     """
     exact, causal, reads_masks = True, True, False
     decoders, measured = ('ar',), 'nll'
@@ -706,9 +697,9 @@ def evaluate(model, objective, batches, seed=0, repeats=1):
     """Mean of objective.bound over a split, nats per token, and the standard error of that mean.
 
     batches: functions that read (x0, given), of prepare.py's Stream or Rows; every token that is
-    not given counts once. The error is that of the Monte Carlo estimate from `repeats` independent
-    draws, nan for one; it does not include that of a finite split. The processes of a torchrun
-    share the batches and all return the same.
+    not given counts once. The error is that of the mean of `repeats` independent estimates, nan for
+    one, not that of a finite split. The processes of a torchrun share the batches and all return
+    the same.
     """
     was_training, device = model.training, model.device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -742,7 +733,7 @@ class D3PM(Objective):
 
     As MaskedDiffusion, but t lies on the grid 1/N, ..., 1, and N c(t) replaces w(t), where
     c(t) = (alpha_s - alpha_t) / (1 - alpha_t), s = t - 1/N, is the probability that a step reveals
-    a mask. In code m = 1 - alpha: m_t at t, m_s at s.
+    a mask. m = 1 - alpha: m_t at t, m_s at s.
     """
     diffusion_steps: int = 1000
 
@@ -887,7 +878,7 @@ class BlockDiffusion(Objective):
         return self.as_noised(model, x0, given, is_mask, 1 / fraction, fraction)
 
     def as_noised(self, model, x0, given, is_mask, weight, p_noise):
-        """p_noise (B, T): the same for all tokens of a block, as is the level made from it."""
+        """p_noise (B, T), the same for all tokens of a block, as is the level made from it."""
         xt, n = torch.where(is_mask, model.mask_id, x0), self.block_length
         levels = map(noise_level, p_noise.split(n, dim=1), given.split(n, dim=1))  # of a block
         level = torch.cat([*levels, torch.zeros_like(x0)], dim=1)  # (B, 2T): x0 has no noise
@@ -1022,9 +1013,9 @@ class LengthLoss:
 
         max(q * (n - prediction), (q - 1) * (n - prediction)),  q = length_quantile
 
-    Its minimiser is the q-quantile of the length n. The squared error would predict the mean, and
-    about half of the answers would be longer. Printed is the loss per token: that of a row divided
-    by the W tokens of its answer with PAD.
+    Its minimiser is the q-quantile of the length n; that of the squared error is the mean, which
+    about half of the answers exceed. Printed is the loss of a row divided by the W tokens of its
+    answer with PAD.
     """
     eos_id: int
     length_quantile: float = 0.95
@@ -1067,8 +1058,8 @@ def pick_dtype(dtype, device, features=getattr(torch.cpu, 'get_capabilities', di
                cuda=partial(torch.cuda.is_bf16_supported, including_emulation=False)):
     """'float32' or 'bfloat16' for autocast: `dtype` itself, or for 'auto' what is fast on `device`.
 
-    A CPU or GPU with bfloat16 instructions multiplies matrices several times faster in it; one
-    without (a T4, a V100) has to imitate them, which is slower than float32.
+    With bfloat16 instructions a CPU or GPU multiplies matrices several times faster in it; without
+    (a T4, a V100) it imitates them, more slowly than float32.
     """
     one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
     if dtype != 'auto':
@@ -1138,9 +1129,9 @@ def flops_per_token(settings, data):
 
     6 for every weight of the layers, and of the head for the fraction of tokens that is scored;
     12 C per layer and position attended to: all T; half of them if causal; in block diffusion a
-    token's own block and half of the rest. An embedding is looked up, which costs none, and time
-    conditioning is computed once for a row (in blocks, for every token): both are left out. Of a
-    length head, the frozen model is counted as if it were trained. data: a Stream or Rows.
+    token's own block and half of the rest. Left out are embeddings, which are looked up, and time
+    conditioning, once for a row (in blocks, for every token). Of a length head, the frozen model is
+    counted as if it were trained. data: a Stream or Rows.
     """
     with torch.device('meta'):  # shapes without numbers
         model = Transformer(model_config(settings, data.meta))
@@ -1280,10 +1271,9 @@ def load_hub(s, meta):
 def export_model(run, folder):
     """Writes the model of a Run (sample.py) of ar to a new folder, as a GPT-2 of transformers.
 
-    The mask's row goes with it: where it is the start token, it is bos_token_id there. It is never
-    generated; but where ours gives it probability 0, theirs gives it some. A bias that ours lacks
-    is 0. The tokenizer goes with it if it is one of the hub. A model of Llama's shape
-    (rope, rmsnorm, swiglu) is not exported. Raises UserError.
+    The start token is bos_token_id there. The mask is never generated, but theirs gives it some
+    probability. A bias that ours lacks is 0. A tokenizer of the hub goes with the model. A model of
+    Llama's shape (rope, rmsnorm, swiglu) is not exported. Raises UserError.
     """
     c, transformers = run.model.config, optional('transformers', extra='hf')
     require('export', folder, not Path(folder).exists(), 'a folder that is not there yet')
