@@ -750,7 +750,7 @@ class D3PM(Objective):
         m, c = self.grid(x0.device)
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]) & ~given
         weight = self.training_weight(self.diffusion_steps * c[step])
-        return self.as_noised(model, x0, given, is_mask, weight, step)
+        return self.as_noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
 
     def corrupt_evenly(self, model, x0, given, rng):
         """Importance sampling: no row lacks masks, and with uniform logits (and subs) no variance.
@@ -770,13 +770,12 @@ class D3PM(Objective):
         sure = torch.rand(x0.shape, generator=rng, device=x0.device).masked_fill(given, -1.0)
         is_mask = (u < m[step]).scatter(1, sure.argmax(1, keepdim=True), True) & ~given
         weight = (~given).sum(1, keepdim=True) / is_mask.sum(1, keepdim=True).clamp(min=1)  # L / n
-        return self.as_noised(model, x0, given, is_mask, weight, step)
+        return self.as_noised(model, x0, given, is_mask, weight, m[step], m[step - 1], c[step])
 
-    def as_noised(self, model, x0, given, is_mask, weight, step):
-        xt, (m, c) = torch.where(is_mask, model.mask_id, x0), self.grid(x0.device)
-        return Noised(xt, is_mask, weight, noise_level(m[step], given),
-                      partial(d3pm_token_loss, mask_id=model.mask_id),
-                      (m[step], m[step - 1], c[step]))
+    def as_noised(self, model, x0, given, is_mask, weight, m_t, m_s, c):
+        xt = torch.where(is_mask, model.mask_id, x0)
+        return Noised(xt, is_mask, weight, noise_level(m_t, given),
+                      partial(d3pm_token_loss, mask_id=model.mask_id), (m_t, m_s, c))
 
 
 def d3pm_token_loss(logits, target, m_t, m_s, c, mask_id=-1):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 133, 'prepare.py': 694, 'model.py': 702, 'train.py': 566,
+BUDGETS = {'config/__init__.py': 133, 'prepare.py': 694, 'model.py': 701, 'train.py': 566,
            'sample.py': 812, 'eval.py': 906, 'data/*.py': 104}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
