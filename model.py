@@ -75,8 +75,6 @@ os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
 
 # ---------------------------------------------------------------------------- the transformer
 
-LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress', 'encoder_classify')
-
 
 @dataclass
 class ModelConfig:
@@ -154,11 +152,11 @@ def rotate(x, cos, sin):
 def attend(q, k, v, attn_mask, causal, dropout):
     """softmax(q k^T / sqrt(D)) v, (B, H, T, D); queries read the keys that attn_mask (T, S) allows.
 
-    S = T or, with a cache, more: the queries are of the last T tokens. causal, without an
+    S = T or, with a cache, more: the queries belong to the last T tokens. causal, without an
     attn_mask: they read the keys up to their own.
 
     In bfloat16 on a CPU the products are written out, which holds all scores in memory but takes a
-    fifth off a compiled update (it adds 3% to another; RESULTS, Speed).
+    fifth off a compiled update (not compiled, it adds 3%; RESULTS, Speed).
     """
     T, S, gqa = q.size(2), k.size(2), k.size(1) < q.size(1)  # gqa: heads of queries share keys
     by_torch = q.device.type != 'cpu' or q.dtype != torch.bfloat16
@@ -434,9 +432,9 @@ def alpha_and_weight(t, schedule):
     """alpha_t, the fraction of tokens kept at t, and the weight w(t) = -alpha'_t / (1 - alpha_t).
 
     Going back from t by dt, a masked token is revealed with probability w(t) dt, and then scored.
-    The bound is an integral over w(t) dt = -dalpha / (1 - alpha), in which t is gone: on the
-    schedule only the variance of its estimates depends. (D3PM's bound itself depends on it, the
-    less the larger N is.)
+    The bound is an integral over w(t) dt = -dalpha / (1 - alpha), in which t is gone: it does not
+    depend on the schedule, but the variance of its estimates does. (D3PM's bound itself depends on
+    it, the less the larger N is.)
     """
     one_of('schedule', schedule, SCHEDULES)
     if schedule == 'linear':
@@ -521,10 +519,10 @@ class Objective:
         logits = model(where(is_mask, mask_id, x0), where=is_mask)            # (M, V)
         nats = (w(t) * cross_entropy(logits, x0[is_mask])).sum()              # weighted_losses()
 
-    Noised says what is read, which positions are scored, by which token_loss, with which weights.
-    loss() has it from corrupt: t from mask_range, weighted as loss_weight says. bound() has it from
-    corrupt_evenly: t from all of (0, 1], weighted by w(t), or another unbiased estimate, of less
-    variance. A subclass defines corrupt, and may define corrupt_evenly.
+    A Noised says what is read, and which positions are scored, by which token_loss, with which
+    weights. loss() gets it from corrupt: t from mask_range, weighted as loss_weight says. bound()
+    gets it from corrupt_evenly: t from all of (0, 1], weighted by w(t), or another unbiased
+    estimate, of less variance. A subclass defines corrupt, and may define corrupt_evenly.
 
     The other files read the attributes below and do not ask which subclass it is, except where
     train.py checks settings.
@@ -942,6 +940,9 @@ class KVCache:
         held = self.held[owner][..., :self.length + x.size(-2), :]
         held[..., self.length:, :] = x
         return held
+
+
+LENGTH_HEADS = ('regress_mean', 'regress_concat', 'classify', 'encoder_regress', 'encoder_classify')
 
 
 class LengthHead(nn.Module):
