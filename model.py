@@ -17,14 +17,14 @@ None, shift and time_cond as False. What follows is for later:
     HubNetwork, load_hub              models of the Hugging Face hub: GPT-2 in our transformer, and
                                       masked models behind the same call
 
-Letters here, and in the papers:
+Letters here, and in the papers. A row is one sequence of a batch:
 
     B, T, C   batch, sequence length, channels (n_embd)
     H, D      attention heads, channels of one head: C = H * D; Hkv, heads of keys and values
     K         width of local mixing (n_conv): a token and its K - 1 neighbours
     M         tokens of a batch that are scored, i.e. have a loss
-    V, V'     rows of the embedding, and without the mask: V = V' + 1. mask_id = V - 1, but an
-              imported model may have it elsewhere. vocab_size is V in ModelConfig, V' in meta.json
+    V, V'     tokens with and without the mask: V = V' + 1. mask_id = V - 1, but an imported model
+              may have it elsewhere. vocab_size is V in ModelConfig, V' in meta.json
 
     here                                                             in the papers
     x0        clean tokens (B, T) int64                              x, z_0 in MDLM, x_0 in LLaDA
@@ -34,7 +34,7 @@ Letters here, and in the papers:
     alpha     P(a token is kept at time t)                           alpha_t
     q         distributions of the noise: q(xt | x0) of xt given x0  q
     w(t)      weight of time t in the bound                          -alpha'_t / (1 - alpha_t)
-    level     the fraction of a row that is noise, (B, 1), see noise_level
+    level     the fraction of ALL tokens of a row that is noise, (B, 1), see noise_level
     is_mask   (B, T) bool, True where xt is mask_id
     given     (B, T) bool, True in a prompt: never corrupted, never scored
     L, n      tokens of a row that are not given, and how many of them are masked
@@ -69,8 +69,8 @@ from config import UserError, as_user_error, one_of, require
 from prepare import from_hub, hub_vocabulary, licence_of, mixed_seed, optional
 
 # oneDNN keeps a kernel for each of its last 1,024 shapes, and every new number M of masked
-# positions is a new shape: gigabytes, hardly used again. It reads the variable at the first matrix
-# product, so it is not too late here.
+# positions is a new shape: gigabytes of kernels that are hardly ever used again. It reads the
+# variable at the first matrix product, so setting it after the import of torch still works.
 os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
 
 # ---------------------------------------------------------------------------- the transformer
@@ -105,7 +105,7 @@ class ModelConfig:
     length_head: str = ''     # how the length of an answer is predicted, see LengthHead; '' = none
     mask_id: int = -1         # -1: V - 1
     start_id: int = -1        # read before the first token, by ar and with shift; -1: V - 1
-    shift: bool = False       # mdm, d3pm: token i is predicted where i - 1 is read, as ar does
+    shift: bool = False       # mdm, d3pm: the output at token i - 1 predicts token i, as in ar
     hub: str = ''             # config.json, as text, of the hub's model that training began with
 
     def __post_init__(self):
@@ -150,21 +150,20 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, attn_mask, causal, dropout):
-    """softmax(q k^T / sqrt(D)) v, (B, H, T, D); queries read the keys that attn_mask (T, S) allows.
+    """softmax(q k^T / sqrt(D)) v, (B, H, T, D); q (B, H, T, D), k and v (B, Hkv, S, D).
 
-    S = T or, with a cache, more: the queries belong to the last T tokens. causal, without an
-    attn_mask: they read the keys up to their own.
+    S = T or, with a cache, more: the queries belong to the last T tokens. Each reads all keys, or
+    those that attn_mask (T, S) allows, or if causal those up to its own. (Never both.)
 
     In bfloat16 on a CPU the products are written out, which holds all scores in memory but takes a
     fifth off a compiled update (not compiled, it adds 3%; RESULTS, Speed).
     """
     T, S, gqa = q.size(2), k.size(2), k.size(1) < q.size(1)  # gqa: heads of queries share keys
     by_torch = q.device.type != 'cpu' or q.dtype != torch.bfloat16
-    is_causal = causal and by_torch and S == T  # with S > T it would align query 0 with key 0
-    if causal and not is_causal:
-        attn_mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if causal and not (by_torch and S == T):  # with S > T torch would align query 0 with key 0
+        attn_mask, causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T), False
     if by_torch:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal,
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal,
                                               dropout_p=dropout, enable_gqa=gqa)
     if gqa:
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
@@ -198,7 +197,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(self.k, k), cache.extend(self.v, v)  # (B, Hkv, S, D), S >= T
-        causal = c.causal and T > 1  # ar only; a single query is the last token and sees all keys
+        causal = c.causal and T > 1  # a single query is the last token: it needs no mask
         y = attend(q, k, v, attn_mask, causal, c.attn_dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -286,8 +285,8 @@ class Block(nn.Module):
             x = x + self.drop(self.attn(self.norm1(x), rope, cache, attn_mask))
             x = self.mix(1, x, cache, neighbours)
             return x + self.drop(self.mlp(self.norm2(x)))
-        # The same with scales, shifts and gates, which are zero at init as in DiT; but a gate is
-        # 1 + gate, so that the layer begins as the one above.
+        # The same with scales, shifts and gates, which are zero at init as in DiT. There a branch
+        # is multiplied by its gate; here by 1 + gate, so that the layer begins as the one above.
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(condition).chunk(6, dim=-1)
         h = self.attn(self.norm1(x) * (1 + scale1) + shift1, rope, cache, attn_mask)
         x = self.mix(1, x + self.drop(h) * (1 + gate1), cache, neighbours)
@@ -301,14 +300,14 @@ class Block(nn.Module):
 def after_start(model, x):
     """x (B, T) after a start token, (B, T + 1): the output at its position i predicts x[:, i].
 
-    AR reads text this way, and so does masked diffusion with shift: a network that was AR first
-    still predicts each token at the position where it learned to [DiffuLLaMA sec. 3.2].
+    AR reads text in this way. So does masked diffusion with shift, and then a network that was AR
+    first still predicts each token at the position where it learned to [DiffuLLaMA sec. 3.2].
     """
     return F.pad(x, (1, 0), value=model.config.start_id)
 
 
 def check_context(c, n):
-    """Raises UserError if n tokens, with shift the start token among them, are too many."""
+    """Raises UserError if n tokens are too many; with shift n counts the start token."""
     if n > c.block_size + c.shift:
         raise UserError(f'{n} tokens do not fit into the context of this model, '
                         f'block_size is {c.block_size}')
@@ -361,13 +360,13 @@ class Transformer(nn.Module):
         if self.time_mlp and level is None:
             level = (x == self.mask_id).float().mean(1, keepdim=True)
         n_before = 0 if cache is None else cache.length  # tokens that were read before x
-        if self.config.shift and n_before == 0:
-            x = after_start(self, x)
-        check_context(self.config, n_before + x.size(1) // (1 if position is None else 2))
+        read = after_start(self, x) if self.config.shift and n_before == 0 else x
+        T = read.size(1) if position is None else read.size(1) // 2  # in blocks x is [xt ; x0]
+        check_context(self.config, n_before + T)
         if position is None:
-            position = torch.arange(n_before, n_before + x.size(1), device=x.device)  # (T,)
+            position = torch.arange(n_before, n_before + T, device=x.device)  # (T,)
 
-        h = self.embed(x)  # (B, T, C)
+        h = self.embed(read)  # (B, T, C)
         if self.embed_pos is not None:
             h = h + self.embed_pos(position)
         h = self.drop(h * self.config.embed_scale)
@@ -377,9 +376,9 @@ class Transformer(nn.Module):
         for block in self.blocks:
             h = block(h, rope, cache, attn_mask, neighbours, condition)
         if cache is not None:
-            cache.length += x.size(1)
-        h = h[:, :x.size(1) - self.config.shift]  # with shift the last predicts what follows x
-        if where is not None:
+            cache.length += read.size(1)
+        h = h[:, :read.size(1) - self.config.shift]  # with shift the last predicts what follows x
+        if where is not None:  # in blocks it has columns for the half of xt
             h = h[:, :where.size(1)][where]  # (M, C): with a large V the head is most of the work
         h = self.norm(h)
         return h if hidden else self.logits(h)
@@ -387,8 +386,8 @@ class Transformer(nn.Module):
     def logits(self, h):
         """Logits (..., V) of hidden states (..., C); with subs the mask's is -inf [MDLM sec. 3.2].
 
-        The other half of SUBS, that tokens which are no masks are copied, needs no code: masks
-        alone are scored.
+        The other half of SUBS, to copy the tokens that are no masks, needs no code: masks alone are
+        scored.
         """
         logits = self.head(h)
         if self.config.subs:
@@ -399,9 +398,9 @@ class Transformer(nn.Module):
         """Random matrices; zero at the end of a branch, in local mixing, adaLN and an untied head.
 
         So every layer is the identity at first and, with an untied head, the first loss is log V'
-        (without subs log V). A tied head, which named_parameters() lists as the embedding alone,
-        has a small standard deviation, for small first logits; embed_scale makes up for it in what
-        the layers read. (The encoder of a length head is initialised in the same way.)
+        (without subs log V). Embeddings have a standard deviation of 0.25. If they are the head,
+        too, it is 0.02, so that the first logits are small; embed_scale then brings what the layers
+        read to about 0.3. (The encoder of a length head is initialised in the same way.)
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -409,7 +408,7 @@ class Transformer(nn.Module):
             elif 'mixing' in name or \
                     name.endswith(('proj.weight', 'modulate.weight', 'head.weight')):
                 nn.init.zeros_(p)
-            elif 'embed' in name:
+            elif 'embed' in name:  # a tied head is listed under this name alone
                 nn.init.normal_(p, std=0.02 if self.config.tied else 0.25)
             else:
                 nn.init.normal_(p, std=p.size(1) ** -0.5)
@@ -431,10 +430,9 @@ SCHEDULES = ('linear', 'cosine', 'polynomial')
 def alpha_and_weight(t, schedule):
     """alpha_t, the fraction of tokens kept at t, and the weight w(t) = -alpha'_t / (1 - alpha_t).
 
-    Going back from t by dt, a masked token is revealed with probability w(t) dt, and then scored.
-    The bound is an integral over w(t) dt = -dalpha / (1 - alpha), in which t is gone: it does not
-    depend on the schedule, but the variance of its estimates does. (D3PM's bound itself depends on
-    it, the less the larger N is.)
+    Where t falls by dt, a masked token is revealed, and scored, with probability w(t) dt. The bound
+    is an integral over w(t) dt = -dalpha / (1 - alpha), in which t is gone: it does not depend on
+    the schedule, but the variance of its estimates does.
     """
     one_of('schedule', schedule, SCHEDULES)
     if schedule == 'linear':
@@ -445,10 +443,10 @@ def alpha_and_weight(t, schedule):
 
 
 def low_discrepancy(n, rng):
-    """(n, 1) stratified numbers: one in each interval of length 1/n of [0, 1), all shifted alike.
+    """(n, 1) stratified numbers: one in each interval of length 1/n of [0, 1), with one offset u.
 
     Each is uniform, but together they cover (0, 1) more evenly than independent ones [VDM]. Their
-    order is random, since rows may be neighbours in the text, or blocks of one text.
+    order is random: else neighbours in the text would get neighbouring numbers.
     """
     u = torch.rand(1, generator=rng, device=rng.device)
     k = torch.randperm(n, generator=rng, device=rng.device)[:, None]
@@ -461,7 +459,7 @@ def noise_level(p_noise, given):
         p_noise * mean over i of ~given[i],   p_noise (B, 1) = P(a token that is not given is noise)
 
     The network is shown this and not t, since some decoders have no t, but all can count masks. (In
-    block diffusion a row is a block here, and p_noise and the level are (B, block_length).)
+    block diffusion it is called for one block of every row: all are (B, block_length).)
     """
     return p_noise * (~given).float().mean(1, keepdim=True)
 
@@ -479,9 +477,9 @@ def cross_entropy(logits, target):
 def in_slices(token_loss, model, h, target, *extra, at_once=2 ** 28):
     """token_loss(logits of h, target, *extra), (M,), for hidden states h (M, C).
 
-    With GPT-2's 50,257 tokens all M * V logits take gigabytes, and the rest of the network does
-    not. Where they are more than at_once, they are computed slice by slice, and again in the
-    backward pass, so that those of one slice are in memory at a time.
+    Where there are more than at_once logits, M * V of them, only those of a slice are in memory at
+    a time: they are computed slice by slice, and once more in the backward pass. With GPT-2's
+    50,257 tokens all of them would take gigabytes.
     """
     def of_slice(h, target, *extra):
         return token_loss(model.logits(h).float(), target, *extra)
@@ -501,7 +499,7 @@ class Noised(NamedTuple):
     """
     xt: torch.Tensor      # (B, T) int64, what the network reads; in blocks [xt ; x0], (B, 2T)
     scored: torch.Tensor  # (B, T) bool, the M positions that have a loss
-    weight: torch.Tensor  # of the losses; (B, T), or what expands to it
+    weight: torch.Tensor  # of the losses; (B, T), (B, 1) or (1, 1)
     level: torch.Tensor   # (B, 1), in blocks (B, 2T): noise_level, for time_cond; None in ar
     token_loss: Callable = cross_entropy  # (logits (M, V), x0 (M,), *extra (M,)) -> (M,)
     extra: tuple = ()     # what else token_loss reads: tensors (B, T) or (B, 1)
@@ -515,17 +513,16 @@ class Objective:
     loss() in training and bound() in evaluation both corrupt, read and score. For masked diffusion
     all of it comes to
 
-        is_mask = (rand(B, T) >= alpha) & ~given                              # corrupt()
+        alpha, w = alpha_and_weight(t)    # t (B, 1) random                   # corrupt()
+        is_mask = (rand(B, T) >= alpha) & ~given
         logits = model(where(is_mask, mask_id, x0), where=is_mask)            # (M, V)
-        nats = (w(t) * cross_entropy(logits, x0[is_mask])).sum()              # weighted_losses()
+        nats = (w * cross_entropy(logits, x0[is_mask])).sum()                 # weighted_losses()
 
     A Noised says what is read, and which positions are scored, by which token_loss, with which
-    weights. loss() gets it from corrupt: t from mask_range, weighted as loss_weight says. bound()
-    gets it from corrupt_evenly: t from all of (0, 1], weighted by w(t), or another unbiased
-    estimate, of less variance. A subclass defines corrupt, and may define corrupt_evenly.
-
-    The other files read the attributes below and do not ask which subclass it is, except where
-    train.py checks settings.
+    weights. loss() gets it from corrupt(), with t from mask_range and the weights of loss_weight.
+    bound() gets it from corrupt_evenly(), with t from all of (0, 1] and the weights w(t), or from
+    another distribution with the same expectation and less variance. A subclass defines corrupt,
+    and may define corrupt_evenly.
     """
     # with a type: fields of the dataclass, filled from the settings of a run
     schedule: str = 'linear'         # alpha_t: linear, cosine, polynomial
@@ -562,8 +559,9 @@ class Objective:
     def loss(self, model, x0, rng, given, **more):
         """(nats, count): the sum of weighted losses, and the number of tokens to divide it by.
 
-        count: tokens that are not given; with masked_mean, tokens that are scored. train.py adds
-        both up over all batches of an update and divides once, so that every token counts the same.
+        count: L of all rows, since the nelbo is a mean over all tokens that are not given, masked
+        or not; with masked_mean, tokens that are scored. train.py adds nats and counts up over all
+        batches of an update and divides once, so that every token counts the same.
 
         x0 (B, T) int64, clean tokens; rng: a torch.Generator; more: attn_mask, for the network.
         With loss_weight='elbo' and the whole mask_range, nats / count is in expectation the nelbo
@@ -591,10 +589,10 @@ class Objective:
 
     def weighted_losses(self, model, x0, noised, **more):
         """Weighted losses (M,) of predicting x0 from one sample of its corruption."""
-        n = noised
-        h = model(n.xt, n.level, where=n.scored, hidden=True, **n.inputs, **more)  # (M, C)
-        weight, *extra = (part.expand_as(x0)[n.scored] for part in (n.weight, *n.extra))  # (M,)
-        return weight * in_slices(n.token_loss, model, h, x0[n.scored], *extra)
+        where = noised.scored
+        h = model(noised.xt, noised.level, where=where, hidden=True, **noised.inputs, **more)
+        weight, *extra = (part.expand_as(x0)[where] for part in (noised.weight, *noised.extra))
+        return weight * in_slices(noised.token_loss, model, h, x0[where], *extra)  # h (M, C)
 
     def draw_t(self, n, rng):
         """(n, 1) stratified values of t in mask_range, never 0."""
@@ -616,8 +614,8 @@ def masks_by_count(given, rng):
     L = (~given).sum(1, keepdim=True)  # (B, 1)
     u = low_discrepancy(len(given), rng)  # (B, 1)
     n = (1 + (u * L).long()).minimum(L)  # u * L may round up to L; 0 where all is given
-    order = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
-    rank = order.argsort(1).argsort(1)  # of each token in its row; given tokens are last
+    random = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
+    rank = random.argsort(1).argsort(1)  # of each token in its row; given tokens are last
     return rank < n, (n / L).nan_to_num(1.0)  # 0 / 0 where all is given
 
 
@@ -636,20 +634,23 @@ class MaskedDiffusion(Objective):
 
     (2)  nelbo per token = E over n of  f(n) / n = 1/L * sum over n of  f(n) / n
 
-    Why (1) is (2): with the linear schedule a token is masked with probability t, and w(t) = 1/t,
-    so that (1) is 1/L * sum over n of f(n) * (the integral over t of 1/t * P(n masks | t)). With
-    P(n masks | t) = (L choose n) t^n (1 - t)^(L - n) that integral is 1/n (a beta function). Other
-    schedules substitute t. Samples of (2) vary less: with uniform logits f(n) is n log V', and all
-    samples are log V'.
+    Why it is a bound: write a row token by token, in a random order. Where n masks are left, a
+    random one of them is written next: its expected nll is the mean over the masks, f(n) / n.
+    Summed over n = L, ..., 1 that is L times (2), so the nelbo of a row is the mean over all orders
+    of the nll of writing it in that order. The probability of the row is the mean over all orders
+    of its probability in that order, and -log of a mean is at most the mean of -log (Jensen).
 
-    Why it is a bound: write a row token after token, in a random order. The step that finds n masks
-    reveals one of them, any with probability 1/n, so that its expected nll is f(n) / n. Summed over
-    n = L, ..., 1 that is L times (2): so the nelbo of a row is the mean over all orders of the nll
-    of writing it in that order. A model that draws an order and writes in it has as its probability
-    of the row the mean over all orders, and -log of a mean is at most the mean of -log (Jensen).
+    Why (1) is (2): with the linear schedule w(t) = 1/t, and n of the L tokens are masked with
+    probability (L choose n) t^n (1 - t)^(L - n). So (1) is 1/L * sum over n of f(n) times
 
-    In code the weight of (2) is L / n: the losses of a row are divided by L later. To a network
-    with time_cond (1) and (2) differ a little: its level is made from 1 - alpha_t and from n / L.
+        (L choose n) * (the integral over t of  t^(n - 1) (1 - t)^(L - n))
+            = (L choose n) * (n - 1)! (L - n)! / L! = 1/n
+
+    Other schedules substitute t. Samples of (2) vary less than those of (1): with uniform logits
+    f(n) is n log V', and every sample is log V'.
+
+    In code the weight of (2) is L / n, since evaluate() divides by L. To a network with time_cond
+    (1) and (2) differ a little: its level is made from 1 - alpha_t and from n / L.
     """
     any_order = True
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')  # another default
@@ -673,9 +674,9 @@ class Autoregression(Objective):
 
         nll per token = mean over (b, i) of  -log p(x0[b, i] | x0[b, :i])
 
-    The network reads x0 after a start token (the mask, or what a model of the hub has learned to
-    begin with), so that the first token is scored too: AR and diffusion are measured on the same T
-    tokens of a window.
+    The network reads x0 after a start token (the mask, or the one that a model of the hub was
+    trained with), so that the first token is scored too: AR and diffusion are measured on the same
+    T tokens of a window.
     """
     exact, causal, reads_masks = True, True, False
     decoders, measured = ('ar',), 'nll'
@@ -694,10 +695,11 @@ def on_device(batch, device):
 def evaluate(model, objective, batches, seed=0, repeats=1):
     """Mean of objective.bound over a split, nats per token, and the standard error of that mean.
 
-    batches: functions that read (x0, given), of prepare.py's Stream or Rows; every token that is
-    not given counts once. The error is that of the mean of `repeats` independent estimates, nan for
-    one, not that of a finite split. The processes of a torchrun share the batches and all return
-    the same.
+    batches: a list of functions without arguments, each reads a batch (x0, given) of prepare.py's
+    Stream or Rows; every token that is not given counts once. The same seed draws the same noise,
+    so that evaluations of a run can be compared. The error is that of the mean of `repeats`
+    independent estimates, nan for one, not that of a finite split. The processes of a torchrun
+    share the batches and all return the same.
     """
     was_training, device = model.training, model.device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -757,9 +759,10 @@ class D3PM(Objective):
             P(step)                1/N                           m_t - m_s = c m_t
             P(a set of n masks)    m_t^n (1 - m_t)^(L - n)       n/L m_t^(n - 1) (1 - m_t)^(L - n)
 
-        Here one token, any of the L, is masked for sure, and the others with probability m_t; each
-        of the n masks may be the sure one. The weight N c, times the ratios of the probabilities,
-        1 / (N c m_t) and m_t L / n, becomes L / n.
+        Here a step is drawn with probability m_t - m_s, then one token, any of the L, is masked for
+        sure, and every other with probability m_t. (Each of n masks may be the sure one: hence n/L
+        in the table.) The weight N c, times the ratios of corrupt()'s probabilities to these, is
+        N c * 1 / (N c m_t) * m_t L / n = L / n.
         """
         m, c = self.grid(x0.device)
         u = low_discrepancy(len(x0), rng)  # (B, 1)
@@ -776,7 +779,7 @@ class D3PM(Objective):
                       partial(d3pm_token_loss, mask_id=model.mask_id), (m_t, m_s, c))
 
 
-def d3pm_token_loss(logits, target, m_t, m_s, c, mask_id=-1):
+def d3pm_token_loss(logits, target, m_t, m_s, c, mask_id):
     """KL divergence of the model's step from the true one at a masked token, divided by c, (M,).
 
         from t to s a mask     in truth    by the model, Z = m + alpha * p(mask)
@@ -807,7 +810,8 @@ class Uniform(Objective):
 
     A token that is not kept becomes any of the V' real ones, perhaps itself. The network cannot
     know which tokens are noise, so all are scored, and any of them may still change in decoding.
-    The best prediction is p(x0[i] | xt without its i-th token).
+    The best prediction is p(x0[i] | xt without its i-th token), since the rates that are learned
+    are ratios of P(the i-th token of xt is j | the others).
     """
     reads_masks = False
     decoders = ('uniform',)
@@ -816,6 +820,7 @@ class Uniform(Objective):
         t = self.draw_t(len(x0), rng)  # (B, 1)
         alpha, w = alpha_and_weight(t, self.schedule)
         is_noise = (torch.rand(x0.shape, generator=rng, device=x0.device) >= alpha) & ~given
+        # of the V' real tokens: here mask_id = V', which model_config() makes sure of
         random = torch.randint(model.mask_id, x0.shape, generator=rng, device=x0.device)  # (B, T)
         xt = torch.where(is_noise, random, x0)
         weight = self.training_weight(w) * (1 - alpha)  # (B, 1)
@@ -835,12 +840,13 @@ def uniform_token_loss(logits, x0, xt, alpha):
 
         1 / (V' alpha) * sum over j of  (true ratio)_j * (y_j - 1 - log y_j),
 
-    the papers' sum, rearranged so that no two large terms cancel: each term is 0 or more.
+    which is the sum of UDLM's and Duo's bound, rearranged so that no two large terms cancel: each
+    term is 0 or more.
     """
     logits, alpha = logits[:, :-1], alpha.clamp(1e-6, 1 - 1e-6)[:, None]  # V' real tokens
     a = logits.size(1) * alpha
     xbar = a * F.one_hot(x0, logits.size(1)) + (1 - alpha)  # (M, V')
-    xbar_p = a * logits.softmax(-1) + (1 - alpha)  # (M, V'); + 1 - alpha, unbracketed, would round
+    xbar_p = a * logits.softmax(-1) + (1 - alpha)  # (M, V'); adding 1 first would lose digits
     true, learned = (x / x.gather(1, xt[:, None]) for x in (xbar, xbar_p))
     y = learned / true
     return (true * (y - 1 - y.log())).sum(1) / a[:, 0]
@@ -867,20 +873,20 @@ class BlockDiffusion(Objective):
         return self.as_noised(model, x0, given, is_mask, self.training_weight(w), 1 - alpha)
 
     def corrupt_evenly(self, model, x0, given, rng):
-        (B, T), n = x0.shape, self.block_length
+        (B, T), size = x0.shape, self.block_length
         # every block a row; padding counts as given, so that it is never masked
-        blocks = F.pad(given, (0, -T % n), value=True).view(-1, n)
+        blocks = F.pad(given, (0, -T % size), value=True).view(-1, size)
         is_mask, fraction = (part.expand_as(blocks).reshape(B, -1)[:, :T]  # 2 x (B, T)
                              for part in masks_by_count(blocks, rng))
         return self.as_noised(model, x0, given, is_mask, 1 / fraction, fraction)
 
     def as_noised(self, model, x0, given, is_mask, weight, p_noise):
         """p_noise (B, T), the same for all tokens of a block, as is the level made from it."""
-        xt, n = torch.where(is_mask, model.mask_id, x0), self.block_length
-        levels = map(noise_level, p_noise.split(n, dim=1), given.split(n, dim=1))  # of a block
+        xt, size = torch.where(is_mask, model.mask_id, x0), self.block_length
+        levels = map(noise_level, p_noise.split(size, dim=1), given.split(size, dim=1))  # of blocks
         level = torch.cat([*levels, torch.zeros_like(x0)], dim=1)  # (B, 2T): x0 has no noise
         return Noised(torch.cat([xt, x0], dim=1), is_mask, weight, level,
-                      inputs=beside_clean(x0.size(1), n, model.config.n_conv, x0.device))
+                      inputs=beside_clean(x0.size(1), size, model.config.n_conv, x0.device))
 
 
 def beside_clean(T, block_length, K, device):

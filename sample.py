@@ -556,7 +556,7 @@ class PrefixCached:
         the same with shift        start, x[:, 0:5]       x[:, 5:12], whose output at 5 predicts 6
     """
 
-    def __init__(self, model, x):
+    def __init__(self, model):
         self.model, self.config, self.mask_id = model, model.config, model.mask_id
         self.cache, self.start = KVCache(model.config), 0
 
@@ -578,7 +578,7 @@ class BlockCached:
     Where the canvas is longer than the context, a window of whole blocks slides over it.
     """
 
-    def __init__(self, model, x):
+    def __init__(self, model):
         self.model, self.config, self.mask_id = model, model.config, model.mask_id
         self.cache, self.begin = KVCache(model.config), 0  # begin: of the window
 
@@ -618,7 +618,7 @@ def decode_blocks(model, x, to_generate, rng, *, inner, block_length, steps=None
     if cached is BlockCached:
         first -= first % block_length
         end = min(end + -end % block_length, x.size(1))
-    reader = cached(model, x) if cached else model
+    reader = cached(model) if cached else model
     for start in range(first, end, block_length):
         stop, block = min(start + block_length, end), torch.zeros_like(to_generate)
         block[:, start:stop] = to_generate[:, start:stop]
@@ -701,7 +701,7 @@ def make_decoder(objective, settings, specials=()):
             f'0 or {size}: this model learned blocks of {size} and reads no others')
     require('prefix_cache', s['prefix_cache'],
             not s['prefix_cache'] or s['block_length'] and not objective.block_length,
-            'off unless block_length is set, and for a model that learned blocks: its cache is exact')
+            'off unless block_length is set; a model that learned blocks has an exact cache')
     require('guidance', s['guidance'], not (s['guidance'] and cached),
             '0 with a cache: guidance reads finished text again, masked, and a cache reads it once')
     # the keywords of a decoder are the names of its settings

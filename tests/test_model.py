@@ -1421,7 +1421,7 @@ def test_a_shifted_model_predicts_a_token_where_the_one_before_is_read():
             torch.testing.assert_close(shifted(x), expected)
             where = torch.rand(2, 16, generator=torch.manual_seed(1)) < 0.5
             torch.testing.assert_close(shifted(x, where=where), expected[where])
-            cached, where = PrefixCached(shifted, x), torch.zeros_like(where)
+            cached, where = PrefixCached(shifted), torch.zeros_like(where)
             where[:, 5:9] = True
             cached.enter(x, 5, 9)
             for _ in range(3):  # nothing has changed, so what the cache holds is exact

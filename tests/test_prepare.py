@@ -30,7 +30,7 @@ from hypothesis import given, settings, strategies as st
 import prepare
 from config import UserError
 from prepare import EOT
-from conftest import save_tokenizer
+from conftest import run as run_here, save_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 REAL = REPOSITORY.parent / 'shared' / 'data'
@@ -1212,12 +1212,12 @@ def test_the_command_line(tmp_path):
     done = run('verse.txt', '--name=v', '--tokenizer=char')
     assert done.returncode == 0 and 'data/v: train' in done.stdout and done.stderr == ''
     for words in ([], ['--help'], ['verse.txt', '--help']):
-        done = run(*words)
+        done = run_here('prepare.py', *words, cwd='.')
         assert done.returncode == 0 and 'vocab_size = 0 ' in done.stdout
     for words, message in ((['nix.txt'], 'there is no file'), (['verse.txt', '--nam=v'], 'nam'),
                            (['verse.txt', '--tokenizer=word'], 'char, gpt2, bpe'),
                            (['verse.txt', '--vocab_size=many'], 'vocab_size')):
-        done = run(*words)
+        done = run_here('prepare.py', *words, cwd='.')
         assert done.returncode == 2 and message in done.stderr
         assert done.stderr.count('\n') == 1 and done.stderr.startswith('error: ')
     assert os.listdir('data') == ['v']

@@ -1327,8 +1327,9 @@ def test_a_new_decoder_works_with_all_that_stands_around_one(toy, settings):
     x[:, 0], x[:, 2] = torch.arange(6), 1
     run, steps = run_of(model), []
     how = sample.defaults() | {'temperature': 0.0} | settings
-    free, passes, _ = sample.decode_batch(run, x.tolist(), how, on_step=lambda x, nfe, where, logits: (
-        steps.append((x.clone(), nfe, where, logits))))
+    free, passes, _ = sample.decode_batch(
+        run, x.tolist(), how,
+        on_step=lambda x, nfe, where, logits: steps.append((x.clone(), nfe, where, logits)))
     each = 2 if 'guidance' in settings else 1
     assert passes == 14 * each and torch.equal(steps[-1][0], free)
     for k, (canvas, nfe, where, logits) in enumerate(steps, 1):
@@ -1831,8 +1832,8 @@ BAD = [
     (['--eta=-0.1'], 'eta is'), (['--eta=1.5'], 'eta is'), (['--guidance=-1'], 'guidance is'),
     (['--block_length=-1'], 'block_length is -1'),
     (['--prefix_cache'], 'off unless block_length is set'),
-    (['--out_dir=block', '--prefix_cache'], 'its cache is exact'),
-    (['--out_dir=block', '--prefix_cache', '--block_length=4'], 'its cache is exact'),
+    (['--out_dir=block', '--prefix_cache'], 'has an exact cache'),
+    (['--out_dir=block', '--prefix_cache', '--block_length=4'], 'has an exact cache'),
     (['--prefix_cache', '--block_length=4', '--guidance=1'], '0 with a cache'),
     (['--out_dir=ar', '--block_length=4'], 'off for ar, which reads no masks'),
     (['--out_dir=ar', '--guidance=1'], 'guidance is 1.0, but it must be off for ar'),
