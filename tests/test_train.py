@@ -41,6 +41,16 @@ VERSE = '\n'.join(f'The {a} {b} the {c}.' for a in ('cat', 'old king', 'rose', '
                   ('moon', 'wind', 'song', 'stone', 'crown', 'river', 'owl', 'snow')) + '\n'
 
 
+SAVE_FIGURE = Figure.savefig
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing loss.png takes longer than all else that a tiny run does. What it shows has a test of
+    its own, and runs in processes of their own do draw it."""
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, path, dpi: None)
+
+
 @pytest.fixture(scope='module')
 def verse(tmp_path_factory):
     """A folder with the prepared data set `verse`; copied by the tests that break it."""
@@ -480,9 +490,9 @@ def test_bench_measures_and_writes_nothing(verse):
 def test_the_picture_shows_losses_over_updates_and_over_the_tokens_that_were_read(tmp_path,
                                                                                  monkeypatch):
     """Of rows and random lengths, updates read another number of tokens than tokens_per_update."""
-    drawn, savefig = [], Figure.savefig
+    drawn = []
     monkeypatch.setattr(Figure, 'savefig',
-                        lambda fig, *a, **k: (drawn.append(fig), savefig(fig, *a, **k)))
+                        lambda fig, *a, **k: (drawn.append(fig), SAVE_FIGURE(fig, *a, **k)))
     losses = torch.linspace(4.2, 3.0, 100) + 0.1 * torch.arange(100) % 0.3
     steps = [{'iter': str(2 * i), 'weighted_loss': str(x.item())} for i, x in enumerate(losses)]
     done = types.SimpleNamespace(
