@@ -8,7 +8,7 @@
     evaluate        the mean of an objective over a split
 
 A first reading ends at evaluate. Until there skip what says so, and take cache and neighbours as
-None, shift and time_cond as False. What follows is for later:
+None, shift and time_cond as False. What follows is for later (KVCache for decode_ar in sample.py):
 
     D3PM, Uniform, BlockDiffusion     objectives that corrupt text, or score a token, in other ways
     KVCache, LengthHead               options of the transformer: decoding that recomputes nothing,
@@ -104,7 +104,7 @@ class ModelConfig:
     block_length: int = 0     # tokens per block of block diffusion; 0 = none
     length_head: str = ''     # how the length of an answer is predicted, see LengthHead; '' = none
     mask_id: int = -1         # -1: V - 1
-    start_id: int = -1        # read before the first token, by ar and with shift; -1: V - 1
+    start_id: int = -1        # read before the first token, by ar and with shift; -1: V - 1, a mask
     shift: bool = False       # mdm, d3pm: the output at token i - 1 predicts token i, as in ar
     hub: str = ''             # config.json, as text, of the hub's model that training began with
 
@@ -250,7 +250,7 @@ class LocalMixing(nn.Module):
         if neighbours is not None:
             copies = [x[:, j].where(found, 0) for j, found in neighbours]
         else:
-            # x with up to `past` rows before it, and zeros for those that there are not
+            # x with up to `past` positions before it, and zeros for those that there are not
             h = x if cache is None else cache.extend(self, x)[:, -(self.past + T):]
             h = F.pad(h, (0, 0, self.past + T - h.size(1), K - 1 - self.past))  # (B, T + K - 1, C)
             copies = [h[:, k:k + T] for k in range(K)]  # K x (B, T, C)
@@ -341,8 +341,8 @@ class Transformer(nn.Module):
 
         x (B, T) int64: tokens, mask_id among them.
         level (B, 1): noise_level, for time_cond. None: the fraction of x that is masks.
-        hidden: return the normed hidden states (B, T, C) or (M, C), of which training then computes
-        the logits() in slices.
+        hidden: return the normed hidden states (B, T, C) or (M, C), from which in_slices() computes
+        logits part by part.
 
         Skip at first:
         cache: a KVCache of the tokens that x continues.
@@ -353,8 +353,8 @@ class Transformer(nn.Module):
 
         With shift a start token is read before x, since the output at a token predicts the next
         one; the last output, which predicts the token after x, is dropped. With a cache only the
-        first pass does so: later x begins with a token that is only read, for which `where`,
-        (B, T - 1), has no column.
+        first pass does so. Later the first token of x takes the place of the start token: its
+        output predicts the second, and so on, and `where` is (B, T - 1).
         """
         # what options add: the noise level, a start token, positions after a cache, or in blocks
         if self.time_mlp and level is None:
@@ -446,7 +446,7 @@ def low_discrepancy(n, rng):
     """(n, 1) stratified numbers: one in each interval of length 1/n of [0, 1), with one offset u.
 
     Each is uniform, but together they cover (0, 1) more evenly than independent ones [VDM]. Their
-    order is random: else neighbours in the text would get neighbouring numbers.
+    order is random: else rows that are neighbours in the text would get neighbouring numbers.
     """
     u = torch.rand(1, generator=rng, device=rng.device)
     k = torch.randperm(n, generator=rng, device=rng.device)[:, None]
@@ -459,7 +459,8 @@ def noise_level(p_noise, given):
         p_noise * mean over i of ~given[i],   p_noise (B, 1) = P(a token that is not given is noise)
 
     The network is shown this and not t, since some decoders have no t, but all can count masks. (In
-    block diffusion it is called for one block of every row: all are (B, block_length).)
+    block diffusion it is called for one block of every row: p_noise and the level are then
+    (B, block_length).)
     """
     return p_noise * (~given).float().mean(1, keepdim=True)
 
@@ -516,7 +517,8 @@ class Objective:
         alpha, w = alpha_and_weight(t)    # t (B, 1) random                   # corrupt()
         is_mask = (rand(B, T) >= alpha) & ~given
         logits = model(where(is_mask, mask_id, x0), where=is_mask)            # (M, V)
-        nats = (w * cross_entropy(logits, x0[is_mask])).sum()                 # weighted_losses()
+        weight = w.expand(B, T)[is_mask]                                      # weighted_losses()
+        nats = (weight * cross_entropy(logits, x0[is_mask])).sum()
 
     A Noised says what is read, and which positions are scored, by which token_loss, with which
     weights. loss() gets it from corrupt(), with t from mask_range and the weights of loss_weight.
@@ -570,7 +572,8 @@ class Objective:
         """
         noised = self.corrupt(model, x0, given, rng)
         nats = self.weighted_losses(model, x0, noised, **more).sum()
-        return nats, noised.scored.sum() if self.loss_weight == 'masked_mean' else (~given).sum()
+        counted = noised.scored if self.loss_weight == 'masked_mean' else ~given
+        return nats, counted.sum()
 
     def bound(self, model, x0, rng, given=None):
         """An unbiased one-sample estimate of the nelbo of every row, (B,), in nats."""
@@ -649,8 +652,9 @@ class MaskedDiffusion(Objective):
     Other schedules substitute t. Samples of (2) vary less than those of (1): with uniform logits
     f(n) is n log V', and every sample is log V'.
 
-    In code the weight of (2) is L / n, since evaluate() divides by L. To a network with time_cond
-    (1) and (2) differ a little: its level is made from 1 - alpha_t and from n / L.
+    In code the weight of (2) is L / n: bound() is of a row, so L times (2), and evaluate() divides
+    by the tokens of all rows. To a network with time_cond (1) and (2) differ a little: its level is
+    made from 1 - alpha_t and from n / L.
     """
     any_order = True
     decoders = ('remdm', 'ancestral', 'confidence', 'threshold', 'remask')  # another default
@@ -672,7 +676,7 @@ class MaskedDiffusion(Objective):
 class Autoregression(Objective):
     """Next-token prediction: nothing is noise, and loss and bound are the nll itself.
 
-        nll per token = mean over (b, i) of  -log p(x0[b, i] | x0[b, :i])
+        nll per token = mean over (b, i), not given, of  -log p(x0[b, i] | x0[b, :i])
 
     The network reads x0 after a start token (the mask, or the one that a model of the hub was
     trained with), so that the first token is scored too: AR and diffusion are measured on the same
@@ -697,20 +701,21 @@ def evaluate(model, objective, batches, seed=0, repeats=1):
 
     batches: a list of functions without arguments, each reads a batch (x0, given) of prepare.py's
     Stream or Rows; every token that is not given counts once. The same seed draws the same noise,
-    so that evaluations of a run can be compared. The error is that of the mean of `repeats`
-    independent estimates, nan for one, not that of a finite split. The processes of a torchrun
-    share the batches and all return the same.
+    so that evaluations of a run can be compared. The error is due to the noise alone, not to the
+    size of the split: that of the mean of `repeats` independent estimates, nan for one. The
+    processes of a torchrun share the batches and all return the same.
     """
     was_training, device = model.training, model.device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.eval()
     rng, means = torch.Generator(device), []
     for repeat in range(repeats):
-        sums = torch.zeros(len(batches), 2, dtype=torch.float64)  # nats, tokens that count
+        # nats, tokens that count; on the CPU, since MPS has no float64
+        sums = torch.zeros(len(batches), 2, dtype=torch.float64)
         for i in range(rank, len(batches), world):
             x0, given = on_device(batches[i](), device)
             rng.manual_seed(mixed_seed(seed, repeat, i))  # the same on whichever process
-            sums[i, 0] = objective.bound(model, x0, rng, given).sum().item()  # MPS has no float64
+            sums[i, 0] = objective.bound(model, x0, rng, given).sum().item()
             sums[i, 1] = (~given).sum().item()
         if world > 1:  # every entry from one process, zero from the others: the sum is exact
             sums = sums.to(device)
@@ -893,9 +898,10 @@ def beside_clean(T, block_length, K, device):
     """How [xt ; x0] is read [BD3-LM]: position (2T,), attn_mask (2T, 2T), neighbours.
 
     Both halves stand at positions 0..T-1. A token sees its own block in its own half, and the clean
-    blocks before that. neighbours: for each of the K of local mixing (j, found): where it is,
-    (2T,), and whether it is visible, (2T, 1). Of the two tokens at a position, the neighbour is the
-    one that may be attended to, if any.
+    blocks before that. neighbours: for each offset k - K // 2 of local mixing a pair (j, found).
+    j (2T,): the column, in [xt ; x0], of each token's neighbour at this offset. Two columns have
+    that position; j is the one that attn_mask shows. found (2T, 1): False where it shows neither,
+    and the neighbour counts as 0.
     """
     position = torch.arange(T, device=device).repeat(2)  # (2T,)
     block, is_clean = position // block_length, torch.arange(2 * T, device=device) >= T
@@ -1174,9 +1180,11 @@ def hub_settings(s):
     name = s.init_from[3:]
     c = from_hub('AutoConfig', name, trust_remote_code=s.trust_remote_code)
     causal = c.model_type == 'gpt2' or 'AutoModelForCausalLM' in getattr(c, 'auto_map', ())
-    c.update({'name': name, 'class': f'AutoModelFor{"Causal" if causal else "Masked"}LM',  # LLaDA
+    # LLaDA, though masked, registers in its auto_map as a causal model
+    c.update({'name': name, 'class': f'AutoModelFor{"Causal" if causal else "Masked"}LM',
               'licence': licence_of(name if Path(name).is_dir() else f'hf://{name}'),
               'revision': getattr(c, '_commit_hash', None) or 'of a folder'})
+    # RoBERTa's positions begin at 2
     places = getattr(c, 'max_position_embeddings', 1 << 20) - 2 * ('roberta' in c.model_type)
     found = {'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads, 'pos': 'learned',
              'n_embd': c.hidden_size, 'tied': getattr(c, 'tie_word_embeddings', False),

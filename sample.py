@@ -74,8 +74,8 @@ corrupt = ''           # a text: only show what noise makes of it and, if out_di
 num_samples = 1        # of each prompt
 batch_size = 16        # rows at a time
 gen_length = 0         # tokens to write after start (not in a template, which says how many). 0:
-                       # as many as the context holds; of documents, but for ar and block, which
-                       # end by themselves, a width of training
+                       # fills the context or, of a run on documents whose objective is not ar or
+                       # block, a canvas as wide as documents in training
 seed = 1337
 # how it is decoded
 decoder = 'auto'       # ar: left to right; ancestral: places at random; confidence, threshold: most
@@ -210,7 +210,7 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 # where to_generate is False (later blocks, padding) are read and left as they are.
 #
 #     rng                   the torch.Generator of everything random
-#     its own settings      make_decoder() passes them all; defaults are for whoever calls a decoder
+#     its own settings      make_decoder() passes them all; defaults serve direct calls
 #     **sampling            the keywords of probabilities(). (decode_blocks and decode_guided take
 #                           `inner` instead, a decoder to which its keywords are bound already.)
 #
@@ -272,8 +272,8 @@ def run_decoder(decoder, model, x, rng, eos_id=None, on_step=None, lengths=None)
 def reverse_steps(model, x, to_generate, steps, schedule):
     """[(alpha_t, alpha_s, level)] of `steps` steps from t = 1 to t = 0, s = t - 1/steps.
 
-    level (B, 1): the expected fraction of each canvas that is noise at t: 1 - alpha_t of what is to
-    be generated, and all masks elsewhere (of later blocks, and of padding).
+    level (B, 1): the expected fraction of each canvas that is noise at t: a share 1 - alpha_t of
+    the tokens to be generated, and the masks that stand elsewhere (in later blocks, and padding).
     """
     require('steps', steps, steps > 0, '1 or more: one token a step is for confidence and remask')
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -328,7 +328,7 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
     alpha_s - (1 - sigma) * alpha_t come. The temperature falls as text appears, from 1 + cool to
     1 - cool times its value: early tokens are sampled with variety, late ones, which must fit the
     text around them, from the likeliest. With eta = 0 nothing is masked again: but for the
-    temperature it is decode_ancestral.
+    temperature it is decode_ancestral (and of a d3pm model with subs=False that decoder itself).
     """
     if eta == 0 and not model.config.subs:  # decode_ancestral knows that d3pm may predict a mask
         yield from decode_ancestral(model, x, to_generate, rng, steps=steps, **sampling,
@@ -585,7 +585,9 @@ class BlockCached:
     def enter(self, x, start, stop):
         """Goes to the block x[:, start:stop]: a pass for each earlier block that is not cached."""
         size, n, self.block = self.config.block_size, self.config.block_length, slice(start, stop)
-        if stop - self.begin > size:  # counted in blocks; the start token's place is this block's
+        # window_start() in blocks: where it keeps a place for the start token, here one is for the
+        # block that is being written
+        if stop - self.begin > size:
             self.begin, self.cache.length = n * window_start(start // n, size // n), 0
         clean = torch.zeros(len(x), 1, device=x.device)  # the level of a finished block
         for k in range(self.begin + self.cache.length, start, n):
@@ -689,18 +691,19 @@ def make_decoder(objective, settings, specials=()):
     SAMPLING, and the ids `specials`.
     """
     s, name = settings, decoder_name(settings['decoder'], objective)
-    size = objective.block_length or s['block_length']
-    cached = BlockCached if objective.block_length else PrefixCached if s['prefix_cache'] else None
+    learned = objective.block_length  # the blocks that the model was trained on; 0: none
+    size = learned or s['block_length']
+    cached = BlockCached if learned else PrefixCached if s['prefix_cache'] else None
     one_of('order', s['order'], ORDERS)
     one_of('counts', s['counts'], COUNTS)
     one_of('noise_schedule', s['noise_schedule'], SCHEDULES)
     for setting in PLAIN:
         require(setting, s[setting], objective.reads_masks or not s[setting],
                 f'off for {name}, which reads no masks')
-    require('block_length', s['block_length'], s['block_length'] in (0, size),
-            f'0 or {size}: this model learned blocks of {size} and reads no others')
+    require('block_length', s['block_length'], not learned or s['block_length'] in (0, learned),
+            f'0 or {learned}: this model learned blocks of {learned} and reads no others')
     require('prefix_cache', s['prefix_cache'],
-            not s['prefix_cache'] or s['block_length'] and not objective.block_length,
+            not s['prefix_cache'] or s['block_length'] and not learned,
             'off unless block_length is set; a model that learned blocks has an exact cache')
     require('guidance', s['guidance'], not (s['guidance'] and cached),
             '0 with a cache: guidance reads finished text again, masked, and a cache reads it once')
@@ -726,7 +729,7 @@ class Run(NamedTuple):
     meta: dict            # of the data set: the ids of mask, EOS and SEP, the tokenizer
     tokenizer: object     # encode(text), decode(ids)
     settings: dict        # those of train.py
-    updates: int          # that the weights have had
+    updates: int          # of its training
     path: str             # the folder, out_dir
 
 
@@ -782,9 +785,11 @@ def text_canvas(run, kind, text, settings):
     if kind == 'template':
         return template_canvas(text, run.tokenizer, mask_id)
     ids = run.tokenizer.encode(text)
-    if run.meta['pad_id'] is not None and not (run.objective.causal or run.objective.block_length):
-        count, width = run.meta['counts']['train'], run.meta['max_answer'] + 1  # with EOS
-        width = width if run.settings['predict_pad'] else round(count['scored'] / count['rows'])
+    are_documents = run.meta['pad_id'] is not None  # a stream has no PAD
+    if are_documents and not (run.objective.causal or run.objective.block_length):
+        count = run.meta['counts']['train']
+        width = run.meta['max_answer'] + 1 if run.settings['predict_pad'] else \
+            round(count['scored'] / count['rows'])  # both with EOS
         T = min(T, max(width, len(ids) + 1))
     n_masks = settings['gen_length'] or T - len(ids)
     if n_masks <= 0:
@@ -853,7 +858,8 @@ def end_of(ids, canvas, eos_id, mask_id):
 def complete(run, canvases, settings, eos_id=None, on_step=None, with_log_p=False):
     """Fills canvases of any lengths, batch by batch: ([(ids, figures)] in their order, totals).
 
-    ids: the canvas, filled, up to the first eos_id that was generated after all that is given.
+    ids: the canvas, filled, up to the first eos_id that was generated after all that is given, and
+    without it.
     figures: nfe, seconds and tokens_per_second of the whole batch; `ended`, whether there is such
     an eos_id; with_log_p: also `log_p`, the mean log probability of the generated tokens.
     totals: (generated tokens, with the first eos_id of each row; nfe; seconds).
@@ -1108,7 +1114,8 @@ def show_corruption(run, text, seed):
     for t in (0.2, 0.4, 0.6, 0.8, 1.0):
         objective = replace(run.objective, mask_range=(t, t))
         noised = objective.corrupt(run.model, x0, given, rng.manual_seed(seed))
-        columns = [xt := noised.xt[:, :x0.size(1)]]  # in blocks without the clean half
+        xt = noised.xt[:, :x0.size(1)]  # in blocks without the clean half
+        columns = [xt]
         if run.settings:
             logits = run.model(noised.xt, noised.level, where=noised.scored, **noised.inputs)
             logits[:, run.model.mask_id] = -torch.inf  # d3pm may predict the mask
@@ -1251,7 +1258,7 @@ def layout(stood, columns):
     places, line, column = [], 0, 0
     for texts in stood:
         width = max(sum(1 + (east_asian_width(c) in 'WF') for c in text) for text in texts)
-        if 0 < column > columns - width:
+        if column > 0 and column + width > columns:
             line, column = line + 1, 0
         places.append((line, column, width))
         column += width

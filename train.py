@@ -21,10 +21,11 @@ several machines, which must all see the same folder, start on each:
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=<0 or 1> --master_addr=<of machine 0>
         --master_port=1234 train.py config/shakespeare_mdm_10m.py
 
-Read the docstrings of config/__init__.py and of Stream.batch in prepare.py first; then main() at
-the end of this file, TrainingRun (what a run consists of), micro_step(), update() and train() (the
-loop: evaluate, save, update). What follows the loop can wait: records, going on from an earlier
-run, the optimisers, and how fast it all is.
+Read the docstrings of config/__init__.py and of Stream.batch in prepare.py first; then main() and
+read_settings() at the end of this file, TrainingRun (what a run consists of), micro_step(),
+update() and train() (the loop: evaluate, save, update). The rest can wait: check_settings(), and
+what follows the loop, which is records, going on from an earlier run, the optimisers, and how fast
+it all is.
 """
 
 import csv
@@ -77,8 +78,8 @@ batch_size = 16             # B, windows per forward and backward pass
 gradient_accumulation_steps = 1  # batches per update, of each process
 block_size = 256            # T, tokens per window
 train_tokens = 0            # use only this many tokens, the first of the training split; 0 = all
-random_length = 0.0         # share of batches that are cropped to a random width; batches of rows,
-                            # which need predict_pad, to one that holds their longest answer
+random_length = 0.0         # share of batches that are cropped to a random width (a batch of rows
+                            # keeps its longest answer, loses PAD alone, and needs predict_pad)
 # data of rows: prompts and answers, or documents; a batch holds rows of one width
 predict_pad = False         # predict PAD too, and so learn where an answer ends; False: rows have
                             # no PAD, and their width shows where the answer ends
@@ -115,12 +116,12 @@ mask_range = (0.15, 0.99)   # from which t is drawn in training (with the linear
                             # share of masks): at small t a row has few masks to learn from, at
                             # t = 1 no text is left
 diffusion_steps = 1000      # d3pm: N, from all masks to none
-subs = True                 # d3pm: the mask is never predicted; False leaves it a probability
+subs = True                 # d3pm: the mask is never predicted; False: it may be
 shift = False               # mdm, d3pm: predict token i where token i - 1 is read, as ar and the
                             # hub's DiffuGPT do
-attn_anneal = 0             # mdm, d3pm: updates over which the attention of init_from, an ar run,
-                            # opens: each later token is visible with a probability that grows from
-                            # 0 to 1; 0 = all are visible from the start
+attn_anneal = 0             # mdm, d3pm: updates over which a causal attention, that of an ar run in
+                            # init_from, is opened: each later token is visible with a probability
+                            # that grows from 0 to 1; 0 = all are visible from the start
 block_length = 16           # block: tokens per block
 # length prediction: train a head that predicts the length of an answer on the frozen run init_from
 length_head = ''            # regress_mean, regress_concat, classify, encoder_regress,
@@ -151,13 +152,9 @@ bench = 0                   # only time this many updates and profile a few: not
 
 
 # Fields of ModelConfig in which a run may differ from its init_from: training adapts the weights.
-# (causal: local mixing then reads other neighbours with each weight, which did no harm; RESULTS.)
+# (causal: local mixing then reads other neighbours with each weight; no harm, data/RESULTS.md.)
 MAY_DIFFER = ('block_size', 'causal', 'dropout', 'attn_dropout', 'subs', 'block_length',
               'length_head', 'shift')
-# Settings that were removed, and the values at which they did nothing: a run that used one can be
-# sampled, but it cannot go on.
-GONE = {'soft_inputs': False, 'divergence': 'elbo', 'length_curriculum': 0,
-        'token_weights': (1.0, 1.0, 1.0)}
 
 
 # ------------------------------------------------------------------------------------------ set-up
@@ -169,7 +166,11 @@ def off_unless(s, name, fine, condition):
 
 
 def check_settings(s):
-    """Raises UserError for settings that do not go together, before anything is written."""
+    """Raises UserError for settings that do not go together, before anything is written.
+
+    require(name, value, fine, wanted) raises it unless `fine`. The limits of single numbers are
+    config.LIMITS.
+    """
     one_of('optimizer', s.optimizer, ('muon', 'adamw'))
     one_of('lr_schedule', s.lr_schedule, ('cosine', 'wsd', 'constant'))
     one_of('compile', s.compile, ('auto', 'on', 'off'))
@@ -216,7 +217,7 @@ class TrainingRun:
         self.model = make_network(shape, s.trust_remote_code).to(self.device)
         off_unless(s, 'attn_anneal', not isinstance(self.model, HubNetwork),
                    'the model is a Transformer of ours: that of the hub sees all tokens')
-        self.compiled = self.model  # what updates call: compile_model() may compile it
+        self.compiled = self.model  # what updates call: compile_model() may replace it
         self.objective = LengthLoss(self.data.meta['eos_id'], s.length_quantile) \
             if s.length_head else make_objective(vars(s))
         self.optimizers = make_optimizers(self.model, s, getattr(torch, self.dtype))
@@ -264,7 +265,7 @@ def open_training_data(s, rank, world):
             and not Path('data', s.dataset, 'meta.json').exists():
         print(f'data/{s.dataset} is missing: preparing it')
         prepare(s.dataset)
-    if world > 1:  # until the data is complete, and all have passed read_settings()'s check
+    if world > 1:  # until the data is complete, and all have read that out_dir holds no run
         dist.barrier()
     data = open_run_data(vars(s))
     for name in ('decode_rows', 'length_head'):
@@ -278,8 +279,8 @@ def open_training_data(s, rank, world):
 # ---------------------------------------------------------------------------------------- the loop
 
 
-def annealed(run, s, x0):
-    """While attn_anneal opens the attention: {'attn_mask': (T, T) bool} for x0 (B, T), else {}.
+def attention_options(run, s, x0):
+    """{'attn_mask': (T, T) bool} for x0 (B, T) while attn_anneal opens the attention, else {}.
 
     A token sees those before it, and each later one with a probability that grows from 0 to 1
     [DiffuLLaMA sec. 3.2]. Evaluation sees all tokens.
@@ -292,7 +293,7 @@ def annealed(run, s, x0):
 
 
 def micro_step(run, s, i):
-    """One batch, number i of the next update: its loss, whose gradients are added to those so far.
+    """Loss and backward of batch number i of the next update; gradients add up in p.grad.
 
     Returns the tensor (nats, tokens that count), and how many tokens were read.
     """
@@ -301,7 +302,8 @@ def micro_step(run, s, i):
     rng = torch.Generator(run.device).manual_seed(seed)  # for t and masks
     x0, given = on_device(run.data.batch(run.iteration, i, run.micro_steps), run.device)
     with run.autocast():
-        nats, count = run.objective.loss(run.compiled, x0, rng, given, **annealed(run, s, x0))
+        options = attention_options(run, s, x0)
+        nats, count = run.objective.loss(run.compiled, x0, rng, given, **options)
     nats.backward()  # of a sum: update() makes it a mean
     return torch.stack([nats.detach(), count]), x0.numel()
 
@@ -313,17 +315,17 @@ def update(run, s):
     token that counts, over all batches of all processes, as a tensor: to read it is to wait for
     the device.
     """
-    sums = torch.zeros(3, device=run.device)
-    nats, count, signals = sums  # views: what is added to sums shows in them
+    sums = torch.zeros(3, device=run.device)  # nats, tokens that count, signals that were caught
     for i in range(run.rank, run.micro_steps, run.world):  # micro-steps of this process
         nats_and_count, tokens = micro_step(run, s, i)
-        sums[:2] += nats_and_count  # nats, and tokens that count
+        sums[:2] += nats_and_count
         run.tokens += tokens * run.world  # the others' batches are about as wide
     learned = [p for p in run.model.parameters() if p.grad is not None]
+    sums[2] = len(run.caught)
     if run.world > 1:
-        signals += len(run.caught)
         for tensor in (sums, *(p.grad for p in learned)):
             dist.all_reduce(tensor)  # now of all batches of all processes
+    nats, count, signals = sums
     # Gradients become a mean only here, where the number of tokens that count is known. The mean of
     # the means of batches would give a token more weight in a batch in which few tokens count, and
     # would depend on how an update is cut into batches and processes.
@@ -336,8 +338,8 @@ def update(run, s):
         o.step()
         o.zero_grad()
     run.iteration += 1
-    # all processes have the same sums, and so stop after the same update
-    run.stop = signals.item() > 0 if run.world > 1 else bool(run.caught)
+    # all processes have the same sums, and so stop after the same update; one need not wait for it
+    run.stop = bool(signals if run.world > 1 else run.caught)
     return nats / count.clamp(min=1)
 
 
@@ -365,7 +367,7 @@ def train(run, s):
     bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
     tokens_before, seconds_before = run.tokens, run.seconds  # run.speed counts from this start
     if run.log and s.keep_best:
-        save(run, s)  # best.pt may be missing, though a resumed run stands at its lowest loss
+        save(run, s)  # keep_best may be new, and best.pt due where a resumed run stands
     with catching_signals(run):
         while True:  # at max_iters it evaluates and saves a last time, and leaves
             done = run.iteration == s.max_iters
@@ -386,8 +388,8 @@ def train(run, s):
             to_record = run.iteration % s.log_interval == 0
             if to_record or run.stop:
                 loss = loss.item()
-                # The loss of a few batches is noisy, and one token may weigh w_max. With elbo the
-                # weights have no limit, and so the loss has none.
+                # A loss of few batches is noisy: it may be twice what one token weighs at most, and
+                # 10 in any case. With elbo the weights have no limit, and so the loss has none.
                 factor = math.inf if s.loss_weight == 'elbo' else 2 * max(5.0, s.w_max)
                 check_loss(run, s, loss, factor)
             run.seconds += time.perf_counter() - began  # with the wait for loss.item()
@@ -396,8 +398,9 @@ def train(run, s):
             if to_record:
                 record_step(run, s, loss, bar)
     bar.close()
-    # A signal during the last evaluation is not in run.stop. A single process still exits on it;
-    # several do not, since perhaps only some of them caught one.
+    # run.stop, which update() sets, does not know of a signal during the last evaluation. A single
+    # process leaves on it, and --resume then prints the final loss. Several go on and print it,
+    # since perhaps only some of them caught the signal.
     if run.stop or run.world == 1 and run.caught:
         print(f'stopped and saved after {run.iteration} updates; go on with\n'
               f'python train.py --out_dir={shlex.quote(s.out_dir)} --resume')
@@ -409,8 +412,10 @@ def train(run, s):
 
 def write_rows(file, rows):
     """Writes dicts to an open CSV file, after a header if the file is empty."""
-    header = [list(row) for row in rows[:1] if file.tell() == 0]
-    csv.writer(file).writerows([*header, *(row.values() for row in rows)])
+    writer = csv.writer(file)
+    if rows and file.tell() == 0:
+        writer.writerow(rows[0])
+    writer.writerows(row.values() for row in rows)
 
 
 def append_rows(path, rows):
@@ -544,7 +549,7 @@ def plot_losses(run, s):
 def save(run, s):
     """Writes ckpt.pt and, with keep_best after an evaluation that is the best so far, best.pt.
 
-    The key `rng` holds the seed: it and the iteration determine all random draws.
+    The key `rng` holds the seed: it and the iteration are the state of all random draws.
     """
     if run.rank == 0:
         buffer, best = io.BytesIO(), min(run.log, key=lambda row: float(row['val']))
@@ -573,6 +578,12 @@ def write_answers(run, s):
 
 
 # ------------------------------------------------------------------------ going on from a run
+
+
+# Settings that were removed, and the values at which they did nothing: a run that used one can be
+# sampled, but it cannot go on.
+GONE = {'soft_inputs': False, 'divergence': 'elbo', 'length_curriculum': 0,
+        'token_weights': (1.0, 1.0, 1.0)}
 
 
 def require_same(names, name_of_run, checkpoint, s, meta):
@@ -761,7 +772,7 @@ def compile_model(run, s):
 
     Evaluation keeps to run.model: it is too short to be worth the compiling.
     """
-    tokens = run.tokens_per_update * (s.max_iters - run.iteration)  # with bench of the whole run
+    tokens = run.tokens_per_update * (s.max_iters - run.iteration)  # bench, too: of a whole run
     seconds = tokens * run.flops_per_token / (0.25 * run.peak)  # a quarter of peak is usual
     # what is decided stands in ckpt.pt, so that a resumed run goes on with the same kernels
     s.compile, why = compile_or_not(s.compile, run.device, run.dtype, run.data, seconds)
@@ -769,9 +780,9 @@ def compile_model(run, s):
     if s.compile == 'on':
         run.compiled = torch.compile(run.model)
         try:
-            # The first batch with another number of masks makes torch compile once more, for any
-            # number. It comes here, before the first update, so that a run that is resumed
-            # computes with the same kernels as one that is not.
+            # torch compiles the first batch for its own number of masks and, at the next one with
+            # another number, once more, for any number. The first batch is this one, outside of all
+            # updates, so that those of a run that is resumed use the same kernels as others.
             micro_step(run, s, run.micro_steps + run.rank)
         except Exception as e:  # of many kinds: no headers, no space, a bug of the compiler
             run.compiled, s.compile = run.model, 'off'
@@ -836,9 +847,9 @@ def show_sample(run, s):
 def read_settings():
     """The settings of this run and, if it is resumed, its checkpoint, else None.
 
-    They are read twice. The first time says whether the command line names an earlier run. Its
-    settings (of init_from: those of its shape) then replace those at the head of this file, before
-    the config file and the command line change them.
+    The later of four has its way: the head of this file; the earlier run that out_dir (resume) or
+    init_from names, of which init_from takes the shape alone; the config file; the command line.
+    override() is called twice: to find the earlier run, and to apply all four.
     """
     s = SimpleNamespace(**config.override(globals()))
     off_unless(s, 'overwrite', not s.resume, 'resume is off: it deletes the run that is to go on')

@@ -24,7 +24,7 @@ from model import LENGTH_HEADS, OBJECTIVES, SCHEDULES, Autoregression, BlockDiff
     load_checkpoint, load_model, make_network, make_objective, model_config, noise_level, \
     peak_memory, pick_device, pick_dtype, rope_angles, rotate, time_features, uniform_token_loss
 from prepare import hub_vocabulary, load_tokenizer, open_data
-from train import MAY_DIFFER, annealed, load_first_weights
+from train import MAY_DIFFER, attention_options, load_first_weights
 
 GPT2_STYLE = dict(pos='learned', norm='layernorm', mlp='gelu', qk_norm=False, bias=True)
 
@@ -1444,8 +1444,8 @@ def test_local_mixing_reads_later_neighbours_where_attention_is_still_closed():
 
 def test_attention_opens_from_causal_to_all():
     def opened(iteration, shift=False):
-        return annealed(SimpleNamespace(iteration=iteration, device='cpu'),
-                        SimpleNamespace(attn_anneal=10, shift=shift), x)
+        return attention_options(SimpleNamespace(iteration=iteration, device='cpu'),
+                                 SimpleNamespace(attn_anneal=10, shift=shift), x)
 
     model, causal, x, seen = tiny(), tiny(causal=True), tokens(2, 16), []
     torch.testing.assert_close(model(x, **opened(0)), causal(x))
