@@ -920,8 +920,11 @@ def answer_canvases(run, prompts, settings, references=None):
     An autoregressive model ends its answer itself, so that it gets all masks that fit. Other models
     fill every mask, and only those trained to predict PAD can use more than the answer needs: the
     setting `length` says how many masks there are. Where it predicts, they are as many as in
-    training, and crop_to_predicted() then leaves those that the answer needs. references: answers
+    training, of which crop_to_predicted() leaves those that the answer needs. references: answers
     as lists of ids, from which length = 'reference' takes the number of tokens.
+
+    Returns (canvases, predicted, passes, seconds): the predicted numbers of tokens, or None, and
+    what the prediction took, 0 where there is none.
     """
     require('length', settings['length'], not run.objective.causal or settings['length'] == 'auto',
             'auto for an autoregressive model, which writes until it is done')
@@ -942,7 +945,9 @@ def answer_canvases(run, prompts, settings, references=None):
                   'reference': len(references[i]) + 1 if references else 0}
         wanted = room if run.objective.causal else widths.get(name, meta['max_answer'] + 1)
         canvases.append([*prompt, meta['sep_id']] + [meta['mask_id']] * max(1, min(wanted, room)))
-    return canvases
+    if name in PREDICTED:
+        return crop_to_predicted(run, canvases, name, settings)
+    return canvases, None, 0, 0.0
 
 
 @torch.no_grad()
@@ -962,17 +967,15 @@ def predict_lengths(model, x, name, quantile, eos_id):
     return eos.argmax(1) + 1.0 if name == 'argmax' else first_to_hold(held, quantile)
 
 
-def crop_to_predicted(run, canvases, settings):
+def crop_to_predicted(run, canvases, name, settings):
     """The canvases, cropped to about as many masks as their answers are predicted to need.
 
     That number is rounded up to a power of two, at most all masks, so that there are few lengths:
-    only canvases of one length are decoded together. Returns (canvases, predicted, passes,
-    seconds); predicted, the numbers of tokens, is None if the setting `length` predicts nothing.
+    only canvases of one length are decoded together. name: of PREDICTED, what predicts. Returns
+    (canvases, the predicted numbers of tokens, passes, seconds).
     """
-    name, model = length_name(settings['length'], run), run.model
-    if name not in PREDICTED or run.objective.causal:
-        return canvases, None, 0, 0.0
-    canvases, predicted, began = list(canvases), [None] * len(canvases), time.perf_counter()
+    model, began = run.model, time.perf_counter()
+    canvases, predicted = list(canvases), [None] * len(canvases)
     groups = group_canvases(run, canvases, settings['batch_size'], same_columns=True)
     for batch in groups:
         x = torch.tensor([canvases[i] for i in batch], device=model.device)
@@ -1022,8 +1025,7 @@ def answer(run, prompts, settings, references=None):
     (3, N): then the numbers of tokens of the references, with their EOS. Prompts of similar length
     are answered together, since a batch decodes until its last row has ended.
     """
-    canvases = answer_canvases(run, prompts, settings, references)
-    canvases, predicted, _, took = crop_to_predicted(run, canvases, settings)
+    canvases, predicted, _, took = answer_canvases(run, prompts, settings, references)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     done, (_, _, seconds) = complete_best(run, [canvases[i] for i in by_length], settings)
     done = [done[k] for k in np.argsort(by_length)]  # in the order of the prompts again
@@ -1067,9 +1069,8 @@ def make_canvases(run, prompts, settings):
         if kind == 'template' or not text.strip():
             raise UserError(f'{text[:20]!r} is no prompt, but this run is on prompts and answers: '
                             'ask it by start or prompt_file')
-    canvases = answer_canvases(run, [run.tokenizer.encode(text.strip()) for _, text in prompts],
-                               settings)
-    return crop_to_predicted(run, canvases, settings)
+    return answer_canvases(run, [run.tokenizer.encode(text.strip()) for _, text in prompts],
+                           settings)
 
 
 def chat_with(run, settings, lines):

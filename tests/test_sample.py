@@ -1994,7 +1994,7 @@ def test_a_model_that_knows_the_answers_gives_them(objective, settings):
     prompts, answers = (list(map(encoded, texts)) for texts in (BOOK, BOOK.values()))
     how = row_settings(**settings)
     run = row_run(objective=objective)
-    canvases = sample.answer_canvases(run, prompts, how, answers)
+    canvases, *_ = sample.answer_canvases(run, prompts, how, answers)
     done, (written, _, _) = sample.complete(run, canvases, how, 9)
     assert [prepare.split_row(ids, META) for ids, _ in done] == list(zip(prompts, answers))
     assert written == sum(len(answer) + 1 for answer in answers), 'each with its EOS'
@@ -2007,11 +2007,18 @@ def masks(canvases):
     return [canvas.count(12) for canvas in canvases]
 
 
-def test_how_many_masks_an_answer_gets():
+@pytest.fixture
+def uncropped(monkeypatch):
+    """Canvases as they are before a prediction crops them."""
+    monkeypatch.setattr(sample, 'crop_to_predicted', lambda run, canvases, name, settings: (
+        canvases, None, 1, 0.0))
+
+
+def test_how_many_masks_an_answer_gets(uncropped):
     prompts, answers = [[1], [1] * 6, [2] * 12], [[3], [3] * 4, []]
 
     def widths(run, **settings):
-        canvases = sample.answer_canvases(run, prompts, row_settings(**settings), answers)
+        canvases, *_ = sample.answer_canvases(run, prompts, row_settings(**settings), answers)
         assert [canvas[:len(ids) + 1] for canvas, ids in zip(canvases, prompts)] == \
             [[*ids, 10] for ids in prompts]
         return masks(canvases)
@@ -2031,12 +2038,12 @@ def test_how_many_masks_an_answer_gets():
     assert widths(padded, length='argmax') == [8, 8, 7], 'to be cut when it is predicted'
 
 
-def test_of_the_right_answer_no_more_than_its_length_is_known():
+def test_of_the_right_answer_no_more_than_its_length_is_known(uncropped):
     prompts = [[1, 2], [3]]
     for name in sample.LENGTHS:
         how = row_settings(length=name)
         run = row_run(length_head=f'{name}_x')
-        one, other, longer = (sample.answer_canvases(run, prompts, how, answers)
+        one, other, longer = (sample.answer_canvases(run, prompts, how, answers)[0]
                               for answers in ([[4, 5], [6]], [[7, 0], [1]], [[4, 5, 5], [6, 6]]))
         assert one == other and (one != longer) == (name == 'reference')
 
@@ -2086,17 +2093,19 @@ def test_canvases_are_cut_to_powers_of_two(monkeypatch):
     monkeypatch.setattr(sample, 'predict_lengths', predict)
     how = row_settings(length='quantile', length_quantile=0.8, batch_size=3)
     run = row_run()
-    full = sample.answer_canvases(run, prompts, how)
-    canvases, predicted, passes, seconds = sample.crop_to_predicted(run, full, how)
+    full, *nothing = sample.answer_canvases(run, prompts, how | {'length': 'full'})
+    assert nothing == [None, 0, 0.0]
+    canvases, predicted, passes, seconds = sample.answer_canvases(run, prompts, how)
     assert masks(canvases) == [1, 2, 4, 4, 8, 1, 8, 4, 4, 2]
-    assert masks(full) == [8] * 9 + [5], 'those are as they were'
+    assert masks(full) == [8] * 9 + [5]
     assert all(new == old[:len(new)] for new, old in zip(canvases, full))
     assert predicted == pytest.approx([*lengths.values(), 2.1, 2.0])
     assert passes == len(asked) == 5 and seconds > 0
     assert sorted(row for batch in asked for row in batch) == sorted(full)
     for objective, name in (('mdm', 'full'), ('mdm', 'ratio'), ('ar', 'auto')):
-        assert sample.crop_to_predicted(row_run(objective=objective), full,
-                                        row_settings(length=name)) == (full, None, 0, 0.0)
+        _, *nothing = sample.answer_canvases(row_run(objective=objective), prompts,
+                                             row_settings(length=name))
+        assert nothing == [None, 0, 0.0] and len(asked) == 5
 
 
 @pytest.mark.parametrize('name', ['argmax', 'quantile'])
@@ -2114,8 +2123,7 @@ def test_a_canvas_that_was_cut_gives_the_same_answer(name, settings):
     prompts, answers = (list(map(encoded, texts)) for texts in (BOOK, BOOK.values()))
     how = row_settings(length=name, length_quantile=0.99, **settings)
     run = row_run()
-    canvases = sample.answer_canvases(run, prompts, how)
-    canvases, predicted, _, _ = sample.crop_to_predicted(run, canvases, how)
+    canvases, predicted, _, _ = sample.answer_canvases(run, prompts, how)
     assert predicted == [len(answer) + 1 for answer in answers]
     assert masks(canvases) == [4, 8, 2, 8, 4, 4]
     done, _ = sample.complete(run, canvases, how, 9)
@@ -2191,7 +2199,7 @@ def test_the_most_confident_of_several_lengths():
     run = row_run(Counting(BOOK, 11), predict_pad=False, block_size=11)
     for n, reach in ((1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (5, (2, 2)), (6, (3, 2))):
         how = row_settings(length='fit', length_candidates=n)
-        canvases = sample.answer_canvases(run, prompts, how)
+        canvases, *_ = sample.answer_canvases(run, prompts, how)
         done, (written, nfe, _) = sample.complete_best(run, canvases, how)
         assert len(done) == len(prompts) and done[0][1]['nfe'] <= nfe
         assert n == 1 or done[0][1]['nfe'] > n, 'the passes of all that was tried'
@@ -2200,7 +2208,7 @@ def test_the_most_confident_of_several_lengths():
             low, high = max(width - reach[0], 1), min(width + reach[1], 10 - len(prompt))
             best = min(max(len(answer) + 1, low), high)
             assert ids == prompt + [10] + (answer * 9)[:best - 1], (n, prompt)
-    assert canvases == sample.answer_canvases(run, prompts, how), 'those are as they were'
+    assert canvases == sample.answer_canvases(run, prompts, how)[0], 'those are as they were'
 
 
 @pytest.mark.parametrize('settings, run, message', [
