@@ -998,9 +998,8 @@ def complete_best(run, canvases, settings, on_step=None):
     n, eos_id, mask_id = settings['length_candidates'], run.meta['eos_id'], run.model.mask_id
     if n == 1:
         return complete(run, canvases, settings, eos_id, on_step)
-    name = length_name(settings['length'], run)
     require('length_candidates', n, on_step is None, '1 with watch or save')
-    known = name in ('fit', 'ratio', 'reference')
+    known = length_name(settings['length'], run) in ('fit', 'ratio', 'reference')
     require('length_candidates', n, run.objective.reads_masks and known,
             '1 unless masks are filled and length is fit, ratio or reference')
     tried = []  # for each canvas the same canvas with several numbers of masks at its end
@@ -1246,8 +1245,8 @@ class Recorder:
 
 def visible(text):
     """The text on one line, and with nothing in it that a terminal would obey."""
-    return ''.join('⏎' if c == '\n' else c if c.isprintable() else ' ' if c.isspace() else '�'
-                   for c in text.replace(EOT, '∎'))
+    text = text.replace(EOT, '∎').replace('\n', '⏎')
+    return ''.join(c if c.isprintable() else ' ' if c.isspace() else '�' for c in text)
 
 
 def layout(stood, columns):
@@ -1319,13 +1318,13 @@ def text_and_color(new, color, mask_id):
 
 
 def draw_steps(r, most, stood, title, size):
-    """PIL images of the canvas after each of `most` steps, a character being size x 2 size.
+    """Yields PIL images of the canvas after `most` of the steps; a character is size x 2 size.
 
     Above it are the title and a bar with the colours of the steps so far.
     """
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont  # comes with matplotlib
-    places, n, images = layout(stood, COLUMNS), len(r.steps) - 1, []
+    places, n = layout(stood, COLUMNS), len(r.steps) - 1
     shown = np.linspace(0, n, min(n + 1, most)).round()
     font = ImageFont.truetype(f'{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf', size * 3 // 2)
     image = Image.new('RGB', (size * (COLUMNS + 2), size * 2 * (places[-1][0] + 3)), 'white')
@@ -1346,14 +1345,13 @@ def draw_steps(r, most, stood, title, size):
             put(-0.9, COLUMNS / 2 * (1 + (k - 1) / n), length, '', color, 0.4)
         if k in shown:
             put(-1.2, 0, COLUMNS / 2, f'{title}, step {k} of {n}', 'white')
-            images.append(image.copy())
-    return images
+            yield image.copy()
 
 
 def save_gif(r, path, about):
     """The canvas over time, at most FRAMES steps of it; the last stays for 4 seconds."""
     from PIL import Image
-    frames = draw_steps(r, FRAMES, r.stood, about['title'], 10)
+    frames = [*draw_steps(r, FRAMES, r.stood, about['title'], 10)]
     both = np.concatenate([np.asarray(frames[0]), np.asarray(frames[-1])])  # they have all colours
     palette = Image.fromarray(both).quantize(256)
     frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
