@@ -178,7 +178,7 @@ def decoded(run, rows, settings):
 
 def records(run, score, **columns):
     """[{'given', 'written', ..., 'score'}], lines of save_texts; columns: texts, or ids (N, T)."""
-    shown = [x if isinstance(x, list) else [sample.show(ids, run.tokenizer, run.model.mask_id)
+    shown = [x if isinstance(x, list) else [sample.text_of(ids, run.tokenizer, run.model.mask_id)
                                             for ids in x.tolist()] for x in columns.values()]
     return [dict(zip([*columns, 'score'], values)) for values in zip(*shown, score)]
 

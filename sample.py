@@ -354,7 +354,7 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         yield reveal, logits
 
 
-def confidence(order, logits, token, rng):
+def token_confidence(order, logits, token, rng):
     """How sure the model is of each of M sampled tokens: (M,) in [0, 1], float64; logits (M, V).
 
     By `order` it is the probability of the sampled token (max_prob), the probability of the best
@@ -383,8 +383,8 @@ def propose(model, x, is_mask, order, rng, sampling):
     logits = model(x, level, where=is_mask)  # (M, V)
     logits[:, model.mask_id] = -torch.inf  # with subs it is already; d3pm may predict the mask
     token = sample_token(logits, x, is_mask, rng, **sampling)  # (M,)
-    score = confidence(order, logits, token, rng).logit().clamp(min=-1e4)  # (M,); logit(0) is -inf
-    score = score.float().to(x.device)
+    confidence = token_confidence(order, logits, token, rng)  # (M,)
+    score = confidence.logit().clamp(min=-1e4).float().to(x.device)  # (M,); logit(0) is -inf
     scores = torch.full(x.shape, -torch.inf, device=x.device).masked_scatter(is_mask, score)
     return x.masked_scatter(is_mask, token), scores, logits
 
@@ -415,9 +415,9 @@ def decode_confidence(model, x, to_generate, rng, *, steps, order='max_prob', co
                       **sampling):
     """Commits the most confident tokens first [MaskGIT sec. 3.2; LLaDA sec. 2.4].
 
-    Each pass samples a token for every mask and commits those of the highest confidence(), so many
-    that masks_left() masks remain in each row. The simplest decoder of all is this one with steps =
-    0 and temperature = 0: it writes the one token that the model is most confident of, reads the
+    Each pass samples a token for every mask and commits the most confident ones, so many that
+    masks_left() masks remain in each row. The simplest decoder of all is this one with steps = 0
+    and temperature = 0: it writes the one token that the model is most confident of, reads the
     canvas again, and goes on until no mask is left.
     """
     n_masks = to_generate.sum(1)  # (B,)
@@ -888,7 +888,7 @@ def complete(run, canvases, settings, eos_id=None, on_step=None, with_log_p=Fals
     return done, totals
 
 
-def show(ids, tokenizer, mask_id):
+def text_of(ids, tokenizer, mask_id):
     """The text of ids, MASK_SHOWN for every mask; tokens between masks are decoded together."""
     return ''.join(MASK_SHOWN * len([*part]) if is_mask else tokenizer.decode([*part])
                    for is_mask, part in groupby(ids, key=mask_id.__eq__))
@@ -1120,8 +1120,8 @@ def show_corruption(run, text, seed):
             logits = run.model(noised.xt, noised.level, where=noised.scored, **noised.inputs)
             logits[:, run.model.mask_id] = -torch.inf  # d3pm may predict the mask
             columns = [x0, xt, xt.masked_scatter(noised.scored, logits.argmax(1))]
-        rows.append((f't = {t:.1f}', *(
-            visible(show(x[0].tolist(), run.tokenizer, run.model.mask_id)) for x in columns)))
+        texts = (text_of(x[0].tolist(), run.tokenizer, run.model.mask_id) for x in columns)
+        rows.append((f't = {t:.1f}', *map(visible, texts)))
     width = (COLUMNS - 13) // 3 if run.settings else len(text)  # beside 7 + 3 * 2 characters
     for name, *texts in rows:
         for i in range(0, max(map(len, texts)), width):
@@ -1218,7 +1218,7 @@ class Recorder:
         for i, id in enumerate(ids):
             if id == before[i]:
                 continue
-            text, p, alternatives = show([id], self.tokenizer, self.mask_id), None, []
+            text, p, alternatives = text_of([id], self.tokenizer, self.mask_id), None, []
             if i in logits and id != self.mask_id:
                 p_all = logits[i].float().softmax(-1).cpu()  # (V,)
                 p_all[self.mask_id] = -1.0  # no alternative, even if others have underflowed to 0

@@ -255,7 +255,7 @@ def test_reversal_asks_for_facts_as_stated_and_turned(tmp_path, monkeypatch):
         assert how['temperature'] == 0 and how['decoder'] == 'confidence' and how['steps'] == 0
         done = []
         for canvas in canvases:
-            text = sample.show(canvas, tokenizer, meta['mask_id']).strip()
+            text = sample.text_of(canvas, tokenizer, meta['mask_id']).strip()
             assert text.count(sample.MASK_SHOWN) > 5
             pattern = re.compile(re.escape(text).replace(sample.MASK_SHOWN, '.'))
             known = [line for line in lines if pattern.fullmatch(line)]

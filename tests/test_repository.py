@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {'config/__init__.py': 133, 'prepare.py': 694, 'model.py': 700, 'train.py': 575,
-           'sample.py': 814, 'eval.py': 906, 'data/*.py': 104}
+           'sample.py': 812, 'eval.py': 906, 'data/*.py': 104}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 

@@ -145,7 +145,7 @@ def draw(logits, seen=None, *, generator, **sampling):
     x = torch.full((M, V), V - 1) if seen is None else torch.where(seen, torch.arange(V), V - 1)
     where = torch.arange(V).expand(M, V) == 0
     token = sample.sample_token(logits, x, where, generator, specials=[V - 1], **sampling)
-    return token, sample.confidence('max_prob', logits, token, generator)
+    return token, sample.token_confidence('max_prob', logits, token, generator)
 
 
 
@@ -1487,14 +1487,14 @@ def test_a_canvas_shows_its_template(pieces):
     shown = ''.join('█' * p if isinstance(p, int) else p for p in pieces)
     for tokenizer, mask in ((CHARS, 10), (BYTES, 257)):
         ids = sample.template_canvas(template, tokenizer, mask)
-        assert sample.show(ids, tokenizer, mask) == shown
+        assert sample.text_of(ids, tokenizer, mask) == shown
 
 
-def test_show_decodes_runs_of_tokens_together():
+def test_text_of_decodes_runs_of_tokens_together():
     """The bytes of a character may be tokens of their own."""
     ids = [*'é'.encode(), 257, *'€'.encode(), 257, 257]
-    assert sample.show(ids, BYTES, 257) == 'é█€██'
-    assert sample.show([257], BYTES, 257) == '█' and sample.show([], BYTES, 257) == ''
+    assert sample.text_of(ids, BYTES, 257) == 'é█€██'
+    assert sample.text_of([257], BYTES, 257) == '█' and sample.text_of([], BYTES, 257) == ''
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -1782,7 +1782,7 @@ def test_corrupt_shows_the_noise_of_the_run_and_what_it_makes_of_it(run_main, ru
         is_noise = u < k / 5 if name == 'd3pm' else u >= 1 - k / 5  # schedule linear
         noise = mask_id if masks else torch.randint(mask_id, (1, T), generator=rng)
         xt = torch.where(is_noise, noise, x0)
-        assert corrupted == sample.visible(sample.show(xt[0].tolist(), run.tokenizer, mask_id))
+        assert corrupted == sample.visible(sample.text_of(xt[0].tolist(), run.tokenizer, mask_id))
         if block_length:  # behind it the clean text, of level 0
             reads = torch.cat([xt, x0], dim=1), torch.tensor([[k / 5, 0.0]]).repeat_interleave(T, 1)
             more = beside_clean(T, block_length, run.model.config.n_conv, 'cpu')
