@@ -1216,7 +1216,7 @@ def test_bounds_are_measured_as_by_hand(book, monkeypatch):
     lone, _, _ = lengths_of_book(BOOK, monkeypatch, batch_size=1)
     how = row_settings(steps=20)
     for name in ('full', 'argmax'):
-        passes = [sample.decode(row_run(), [[*encoded(prompt), 10] + [12] * n], how, 9)[1]
+        passes = [sample.decode_batch(row_run(), [[*encoded(prompt), 10] + [12] * n], how, 9)[1]
                   for prompt, n in zip(BOOK, widths[name])]
         nfe = next(row['nfe'] for row in lone if row['length'] == name)
         assert nfe == pytest.approx(np.mean(passes) + (name == 'argmax')), 'one for the length'
