@@ -7,8 +7,9 @@
     Autoregression  the next token is predicted: the nll itself
     evaluate        the mean of an objective over a split
 
-A first reading ends at evaluate. Until there skip what says so, and take cache and neighbours as
-None, shift and time_cond as False. What follows is for later (KVCache for decode_ar in sample.py):
+A first reading ends at evaluate. Until there skip what says so, and take cache, position, attn_mask
+and neighbours as None, shift and time_cond as False. What follows is for later (KVCache for
+decode_ar in sample.py):
 
     D3PM, Uniform, BlockDiffusion     objectives that corrupt text, or score a token, in other ways
     KVCache, LengthHead               options of the transformer: decoding that recomputes nothing,
@@ -65,6 +66,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+# require(name, value, fine, wanted) and one_of(name, value, names) raise UserError if it is not
 from config import UserError, as_user_error, one_of, require
 from prepare import from_hub, hub_vocabulary, licence_of, mixed_seed, optional
 
@@ -96,8 +98,8 @@ class ModelConfig:
     tied: bool = False        # the head shares the embedding's matrix
     embed_scale: float = 0.0  # embeddings are multiplied by it when they are read; 0 = sqrt(n_embd)
                               # if tied [Attention is all you need 1706.03762, sec. 3.4], else 1
-    time_cond: bool = False   # scale and shift by the noise level (adaLN), which the network could
-                              # also read off the number of masks
+    time_cond: bool = False   # adaLN: scale and shift by the noise level. (Without it a network
+                              # can tell the level from the number of masks.)
     dropout: float = 0.0      # on the outputs of attention and mlp, and on the embedding
     attn_dropout: float = 0.0  # on the weights of attention
     subs: bool = True         # MDLM's SUBS: the mask is never predicted; False: it may be (D3PM)
@@ -153,14 +155,16 @@ def attend(q, k, v, attn_mask, causal, dropout):
     """softmax(q k^T / sqrt(D)) v, (B, H, T, D); q (B, H, T, D), k and v (B, Hkv, S, D).
 
     S = T or, with a cache, more: the queries belong to the last T tokens. Each reads all keys, or
-    those that attn_mask (T, S) allows, or if causal those up to its own. (Never both.)
+    those that attn_mask (T, S) allows, or if causal those up to its own. (attn_mask and causal
+    never come together.)
 
     In bfloat16 on a CPU the products are written out, which holds all scores in memory but takes a
     fifth off a compiled update (not compiled, it adds 3%; RESULTS, Speed).
     """
     T, S, gqa = q.size(2), k.size(2), k.size(1) < q.size(1)  # gqa: heads of queries share keys
     by_torch = q.device.type != 'cpu' or q.dtype != torch.bfloat16
-    if causal and not (by_torch and S == T):  # with S > T torch would align query 0 with key 0
+    # torch's is_causal is for S = T alone, and the products below need a mask in any case
+    if causal and not (by_torch and S == T):
         attn_mask, causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T), False
     if by_torch:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal,
@@ -250,7 +254,7 @@ class LocalMixing(nn.Module):
         if neighbours is not None:
             copies = [x[:, j].where(found, 0) for j, found in neighbours]
         else:
-            # x with up to `past` positions before it, and zeros for those that there are not
+            # x, with a cache up to `past` positions before it, and zeros for all that are not there
             h = x if cache is None else cache.extend(self, x)[:, -(self.past + T):]
             h = F.pad(h, (0, 0, self.past + T - h.size(1), K - 1 - self.past))  # (B, T + K - 1, C)
             copies = [h[:, k:k + T] for k in range(K)]  # K x (B, T, C)
@@ -346,17 +350,19 @@ class Transformer(nn.Module):
 
         Skip at first:
         cache: a KVCache of the tokens that x continues.
-        attn_mask (T, T) bool: the tokens (columns) that each token (row) may see, with shift the
-        start token among them. None: all, or with causal those up to itself.
-        position, attn_mask, neighbours: what beside_clean() returns, in block diffusion, where x is
-        [xt ; x0]; `where` then has columns for xt alone.
+        attn_mask (T, T) bool, of train.py's attn_anneal and of block diffusion: the tokens
+        (columns) that each token (row) may see, with shift the start token among them. None: all,
+        or with causal those up to itself.
+        position, neighbours: what beside_clean() returns, in block diffusion, where x is [xt ; x0];
+        `where` then has columns for xt alone.
 
         With shift a start token is read before x, since the output at a token predicts the next
         one; the last output, which predicts the token after x, is dropped. With a cache only the
         first pass does so. Later the first token of x takes the place of the start token: its
         output predicts the second, and so on, and `where` is (B, T - 1).
         """
-        # what options add: the noise level, a start token, positions after a cache, or in blocks
+        # for options alone: the noise level, a start token, positions that go on after a cache or,
+        # in blocks, come twice
         if self.time_mlp and level is None:
             level = (x == self.mask_id).float().mean(1, keepdim=True)
         n_before = 0 if cache is None else cache.length  # tokens that were read before x
@@ -400,7 +406,7 @@ class Transformer(nn.Module):
         So every layer is the identity at first and, with an untied head, the first loss is log V'
         (without subs log V). Embeddings have a standard deviation of 0.25. If they are the head,
         too, it is 0.02, so that the first logits are small; embed_scale then brings what the layers
-        read to about 0.3. (The encoder of a length head is initialised in the same way.)
+        read to about 0.3. (The encoder of a length head has the same standard deviations.)
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -430,9 +436,9 @@ SCHEDULES = ('linear', 'cosine', 'polynomial')
 def alpha_and_weight(t, schedule):
     """alpha_t, the fraction of tokens kept at t, and the weight w(t) = -alpha'_t / (1 - alpha_t).
 
-    Where t falls by dt, a masked token is revealed, and scored, with probability w(t) dt. The bound
-    is an integral over w(t) dt = -dalpha / (1 - alpha), in which t is gone: it does not depend on
-    the schedule, but the variance of its estimates does.
+    In the reverse process, while t falls by dt, a masked token is revealed with probability w(t)
+    dt, and the bound adds up its -log p. Since w(t) dt = -dalpha / (1 - alpha), the bound does not
+    depend on the schedule, which is how t is mapped to alpha; the variance of its estimates does.
     """
     one_of('schedule', schedule, SCHEDULES)
     if schedule == 'linear':
@@ -454,7 +460,7 @@ def low_discrepancy(n, rng):
 
 
 def noise_level(p_noise, given):
-    """Time conditioning: the fraction of ALL tokens of a row that is noise, (B, 1).
+    """For networks with time_cond alone: the fraction of ALL tokens of a row that is noise, (B, 1).
 
         p_noise * mean over i of ~given[i],   p_noise (B, 1) = P(a token that is not given is noise)
 
@@ -494,14 +500,14 @@ def in_slices(token_loss, model, h, target, *extra, at_once=2 ** 28):
 
 
 class Noised(NamedTuple):
-    """What the network reads, a sample of q(xt | x0), and how its prediction of x0 is scored.
+    """What the network reads, a sample of q(xt | x0), and how the network's prediction is scored.
 
-    The last three are for D3PM, Uniform and BlockDiffusion.
+    The last three have other values than these in D3PM, Uniform and BlockDiffusion alone.
     """
     xt: torch.Tensor      # (B, T) int64, what the network reads; in blocks [xt ; x0], (B, 2T)
     scored: torch.Tensor  # (B, T) bool, the M positions that have a loss
     weight: torch.Tensor  # of the losses; (B, T), (B, 1) or (1, 1)
-    level: torch.Tensor   # (B, 1), in blocks (B, 2T): noise_level, for time_cond; None in ar
+    level: torch.Tensor   # for time_cond alone: noise_level (B, 1), in blocks (B, 2T); None in ar
     token_loss: Callable = cross_entropy  # (logits (M, V), x0 (M,), *extra (M,)) -> (M,)
     extra: tuple = ()     # what else token_loss reads: tensors (B, T) or (B, 1)
     inputs: dict = {}     # in blocks: what beside_clean() returns, for Transformer.forward
@@ -516,8 +522,8 @@ class Objective:
 
         alpha, w = alpha_and_weight(t)    # t (B, 1) random                   # corrupt()
         is_mask = (rand(B, T) >= alpha) & ~given
-        logits = model(where(is_mask, mask_id, x0), where=is_mask)            # (M, V)
-        weight = w.expand(B, T)[is_mask]                                      # weighted_losses()
+        logits = model(where(is_mask, mask_id, x0), where=is_mask)  # (M, V)  # weighted_losses()
+        weight = w.expand(B, T)[is_mask]  # (M,)
         nats = (weight * cross_entropy(logits, x0[is_mask])).sum()
 
     A Noised says what is read, and which positions are scored, by which token_loss, with which
@@ -536,10 +542,10 @@ class Objective:
 
     # without a type: constants, which a subclass may replace. (BlockDiffusion gives block_length a
     # type, and so makes it a setting.)
-    exact = False                # True: the bound is the nll itself, of ar
+    exact = False                # True: bound() is no estimate; that of ar is the nll itself
     causal = False               # True: the network sees no later token
     reads_masks = True           # the network is shown unknown text as masks; ar, uniform: False
-    any_order = False            # True: eval.py can compute the nll of revealing in a given order
+    any_order = False            # True: eval.py can compute the nll of revealing in a chosen order
     block_length = 0             # tokens per block, if there are blocks
     # names in sample.py, the default first; these are for networks that read masks
     decoders = ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')
@@ -593,9 +599,10 @@ class Objective:
     def weighted_losses(self, model, x0, noised, **more):
         """Weighted losses (M,) of predicting x0 from one sample of its corruption."""
         where = noised.scored
+        # (M, C)
         h = model(noised.xt, noised.level, where=where, hidden=True, **noised.inputs, **more)
         weight, *extra = (part.expand_as(x0)[where] for part in (noised.weight, *noised.extra))
-        return weight * in_slices(noised.token_loss, model, h, x0[where], *extra)  # h (M, C)
+        return weight * in_slices(noised.token_loss, model, h, x0[where], *extra)
 
     def draw_t(self, n, rng):
         """(n, 1) stratified values of t in mask_range, never 0."""
@@ -616,7 +623,7 @@ def masks_by_count(given, rng):
     """
     L = (~given).sum(1, keepdim=True)  # (B, 1)
     u = low_discrepancy(len(given), rng)  # (B, 1)
-    n = (1 + (u * L).long()).minimum(L)  # u * L may round up to L; 0 where all is given
+    n = (1 + (u * L).long()).minimum(L)  # u * L may round up to L; n = L = 0 where all is given
     random = torch.rand(given.shape, generator=rng, device=given.device).masked_fill(given, 2.0)
     rank = random.argsort(1).argsort(1)  # of each token in its row; given tokens are last
     return rank < n, (n / L).nan_to_num(1.0)  # 0 / 0 where all is given
@@ -699,11 +706,11 @@ def on_device(batch, device):
 def evaluate(model, objective, batches, seed=0, repeats=1):
     """Mean of objective.bound over a split, nats per token, and the standard error of that mean.
 
-    batches: a list of functions without arguments, each reads a batch (x0, given) of prepare.py's
-    Stream or Rows; every token that is not given counts once. The same seed draws the same noise,
-    so that evaluations of a run can be compared. The error is due to the noise alone, not to the
-    size of the split: that of the mean of `repeats` independent estimates, nan for one. The
-    processes of a torchrun share the batches and all return the same.
+    batches: a list of functions without arguments, each of which returns a batch (x0, given) of
+    prepare.py's Stream or Rows; every token that is not given counts once. The same seed draws the
+    same noise, so that evaluations of a run can be compared. The error is that of the mean of
+    `repeats` independent draws of the noise (nan for one), and leaves out the size of the split.
+    The processes of a torchrun share the batches and all return the same.
     """
     was_training, device = model.training, model.device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -714,7 +721,7 @@ def evaluate(model, objective, batches, seed=0, repeats=1):
         sums = torch.zeros(len(batches), 2, dtype=torch.float64)
         for i in range(rank, len(batches), world):
             x0, given = on_device(batches[i](), device)
-            rng.manual_seed(mixed_seed(seed, repeat, i))  # the same on whichever process
+            rng.manual_seed(mixed_seed(seed, repeat, i))  # a hash: the same on whichever process
             sums[i, 0] = objective.bound(model, x0, rng, given).sum().item()
             sums[i, 1] = (~given).sum().item()
         if world > 1:  # every entry from one process, zero from the others: the sum is exact

@@ -14,19 +14,19 @@ From a checkpoint to text, each calls the next:
         make_canvases     the ids of a text, with mask_id wherever a token is to be generated.
                           Continuing a prompt, infilling and writing from nothing differ in
                           nothing else
-        complete_best     tries several lengths of an answer, if asked to
+        complete_best     complete, unless length_candidates asks for several lengths: skip it
             complete      fills canvases batch by batch: the ids of each up to its EOS
                 decode_batch
                     make_decoder    a generator that fills the masks of x (B, T) step by step
                     run_decoder     runs it, counts the passes of the network, ends rows at EOS
 
-At a first reading go from top to bottom: a token, the loop, the decoders (remdm is the default of
-objective=mdm; decode_ar needs model.py's KVCache), make_decoder with size, cached and guidance not
-set, canvases, text; then make_canvases and main(). Blocks and guidance, the lengths of answers and
-the pictures can wait.
+At a first reading go from section to section: sampling a token, the loop around a decoder, decoders
+(remdm is the default of objective=mdm), the decoder of the settings with size, cached and guidance
+not set, runs and their canvases, from canvases to text; then make_canvases and main(). Blocks and
+guidance, the lengths of answers and the pictures can wait.
 
-Letters are those of model.py: B rows of T tokens, which are the canvas x (B, T); V rows of the
-embedding, V' real tokens and the mask. where (B, T) bool marks the positions that a pass predicts,
+Letters are those of model.py: B rows of T tokens, which are the canvas x (B, T); V = V' + 1:
+the real tokens and the mask. where (B, T) bool marks the positions that a pass predicts,
 M in all rows together, and the pass returns their logits (M, V).
 """
 
@@ -103,7 +103,8 @@ length = 'auto'        # masks for the answer to a prompt. full: as many as in t
                        # average in training for so long a prompt; ratio: by length_line. argmax,
                        # quantile: the model predicts it in one pass; regress, classify, encoder: a
                        # head does, which config/length_*.py train. auto: the head, if the run has
-                       # one; else full, if it was trained with predict_pad; else fit
+                       # one; else full, if it was trained with predict_pad; else fit. (eval.py
+                       # also has reference, as many as the reference needs)
 length_line = (1.3, 2.0)  # ratio, (a, b): a * (tokens of the prompt) + b masks; also fit, where
                        # the data set has counted no average
 length_quantile = 0.9  # quantile and heads that classify: P(the answer is at most as long as
@@ -160,8 +161,8 @@ def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repe
                   specials=()):
     """The distributions (M, V) float64 to sample from, given the model's logits (M, V).
 
-    x (B, any width): the text so far. where (B, T): the M positions that the logits are for, of
-    which only the rows matter here. repetition_penalty makes tokens less likely that their row
+    x (B, any width): the text so far. where (B, T): True at the M positions of the logits, which
+    tells the row that each belongs to. repetition_penalty makes tokens less likely that their row
     already holds [CTRL 1909.05858, sec. 4.1], except the ids `specials` (mask, EOS, SEP, PAD): else
     an EOS that is given would make it harder for the row to end.
     """
@@ -255,7 +256,8 @@ def run_decoder(decoder, model, x, rng, eos_id=None, on_step=None, lengths=None)
     """
     x, model = x.clone(), Counted(model)
     to_generate = x == model.mask_id
-    may_end = to_generate.flip(1).cumprod(1).flip(1).bool()  # nothing is given from here on
+    # nothing is given from here on, in padding neither
+    may_end = to_generate.flip(1).cumprod(1).flip(1).bool()
     for row, length in zip(to_generate, lengths or ()):
         row[length:] = False
     for where, logits in decoder(model, x, to_generate, rng):
@@ -275,7 +277,7 @@ def reverse_steps(model, x, to_generate, steps, schedule):
     level (B, 1): the expected fraction of each canvas that is noise at t: a share 1 - alpha_t of
     the tokens to be generated, and the masks that stand elsewhere (in later blocks, and padding).
     """
-    require('steps', steps, steps > 0, '1 or more: one token a step is for confidence and remask')
+    require('steps', steps, steps > 0, '1 or more: 0, one token a step, is for confidence, remask')
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     alpha = alpha_and_weight(t, schedule)[0].tolist()
     here = to_generate.float().mean(1, keepdim=True)  # (B, 1)
@@ -294,8 +296,8 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
     reveals none needs no pass, and any other step needs logits at these masks alone.
 
     To be skipped at first: a d3pm model with subs=False gives the mask a probability p_mask too,
-    and before the last step a mask is revealed less often: the posterior q(xs | xt, x0), at the
-    prediction for x0, reveals one with probability
+    and before the last step a mask is revealed less often: the posterior q(xs | xt, x0), with the
+    prediction in place of x0, reveals one with probability
 
         (alpha_s - alpha_t) * (1 - p_mask) / (1 - alpha_t * (1 - p_mask))
     """
@@ -327,8 +329,9 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
     so that the expected fraction of written tokens at s is alpha_s: (1 - sigma) * alpha_t stay, and
     alpha_s - (1 - sigma) * alpha_t come. The temperature falls as text appears, from 1 + cool to
     1 - cool times its value: early tokens are sampled with variety, late ones, which must fit the
-    text around them, from the likeliest. With eta = 0 nothing is masked again: but for the
-    temperature it is decode_ancestral (and of a d3pm model with subs=False that decoder itself).
+    text around them, from the likeliest. With eta = 0 nothing is masked again, and only the
+    temperature differs from decode_ancestral. (Skip at first: for a d3pm model with subs=False,
+    eta = 0 calls decode_ancestral, without that temperature.)
     """
     if eta == 0 and not model.config.subs:  # decode_ancestral knows that d3pm may predict a mask
         yield from decode_ancestral(model, x, to_generate, rng, steps=steps, **sampling,
@@ -379,7 +382,8 @@ def propose(model, x, is_mask, order, rng, sampling):
     confidence p: in float32 all p above 1 - 1e-7 would be 1, and have no order. It is -inf
     elsewhere; at masks it is at least -1e4, even of confidence 0.
     """
-    level = (x == model.mask_id).float().mean(1, keepdim=True)  # (B, 1), as counted
+    # (B, 1), counted here, over the whole canvas: PrefixCached shows the model a part of it
+    level = (x == model.mask_id).float().mean(1, keepdim=True)
     logits = model(x, level, where=is_mask)  # (M, V)
     logits[:, model.mask_id] = -torch.inf  # with subs it is already; d3pm may predict the mask
     token = sample_token(logits, x, is_mask, rng, **sampling)  # (M,)
@@ -487,6 +491,9 @@ def decode_ar(model, x, to_generate, rng, **sampling):
         i = 3    begin = 0    the cache is empty               unread: start, tokens 0, 1, 2
         i = 4    begin = 0    it holds start, tokens 0, 1, 2   unread: token 3
         i = 8    begin = 4    the window moved: it is empty    unread: start, tokens 4, 5, 6, 7
+
+    A pass with cache=cache appends what it reads and raises cache.length, the number of tokens that
+    it holds, with the start token; 0 empties it.
     """
     cache, begin = KVCache(model.config), 0  # begin: of the window in the canvas
     for i in to_generate.any(0).nonzero()[:, 0].tolist():
@@ -707,7 +714,7 @@ def make_decoder(objective, settings, specials=()):
             'off unless block_length is set; a model that learned blocks has an exact cache')
     require('guidance', s['guidance'], not (s['guidance'] and cached),
             '0 with a cache: guidance reads finished text again, masked, and a cache reads it once')
-    # the keywords of a decoder are the names of its settings
+    # the keywords of a decoder, as steps, order, counts of decode_confidence, name its settings
     own = {key: s[key] for key in (*getfullargspec(DECODERS[name]).kwonlyargs, *SAMPLING)}
     decoder = partial(DECODERS[name], specials=specials, **own)
     if size:
@@ -777,9 +784,9 @@ def template_canvas(template, tokenizer, mask_id):
 def text_canvas(run, kind, text, settings):
     """The ids of a 'template', or of a 'prompt' and gen_length masks; 0 fills the context.
 
-    For documents 0 makes a canvas as wide as in training, if the model reads it as a whole. With
-    predict_pad there is one width in training; without it only the width says where a document
-    ends, and the canvas has the mean width.
+    For documents, which are stored as answers without a prompt, 0 makes a canvas as wide as in
+    training, if the model reads it as a whole. With predict_pad there is one width in training;
+    without it only the width says where a document ends, and the canvas has the mean width.
     """
     T, mask_id = run.model.config.block_size, run.model.mask_id
     if kind == 'template':
@@ -845,7 +852,7 @@ def keep_log_p(log_p, x, nfe, where, logits):
 
 
 def end_of(ids, canvas, eos_id, mask_id):
-    """How many of ids, a canvas as it was filled, are text: those before EOS.
+    """The length of the text in ids, which fill a canvas: up to EOS, without it.
 
     EOS is the first eos_id at one of the masks with which the canvas ends. Without one, all of the
     canvas is text. (ids may be longer: then masks pad the canvas.)

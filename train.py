@@ -23,9 +23,9 @@ several machines, which must all see the same folder, start on each:
 
 Read the docstrings of config/__init__.py and of Stream.batch in prepare.py first; then main() and
 read_settings() at the end of this file, TrainingRun (what a run consists of), micro_step(),
-update() and train() (the loop: evaluate, save, update). The rest can wait: check_settings(), and
-what follows the loop, which is records, going on from an earlier run, the optimisers, and how fast
-it all is.
+update() and train() (the loop: evaluate, save, update). Of model.py's second half that takes
+make_objective and model_config. The rest can wait: check_settings(), and what follows the loop,
+which is records, going on from an earlier run, the optimisers, and how fast it all is.
 """
 
 import csv
@@ -78,8 +78,8 @@ batch_size = 16             # B, windows per forward and backward pass
 gradient_accumulation_steps = 1  # batches per update, of each process
 block_size = 256            # T, tokens per window
 train_tokens = 0            # use only this many tokens, the first of the training split; 0 = all
-random_length = 0.0         # share of batches that are cropped to a random width (a batch of rows
-                            # keeps its longest answer, loses PAD alone, and needs predict_pad)
+random_length = 0.0         # share of batches that are cropped to a random width (of rows only PAD
+                            # is cropped, and predict_pad must be on)
 # data of rows: prompts and answers, or documents; a batch holds rows of one width
 predict_pad = False         # predict PAD too, and so learn where an answer ends; False: rows have
                             # no PAD, and their width shows where the answer ends
@@ -108,7 +108,7 @@ attn_dropout = 0.0          # of the weights of attention: slow on a CPU
 objective = 'mdm'           # ar, mdm, d3pm, uniform, block. Of the settings below ar uses none,
                             # and "d3pm:" marks what d3pm alone uses
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
-loss_weight = 'clipped'     # of time t: elbo = w(t), clipped = min(w(t), w_max), flat = 1;
+loss_weight = 'clipped'     # weight of time t: elbo = w(t), clipped = min(w(t), w_max), flat = 1;
                             # masked_mean = 1, and the mean is over masked tokens alone. (uniform,
                             # which scores all tokens, multiplies it by 1 - alpha_t)
 w_max = 5.0                 # for loss_weight = clipped
@@ -152,7 +152,8 @@ bench = 0                   # only time this many updates and profile a few: not
 
 
 # Fields of ModelConfig in which a run may differ from its init_from: training adapts the weights.
-# (causal: local mixing then reads other neighbours with each weight; no harm, data/RESULTS.md.)
+# (Where causal differs, each weight of local mixing meets another neighbour; data/RESULTS.md shows
+# that it does no harm.)
 MAY_DIFFER = ('block_size', 'causal', 'dropout', 'attn_dropout', 'subs', 'block_length',
               'length_head', 'shift')
 
@@ -226,7 +227,7 @@ class TrainingRun:
         self.seconds = 0.0      # spent on these updates, without evaluations
         self.speed = 0.0        # tokens/s of all processes, since the run was started or resumed
         self.gradient_norm = torch.zeros(())  # of the last update, before clipping
-        self.log, self.steps = [], []  # rows of log.csv, of steps.csv; their values are texts
+        self.log, self.steps = [], []  # rows of log.csv, of steps.csv; once read back, of texts
         self.caught = []        # numbers of the signals that asked this process to stop
         self.stop = False       # some process has caught one: save and leave
         if checkpoint:
@@ -338,7 +339,8 @@ def update(run, s):
         o.step()
         o.zero_grad()
     run.iteration += 1
-    # all processes have the same sums, and so stop after the same update; one need not wait for it
+    # All processes have the same sums, and so stop after the same update. A single one reads its
+    # own list instead, which does not wait for the device.
     run.stop = bool(signals if run.world > 1 else run.caught)
     return nats / count.clamp(min=1)
 
@@ -350,7 +352,7 @@ def catching_signals(run):
     An update that stopped halfway would have changed some weights and not others: so the loop
     finishes it, saves, and then stops.
     """
-    handlers = {number: signal.signal(number, lambda number, frame: run.caught.append(number))
+    handlers = {number: signal.signal(number, lambda caught, frame: run.caught.append(caught))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -367,7 +369,7 @@ def train(run, s):
     bar = tqdm(total=s.max_iters, initial=run.iteration, disable=True if run.rank else None)
     tokens_before, seconds_before = run.tokens, run.seconds  # run.speed counts from this start
     if run.log and s.keep_best:
-        save(run, s)  # keep_best may be new, and best.pt due where a resumed run stands
+        save(run, s)  # if keep_best was set at this resume, best.pt may be due
     with catching_signals(run):
         while True:  # at max_iters it evaluates and saves a last time, and leaves
             done = run.iteration == s.max_iters
@@ -388,8 +390,8 @@ def train(run, s):
             to_record = run.iteration % s.log_interval == 0
             if to_record or run.stop:
                 loss = loss.item()
-                # A loss of few batches is noisy: it may be twice what one token weighs at most, and
-                # 10 in any case. With elbo the weights have no limit, and so the loss has none.
+                # A loss of few batches is noisy, so its limit is loose: by a factor of twice the
+                # largest weight, w_max, and 10 at least. elbo has no largest weight, so no limit.
                 factor = math.inf if s.loss_weight == 'elbo' else 2 * max(5.0, s.w_max)
                 check_loss(run, s, loss, factor)
             run.seconds += time.perf_counter() - began  # with the wait for loss.item()
@@ -398,9 +400,8 @@ def train(run, s):
             if to_record:
                 record_step(run, s, loss, bar)
     bar.close()
-    # run.stop, which update() sets, does not know of a signal during the last evaluation. A single
-    # process leaves on it, and --resume then prints the final loss. Several go on and print it,
-    # since perhaps only some of them caught the signal.
+    # A signal during the last evaluation came too late for run.stop. A single process stops all the
+    # same, and --resume prints the final loss; several go on, since perhaps only some caught it.
     if run.stop or run.world == 1 and run.caught:
         print(f'stopped and saved after {run.iteration} updates; go on with\n'
               f'python train.py --out_dir={shlex.quote(s.out_dir)} --resume')
@@ -847,9 +848,9 @@ def show_sample(run, s):
 def read_settings():
     """The settings of this run and, if it is resumed, its checkpoint, else None.
 
-    The later of four has its way: the head of this file; the earlier run that out_dir (resume) or
-    init_from names, of which init_from takes the shape alone; the config file; the command line.
-    override() is called twice: to find the earlier run, and to apply all four.
+    There are four sources, and a later one overrides an earlier: the head of this file; the run
+    that out_dir (resume) or init_from names, of which init_from takes the shape alone; the config
+    file; the command line. override() is called twice: to find that run, and to apply all four.
     """
     s = SimpleNamespace(**config.override(globals()))
     off_unless(s, 'overwrite', not s.resume, 'resume is off: it deletes the run that is to go on')

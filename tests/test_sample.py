@@ -1851,7 +1851,7 @@ BAD = [
     *(([f'--out_dir={name}', f'--decoder={other}'], f"'{other}', not one of auto, {name}\n")
       for name in ('ar', 'uniform')
       for other in ('ancestral', 'confidence', 'threshold', 'remask', 'remdm')),
-    (['--out_dir=uniform', '--steps=0'], '1 or more: one token a step is for conf'),
+    (['--out_dir=uniform', '--steps=0'], '1 or more: 0, one token a step, is for conf'),
     (['--out_dir=uniform', '--block_length=4'], 'off for uniform'),
     (['--out_dir=uniform', '--guidance=1'], 'off for uniform'),
     (['--out_dir=uniform', '--template=[___:25]'], f'block_size is {CONTEXT}'),
