@@ -8,8 +8,8 @@
     evaluate        the mean of an objective over a split
 
 A first reading ends at evaluate. Until there skip what says so, and take cache, position, attn_mask
-and neighbours as None, shift and time_cond as False. What follows is for later (KVCache for
-decode_ar in sample.py):
+and neighbours as None, shift and time_cond as False. What follows is for later; of it decode_ar
+in sample.py needs KVCache:
 
     D3PM, Uniform, BlockDiffusion     objectives that corrupt text, or score a token, in other ways
     KVCache, LengthHead               options of the transformer: decoding that recomputes nothing,
@@ -66,7 +66,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-# require(name, value, fine, wanted) and one_of(name, value, names) raise UserError if it is not
+# require(name, value, fine, wanted) raises UserError unless fine, one_of(name, value, names) unless
+# the value is among the names
 from config import UserError, as_user_error, one_of, require
 from prepare import from_hub, hub_vocabulary, licence_of, mixed_seed, optional
 

@@ -415,7 +415,7 @@ def write_rows(file, rows):
     """Writes dicts to an open CSV file, after a header if the file is empty."""
     writer = csv.writer(file)
     if rows and file.tell() == 0:
-        writer.writerow(rows[0])
+        writer.writerow(rows[0])  # its keys
     writer.writerows(row.values() for row in rows)
 
 
@@ -543,7 +543,7 @@ def plot_losses(run, s):
     millions = (run.tokens or run.tokens_per_update) / max(1, run.iteration) / 1e6  # per update
     ax.secondary_xaxis('top', xlabel='training tokens (millions)',
                        functions=(lambda n: n * millions, lambda n: n / millions))
-    ax.legend(frameon=False)
+    ax.legend(edgecolor='none', framealpha=1)  # above the line of log V'
     fig.savefig(Path(s.out_dir, 'loss.png'), dpi=150)
 
 
