@@ -93,7 +93,8 @@ eta = 0.06             # remdm: largest probability per step that a written toke
 cool = 0.7             # remdm: the temperature falls from (1 + cool) to (1 - cool) times its value
 block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
 prefix_cache = False   # read what precedes a block once: faster, but an approximation
-guidance = 0.0         # above 0: follow the given text more closely, at two passes a step
+guidance = 0.0         # above 0: follow the given text, where there is one, more closely, at two
+                       # passes a step
 temperature = 0.7      # 0 takes the most likely token; RESULTS, What each decoder buys
 top_k = 0              # sample among the k most likely tokens; 0 = all
 top_p = 1.0            # sample among the fewest tokens that hold this probability together
@@ -207,8 +208,10 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 # predicted, and the logits (M, V) there.
 #
 # Between two steps run_decoder() looks at x. Once a row has generated an EOS, it sets this row of
-# to_generate, the same tensor, to False: so a decoder reads to_generate anew in every step. Masks
-# where to_generate is False (later blocks, padding) are read and left as they are.
+# to_generate, the same tensor, to False: so a decoder reads to_generate anew in every step. A
+# decoder that may change what it wrote works from a copy, and keeps to_generate False until tokens
+# are final, so that no row ends at an EOS that may still change. Masks where to_generate is False
+# (later blocks, padding) are read and left as they are.
 #
 #     rng                   the torch.Generator of everything random
 #     its own settings      make_decoder() passes them all; defaults serve direct calls
@@ -337,21 +340,24 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         yield from decode_ancestral(model, x, to_generate, rng, steps=steps, **sampling,
                                     noise_schedule=noise_schedule, temperature=temperature)
         return
-    for alpha_t, alpha_s, level in reverse_steps(model, x, to_generate, steps, noise_schedule):
+    generated = to_generate.clone() if eta > 0 else to_generate
+    for alpha_t, alpha_s, level in reverse_steps(model, x, generated, steps, noise_schedule):
+        if eta > 0:  # no row ends at an EOS that may be masked again, but after the last step
+            to_generate[:] = generated & (alpha_s == 1)
         u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
-        is_mask = to_generate & (x == model.mask_id)
+        is_mask = generated & (x == model.mask_id)
         sigma = min(eta, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 0.0  # at t = 1 all are masks
         # one u serves both: a token is either masked or written
         reveal = is_mask & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
-        remask = to_generate & ~is_mask & (u < sigma)
-        if not (reveal | remask).any():
+        remask = generated & ~is_mask & (u < sigma)
+        if not (reveal | remask | to_generate & (eta > 0)).any():  # the last step is yielded anyhow
             continue
         if reveal.any():
             logits = model(x, level, where=reveal)  # (M, V), M to reveal
             logits[:, model.mask_id] = -torch.inf
             cooled = temperature * (1 + cool * (1 - 2 * alpha_t))
             x[reveal] = sample_token(logits, x, reveal, rng, temperature=cooled, **sampling)
-        else:  # tokens are only masked again: no pass, so no logits
+        else:  # tokens are only masked again, if at all: no pass, so no logits
             logits = torch.empty(0, model.config.vocab_size, device=x.device)
         x[remask] = model.mask_id
         yield reveal, logits
@@ -453,21 +459,23 @@ def decode_threshold(model, x, to_generate, rng, *, threshold, order='max_prob',
 
 def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
                   **sampling):
-    """Keeps the most confident tokens, and commits none until a row ends [Mask-Predict 1904.09324].
+    """Keeps the most confident tokens, and commits none before the end [Mask-Predict 1904.09324].
 
     As decode_confidence, but every token keeps the score it had when it was sampled, and each step
     keeps the most confident of all, old and new, and masks the others again.
     """
     n_masks, score_of_all = to_generate.sum(1), torch.full(x.shape, -torch.inf, device=x.device)
+    generated = to_generate.clone()  # as in decode_remdm
     for i in range(1, (steps or x.size(1)) + 1):
-        is_mask = to_generate & (x == model.mask_id)
+        is_mask = generated & (x == model.mask_id)
         keep = n_masks - masks_left(n_masks, i, steps, counts)  # (B,)
         if not (is_mask.any(1) & (keep > 0)).any():  # cosine may keep none at first
             continue
         tokens, scores, logits = propose(model, x, is_mask, order, rng, sampling)
         score_of_all = torch.where(is_mask, scores, score_of_all)
         x[is_mask] = tokens[is_mask]
-        x[to_generate & (confidence_rank(score_of_all) >= keep[:, None])] = model.mask_id
+        x[generated & (confidence_rank(score_of_all) >= keep[:, None])] = model.mask_id
+        to_generate[:] = generated & (keep == n_masks)[:, None]
         yield is_mask, logits
 
 
@@ -516,9 +524,10 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
     """The reverse process of uniform-state diffusion in `steps` steps from t = 1 to 0.
 
     All tokens to be generated start uniformly random, and every step may change all of them, so
-    that errors are mended. With s = t - 1/steps, V' real tokens and p_j = p(x0 = j | xt), a token i
-    becomes j with a probability proportional to q(xt = i | xs = j) * q(xs = j | x0), in which p
-    takes the place of x0 [D3PM 2107.03006; Duo 2506.10892]:
+    that errors are mended. With s = t - 1/steps, V' real tokens and p_j = p(x0 = j | the others
+    of xt), which is what Uniform in model.py learns, a token i becomes j with a probability
+    proportional to q(xt = i | xs = j) * q(xs = j | x0), in which p takes the place of x0
+    [D3PM 2107.03006; Duo 2506.10892]:
 
         (alpha_t / alpha_s * [i = j] + (1 - alpha_t / alpha_s) / V') * (alpha_s * p_j
                                                                         + (1 - alpha_s) / V')
@@ -527,7 +536,7 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
     the last step, where alpha_s = 1, takes it; the steps before it still sample noise.
     """
     generated, n_real = to_generate.clone(), model.mask_id  # V': here the mask is the last id
-    to_generate[:] = False  # else run_decoder() would end rows at an EOS that may still change
+    to_generate[:] = False  # until the last step, as in decode_remdm
     noise = torch.randint(n_real, x.shape, generator=rng, device=rng.device).to(x.device)
     x[generated] = noise[generated]
     if not generated.any():
@@ -542,8 +551,7 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
         current = F.one_hot(x[generated].to(p.device), n_real).double()
         p = (keep * current + (1 - keep) / n_real) * (alpha_s * p + (1 - alpha_s) / n_real)
         x[generated] = sample_categorical(p, rng).to(x.device)
-        if alpha_s == 1:  # what the last step wrote is final: run_decoder() may end rows
-            to_generate[:] = generated
+        to_generate[:] = generated & (alpha_s == 1)
         yield generated, logits
 
 
@@ -639,6 +647,7 @@ def decode_blocks(model, x, to_generate, rng, *, inner, block_length, steps=None
             before, after = (steps * (edge - first) // (end - first) for edge in (start, stop))
             inner = partial(inner, steps=max(1, after - before))
         for step in inner(reader, x, block, rng):
+            to_generate[:, start:stop] = block[:, start:stop]  # where tokens are final
             yield step
             block &= to_generate  # rows that have ended since
 
@@ -873,8 +882,7 @@ def complete(run, canvases, settings, eos_id=None, on_step=None, with_log_p=Fals
     on_step sees the first batch, whose row 0 is the first canvas; with_log_p it is not called.
     """
     done, totals, mask_id = [None] * len(canvases), (0, 0, 0.0), run.model.mask_id
-    in_blocks = settings['block_length'] > 0
-    for batch in group_canvases(run, canvases, settings['batch_size'], in_blocks):
+    for batch in group_canvases(run, canvases, settings['batch_size'], settings['block_length']):
         rows = [canvases[i] for i in batch]
         log_p = torch.zeros(len(rows), max(map(len, rows)))  # of each token, if with_log_p
         watcher = on_step if batch[0] == 0 else None

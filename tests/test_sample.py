@@ -1254,9 +1254,8 @@ def test_masked_decoders_stop_at_eos(decoder):
 
 
 @pytest.mark.parametrize('decoder', [
-    partial(decode_ancestral, steps=12), partial(decode_remdm, steps=12, eta=0.3),
-    partial(decode_remask, steps=8), partial(decode_threshold, threshold=0.5),
-    partial(decode_blocks, inner=remask, steps=9, block_length=4),
+    partial(decode_ancestral, steps=12), partial(decode_remdm, steps=12, eta=0.0),
+    partial(decode_threshold, threshold=0.5),
     partial(decode_blocks, inner=ancestral, steps=12, block_length=4, prefix_cache=True)])
 def test_nothing_is_drawn_after_the_end(decoder):
     """Once an eos stands behind what is given, and no mask before it, a row stays as it is."""
@@ -1278,6 +1277,29 @@ def test_nothing_is_drawn_after_the_end(decoder):
             assert not (canvas[finished] == WIDE_MASK).any()
         stopped += (finished & (y != WIDE_MASK).all(1)).sum().item()
     assert stopped > 5
+
+
+@pytest.mark.parametrize('decoder', [
+    partial(decode_remdm, steps=12, eta=0.3), partial(decode_remask, steps=14, order='random'),
+    partial(decode_remask, steps=0, order='random'), partial(decode_uniform, steps=6),
+    partial(decode_guided, inner=partial(remdm, steps=9, eta=0.3), guidance=0.5),
+    partial(decode_blocks, inner=partial(remask, order='random'), steps=16, block_length=8),
+    partial(decode_blocks, inner=remdm, eta=0.3, steps=24, block_length=4, prefix_cache=True)])
+def test_no_row_ends_at_an_eos_that_may_still_change(decoder):
+    """The same text with an eos_id and without, up to its first EOS: none is cut short."""
+    model, changed, short = tiny_model(seed=9, pos='learned', **WIDE), 0, 0
+    x = torch.full((1, 16), WIDE_MASK)
+    x[:, 0], x[:, 3] = 3, 3  # 3 is the eos
+    for seed in range(30):
+        states = []
+        free, _ = decoder(model, x, generator=noise_source(seed),
+                          on_step=lambda x, *_: states.append(x.clone()))
+        y, _ = decoder(model, x, eos_id=3, generator=noise_source(seed))
+        assert torch.equal(y, ended(free, x, 3))
+        ends = [(state == 3) & ((state == WIDE_MASK).cumsum(1) == 0) for state in states]
+        changed += any((end & (y != 3)).any() for end in ends)  # EOS with no mask before it
+        short += not torch.equal(y, free)
+    assert changed > 0 and short > 5
 
 
 def test_ar_writes_nothing_after_eos():
