@@ -1252,7 +1252,8 @@ class Recorder:
         return f'{step["ids"].count(self.mask_id)} masks left'
 
     def rewritten(self):
-        """The fraction of generated tokens that were written more than once, i.e. corrected."""
+        """The fraction of generated tokens that were written more than once: corrected, or what
+        followed an EOS and became EOS."""
         times = Counter(new['i'] for step in self.steps[1:] for new in step['new']
                         if new['id'] != self.mask_id)
         return sum(n > 1 for n in times.values()) / self.steps[0]['ids'].count(self.mask_id)
@@ -1359,7 +1360,7 @@ def draw_steps(r, most, stood, title, size):
             length = COLUMNS / 2 / n + 0.3 * (k < n)  # into the next one, to leave no gap
             put(-0.9, COLUMNS / 2 * (1 + (k - 1) / n), length, '', color, 0.4)
         if k in shown:
-            put(-1.2, 0, COLUMNS / 2, f'{title}, step {k} of {n}', 'white')
+            put(-1.2, 0, COLUMNS / 2, f'step {k} of {n}, {title}'[:COLUMNS // 2], 'white')
             yield image.copy()
 
 
@@ -1379,13 +1380,13 @@ def save_png(r, path, about):
     """ROWS of the steps one below the other, from masks to text; the first ROW_LINES of each."""
     from PIL import Image
     running = [[text.replace('⏎', ' ') for text in texts] for texts in r.stood]  # no line breaks
-    rows = [np.asarray(image)[:40 * (ROW_LINES + 2)]
+    rows = [np.asarray(image)[:20 * (2 * ROW_LINES + 3)]
             for image in draw_steps(r, ROWS, running, about['title'], 20)]
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
 def save_html(r, path, about):
-    """One page that needs no other: a slider over the steps, and what each token was drawn from."""
+    """One page that needs no other: a slider over the steps, and what the model predicted there."""
     n = len(r.steps) - 1
     steps, colors, changes = [], ramp(n), [-1] * len(r.stood)
     for step, color in zip(r.steps, ['', *colors]):
@@ -1415,7 +1416,7 @@ def save_html(r, path, about):
 def save_jsonl(r, path, about):
     """The raw data: a header, then the given canvas and each step, as in Recorder.
 
-    rewritten in the header: the fraction of generated tokens that were written more than once.
+    rewritten in the header: see Recorder.rewritten.
     """
     header = about | {'rewritten': r.rewritten()}
     Path(path).write_text(''.join(dumps(row) + '\n' for row in [header, *r.steps]))

@@ -221,6 +221,25 @@ def test_a_gif_shows_the_steps(tmp_path, n, frames):
                 assert np.abs(np.subtract(found, color)).max() <= 16, (frame, i)
 
 
+@pytest.mark.parametrize('ending', ['.png', '.gif'])
+def test_a_long_title_stays_beside_the_bar(tmp_path, ending):
+    """And a PNG of many lines ends where the last one that it shows does."""
+    pictures = []
+    for title in ('x', 'shakespeare_mdm_10m_block, confidence and much more'):
+        recorder = sample.Recorder([0] * 800 + [4], LETTERS, 4)
+        where = torch.ones(1, 801, dtype=torch.bool)
+        recorder(torch.tensor([[1] * 801]), 1, where, torch.zeros(801, 5))
+        sample.SAVERS[ending](recorder, tmp_path / f'x{ending}', {'title': title})
+        with Image.open(tmp_path / f'x{ending}') as image:
+            image.seek(image.n_frames - 1)
+            pictures.append(np.asarray(image.convert('RGB')))
+    short, long = pictures
+    size = 20 if ending == '.png' else 10
+    assert np.array_equal(short[:, size * 41:], long[:, size * 41:]), 'it is in the left half'
+    if ending == '.png':
+        assert short.shape[0] == 2 * 20 * (2 * 8 + 3) and (short[20 * 19 - 2] == 255).all()
+
+
 def test_a_png_shows_steps_one_below_the_other(tmp_path):
     recorder = recorded(n=40)
     sample.save_png(recorder, tmp_path / 'x.png', {'title': 'a run'})
