@@ -255,8 +255,9 @@ def join_processes(device):
             device = f'cuda:{os.environ["LOCAL_RANK"]}'
             torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+        sys.excepthook = config.show_one_line  # torch's own would lose the line of an error
     if rank > 0:
-        sys.stdout = open(os.devnull, 'w')  # one process speaks for all
+        sys.stdout = open(os.devnull, 'w', errors='replace')  # one process speaks for all
     return rank, world, device
 
 

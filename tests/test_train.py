@@ -389,6 +389,13 @@ def test_a_process_that_dies_ends_the_others(verse):
     assert load_checkpoint(verse / 'out/dies')['iter'] == 0
 
 
+def test_processes_say_what_is_wrong(verse):
+    done = torchrun(2, *TINY, '--out_dir=out/wide', '--block_size=100000', cwd=verse)
+    assert done.returncode != 0
+    said = 'error: block_size is 100000, but it must be'
+    assert done.stderr.count(said) == 2, done.stderr[-2000:]
+
+
 def test_a_signal_to_one_process_stops_all_after_the_same_update(verse):
     code = ('import torch, signal\n'
             'step, done = torch.optim.AdamW.step, []\n'
