@@ -859,9 +859,10 @@ def read_settings():
     if s.resume:
         checkpoint = load_checkpoint(s.out_dir)
         earlier = checkpoint['config'] | {'out_dir': s.out_dir}  # it may have been moved
-    elif Path(s.out_dir, 'ckpt.pt').exists() and not (s.overwrite or s.bench):
-        raise UserError(f'{s.out_dir} holds a run already: --resume goes on with it, --overwrite '
-                        'starts anew, --out_dir=... puts the new one elsewhere')
+    elif not (s.overwrite or s.bench) and any(
+            Path(s.out_dir, name).exists() for name in ('ckpt.pt', 'best.pt', 'config.json')):
+        raise UserError(f'{s.out_dir} holds a run or model already: --resume goes on with a run, '
+                        '--overwrite starts anew, --out_dir=... puts the new one elsewhere')
     elif s.init_from:
         theirs = hub_settings(s) if s.init_from.startswith('hf:') else \
             load_checkpoint(s.init_from)['config']

@@ -809,12 +809,19 @@ def test_a_run_is_not_overwritten_unasked(verse):
     words = [*TINY, '--max_iters=1', '--out_dir=out/kept']
     assert run('train.py', *words, cwd=verse).returncode == 0
     before = (verse / 'out/kept/ckpt.pt').read_bytes()
-    assert_one_line(run('train.py', *words, cwd=verse), 'holds a run already', '--overwrite')
+    assert_one_line(run('train.py', *words, cwd=verse), 'holds a run or model', '--overwrite')
     assert_one_line(run('train.py', '--out_dir=out/kept', '--resume', '--overwrite', cwd=verse),
                     'overwrite is True', 'off unless resume is off')
     done = run('train.py', *words, '--overwrite', '--track=wandb,tensorbord', cwd=verse)
     assert_one_line(done, "track is 'tensorbord'")
     assert (verse / 'out/kept/ckpt.pt').read_bytes() == before
+    for name in ('best.pt', 'config.json'):  # of a run without its last weights; of another model
+        (verse / 'out/some').mkdir(exist_ok=True)
+        (verse / 'out/some' / name).write_text('mine')
+        done = run('train.py', *words, '--out_dir=out/some', cwd=verse)
+        assert_one_line(done, 'out/some holds a run or model already')
+        assert (verse / 'out/some' / name).read_text() == 'mine'
+        (verse / 'out/some' / name).unlink()
     assert run('train.py', *words, '--overwrite', cwd=verse).returncode == 0
     log = verse / 'out/kept/log.csv'
     log.write_text(log.read_text()[:-40])  # the last line is left out, and written anew
