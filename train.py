@@ -105,8 +105,8 @@ time_cond = False           # show the network the noise level
 dropout = 0.0               # of what attention and mlp add, and of the embedding
 attn_dropout = 0.0          # of the weights of attention: slow on a CPU
 # objective
-objective = 'mdm'           # ar, mdm, d3pm, uniform, block. Of the settings below ar uses none,
-                            # and "d3pm:" marks what d3pm alone uses
+objective = 'mdm'           # ar, mdm, d3pm, uniform, block. Of the settings below ar uses none (but
+                            # for check_loss, w_max), and "d3pm:" marks what d3pm alone uses
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
 loss_weight = 'clipped'     # weight of time t: elbo = w(t), clipped = min(w(t), w_max), flat = 1;
                             # masked_mean = 1, and the mean is over masked tokens alone. (uniform,
@@ -393,7 +393,8 @@ def train(run, s):
                 loss = loss.item()
                 # A loss of few batches is noisy, so its limit is loose: by a factor of twice the
                 # largest weight, w_max, and 10 at least. elbo has no largest weight, so no limit.
-                factor = math.inf if s.loss_weight == 'elbo' else 2 * max(5.0, s.w_max)
+                unlimited = s.loss_weight == 'elbo' and not run.objective.exact
+                factor = math.inf if unlimited else 2 * max(5.0, s.w_max)
                 check_loss(run, s, loss, factor)
             run.seconds += time.perf_counter() - began  # with the wait for loss.item()
             run.speed = (run.tokens - tokens_before) / (run.seconds - seconds_before)
@@ -491,7 +492,7 @@ def check_loss(run, s, loss, factor):
     """
     guess = math.log(run.data.meta['vocab_size'])  # log V': meta does not count the mask
     # "not <", since nan is neither above nor below, and inf not below inf
-    if run.log and not loss < factor * max(guess, float(run.log[0]['train'])):
+    if run.log and not loss < factor * max(guess, float(run.log[0]['train']), 1e-9):
         raise UserError(f'diverged: the training loss is {loss:.4g} after {run.iteration} updates: '
                         f'lower the learning rate; {s.out_dir}/ckpt.pt has weights from before')
 

@@ -287,6 +287,8 @@ def test_what_began_high_has_not_diverged():
     for loss in (18.1, math.nan):
         with pytest.raises(UserError, match='diverged'):
             script.check_loss(run_, s, loss, 2)
+    run_.log, run_.data.meta = [{'train': '0.000000'}], {'vocab_size': 1}
+    script.check_loss(run_, s, 0.0, 2)  # a text of one character is known from the start
 
 
 def test_a_signal_in_the_last_evaluation_stops_the_run(verse, monkeypatch):
