@@ -723,7 +723,7 @@ def make_optimizers(model, s, dtype):
     matrices, rest = [], []
     for name, p in (model.length_head or model).named_parameters():
         # models of the hub call their blocks layers
-        is_matrix = p.ndim == 2 and ('blocks.' in name or '.layer' in name) and 'mixing' not in name
+        is_matrix = p.ndim == 2 and ('blocks.' in name or 'layer' in name) and 'mixing' not in name
         (matrices if is_matrix else rest).append(p)
     adam = partial(torch.optim.AdamW, lr=s.learning_rate, betas=(s.beta1, s.beta2),
                    weight_decay=0.0, fused=True)

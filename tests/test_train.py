@@ -461,16 +461,19 @@ def test_every_parameter_is_learned_once_and_matrices_of_blocks_alone_decay(shap
         assert {id(p) for g in groups if g['weight_decay'] for p in g['params']} == inside
 
 
-def test_matrices_in_the_layers_of_the_hub_decay_too():
+@pytest.mark.parametrize('like', ['Bert', 'Albert'])
+def test_matrices_in_the_layers_of_the_hub_decay_too(like):
     transformers = pytest.importorskip('transformers')
-    c = transformers.BertConfig(vocab_size=12, hidden_size=8, num_hidden_layers=2,
-                                num_attention_heads=2, intermediate_size=16)
-    model = transformers.BertForMaskedLM(c)
+    c = getattr(transformers, f'{like}Config')(
+        vocab_size=12, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=16, embedding_size=8)
+    model = getattr(transformers, f'{like}ForMaskedLM')(c)
     model.length_head = None
     s = types.SimpleNamespace(optimizer='muon', beta1=0.9, beta2=0.99, weight_decay=0.1,
                               learning_rate=6e-3, muon_lr=0.02)
     muon, adam = script.make_optimizers(model, s, torch.float32)
-    inside = {id(p) for p in model.bert.encoder.parameters() if p.dim() == 2}
+    layers = model.bert.encoder if like == 'Bert' else model.albert.encoder.albert_layer_groups
+    inside = {id(p) for p in layers.parameters() if p.dim() == 2}
     assert {id(p) for p in muon.param_groups[0]['params']} == inside
     assert len(adam.param_groups[0]['params']) == len([*model.parameters()]) - len(inside)
 
