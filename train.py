@@ -83,12 +83,12 @@ random_length = 0.0         # share of batches that are cropped to a random widt
 # data of rows: prompts and answers, or documents; a batch holds rows of one width
 predict_pad = False         # predict PAD too, and so learn where an answer ends; False: rows have
                             # no PAD, and their width shows where the answer ends
-score_prompt = False        # ar: train on the prompt too
+score_prompt = False        # ar, prompts and answers: train on the prompt too
 row_share = 1.0             # train on this share of the rows, the shortest ones
 pad_curriculum = 0          # predict_pad: updates over which PAD after the answers grows; 0 = none
 # model
 n_layer = 4
-n_head = 0                  # 0 = n_embd / 64
+n_head = 0                  # 0 = n_embd // 64, at least 1
 n_kv_head = 0               # heads of keys and values; 0 = n_head
 n_embd = 192
 pos = 'rope'                # rope, learned
@@ -126,11 +126,12 @@ block_length = 16           # block: tokens per block
 # length prediction: train a head that predicts the length of an answer on the frozen run init_from
 length_head = ''            # regress_mean, regress_concat, classify, encoder_regress,
                             # encoder_classify; see LengthHead in model.py
-length_quantile = 0.95      # regress_*: the share of answers that are no longer than predicted
+length_quantile = 0.95      # *regress*: the share of answers that are no longer than predicted
 # optimiser
 optimizer = 'muon'          # muon: Muon for matrices in blocks, AdamW for the rest; adamw: for all
 max_iters = 3600            # updates
-epochs = 0.0                # above 0 it sets max_iters: so many times all of the training text
+epochs = 0.0                # above 0 it sets max_iters: so many times all of the training text, at
+                            # the present batch size and number of processes
 learning_rate = 6e-3        # AdamW's
 muon_lr = 0.02              # Muon's
 lr_schedule = 'wsd'         # wsd (constant, then linear over the last fifth), cosine, constant
@@ -148,7 +149,7 @@ eval_repeats = 4            # independent estimates of the final bound, for its 
 track = ''                  # tensorboard (curves in out_dir), wandb, or tensorboard,wandb
 wandb_project = 'nanomdm'   # wandb shows the run among those of this project
 wandb_run_name = ''         # and under this name; '' = the last part of out_dir
-bench = 0                   # only time this many updates and profile a few: nothing is written
+bench = 0                   # only time this many updates and profile one more: nothing is written
 
 
 # Fields of ModelConfig in which a run may differ from its init_from: training adapts the weights.
@@ -223,7 +224,8 @@ class TrainingRun:
             if s.length_head else make_objective(vars(s))
         self.optimizers = make_optimizers(self.model, s, getattr(torch, self.dtype))
         self.iteration = 0      # updates done
-        self.tokens = 0         # read in these updates by all processes; of Rows approximately
+        self.tokens = 0         # read in these updates by all processes; of several processes with
+                                # batches of many widths approximately
         self.seconds = 0.0      # spent on these updates, without evaluations
         self.speed = 0.0        # tokens/s of all processes, since the run was started or resumed
         self.gradient_norm = torch.zeros(())  # of the last update, before clipping
@@ -500,8 +502,9 @@ def check_loss(run, s, loss, factor):
 def record_step(run, s, loss, bar):
     """Appends an update to steps.csv, and reports it to the trackers and on the screen.
 
-    loss: of its batches, in nats per token, weighted as in training. Only for ar, or with
-    loss_weight='elbo' and mask_range=(0, 1), does it estimate the losses in log.csv.
+    loss: of its batches, in nats per token, weighted as in training. Without dropout, cropping and
+    score_prompt it estimates the losses in log.csv for ar, and for others with loss_weight='elbo'
+    and mask_range=(0, 1).
     """
     rates = {f'lr_{type(o).__name__.lower()}': o.param_groups[0]['lr'] for o in run.optimizers}
     numbers = {'weighted_loss': loss, 'gradient_norm': run.gradient_norm.item(), **rates,
