@@ -3,8 +3,8 @@
     python train.py config/shakespeare_mdm.py --max_iters=100 --compile
 
 A word of the command line is a file of `name = value` lines, or `--name=value`. Words are applied
-from left to right, so the last one wins. Three mistakes end the script with one line: a name that
-the script does not have, a value of another type than the default, a number outside its limits.
+from left to right, so the last one wins. A mistake ends the script with one line: a name that the
+script does not have, a value of another type than the default, a number outside its limits.
 `--help` prints the block. A script calls override(globals()) before it reads its settings.
 """
 
@@ -90,7 +90,7 @@ def show_one_line(kind, error, trace):
         error = f'out of memory, lower batch_size: {" ".join(str(error).split())[:99]}'
     elif not issubclass(kind, (UserError, OSError, UnicodeError)):
         return sys.__excepthook__(kind, error, trace)
-    print(f'error: {error}', file=sys.stderr)
+    print('error:', *str(error).splitlines(), file=sys.stderr)
     sys.exit(130 if issubclass(kind, KeyboardInterrupt) else 2)
 
 

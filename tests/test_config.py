@@ -343,6 +343,9 @@ def test_show_one_line_is_not_for_bugs(monkeypatch, capsys):
         with pytest.raises(SystemExit) as leaving:
             config.show_one_line(kind, kind('mend this'), None)
         assert leaving.value.code == 2 and capsys.readouterr() == ('', 'error: mend this\n')
+    with pytest.raises(SystemExit):  # a message may quote a text of many lines
+        config.show_one_line(UserError, UserError('it is "two\r\nlines"'), None)
+    assert capsys.readouterr().err == 'error: it is "two lines"\n'
     with pytest.raises(SystemExit):  # neither is a full disk a bug
         config.show_one_line(OSError, OSError(28, 'No space left on device', 'x.bin'), None)
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'x.bin'\n"
