@@ -226,7 +226,7 @@ def fetch(recipe):
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
     mirrors, files = recipe['mirrors'], recipe['files']
     try:
-        require('mirrors', mirrors, mirrors, 'some URLs: the recipe makes no text')
+        require('mirrors', mirrors, mirrors and files, 'some URLs, with files: it makes no text')
         for file, sha256 in files.items():
             download([mirror + file for mirror in mirrors], DOWNLOADS / recipe['folder'] / file,
                      sha256)
@@ -276,8 +276,8 @@ def licence_of(place):
 def members(path):
     """[what is read of a path], objects with a name and open() as a Path has them.
 
-    They are the files in a folder or zip, or the file itself; x.gz is called x, and unpacked as it
-    is read."""
+    They are the files in a folder or zip, or the file itself; x.gz, outside a zip, is called x, and
+    unpacked as it is read."""
     if zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
         return [zipfile.Path(archive, file) for file in archive.namelist() if file[-1] != '/']
@@ -746,7 +746,9 @@ def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', an
     one_of('tokenizer', 'hf:NAME' if kind.startswith('hf:') else kind,
            ('char', 'gpt2', 'bpe', 'hf:NAME'))
     require('vocab_size', vocab_size, kind == 'bpe' or not vocab_size, '0 without --tokenizer=bpe')
-    require('max_docs', max_docs, what.startswith('hf:') or not max_docs, '0 without hf:NAME')
+    require('max_docs', max_docs, what.startswith('hf:') and not source or not max_docs,
+            '0 without hf:NAME, and with source')
+    require('source', source, not (source and prompts), "'' with prompts and answers")
     known = what in recipe_names() or what.startswith('hf:')
     own = [prompts, answers] if prompts else [source] if source else [] if known else [what]
     path = Path(what.removeprefix('hf:'))

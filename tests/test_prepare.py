@@ -344,6 +344,10 @@ def test_a_share_of_rows_is_no_row_more_than_it_says():
 def test_what_is_missing_or_left_out_is_said():
     with pytest.raises(UserError, match='max_docs is 3, but it must be 0 without hf:NAME'):
         prepare.prepare(write('a.txt', VERSE), max_docs=3)
+    with pytest.raises(UserError, match='max_docs is 3, but it must be 0 .*with source'):
+        prepare.prepare('hf:x', source=write('a.jsonl', ''), text_field='text', max_docs=3)
+    with pytest.raises(UserError, match="source is 'a.txt', but it must be '' with prompts"):
+        prepare.prepare('x', source='a.txt', prompts='a.txt', answers='a.txt')
     done = run('--val_share=0.1')
     assert done.returncode == 2 and 'name a data set' in done.stderr
     assert done.stderr.count('\n') == 1
@@ -844,8 +848,10 @@ def test_an_unknown_name_lists_the_recipes(recipes):
     write(recipes / 'mybook.py', '"""A book of mine."""\n')
     with pytest.raises(UserError, match='no file .nix. .data sets: multi30k, mybook, opus_books'):
         prepare.prepare('nix')
-    with pytest.raises(UserError, match='some URLs: the recipe makes no text'):
-        prepare.prepare('mybook')
+    for more in ('', "mirrors = ['https://example.org/']\n"):
+        write(recipes / 'mybook.py', more)
+        with pytest.raises(UserError, match='some URLs, with files: it makes no text'):
+            prepare.prepare('mybook')
     write(recipes / 'torn.py', 'splits = {\n')
     with pytest.raises(UserError, match='torn.py. does not run .SyntaxError'):
         prepare.prepare('torn')
