@@ -1150,8 +1150,8 @@ def flops_per_token(settings, data):
     6 for every weight of the layers, and of the head for the fraction of tokens that is scored;
     12 C per layer and position attended to: all T; half of them if causal; in block diffusion a
     token's own block and half of the rest. Left out are embeddings, which are looked up, and time
-    conditioning, once for a row (in blocks, for every token). Of a length head, the frozen model is
-    counted as if it were trained. data: a Stream or Rows.
+    conditioning, once for a row (in blocks, for every token). A masked model of the hub is counted
+    as a Transformer of its width and depth; with a length head it is nan. data: a Stream or Rows.
     """
     with torch.device('meta'):  # shapes without numbers
         model = Transformer(model_config(settings, data.meta))
@@ -1161,8 +1161,10 @@ def flops_per_token(settings, data):
     layers = sum(p.numel() for name, p in model.blocks.named_parameters() if 'modulate' not in name)
     attended = (T + c.block_length) / 2 if model.config.causal or c.block_length else T
     halves = 2 if c.block_length else 1  # [xt ; x0], of which the head reads xt alone
-    return halves * (6 * layers + 12 * c.n_layer * c.n_embd * attended) \
-        + 6 * (masked if objective.reads_masks else 1.0) * model.head.weight.numel()
+    scored = data.scored_share * (masked if objective.reads_masks else 1.0)
+    flops = halves * (6 * layers + 12 * c.n_layer * c.n_embd * attended) \
+        + 6 * scored * model.head.weight.numel()
+    return math.nan if c.length_head else flops
 
 
 def load_model(checkpoint, device, trust=False):

@@ -908,7 +908,7 @@ class Stream:
         self.block_size, self.batch_size, self.random_length = block_size, batch_size, random_length
         self.tokens = cache(partial(load_split, dataset))  # tokens(split) -> memmap of ids (N,)
         self.train = self.tokens('train')[:train_tokens or None]
-        self.tokens_per_epoch = len(self.train)
+        self.tokens_per_epoch, self.scored_share = len(self.train), 1.0
         self.mean_width = block_size - random_length * (block_size - 1) / 2
         self.tokens_per_batch = batch_size * self.mean_width
 
@@ -972,7 +972,7 @@ class Stream:
 class Rows:
     """A data set of rows: prompts and answers, or documents. A batch holds rows of one width.
 
-    Of the N rows of train it keeps the n shortest: row_share * N, rounded up."""
+    Of the N rows of train it keeps the n shortest: row_share * N, rounded up, and at least one."""
 
     def __init__(self, dataset, meta, block_size, batch_size, seed, random_length, predict_pad,
                  score_prompt, row_share, pad_curriculum):
@@ -982,7 +982,7 @@ class Rows:
         self.pad_curriculum = pad_curriculum
         self.tokens = cache(partial(load_split, dataset))  # tokens(split) -> memmap of ids
         rows = self.rows('train')  # (N, row_length)
-        unpadded = row_widths(rows, meta)  # (N,)
+        prompts, unpadded = row_ends(rows, meta)  # 2 x (N,)
         n = math.ceil(round(row_share * len(rows), 9)) or 1
         self.kept = np.sort(unpadded.argsort(kind='stable')[:n])  # (n,) numbers of rows
         self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (n,)
@@ -990,6 +990,8 @@ class Rows:
         self.batches_per_epoch = len(self.epoch(0))
         self.tokens_per_epoch = int(self.widths.sum())
         self.pad_share = 1 - unpadded[self.kept].sum() / self.tokens_per_epoch
+        given = 0 if score_prompt else prompts[self.kept].sum()
+        self.scored_share = 1 - given / self.tokens_per_epoch
         self.tokens_per_batch = self.tokens_per_epoch / self.batches_per_epoch  # a mean
         self.mean_width = round(self.widths.mean())
 
@@ -1074,9 +1076,9 @@ def open_data(dataset, block_size, batch_size, seed=0, *, random_length=0.0, tra
               predict_pad=False, score_prompt=False, row_share=1.0, pad_curriculum=0):
     """The Stream or Rows of data/<dataset>; both have the same methods to train and evaluate.
 
-    Both also have tokens_per_epoch and, as means, tokens_per_batch and mean_width, the columns of a
-    batch. The other arguments are settings of train.py. Raises UserError where one is for the other
-    layout.
+    Both also have tokens_per_epoch, scored_share (the share of these tokens that is not given) and,
+    as means, tokens_per_batch and mean_width, the columns of a batch. The other arguments are
+    settings of train.py. Raises UserError where one is for the other layout.
     """
     meta = load_meta(dataset)
     common = (dataset, meta, block_size, batch_size, seed, random_length)

@@ -308,9 +308,15 @@ def test_flops_are_those_that_torch_counts(tied, pos, time_cond):
         m(x, level, where=torch.arange(T).expand(B, T) % 2 == 0).clamp(min=-9).sum().backward()
     vectors = sum(p.numel() for name, p in m.blocks.named_parameters()
                   if p.dim() < 2 and 'modulate' not in name)  # norms: no matrix products
-    data = SimpleNamespace(meta=meta, mean_width=T)
+    data = SimpleNamespace(meta=meta, mean_width=T, scored_share=1.0)
     ours = B * T * (flops_per_token(settings, data) - 6 * vectors)
     assert counter.get_total_flops() - 2 * once_a_row == pytest.approx(ours, rel=1e-6)
+
+
+def test_the_work_of_a_length_head_is_not_counted():
+    settings = {'objective': 'mdm', 'n_embd': 32, 'n_head': 2, 'length_head': 'classify'}
+    assert math.isnan(flops_per_token(settings, SimpleNamespace(
+        meta={'vocab_size': 9, 'mask_id': 9}, mean_width=9, scored_share=0.5)))
 
 
 @pytest.mark.parametrize('schedule', SCHEDULES)
@@ -318,13 +324,14 @@ def test_flops_are_those_that_torch_counts(tied, pos, time_cond):
 def test_the_head_is_counted_for_the_tokens_that_are_scored(name, schedule):
     settings = dict(objective=name, schedule=schedule, mask_range=(0.1, 0.7), n_embd=32, n_head=2)
     small, large = (flops_per_token(settings, SimpleNamespace(
-        meta={'vocab_size': V, 'mask_id': V}, mean_width=9)) for V in (50, 60))
+        meta={'vocab_size': V, 'mask_id': V}, mean_width=9, scored_share=0.5)) for V in (50, 60))
     counted = (large - small) / (6 * 32 * 10)
     if name == 'ar':
-        assert counted == 1
+        assert counted == 0.5
         return
-    noised = make_objective(settings).corrupt(tiny(), tokens(4000, 16), torch.zeros(
-        4000, 16, dtype=torch.bool), torch.Generator().manual_seed(0))
+    given = torch.arange(16).expand(4000, 16) < 8  # half of the tokens: see scored_share
+    noised = make_objective(settings).corrupt(tiny(), tokens(4000, 16), given,
+                                              torch.Generator().manual_seed(0))
     assert noised.scored.float().mean().item() == pytest.approx(counted, abs=0.01)
 
 

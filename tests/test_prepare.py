@@ -987,6 +987,7 @@ def test_what_a_stream_says_of_itself():
     assert data.describe() == ("s (nowhere): 1,234 training tokens of 50 kinds, "
                                "log V' = 3.9120")
     assert (data.tokens_per_epoch, data.tokens_per_batch, data.mean_width) == (1234, 128, 32)
+    assert data.scored_share == 1.0
     assert data.scored('train') == 1500
 
 
@@ -1078,6 +1079,16 @@ def test_prompts_that_are_trained_on_are_not_given(talk):
         (x0, given), (same, prompt) = data.batch(i), usual.batch(i)
         assert torch.equal(x0, same) and prompt.any() and not given.any()
     assert all(read()[1].any() for read in data.batches('val', 4))
+
+
+@pytest.mark.parametrize('choices', [{}, {'predict_pad': True}, {'row_share': 0.4},
+                                     {'score_prompt': True}])
+def test_the_share_of_tokens_that_is_scored_is_that_of_an_epoch(talk, choices):
+    data = open_pairs(**choices)
+    given = [data.batch(i)[1] for i in range(data.batches_per_epoch)]
+    n = sum(part.numel() for part in given)
+    assert n == data.tokens_per_epoch
+    assert data.scored_share == pytest.approx(1 - sum(part.sum().item() for part in given) / n)
 
 
 WORD = st.text('ab', min_size=1, max_size=6)
