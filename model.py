@@ -1063,15 +1063,13 @@ class LengthLoss:
 # ------------------------------------------------------------------------- devices and checkpoints
 
 
-def pick_device(device, cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available):
+def pick_device(device, cuda=torch.cuda.device_count, mps=torch.backends.mps.is_available):
     """'cuda', 'mps' or 'cpu': `device` itself, or for 'auto' the first that is available."""
-    there = [kind for kind, found in (('cuda', cuda()), ('mps', mps()), ('cpu', True)) if found]
-    if device == 'auto':
-        return there[0]
-    if device.partition(':')[0] not in there:  # cuda:1 is a cuda
-        raise UserError(f'device is {device!r}, but there is only '
-                        f'{", ".join(sorted(there))} (or auto)')
-    return device
+    there = [name for kind, n in (('cuda', cuda()), ('mps', mps()), ('cpu', 1)) if n
+             for name in (kind, *(f'{kind}:{i}' for i in range(n)))]
+    if device != 'auto' and device not in there:
+        raise UserError(f'device is {device!r}, but there is only {", ".join(there)} (or auto)')
+    return there[0] if device == 'auto' else device
 
 
 def pick_dtype(dtype, device, features=getattr(torch.cpu, 'get_capabilities', dict),

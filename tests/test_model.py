@@ -1024,8 +1024,8 @@ def test_ids_outside_the_vocabulary_are_refused(in_tmp_path):
 
 
 @pytest.mark.parametrize('asked, cuda, mps, found', [
-    ('auto', True, True, 'cuda'), ('auto', False, True, 'mps'), ('auto', False, False, 'cpu'),
-    ('cpu', True, True, 'cpu'), ('cuda:1', True, False, 'cuda:1'), ('mps', False, True, 'mps')])
+    ('auto', 1, True, 'cuda'), ('auto', 0, True, 'mps'), ('auto', 0, False, 'cpu'),
+    ('cpu', 1, True, 'cpu'), ('cuda:1', 2, False, 'cuda:1'), ('mps', 0, True, 'mps')])
 def test_devices_are_picked(asked, cuda, mps, found):
     assert pick_device(asked, lambda: cuda, lambda: mps) == found
 
@@ -1035,10 +1035,11 @@ def test_peak_memory_is_that_of_the_device_in_use(monkeypatch):
     assert peak_memory('cuda:1') == ', 3.20 GB at most'
 
 
-@pytest.mark.parametrize('asked', ['cuda', 'mps', 'tpu'])
-def test_absent_devices_are_refused(asked):
-    with pytest.raises(UserError, match='there is only cpu'):
-        pick_device(asked, lambda: False, lambda: False)
+@pytest.mark.parametrize('asked, cuda', [('cuda', 0), ('mps', 2), ('tpu', 1), ('cuda:2', 2),
+                                         ('cuda:x', 1)])
+def test_absent_devices_are_refused(asked, cuda):
+    with pytest.raises(UserError, match='there is only (cuda, cuda:0, )?(cuda:1, )?cpu'):
+        pick_device(asked, lambda: cuda, lambda: False)
 
 
 @pytest.mark.parametrize('device, features, found', [
