@@ -1192,16 +1192,19 @@ def hub_settings(s):
     c.update({'name': name, 'class': f'AutoModelFor{"Causal" if causal else "Masked"}LM',
               'licence': licence_of(name if Path(name).is_dir() else f'hf://{name}'),
               'revision': getattr(c, '_commit_hash', None) or 'of a folder'})
-    # RoBERTa's positions begin at 2
-    places = getattr(c, 'max_position_embeddings', 1 << 20) - 2 * ('roberta' in c.model_type)
+    # positions of RoBERTa and its kin begin at 2
+    places = getattr(c, 'max_position_embeddings', 1 << 20) - 2 * any(
+        kin in c.model_type for kin in ('roberta', 'camembert', 'mpnet', 'data2vec', 'esm'))
     found = {'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads, 'pos': 'learned',
              'n_embd': c.hidden_size, 'tied': getattr(c, 'tie_word_embeddings', False),
              'block_size': places, 'n_conv': 0, 'shift': False, 'embed_scale': 1.0,
              'hub': c.to_json_string()}
     if c.model_type != 'gpt2':
         return found
-    usual = c.activation_function in GELUS and not c.scale_attn_by_inverse_layer_idx
-    require('init_from', s.init_from, usual, 'a GPT-2 with its usual GELU and attention')
+    usual = c.activation_function in GELUS and c.layer_norm_epsilon == 1e-5 \
+        and (c.scale_attn_weights, c.scale_attn_by_inverse_layer_idx, c.add_cross_attention) \
+        == (True, False, False)
+    require('init_from', s.init_from, usual, 'a GPT-2 with its usual GELU, norms and attention')
     return found | {'norm': 'layernorm', 'mlp': GELUS[c.activation_function], 'bias': True,
                     'n_hidden': c.n_inner or 0, 'qk_norm': False}
 

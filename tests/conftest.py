@@ -152,7 +152,8 @@ def save_hub_model(folder, like, **other):
         network = transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(
             vocab_size=90, dim=32, n_layers=2, n_heads=4, hidden_dim=48))
     else:
-        name = {'bert': 'Bert', 'roberta': 'Roberta', 'modernbert': 'ModernBert'}[like]
+        name = {'bert': 'Bert', 'roberta': 'Roberta', 'camembert': 'Camembert', 'mpnet': 'MPNet',
+                'modernbert': 'ModernBert'}[like]
         ids = dict.fromkeys(('bos_token_id', 'eos_token_id', 'cls_token_id', 'sep_token_id'), 2)
         network = getattr(transformers, f'{name}ForMaskedLM')(getattr(
             transformers, f'{name}Config')(**small, **wide, pad_token_id=0, **ids))

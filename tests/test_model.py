@@ -1323,7 +1323,8 @@ def test_diffugpt_predicts_what_its_own_code_does(tmp_path, mask_inside):
     assert logp.isfinite().all()
 
 
-@pytest.mark.parametrize('like', ['bert', 'distilbert', 'roberta', 'modernbert', 'llada'])
+@pytest.mark.parametrize('like', ['bert', 'distilbert', 'roberta', 'camembert', 'mpnet',
+                                  'modernbert', 'llada'])
 def test_a_masked_model_of_the_hub_has_its_own_logits_behind_our_call(tmp_path, like):
     """Rows with PAD and without; and a checkpoint is read back without the folder's weights."""
     theirs, folder = save_hub_model(tmp_path / 'hub', like), str(tmp_path / 'hub')
@@ -1344,6 +1345,12 @@ def test_a_masked_model_of_the_hub_has_its_own_logits_behind_our_call(tmp_path, 
             torch.testing.assert_close(ours(rows, where=where), found[where])
     with pytest.raises(UserError, match='17 tokens do not fit into the context'):
         ours(tokens(1, 17, 90))
+    most = 62 if like in ('roberta', 'camembert', 'mpnet') else 64  # their positions begin at 2
+    assert imported(folder, 'mdm', like == 'llada', block_size=most)[0](
+        tokens(1, most, 90).clamp(min=5)).isfinite().any()
+    if like not in ('distilbert', 'llada'):  # of 512 positions; without
+        with pytest.raises(UserError, match=f'block_size is {most + 1}'):
+            imported(folder, 'mdm', block_size=most + 1)
     checkpoint = {'model': ours.state_dict(), 'meta': meta, 'config': {
         'objective': 'mdm', **{key: getattr(ours.config, key) for key in (
             'block_size', 'n_layer', 'n_head', 'n_embd', 'tied', 'pos', 'hub')}}}
@@ -1356,7 +1363,8 @@ def test_a_masked_model_of_the_hub_has_its_own_logits_behind_our_call(tmp_path, 
 def test_what_a_hub_model_cannot_be_is_one_line(tmp_path):
     save_hub_model(tmp_path / 'gpt2', 'gpt2')
     save_hub_model(tmp_path / 'bert', 'bert')
-    gpt2, bert = str(tmp_path / 'gpt2'), str(tmp_path / 'bert')
+    save_hub_model(tmp_path / 'odd', 'gpt2', scale_attn_weights=False)
+    gpt2, bert, odd = (str(tmp_path / name) for name in ('gpt2', 'bert', 'odd'))
     other = hub_vocabulary(gpt2, 'stream')
     for message, broken in (
             ("dataset is 'prose', but it must be prepared with --tokenizer=hf:",
@@ -1368,6 +1376,7 @@ def test_what_a_hub_model_cannot_be_is_one_line(tmp_path):
             ('the dropout of its own config alone', lambda: imported(bert, 'mdm', dropout=0.1)),
             ('the mask is not the last id', lambda: imported(bert, 'uniform')),
             ('another qk_norm', lambda: imported(gpt2, 'ar', qk_norm=True)),
+            ('a GPT-2 with its usual GELU, norms and attention', lambda: imported(odd, 'ar')),
             ('another n_layer', lambda: imported(gpt2, 'ar', n_layer=3)),
             ('block_size is 64, but it must be 63 or less',
              lambda: imported(gpt2, 'mdm', block_size=64, shift=True)),
