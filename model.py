@@ -86,7 +86,7 @@ class ModelConfig:
     block_size: int = 256     # context length, the largest T
     causal: bool = False      # position i sees 0..i (ar); False: every position sees all (mdm)
     n_layer: int = 4
-    n_head: int = 0           # 0 = n_embd / 64
+    n_head: int = 0           # 0 = n_embd // 64, at least 1
     n_kv_head: int = 0        # heads of keys and values; 0 = n_head, fewer: grouped-query attention
     n_embd: int = 256
     pos: str = 'rope'         # rope, learned
@@ -314,7 +314,7 @@ def after_start(model, x):
 def check_context(c, n):
     """Raises UserError if n tokens are too many; with shift n counts the start token."""
     if n > c.block_size + c.shift:
-        raise UserError(f'{n} tokens do not fit into the context of this model, '
+        raise UserError(f'{n - c.shift} tokens do not fit into the context of this model, '
                         f'block_size is {c.block_size}')
 
 
@@ -351,9 +351,9 @@ class Transformer(nn.Module):
 
         Skip at first:
         cache: a KVCache of the tokens that x continues.
-        attn_mask (T, T) bool, of train.py's attn_anneal and of block diffusion: the tokens
-        (columns) that each token (row) may see, with shift the start token among them. None: all,
-        or with causal those up to itself.
+        attn_mask (T, T) bool, of train.py's attn_anneal and, (2T, 2T), of block diffusion: the
+        tokens (columns) that each token (row) may see, with shift the start token among them. None:
+        all, or with causal those up to itself.
         position, neighbours: what beside_clean() returns, in block diffusion, where x is [xt ; x0];
         `where` then has columns for xt alone.
 
@@ -406,8 +406,8 @@ class Transformer(nn.Module):
 
         So every layer is the identity at first and, with an untied head, the first loss is log V'
         (without subs log V). Embeddings have a standard deviation of 0.25. If they are the head,
-        too, it is 0.02, so that the first logits are small; embed_scale then brings what the layers
-        read to about 0.3. (The encoder of a length head has the same standard deviations.)
+        too, it is 0.02, so that the first logits are small; embed_scale then makes it 0.02
+        sqrt(n_embd), 0.28 at 192. (The encoder of a length head has the same standard deviations.)
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
