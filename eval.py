@@ -297,7 +297,8 @@ def draw_until(target_se, repeats, draw):
 
     With a target_se, at least 8 draws are made, since the standard error of 4 is itself off by 40%;
     their spread says how many are needed. To stop as soon as the error happens to look small would
-    report errors that are too small.
+    report errors that are much too small; these are up to 15% too small (simulated), since few are
+    made where the first 8 happen to agree.
     """
     values = [draw(n) for n in range(max(8, repeats) if target_se else repeats)]
     needed = np.nan_to_num((np.std(values, ddof=1) / target_se) ** 2) if target_se else 0
@@ -436,19 +437,20 @@ def likelihood(runs, settings):
 
     All windows of the split (of train max_windows, evenly spread), as long as the context but for
     the last, or all rows, each read alone, in float32; of `data`, where it is given, in the tokens
-    of each run. (Of train, windows of the part that a run was trained on.) A picture of it is of
-    64 windows of val, and of one draw at each of 16 levels. draws: how many of the bound, each over
+    of each run. (Of train, windows of the part that a run was trained on.) A picture of it is of 64
+    windows of val, and of one draw at each of 16 levels. draws: how many of the bound, each over
     all that is read; s.e.: the standard error of their mean, without that of reading few windows.
-    nelbo in N steps: of the same network, in N diffusion steps. Training batches/s are those of
-    the run's log, at its own batch size; evaluation batches/s are those of this table, of one draw
-    after another. Rows: the nll of ar pays for where an answer ends, too, but a bound of a run
-    without predict_pad does not, since the width of a row tells; with predict_pad PAD is among
-    the tokens, so that only bits per character can be compared.
+    nelbo in N steps: of the same network, in N diffusion steps. Training batches/s are those of the
+    run's log (of a length head, the head's), at its own batch size; evaluation batches/s are those
+    of this table, of one draw after another. Rows: the nll of ar pays for where an answer ends,
+    too, but a bound of a run without predict_pad does not, since the width of a row tells; with
+    predict_pad PAD is among the tokens, so that only bits per character can be compared.
     """
     rows, s = [], settings
     for run in tqdm(runs, 'likelihood', disable=None):
         for name, split, data in texts_to_score(run, s):
             batches = data.batches(split, s['batch_size'], s['max_windows'] * (split == 'train'))
+            evaluate(run.model, run.objective, batches[:1])  # warm-up
             for measured, objective in objectives_of(run, s['discrete_steps']).items():
                 began = time.perf_counter()
                 nats, error, draws = nll_or_bound(run, objective, batches, s)
@@ -608,10 +610,11 @@ def orders(runs, settings):
 def curves(runs, settings):
     """How good runs were at which point of their training, by their logs.
 
-    val: nats per token of the validation split; nelbo: an upper bound on the nll. `val at`: the
-    loss of every run where the first one ended, by tokens and by time, interpolated between
-    evaluations (nan before its first). The left panel's x axis is the training tokens; if a run was
-    trained on a part of the text (train_tokens), it is epochs.
+    val: nats per token of the validation split (with predict_pad, PAD among them; of a length head,
+    its own loss); nelbo: an upper bound on the nll. `val at`: the loss of every run where the first
+    one ended, by tokens and by time, interpolated between evaluations (nan before its first). The
+    left panel's x axis is the training tokens; if a run was trained on a part of the text
+    (train_tokens), it is epochs.
     """
     logs, rows = [load_log(run.path)[1] for run in runs], []
     value_at = partial(np.interp, left=math.nan)
@@ -669,7 +672,7 @@ def power_law(C, L, with_floor):
     dx, dL = x - with_floor * x.mean(1, keepdims=True), L - with_floor * L.mean()
     a = dx @ dL / (dx ** 2).sum(1)  # (1000,)
     best = ((a[:, None] * dx - dL) ** 2).sum(1).argmin()
-    return with_floor * (L.mean() - a[best] * x[best].mean()), a[best], b[best]
+    return 0.0 + with_floor * (L.mean() - a[best] * x[best].mean()), a[best], b[best]
 
 
 def scaling(runs, settings):
@@ -681,9 +684,9 @@ def scaling(runs, settings):
     L(C) = L_inf + a C^-b, C in PFLOP, by least squares; with fewer than four budgets of compute
     L_inf is 0. val of a fit: the lowest loss that both its group and the first group have reached;
     PFLOP: what this loss costs by the fit; times: that cost divided by the cost by the first
-    group's fit. +- of a fit: half of the central 68% of 200 fits to redrawn losses, which are the
-    curve with normal noise as large as the residuals; none where a group has no more runs than the
-    curve has parameters. The error does not include that the law may be another.
+    group's fit. +- of a fit: half of the central 68% of it and 200 fits to redrawn losses, which
+    are the curve with normal noise as large as the residuals; none where a group has no more runs
+    than the curve has parameters. The error does not include that the law may be another.
     """
     rows, seen, of_fit = [], [], dict.fromkeys(('L_inf', 'a', 'b', 'times'), '')
     for run in runs:
@@ -912,6 +915,8 @@ def speed(runs, settings):
 
     The columns are those of task=generation.
     """
+    require('block_length', settings['block_length'], not settings['block_length'],
+            '0: there are rows of decoding in blocks')
     run, judge, known = runs[0], load_judge(runs, settings), set(words_of(training_text(runs)))
     rows, grid = [], settings['grid_steps']
     written = [('', '', *held_out(run, settings))]
@@ -1341,7 +1346,7 @@ def run_task(name, runs, settings, command):
         raise UserError(f'task {name} has nothing to say about objectives like those of these runs')
     # of each row its words and steps, not its measurements, go into every line
     texts = [{'task': name, **{k: v for k, v in row.items()
-                               if v and (k == 'steps' or type(v) is str)}, **text}
+                               if v != '' and (k == 'steps' or type(v) is str)}, **text}
              for row in rows for text in row.get('texts', [])]
     if texts and settings['save_texts']:
         with open(settings['save_texts'], 'a', encoding='utf-8') as f:

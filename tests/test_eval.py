@@ -162,6 +162,7 @@ def test_lines_of_a_picture_differ():
     (['--steps=0', '--task=generation'], 'steps is 0'),
     (['--max_rows=-1'], 'max_rows is -1'), (['--length_quantile=1.5'], 'length_quantile is 1.5'),
     (['--grid_steps=()', '--task=speed'], 'grid_steps is ()'),
+    (['--block_length=8', '--task=speed'], 'block_length is 8, but it must be 0: there are rows'),
     (['--grid_steps=(4.5,)', '--task=speed'], 'grid_steps is (4.5,)'),
     (['--discrete_steps=(4.5,)'], 'discrete_steps is (4.5,)'),
     (['--answer_steps=()', '--task=length'], 'answer_steps is ()'),
