@@ -102,7 +102,7 @@ N_LEVELS, N_PLACES = 16, 16  # points of the two curves of likelihood.png
 # settings that seeds of one configuration may change
 MAY_DIFFER = {'seed', 'out_dir', 'resume', 'overwrite', 'init_from', 'eval_interval', 'keep_best',
               'log_interval', 'eval_repeats', 'wandb_run_name', 'compile', 'device', 'track',
-              'wandb_project', 'decode_rows'}
+              'wandb_project'}
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '0.45',
           '#882255')   # distinct for the colour-blind; printed in grey, the markers are
 MARKERS = 'os^Dv<>PXp'  # one more than colours, so that only the 91st line of a picture repeats

@@ -39,7 +39,7 @@ import sys
 import time
 import timeit
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -144,7 +144,6 @@ grad_clip = 1.0             # largest norm of the gradient; 0 = no limit
 eval_interval = 500         # updates between checkpoints, each with the full validation loss
 keep_best = False           # also keep, in best.pt, the weights of the lowest validation loss
 log_interval = 10           # updates between training losses, which go to steps.csv
-decode_rows = 0             # prompts to answer at each evaluation, greedily, into samples.csv
 eval_repeats = 4            # independent estimates of the final bound, for its standard error
 track = ''                  # tensorboard (curves in out_dir), wandb, or tensorboard,wandb
 wandb_project = 'nanomdm'   # wandb shows the run among those of this project
@@ -272,8 +271,8 @@ def open_training_data(s, rank, world):
     if world > 1:  # until the data is complete, and all have read that out_dir holds no run
         dist.barrier()
     data = open_run_data(vars(s))
-    for name in ('decode_rows', 'length_head'):
-        off_unless(s, name, data.meta['sep_id'] is not None, 'the data are prompts and answers')
+    off_unless(s, 'length_head', data.meta['sep_id'] is not None,
+               'the data are prompts and answers')
     off_unless(s, 'random_length', s.predict_pad or data.meta['layout'] == 'stream',
                'predict_pad is on: without PAD there is nothing to crop')
     data.check()
@@ -383,8 +382,6 @@ def train(run, s):
                 bar.write(evaluate_now(run, s))
             if due or run.stop:
                 save(run, s)
-            if due and s.decode_rows and run.rank == 0:
-                write_answers(run, s)
             if done or run.stop:
                 break
 
@@ -437,7 +434,7 @@ def open_out_dir(run, s):
     """
     out = Path(s.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    old = [] if s.resume else [out / 'ckpt.pt', out / 'best.pt', out / 'samples.csv',
+    old = [] if s.resume else [out / 'ckpt.pt', out / 'best.pt',
                                *out.glob('events.out.tfevents.*')]  # TensorBoard's
     # a tracker may be missing: that is found out before anything is deleted
     run.trackers = [make_tracker(name, s) for name in filter(None, s.track.split(','))]
@@ -567,20 +564,6 @@ def save(run, s):
         if s.keep_best and int(best['iter']) == run.iteration:
             write_atomically(Path(s.out_dir, 'best.pt'), buffer.getbuffer())
         write_atomically(Path(s.out_dir, 'ckpt.pt'), buffer.getbuffer())
-
-
-def write_answers(run, s):
-    """Appends to samples.csv how ckpt.pt answers the first prompts; BLEU, if sacrebleu is there."""
-    trained = sample.load_run(s.out_dir, run.device, trust=s.trust_remote_code)
-    answers = sample.first_answers(trained, run.data, s.decode_rows, sample.defaults())
-    bleu = ''
-    with suppress(ImportError):
-        from sacrebleu import corpus_bleu
-        _, references, texts = zip(*answers)
-        bleu = f'{corpus_bleu(texts, [references]).score:.2f}'
-    append_rows(Path(s.out_dir, 'samples.csv'), [
-        {'iter': run.iteration, 'BLEU': bleu, 'prompt': prompt, 'reference': reference,
-         'answer': answer} for prompt, reference, answer in answers])
 
 
 # ------------------------------------------------------------------------ going on from a run

@@ -19,7 +19,7 @@ from pathlib import Path
 LIMITS = {  # {interval: names of the settings that must lie in it, whichever script has them}
     '[0, inf)': 'train_tokens attn_anneal pad_curriculum n_head n_kv_head n_conv n_hidden '
                 'embed_scale w_max block_length max_iters learning_rate muon_lr bench warmup_iters '
-                'weight_decay grad_clip decode_rows steps guidance temperature top_k '
+                'weight_decay grad_clip steps guidance temperature top_k '
                 'max_windows target_se answer_steps max_rows max_docs',
     '[1, inf)': 'batch_size gradient_accumulation_steps block_size n_layer n_embd diffusion_steps '
                 'eval_interval log_interval eval_repeats num_samples length_candidates gen_tokens',

@@ -1012,15 +1012,14 @@ def test_a_run_without_a_folder_is_not_written_where_one_stands(pairs):
     assert not (pairs / 'config.json').exists()
 
 
-def test_answers_are_not_asked_of_documents(tmp_path, monkeypatch):
+def test_documents_have_no_answers_whose_length_could_be_learned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('lines.txt').write_text('a b c\n' * 50)
     prepare.prepare('lines.txt', documents=True, max_answer=9)
-    for name, value in (('decode_rows', 2), ('length_head', 'classify')):
-        changes = {'dataset': 'lines', 'predict_pad': True, name: value}
-        s = types.SimpleNamespace(**settings_of(None) | changes)
-        with pytest.raises(UserError, match=f'{name} .* unless the data are prompts and answers'):
-            script.open_training_data(s, 0, 1)
+    changes = {'dataset': 'lines', 'predict_pad': True, 'length_head': 'classify'}
+    s = types.SimpleNamespace(**settings_of(None) | changes)
+    with pytest.raises(UserError, match='length_head .* unless the data are prompts and answers'):
+        script.open_training_data(s, 0, 1)
 
 
 # ------------------------------------------------------------ runs that begin with those of another
