@@ -47,8 +47,8 @@ import sample
 from config import UserError, one_of, require, write_atomically
 from model import HubNetwork, cross_entropy, evaluate, flops_per_token, in_slices, \
     make_objective, peak_memory, pick_device, spread
-from prepare import EOT, SURROGATE, from_hub, load_meta, load_split, load_tokenizer, mixed_seed, \
-    open_run_data, optional, read_chunks, row_batches
+from prepare import EOT, SURROGATE, data_set, from_hub, load_meta, load_split, load_tokenizer, \
+    mixed_seed, open_run_data, optional, read_chunks, row_batches
 from sample import PLAIN, Run, load_run
 
 # what is measured
@@ -125,9 +125,9 @@ def load_runs(out_dirs, device, one_data_set=True, ckpt='last', trust=False):
     """[Run] of the folders, with commas between them; all on one data set if that is asked."""
     runs = [load_run(path, device, ckpt, trust) for path in names_in(out_dirs)]
     for run in runs:
-        if run.meta != load_meta(run.settings['dataset']):
+        if data_set(run.meta) != data_set(load_meta(run.settings['dataset'])):
             raise UserError(f'data/{run.settings["dataset"]} is not what {run.name} was trained on')
-        if one_data_set and run.meta != runs[0].meta:
+        if one_data_set and data_set(run.meta) != data_set(runs[0].meta):
             raise UserError(f'{runs[0].name} and {run.name} were trained on different data: their '
                             'tokens cannot be compared, only likelihoods can, in bits per byte')
     return runs
@@ -635,7 +635,7 @@ def curves(runs, settings):
             f'val at {seconds / 60:.1f} minutes': value_at(seconds, log['seconds'], log['val']),
             'y': log['val'].tolist(), 'x: minutes': minutes.tolist()} | x)
     return rows, 'the data differ, and so losses cannot be compared' * any(
-        run.meta != runs[0].meta for run in runs)
+        data_set(run.meta) != data_set(runs[0].meta) for run in runs)
 
 
 def plot_curves(rows, path):
@@ -692,7 +692,8 @@ def scaling(runs, settings):
     for run in runs:
         s, log = run.settings, load_log(run.path)[1]
         kind = f'{s["objective"]} {make_objective(s).block_length or ""}'.strip()
-        require('out_dir', run.path, run.meta == runs[0].meta and log['iter'][-1] == s['max_iters'],
+        same = data_set(run.meta) == data_set(runs[0].meta)
+        require('out_dir', run.path, same and log['iter'][-1] == s['max_iters'],
                 'a run that is finished, on the data of the others')
         rows.append({
             'run': run.name, 'group': f'{kind}, n_conv {s.get("n_conv", 0)}',
@@ -759,7 +760,7 @@ def longest_copy(texts, source):
     themselves, so the result is exact. If no piece of n is there, no longer one is: n is doubled
     until none is there, then bisected.
     """
-    text = SURROGATE.join(texts)
+    text, source = SURROGATE.join(texts).replace(EOT, '\n'), source.replace(EOT, '\n')
     codes = [np.frombuffer(each.encode('utf-32-le', 'surrogatepass'), np.uint32).astype(np.uint64)
              for each in (text, source)]
 
@@ -1401,8 +1402,8 @@ def main():
         raise UserError(f'{out_dir} has runs of the same name, which no table could tell apart')
     work = REPORT if task == 'report' else {task: ALONE.get(task, '')}
     Path(report_dir).mkdir(parents=True, exist_ok=True)
-    if save_texts:
-        open(save_texts, 'a').close()  # what cannot be written is refused before the work
+    for path in filter(None, (Path(report_dir, 'report.md'), save_texts)):
+        open(path, 'a').close()  # what cannot be written is refused before the work
     for name, before in work.items():
         words = [word for word in sys.argv[1:] if not word.startswith('--task=')]
         words = [*before.split(), *words, f'--task={name}']

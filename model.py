@@ -1082,7 +1082,7 @@ def pick_dtype(dtype, device, features=getattr(torch.cpu, 'get_capabilities', di
     one_of('dtype', dtype, ('auto', 'float32', 'bfloat16'))
     if dtype != 'auto':
         return dtype
-    if device == 'cpu':
+    if device.startswith('cpu'):
         fast = features().get('avx512_bf16') or features().get('amx_bf16')
     else:
         fast = device.startswith('cuda') and cuda()

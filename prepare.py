@@ -730,7 +730,12 @@ def write_dataset(target, meta, encoded):
         (work / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
         if target.exists():
             os.replace(target, Path(folder, 'old'))
-        os.replace(work, target)
+        try:
+            os.replace(work, target)
+        except OSError:
+            with suppress(OSError):  # there may be no old one
+                os.replace(Path(folder, 'old'), target)
+            raise
 
 
 def prepare(what, name='', source='', tokenizer='', vocab_size=0, prompts='', answers='',
@@ -798,6 +803,11 @@ def load_meta(dataset):
         if not all(fine):
             raise ValueError('an entry of another kind')
     return meta
+
+
+def data_set(meta):
+    """What says which data a meta describes: all of it but the words for where they come from."""
+    return meta | {'source': ''}
 
 
 def load_split(dataset, split):

@@ -113,7 +113,8 @@ length_quantile = 0.9  # quantile and heads that classify: P(the answer is at mo
 length_candidates = 1  # fit, ratio, reference: lengths to try; the most confident answer stays
 # how it is shown
 watch = False          # show the first sample step by step; the tokens/s include this
-save = ''              # a file for the steps of the first sample: x.gif, x.png, x.html or x.jsonl
+save = ''              # a file for the steps of the first sample: x.gif, x.png (in the letters of
+                       # DejaVu Sans Mono: no Chinese, no emoji), x.html or x.jsonl
 cleanup = False        # drop words that repeat the one before; in the text, not in `tokens`
 json = False           # one JSON object a line for each sample
 
@@ -222,6 +223,9 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 # level (B, 1), which only networks with time_cond read, is the fraction of the canvas that is
 # noise; without it the model counts the masks of x. To commit a token is to write it and never
 # change it. nfe, the number of function evaluations, counts passes.
+#
+# A new decoder is named in DECODERS, and in `decoders` of the objectives that have it (model.py);
+# its settings stand at the top of this file and in DECODING.
 
 
 class Counted:

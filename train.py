@@ -56,7 +56,7 @@ from config import UserError, one_of, require, write_atomically
 from model import HubNetwork, LengthLoss, ModelConfig, evaluate, fields_in, flops_per_token, \
     hub_settings, load_checkpoint, load_hub, make_network, make_objective, model_config, \
     on_device, peak_memory, pick_device, pick_dtype
-from prepare import mixed_seed, open_run_data, optional, prepare, recipe_names, split_row
+from prepare import data_set, mixed_seed, open_run_data, optional, prepare, recipe_names, split_row
 
 # the settings: config.override() lets config files and --name=value words change their values
 # the run
@@ -578,11 +578,11 @@ GONE = {'soft_inputs': False, 'divergence': 'elbo', 'length_curriculum': 0,
 def require_same(names, name_of_run, checkpoint, s, meta):
     """Raises UserError if an earlier run differs in one of names from these settings and data.
 
-    names: of settings, fields of ModelConfig and keys of meta; 'data set' is all of meta. What an
-    older run has not saved counts as the same. Returns {name: value} of the earlier run.
+    names: of settings, fields of ModelConfig and keys of meta; 'data set' is data_set(meta). What
+    an older run has not saved counts as the same. Returns {name: value} of the earlier run.
     """
     def described(settings, meta):
-        return meta | settings | vars(model_config(settings, meta)) | {'data set': meta}
+        return meta | settings | vars(model_config(settings, meta)) | {'data set': data_set(meta)}
 
     theirs = described(checkpoint['config'], checkpoint['meta'])
     own = described(vars(s), meta) | GONE
@@ -644,8 +644,9 @@ def restore(run, s, checkpoint):
 def read_rows(path, last):
     """The rows of log.csv or steps.csv up to that of `last` updates; [] if there is no file."""
     lines = path.read_text('utf-8').splitlines() if path.exists() else []
-    return [row for row in csv.DictReader(lines)  # a line cut short has a None
-            if None not in row.values() and int(row['iter']) <= last]
+    rows = {int(row['iter']): row for row in csv.DictReader(lines)  # one for each number of updates
+            if None not in row.values()}  # a line cut short has a None
+    return [row for number, row in rows.items() if number <= last]
 
 
 # ----------------------------------------------------------------------------------- the optimisers
@@ -750,7 +751,7 @@ def compile_or_not(asked, device, dtype, data, seconds):
         return asked, 'as set, or as the run began'
     if data.meta['layout'] == 'rows' or data.random_length:
         return 'off', 'batches may have many widths, and each would be compiled anew'
-    if device == 'mps':
+    if device.startswith('mps'):
         return 'off', 'there is no compiler for this device'
     saved = seconds if dtype == 'bfloat16' else seconds / 10
     return 'on' if saved >= 40 else 'off', f'it costs about 40 s and saves about {saved:.0f} s'
@@ -848,7 +849,7 @@ def read_settings():
         earlier = checkpoint['config'] | {'out_dir': s.out_dir}  # it may have been moved
     elif not (s.overwrite or s.bench) and any(
             Path(s.out_dir, name).exists() for name in ('ckpt.pt', 'best.pt', 'config.json')):
-        raise UserError(f'{s.out_dir} holds a run or model already: --resume goes on with a run, '
+        raise UserError(f'{s.out_dir} holds a run or model already: --resume goes on from ckpt.pt, '
                         '--overwrite starts anew, --out_dir=... puts the new one elsewhere')
     elif s.init_from:
         theirs = hub_settings(s) if s.init_from.startswith('hf:') else \

@@ -203,4 +203,5 @@ def write_atomically(path, content):
         os.replace(part, path)
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise UserError(f'cannot write {path} ({e.strerror}); the one before it is intact') from e
+        intact = '; the one before it is intact' * path.exists()
+        raise UserError(f'cannot write {path} ({e.strerror}){intact}') from e

@@ -10,7 +10,6 @@ length_head = 'classify'
 predict_pad = True
 block_size = 128
 batch_size = 64
-tied = True
 max_iters = 500
 learning_rate = 3e-3
 eval_interval = 100

@@ -10,7 +10,6 @@ length_head = 'regress_concat'  # or regress_mean, from the mean of all hidden s
 predict_pad = True
 block_size = 128
 batch_size = 64
-tied = True
 max_iters = 500
 learning_rate = 1e-2
 eval_interval = 100

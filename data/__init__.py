@@ -28,5 +28,5 @@ layout = 'stream'     # stream, pairs, documents
 read = None           # generator: read(file) of pieces of a stream, or of ('', document) tuples;
                       # read(prompts, answers) of (prompt, answer) tuples. None = READERS[layout]
 unfold = None         # function: what `read` yields -> several (prompt, answer)s, all in one split
-tokenizer = 'char'    # char, gpt2, bpe
+tokenizer = 'char'    # char, gpt2, bpe, hf:NAME
 vocab_size = 4096     # of bpe

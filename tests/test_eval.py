@@ -177,10 +177,12 @@ def test_lines_of_a_picture_differ():
     (['--task=infill', '--save_texts=out'], 'Is a directory'),
     (['--file=verse.txt'], "file is 'verse.txt', but it must be '' for other"),
     (['--file=verse.txt', '--task=length'], "file is 'verse.txt', but it must be '' for other"),
+    (['--report_dir=full'], 'Is a directory'),
     (['--save_texts=x.jsonl'], "save_texts is 'x.jsonl', but it must be '' for other tasks")])
 def test_bad_input_is_one_line(runs, words, said):
     (runs / 'odd.txt').write_text('The cat# é#', encoding='utf-8')
     (runs / 'empty.txt').write_text('<|endoftext|>')
+    (runs / 'full/report.md').mkdir(parents=True, exist_ok=True)
     done = run('eval.py', '--out_dir=out/ar,out/mdm', *words, cwd=runs)
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
@@ -195,6 +197,11 @@ def test_a_run_on_data_that_have_changed_is_refused(runs):
         path.write_text(json.dumps(json.loads(whole) | {'sha256': 'another'}))
         done = run('eval.py', '--out_dir=out/ar', cwd=runs)
         assert done.returncode == 2 and re.search('is not what ar was trained on', done.stderr)
+        path.write_text(json.dumps(json.loads(whole) | {'source': 'the same, from elsewhere'}))
+        done = run('eval.py', '--out_dir=out/ar', '--task=curves', '--report_dir=moved', cwd=runs)
+        assert done.returncode == 0, done.stderr
+        done = run('train.py', '--out_dir=out/ar', '--resume', '--bench=1', cwd=runs)
+        assert done.returncode == 0, done.stderr
     finally:
         path.write_text(whole)
 
@@ -779,6 +786,7 @@ def test_longest_copy_is_that_of_brute_force():
                      for j in range(i + 1, len(text) + 1) if text[i:j] in source), default=0)
         assert evaluation.longest_copy(texts, source) == brute
     assert evaluation.longest_copy([source, 'x'], source) == 200, 'but not over the end of a text'
+    assert evaluation.longest_copy(['q<|endoftext|>z'], 'a<|endoftext|>b') == 1, 'EOT is one token'
 
 
 def test_who_knows_the_text_fills_it_in(settings):

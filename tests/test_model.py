@@ -1046,6 +1046,7 @@ def test_absent_devices_are_refused(asked, cuda):
     ('cuda:0', {'cuda': True}, 'bfloat16'), ('cuda', {'cuda': False}, 'float32'),
     ('mps', {'cuda': True}, 'float32'), ('cpu', {'cuda': True}, 'float32'),
     ('cpu', {'avx512_bf16': False, 'avx2': True}, 'float32'),
+    ('cpu:0', {'avx512_bf16': True}, 'bfloat16'),
     ('cpu', {'amx_bf16': True}, 'bfloat16'), ('cpu', {'avx512_bf16': True}, 'bfloat16')])
 def test_bfloat16_where_it_is_fast(device, features, found):
     ask = {'features': lambda: features, 'cuda': lambda: features.get('cuda')}

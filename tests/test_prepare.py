@@ -1307,6 +1307,22 @@ def test_a_failed_preparation_leaves_the_old_one_and_a_good_one_replaces_it():
     assert os.listdir('data') == ['a']
 
 
+def test_a_data_set_that_cannot_take_its_place_leaves_the_old_one(monkeypatch):
+    """As on Windows, where another program may hold a file of the new folder open."""
+    old, replace = prepare.prepare(write('a.txt', VERSE)), os.replace
+
+    def held(source, target):
+        if Path(source).name == 'new':
+            raise PermissionError(13, 'held')
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', held)
+    for name in ('a', 'b'):
+        with pytest.raises(PermissionError):
+            prepare.prepare(write('a.txt', VERSE * 2), name=name)
+    assert prepare.load_meta('a') == old and os.listdir('data') == ['a']
+
+
 def test_a_folder_that_is_no_data_set_is_not_replaced():
     os.makedirs('data/a')
     write('data/a/mine.txt', 'keep me')

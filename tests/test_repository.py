@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {'config/__init__.py': 133, 'prepare.py': 698, 'model.py': 704, 'train.py': 567,
-           'sample.py': 820, 'eval.py': 909, 'data/*.py': 104}
+BUDGETS = {'config/__init__.py': 134, 'prepare.py': 705, 'model.py': 704, 'train.py': 568,
+           'sample.py': 820, 'eval.py': 910, 'data/*.py': 104}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 

@@ -689,6 +689,17 @@ def test_a_broken_write_keeps_the_old_checkpoint(verse, monkeypatch):
     done = run('train.py', *TINY, f'--out_dir={out}', cwd=verse)
     assert_one_line(done, 'No space left on device', 'the one before it is intact')
     assert load_checkpoint(out)['iter'] == 0 and not list(out.glob('*.part'))
+    checkpoints[:] = ['one']  # so that the first one fails
+    done = run('train.py', *TINY, f'--out_dir={out}', '--overwrite', cwd=verse)
+    assert_one_line(done, 'No space left on device')
+    assert 'intact' not in done.stderr
+
+
+def test_rows_that_were_written_twice_are_read_once(tmp_path):
+    """As by two processes that resumed one run at a time."""
+    (tmp_path / 'log.csv').write_text('iter,val\n0,4\n5,3\n5,3.5\n10,2\n0,9\n15,1\n20')
+    rows = [{'iter': '0', 'val': '9'}, {'iter': '5', 'val': '3.5'}, {'iter': '10', 'val': '2'}]
+    assert script.read_rows(tmp_path / 'log.csv', 10) == rows
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(verse):
@@ -1084,7 +1095,8 @@ def test_a_length_head_is_trained_on_a_run_that_stays_as_it_is(verse, monkeypatc
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('length_*.py')),
                          ids=lambda p: p.name)
 def test_length_configurations_fit_the_run_that_they_are_for(path):
-    head, base = settings_of(path), settings_of(ROOT / 'config/multi30k_mdm_pad.py')
+    base = settings_of(ROOT / 'config/multi30k_mdm_pad.py')
+    head = settings_of(path) | {'tied': base['tied']}  # read_settings() takes it from init_from
     assert head['init_from'] == 'out/multi30k_mdm_pad'
     with torch.device('meta'):
         whole, frozen = (Transformer(model_config(s, {'vocab_size': 8000, 'mask_id': 8000}))
