@@ -429,7 +429,8 @@ def foreign_text(run, name, split, settings):
     data.tokens = lambda split: data.train
     data.meta = run.meta | {'counts': {split: {
         'tokens': len(ids), 'characters': len(text), 'bytes': len(text.encode())}}}
-    return name + f' less {lacking.total():,}' * bool(lacking), split, data
+    lossy = run.tokenizer.decode(ids).replace(EOT, '') != text  # as BERT's, which drops capitals
+    return name + f' less {lacking.total():,}' * bool(lacking) + ' rewritten' * lossy, split, data
 
 
 def likelihood(runs, settings):
@@ -787,7 +788,8 @@ def hub_judge(path, device, trust):
     model = from_hub('AutoModelForCausalLM', path, dtype=torch.float32,
                      trust_remote_code=trust).to(device).eval()
     context = getattr(model.config, 'max_position_embeddings', None)
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids = model.config.bos_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+    start = next((i for i in ids if i is not None), None)
     encode = partial(tokenizer.encode, add_special_tokens=False)
     require('judge', path, context and start is not None and encode('a'),
             'a model with a tokenizer, a start or an end token, and a longest context')
@@ -863,9 +865,9 @@ def generation(runs, settings):
 
     A word is known if it occurs in the training text (its first 20,000,000 tokens); what is left of
     a word that the end of a text cuts off counts as a word, the more often the shorter the context.
-    The validation text is cut as the texts of the first run. The longest copy is
-    the longest piece of a text that occurs there. nll under: nats per token of an autoregressive
-    model, the judge; nats/char under: the same if its tokens are others; perplexity: exp of the
+    The validation text is cut as the texts of the first run. The longest copy is the longest piece
+    of a text that occurs there. nll under: nats per token of an autoregressive model, the judge;
+    nats/char under: the same of a judge of the hub or with other tokens; perplexity: exp of the
     nats per judge's token. nfe: passes of a text; a pass serves a whole batch.
     """
     run, judge, training = runs[0], load_judge(runs, settings), training_text(runs)

@@ -69,7 +69,7 @@ import torch.utils.checkpoint
 # require(name, value, fine, wanted) raises UserError unless fine, one_of(name, value, names) unless
 # the value is among the names
 from config import UserError, as_user_error, one_of, require
-from prepare import from_hub, hub_vocabulary, licence_of, mixed_seed, optional
+from prepare import from_hub, hub_vocabulary, licence_of, load_tokenizer, mixed_seed, optional
 
 # oneDNN keeps a kernel for each of its last 1,024 shapes, and every new number M of masked
 # positions is a new shape: gigabytes of kernels that are hardly ever used again. It reads the
@@ -1134,12 +1134,12 @@ def model_config(settings, meta):
     # uniform draws ids below mask_id, which must all be tokens
     require('objective', settings['objective'], objective.reads_masks or objective.exact
             or meta['mask_id'] == meta['vocab_size'], 'another: here the mask is not the last id')
-    # models of the hub begin after an end of text, as GPT-2 was trained to
-    start = 'eos_id' if settings.get('hub') and meta['eos_id'] is not None else 'mask_id'
+    # a model of the hub begins after its own start token: GPT-2 after an end of text
+    start = json.loads(settings.get('hub') or '{}').get('bos_token_id')
     # V = V' + 1: meta counts the real tokens
     return ModelConfig(vocab_size=meta['vocab_size'] + 1, **fields_in(ModelConfig, settings) | {
         'causal': objective.causal, 'block_length': objective.block_length,
-        'mask_id': meta['mask_id'], 'start_id': meta[start]})
+        'mask_id': meta['mask_id'], 'start_id': meta['mask_id'] if start is None else start})
 
 
 def flops_per_token(settings, data):
@@ -1194,11 +1194,13 @@ def hub_settings(s):
               'revision': getattr(c, '_commit_hash', None) or 'of a folder'})
     # positions of RoBERTa and its kin begin at 2
     places = getattr(c, 'max_position_embeddings', 1 << 20) - 2 * any(
-        kin in c.model_type for kin in ('roberta', 'camembert', 'mpnet', 'data2vec', 'esm'))
-    found = {'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads, 'pos': 'learned',
-             'n_embd': c.hidden_size, 'tied': getattr(c, 'tie_word_embeddings', False),
-             'block_size': places, 'n_conv': 0, 'shift': False, 'embed_scale': 1.0,
-             'hub': c.to_json_string()}
+        kin in c.model_type for kin in ('roberta', 'camembert', 'mpnet', 'data2vec'))
+    with as_user_error(AttributeError, f'init_from is a {c.model_type} of the hub, but it must be '
+                       'a GPT-2 or a masked model'):
+        found = {'n_layer': c.num_hidden_layers, 'n_head': c.num_attention_heads, 'pos': 'learned',
+                 'n_embd': c.hidden_size, 'tied': getattr(c, 'tie_word_embeddings', False),
+                 'block_size': places, 'n_conv': 0, 'shift': False, 'embed_scale': 1.0,
+                 'hub': c.to_json_string()}
     if c.model_type != 'gpt2':
         return found
     usual = c.activation_function in GELUS and c.layer_norm_epsilon == 1e-5 \
@@ -1280,9 +1282,10 @@ def load_hub(s, meta):
         hub['class'], hub['name'], dtype=torch.float32, use_safetensors=True, key_mapping=DIFFUGPT,
         output_loading_info=True, trust_remote_code=s.trust_remote_code)
     missing, rows = sorted(report['missing_keys']), network.get_input_embeddings().weight
-    # data of GPT-2's tokenizer fits every model with as many tokens
-    also = {'kind': 'gpt2'} if len(rows) == 50_257 else None
-    fits = meta['tokenizer'] in (vocabulary['tokenizer'], also)
+    # data in GPT-2's tokens fit every model with these tokens
+    also = {'kind': 'gpt2'} if load_tokenizer(vocabulary).encode('It is') == [1026, 318] else None
+    fits = meta['tokenizer'] in (vocabulary['tokenizer'], also) \
+        and vocabulary['mask_id'] < c.vocab_size
     require('init_from', s.init_from, not missing, f'a whole model, but this lacks {missing[:1]}')
     require('dataset', meta['name'], fits, f'prepared with --tokenizer={s.init_from}')
     print('hf:{name}: licence {licence}, revision {revision}'.format(**hub))
@@ -1312,7 +1315,8 @@ def export_model(run, folder):
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
         n_head=c.n_head, n_inner=c.n_hidden or None, tie_word_embeddings=c.tied,
         activation_function='gelu' if c.mlp == 'gelu' else 'gelu_new',
-        bos_token_id=c.start_id, eos_token_id=run.meta['eos_id']))
+        bos_token_id=c.start_id, eos_token_id=run.meta['eos_id'],
+        sep_token_id=run.meta['sep_id'], pad_token_id=run.meta['pad_id']))
     weights = run.model.state_dict()
     for name, w in by_our_names(network).items():
         w.copy_(weights.get(name, torch.zeros(1)))

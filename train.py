@@ -405,7 +405,7 @@ def train(run, s):
     # same, and --resume prints the final loss; several go on, since perhaps only some caught it.
     if run.stop or run.world == 1 and run.caught:
         print(f'stopped and saved after {run.iteration} updates; go on with\n'
-              f'python train.py --out_dir={shlex.quote(s.out_dir)} --resume')
+              f'python train.py --out_dir={folder_for_shell(s)} --resume')
         sys.exit(128 + (run.caught or [signal.SIGTERM])[0])
 
 
@@ -803,6 +803,11 @@ def time_updates(run, s):
 # ------------------------------------------------------------------------------ from start to end
 
 
+def folder_for_shell(s):
+    """out_dir as a word of a command, with the flag that a model with code of its own needs."""
+    return shlex.quote(s.out_dir) + ' --trust_remote_code' * s.trust_remote_code
+
+
 def print_final_loss(run, s):
     """Prints the final validation loss, in float32; of a bound, the mean of eval_repeats draws."""
     nats, error = evaluate(run.model, run.objective, run.data.batches('val', s.batch_size), seed=1,
@@ -829,7 +834,7 @@ def show_sample(run, s):
         for prompt, reference, answer in rows:
             print(f'prompt:    {prompt}\nreference: {reference}\nanswer:    {answer}\n')
         task, option = 'translation', f'--start={shlex.quote(rows[0][0])}'
-    run_dir = shlex.quote(s.out_dir)
+    run_dir = folder_for_shell(s)
     print(f'To try next:\npython sample.py --out_dir={run_dir} {option}\n'
           f'python eval.py --out_dir={run_dir} --task={task}')
 
@@ -846,7 +851,9 @@ def read_settings():
     checkpoint, earlier = None, {}
     if s.resume:
         checkpoint = load_checkpoint(s.out_dir)
-        earlier = checkpoint['config'] | {'out_dir': s.out_dir}  # it may have been moved
+        # it may have been moved; and no checkpoint decides what code is run
+        earlier = checkpoint['config'] | {'out_dir': s.out_dir,
+                                          'trust_remote_code': s.trust_remote_code}
     elif not (s.overwrite or s.bench) and any(
             Path(s.out_dir, name).exists() for name in ('ckpt.pt', 'best.pt', 'config.json')):
         raise UserError(f'{s.out_dir} holds a run or model already: --resume goes on from ckpt.pt, '

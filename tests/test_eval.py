@@ -581,6 +581,17 @@ def test_any_text_is_scored_in_a_runs_own_tokens(runs, settings, text):
     assert row['bits/byte'] == pytest.approx(nats / math.log(2) / len(''.join(kept).encode()))
 
 
+def test_a_text_that_the_tokenizer_rewrites_is_said_to_be(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    (run_,) = evaluation.load_runs('out/ar', 'cpu')
+    (runs / 'some.txt').write_text('The cat sees the moon.\n' * 4)
+    decode = run_.tokenizer.decode
+    for lossy in (False, True):
+        run_.tokenizer.decode = (lambda ids: decode(ids).lower()) if lossy else decode
+        name, *_ = evaluation.foreign_text(run_, 'some.txt', '', {'skip_unknown': False})
+        assert name == 'some.txt' + ' rewritten' * lossy
+
+
 def test_a_text_of_no_tokens_is_refused(tmp_path, monkeypatch):
     """As one of blanks is, to tokenizers that leave them out."""
     monkeypatch.setattr(evaluation, 'data_of', lambda run: SimpleNamespace())

@@ -1365,6 +1365,8 @@ def test_what_a_hub_model_cannot_be_is_one_line(tmp_path):
     save_hub_model(tmp_path / 'gpt2', 'gpt2')
     save_hub_model(tmp_path / 'bert', 'bert')
     save_hub_model(tmp_path / 'odd', 'gpt2', scale_attn_weights=False)
+    mamba = str(tmp_path / 'mamba')
+    pytest.importorskip('transformers').MambaConfig().save_pretrained(mamba)
     gpt2, bert, odd = (str(tmp_path / name) for name in ('gpt2', 'bert', 'odd'))
     other = hub_vocabulary(gpt2, 'stream')
     for message, broken in (
@@ -1378,6 +1380,12 @@ def test_what_a_hub_model_cannot_be_is_one_line(tmp_path):
             ('the mask is not the last id', lambda: imported(bert, 'uniform')),
             ('another qk_norm', lambda: imported(gpt2, 'ar', qk_norm=True)),
             ('a GPT-2 with its usual GELU, norms and attention', lambda: imported(odd, 'ar')),
+            ('is a mamba of the hub, but it must be a GPT-2 or a masked', lambda: hub_settings(
+                SimpleNamespace(init_from=f'hf:{mamba}', trust_remote_code=False))),
+            ('dataset is', lambda: imported(gpt2, 'ar', vocabulary=other | {
+                'tokenizer': {'kind': 'gpt2'}})),
+            ('dataset is', lambda: imported(gpt2, 'mdm', vocabulary=other | {  # its mask: a token
+                'mask_id': 290, 'vocab_size': 299})),
             ('another n_layer', lambda: imported(gpt2, 'ar', n_layer=3)),
             ('block_size is 64, but it must be 63 or less',
              lambda: imported(gpt2, 'mdm', block_size=64, shift=True)),
@@ -1415,6 +1423,10 @@ def test_an_exported_model_has_our_logits_in_transformers(tmp_path, shape):
                                    rtol=0)
     assert theirs.generation_config.suppress_tokens == [ours.mask_id]
     assert theirs.config.bos_token_id == ours.mask_id and (folder / 'model.safetensors').exists()
+    assert theirs.config.sep_token_id == meta['sep_id']
+    assert theirs.config.pad_token_id == meta['pad_id']
+    again, _ = imported(str(folder), 'ar', vocabulary=meta | {'mask_id': 300, 'vocab_size': 300})
+    assert again.config.start_id == ours.mask_id, 'and it reads this token first'
     ids = AutoTokenizer.from_pretrained(folder).encode('said the fox', add_special_tokens=False)
     assert ids == run.tokenizer.encode('said the fox')
     with pytest.raises(UserError, match='a folder that is not there yet'):

@@ -695,6 +695,19 @@ def test_a_broken_write_keeps_the_old_checkpoint(verse, monkeypatch):
     assert 'intact' not in done.stderr
 
 
+def test_no_checkpoint_decides_whether_code_of_the_hub_is_run(monkeypatch):
+    for name in config.names_of(vars(script)):  # read_settings() changes them
+        monkeypatch.setattr(script, name, getattr(script, name))
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    monkeypatch.setattr(script, 'load_checkpoint', lambda out_dir: {
+        'config': {'trust_remote_code': True, 'max_iters': 7}})
+    for words in (['--resume'], ['--resume', '--trust_remote_code']):
+        monkeypatch.setattr(sys, 'argv', ['train.py', '--out_dir=a b', *words])
+        s, _ = script.read_settings()
+        assert (s.trust_remote_code, s.max_iters) == (len(words) == 2, 7)
+        assert script.folder_for_shell(s) == "'a b'" + ' --trust_remote_code' * (len(words) == 2)
+
+
 def test_rows_that_were_written_twice_are_read_once(tmp_path):
     """As by two processes that resumed one run at a time."""
     (tmp_path / 'log.csv').write_text('iter,val\n0,4\n5,3\n5,3.5\n10,2\n0,9\n15,1\n20')
