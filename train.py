@@ -768,7 +768,9 @@ def compile_model(run, s):
     s.compile, why = compile_or_not(s.compile, run.device, run.dtype, run.data, seconds)
     print(f'compile: {s.compile} ({why})')
     if s.compile == 'on':
-        run.compiled = torch.compile(run.model)
+        # on a CPU compiled random numbers are slow: dropout's are drawn as if not compiled
+        options = {'fallback_random': torch.device(run.device).type == 'cpu'}
+        run.compiled = torch.compile(run.model, options=options)
         try:
             # torch compiles the first batch for its own number of masks and, at the next one with
             # another number, once more, for any number. The first batch is this one, outside of all
