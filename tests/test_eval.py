@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import run, run_alone
 from sacrebleu import corpus_bleu, corpus_chrf
-from test_model import enumerated_nelbo, tiny
+from test_model import enumerated_nelbo, tiny, tokens
 from test_sample import BOOK, META, Counting, Phrasebook, encoded, row_run, row_settings
 
 import eval as evaluation
@@ -579,6 +579,97 @@ def test_any_text_is_scored_in_a_runs_own_tokens(runs, settings, text):
         nats += F.cross_entropy(logits, x, reduction='sum').item()
     assert row['nats/token'] == pytest.approx(nats / len(ids), rel=1e-5)
     assert row['bits/byte'] == pytest.approx(nats / math.log(2) / len(''.join(kept).encode()))
+
+
+def test_curves_by_share_and_by_position(settings, monkeypatch):
+    monkeypatch.setattr(evaluation, 'nll_by_place',
+                        lambda *args: torch.arange(16.)[:, None].expand(16, 5))
+    found = evaluation.likelihood_curves(a_run(Knowing([0] * 16, 12), 'mdm'), 'val', settings)
+    assert found == {'by share': [*range(16)], 'by position': [7.5] * 5}
+
+
+def test_levels_of_the_curve_are_midpoints(settings, monkeypatch):
+    levels = []
+    monkeypatch.setattr(evaluation, 'token_nll', lambda model, x, is_mask, scored, t: (
+        levels.append(t[0, 0].item()), torch.ones(x.shape))[1])
+    evaluation.nll_by_place(a_run(Knowing([0] * 16, 12), 'mdm'), tokens(4, 16), 4, 1)
+    assert len(levels) == 16 and np.mean(levels) == pytest.approx(0.5)
+
+
+def test_curves_interpolate_at_the_end_of_the_first(abc):
+    paths = [write_log(f'ar_{n}', n * 1e12, 2.0 / n, gradient_accumulation_steps=1) for n in (1, 2)]
+    (a, b), _ = evaluation.curves([evaluation.load_log(path)[0] for path in paths], {})
+    for row, at, last in ((a, 2.0, 2.0), (b, 1.5, 1.0)):  # the second has then done one half
+        assert [v for k, v in row.items() if k.startswith('val at')] == pytest.approx([at, at])
+        assert (row['last val'], row['best val']) == pytest.approx((last, last))
+    assert (a['minutes'], b['minutes']) == pytest.approx((1e3 / 60, 2e3 / 60))
+
+
+def test_costs_are_of_all_that_was_written(settings, monkeypatch):
+    monkeypatch.setattr(sample, 'complete', lambda *args, **how: (
+        [([1, META['sep_id'], 0], {'nfe': 4, 'ended': True})], (120, 6, 3.0)))
+    cost = evaluation.write_texts(a_run(Knowing([0] * 16, 12), 'mdm'), settings)[2]
+    assert cost == {'nfe': 4, 'tokens/s': 40, 'ms/pass': 500}
+    figures = sample.answer(row_run(), [[1]], sample.defaults())[1]
+    assert figures['sentences/s'] == pytest.approx(1 / 3)
+
+
+def test_answers_are_greedy_or_sampled():
+    for greedy, wanted in ((True, (0.0, 'confidence')), (False, (0.8, 'remdm'))):
+        how = evaluation.ways_to_answer(row_run(), defaults(greedy=greedy, temperature=0.8))[0][2]
+        assert (how['temperature'], how['decoder']) == wanted
+
+
+def test_held_out_text_is_val(settings):
+    _, ids, _ = evaluation.held_out(a_run(Knowing([0] * 16, 12), 'mdm'), settings)
+    assert ids[0] == evaluation.load_split('verse', 'val')[:16].tolist()
+
+
+def test_parts_are_weighted_by_their_share_and_so_are_their_errors(settings, monkeypatch):
+    monkeypatch.setattr(evaluation, 'nll_or_bound', lambda *args: (8.0, 0.4, 3))
+    run_ = a_run(Knowing([0] * 16, 12), 'd3pm', diffusion_steps=4)
+    found = {row['part']: row for row in evaluation.parts([run_], settings)[0]}
+    for part, share in (('last step', 0.25), ('other steps', 0.75), ('nelbo', 1)):
+        assert (found[part]['nats/token'], found[part]['s.e.']) == pytest.approx(
+            (8 * share, 0.4 * share))
+
+
+def test_noise_of_a_part_is_of_tokens_whatever_the_schedule(settings):
+    V = evaluation.load_meta('verse')['vocab_size']
+    run_ = a_run(Knowing([0] * 16, V, sure=0.0), 'mdm', schedule='cosine')
+    rows, _ = evaluation.parts([run_], settings | {'max_windows': 8, 'levels': (0.3,),
+                                                   'repeats': 8, 'target_se': 0})
+    assert rows[1]['nats/token'] == pytest.approx(math.log(V), abs=5 * rows[1]['s.e.'])
+
+
+def test_uniform_is_told_the_share_of_wrong_tokens():
+    class Spy:
+        device, mask_id, config = 'cpu', 9, SimpleNamespace(vocab_size=10)
+
+        def __call__(self, x, level, **how):
+            self.level = level
+            return torch.zeros(x.numel(), 10)
+
+        def logits(self, h):
+            return h
+
+    spy = Spy()
+    evaluation.token_by_token(row_run(spy, objective='uniform'), tokens(2, 5, 9), 0.2)
+    torch.testing.assert_close(spy.level, torch.full((2, 1), 0.2))
+
+
+def test_a_judge_reads_all_windows_and_runs_the_shortest(settings):
+    V = evaluation.load_meta('verse')['vocab_size']
+    long, short = (a_run(Knowing([0] * n, V, sure=0.0), 'ar') for n in (16, 8))
+    assert evaluation.judged(long, long, ['x' * 40], [[1] * 40])['nll under ar'] == pytest.approx(
+        math.log(V))
+    assert evaluation.common_windows([long, short], settings).size(1) == 8
+
+
+def test_only_networks_of_masked_diffusion_have_steps():
+    for subs, objective, n in ((True, 'mdm', 3), (False, 'd3pm', 1), (True, 'block', 1)):
+        run_ = row_run(SimpleNamespace(config=SimpleNamespace(subs=subs)), objective=objective)
+        assert len(evaluation.objectives_of(run_, (1, 9))) == n
 
 
 def test_a_text_that_the_tokenizer_rewrites_is_said_to_be(runs, monkeypatch):

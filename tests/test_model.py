@@ -18,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 from config import UserError
 from conftest import PROSE, save_hub_model, save_tokenizer
-from model import LENGTH_HEADS, OBJECTIVES, SCHEDULES, Autoregression, BlockDiffusion, KVCache, \
-    LengthLoss, ModelConfig, Noised, Objective, Transformer, Uniform, alpha_and_weight, attend, \
-    beside_clean, evaluate, export_model, first_to_hold, flops_per_token, hub_settings, \
-    load_checkpoint, load_model, make_network, make_objective, model_config, noise_level, \
-    peak_memory, pick_device, pick_dtype, rope_angles, rotate, time_features, uniform_token_loss
+from model import D3PM, LENGTH_HEADS, OBJECTIVES, SCHEDULES, Autoregression, BlockDiffusion, \
+    KVCache, LengthLoss, MaskedDiffusion, ModelConfig, Noised, Objective, Transformer, Uniform, \
+    alpha_and_weight, attend, beside_clean, evaluate, export_model, first_to_hold, \
+    flops_per_token, hub_settings, load_checkpoint, load_model, make_network, make_objective, \
+    masks_by_count, model_config, noise_level, peak_memory, pick_device, pick_dtype, rope_angles, \
+    rotate, time_features, uniform_token_loss
 from prepare import hub_vocabulary, load_tokenizer, open_data
 from train import MAY_DIFFER, attention_options, load_first_weights
 
@@ -210,6 +211,54 @@ def test_attention_written_out_is_torchs(Hkv, T, S, kind):
     torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.02)
 
 
+@pytest.mark.parametrize('mlp', ['relu2', 'swiglu'])
+def test_the_default_layer_is_that_of_its_formula(mlp):
+    """RMS norms, queries and keys that are normed and turned, and both activations of our own."""
+    m, x = tiny(n_layer=1, mlp=mlp, std=0.3), torch.randn(1, 6, 32, generator=torch.manual_seed(0))
+    b, turn = m.blocks[0], torch.outer(torch.arange(6.), 1e4 ** -(torch.arange(4) / 4))  # (6, 4)
+
+    def rms(v):
+        return v / v.square().mean(-1, keepdim=True).sqrt()
+
+    def turned(v):  # (6, 4, 8), by complex numbers
+        v = rms(v.view(6, 4, 8))
+        z = torch.complex(v[..., :4], v[..., 4:]) * torch.exp(1j * turn)[:, None]
+        return torch.cat([z.real, z.imag], -1)
+
+    h = rms(x) * b.norm1.weight
+    p = torch.einsum('ihd,jhd->hij', turned(b.attn.q(h)), turned(b.attn.k(h))).div(8 ** 0.5)
+    y = torch.einsum('hij,jhd->ihd', p.softmax(2), b.attn.v(h).view(6, 4, 8)).reshape(1, 6, 32)
+    y = x + b.attn.proj(y)
+    h = rms(y) * b.norm2.weight
+    f = b.mlp.fc(h).clamp(min=0) ** 2 if mlp == 'relu2' else \
+        b.mlp.fc(h) * b.mlp.gate(h) / (1 + (-b.mlp.gate(h)).exp())
+    torch.testing.assert_close(b(x, m.rope[:, :6].unbind(), None, None, None, None),
+                               y + b.mlp.proj(f), atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_is_on_the_embedding_and_on_both_branches():
+    m, x = tiny(dropout=1.0, pos='learned').train(), torch.randn(2, 5, 32)
+    assert torch.equal(m.blocks[0](x, None, None, None, None, None), x)
+    m = Transformer(ModelConfig(12, 16, n_embd=32, dropout=1.0))  # its branches are zero
+    assert not m(tokens(2, 5), hidden=True).any()
+
+
+def test_matrices_begin_at_the_width_that_they_read():
+    fc = Transformer(ModelConfig(12, 16, n_embd=64, n_layer=1)).blocks[0].mlp.fc.weight
+    assert fc.std().item() == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_the_level_turns_circles_of_2_pi_in_1000_and_more():
+    def z(level):
+        return torch.complex(*time_features(level).chunk(2, -1))
+
+    a, b = torch.rand(2, 5, 1, generator=torch.manual_seed(0))
+    torch.testing.assert_close(z(a) * z(b), z(a + b), atol=1e-3, rtol=0)
+    angles = z(torch.tensor([[math.pi / 1000], [1.0]])).angle()[:, 0]  # (2, 128)
+    assert abs(angles[0, 0].item()) == pytest.approx(math.pi, abs=1e-3)
+    assert angles[1, -1].item() == pytest.approx(0.1, rel=0.1)
+
+
 def test_dropout_in_attention_keeps_the_mean():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, 4, 8).bfloat16() for _ in range(3))
@@ -311,6 +360,18 @@ def test_flops_are_those_that_torch_counts(tied, pos, time_cond):
     data = SimpleNamespace(meta=meta, mean_width=T, scored_share=1.0)
     ours = B * T * (flops_per_token(settings, data) - 6 * vectors)
     assert counter.get_total_flops() - 2 * once_a_row == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.parametrize('name', ['ar', 'mdm', 'block'])
+def test_flops_are_of_the_pairs_that_see_each_other(name):
+    T, how = 16, dict(objective=name, block_length=4, n_embd=32, n_head=2, n_layer=2)
+    data = SimpleNamespace(meta={'vocab_size': 9, 'mask_id': 9}, mean_width=T, scored_share=0.0)
+    seen = {'ar': torch.ones(T, T).tril(), 'mdm': torch.ones(T, T),
+            'block': beside_clean(T, 4, 0, 'cpu')['attn_mask']}[name]
+    inside = sum(p.numel() for p in tiny(n_head=2).blocks.parameters())
+    pairs = seen.sum().item() - T / 2 * (name == 'ar')  # of the diagonal a half, as in PaLM
+    assert flops_per_token(how, data) == pytest.approx(
+        (6 * inside * len(seen) + 12 * 2 * 32 * pairs) / T)
 
 
 def test_the_work_of_a_length_head_is_not_counted():
@@ -480,6 +541,21 @@ def test_noise_levels_are_stratified(B, seed, mask_range):
     assert 0 < t.min() + 1e-6 and t.max() <= 1 + 1e-6
     strata = torch.arange(B) / B
     assert (t >= strata - 1e-5).all() and (t <= strata + 1 / B + 1e-5).all()
+
+
+def test_rows_of_a_bound_have_one_number_of_masks_each():
+    given, rng = torch.zeros(16, 16, dtype=torch.bool), torch.Generator().manual_seed(0)
+    assert sorted(masks_by_count(given, rng)[0].sum(1).tolist()) == [*range(1, 17)]
+    level = D3PM(diffusion_steps=16).corrupt_evenly(tiny(), tokens(16, 16), given, rng).level
+    assert sorted(level[:, 0].tolist()) == pytest.approx([k / 16 for k in range(1, 17)])
+
+
+@pytest.mark.parametrize('name', OBJECTIVES)
+def test_a_bound_reads_all_levels_however_training_weights_them(name):
+    m, x0 = tiny(std=0.2), tokens(6, 16)
+    one, other = (OBJECTIVES[name](**how).bound(m, x0, torch.Generator().manual_seed(0))
+                  for how in ({}, {'loss_weight': 'flat', 'mask_range': (0.3, 0.4)}))
+    assert torch.equal(one, other)
 
 
 def test_share_of_masks_follows_the_level():
@@ -1011,6 +1087,20 @@ def test_standard_error_is_that_of_independent_repeats(in_tmp_path):
     assert 0.6 < means.std(ddof=1) / errors.mean() < 1.5
 
 
+def test_every_batch_and_repeat_has_noise_of_its_own(in_tmp_path):
+    seeds = []
+
+    class Spy(MaskedDiffusion):
+        def bound(self, model, x0, rng, given):
+            seeds.append(rng.initial_seed())
+            assert not torch.is_grad_enabled()
+            return super().bound(model, x0, rng, given)
+
+    batches = stream(in_tmp_path, tokens(1, 64)[0]).batches('val', 2)
+    evaluate(tiny(), Spy(), batches, repeats=3)
+    assert len(set(seeds)) == len(seeds) == 3 * len(batches) > 3
+
+
 def test_evaluate_leaves_the_mode_and_the_global_generator_alone(in_tmp_path):
     model = tiny(dropout=0.1).train()
     state = torch.get_rng_state()
@@ -1423,6 +1513,7 @@ def test_an_exported_model_has_our_logits_in_transformers(tmp_path, shape):
                                    rtol=0)
     assert theirs.generation_config.suppress_tokens == [ours.mask_id]
     assert theirs.config.bos_token_id == ours.mask_id and (folder / 'model.safetensors').exists()
+    assert theirs.config.eos_token_id == meta['eos_id']
     assert theirs.config.sep_token_id == meta['sep_id']
     assert theirs.config.pad_token_id == meta['pad_id']
     again, _ = imported(str(folder), 'ar', vocabulary=meta | {'mask_id': 300, 'vocab_size': 300})

@@ -1279,6 +1279,13 @@ def test_nothing_is_drawn_after_the_end(decoder):
     assert stopped > 5
 
 
+def test_only_the_first_batch_is_watched():
+    seen, run_ = [], run_of(tiny_model(V=12, T=8), objective='mdm')
+    how = sample.defaults() | {'decoder': 'confidence', 'steps': 4, 'batch_size': 1}
+    sample.complete(run_, [[1] + [11] * 4] * 3, how, on_step=lambda *step: seen.append(step))
+    assert len(seen) == 4
+
+
 @pytest.mark.parametrize('decoder', [
     partial(decode_remdm, steps=12, eta=0.3), partial(decode_remask, steps=14, order='random'),
     partial(decode_remask, steps=0, order='random'), partial(decode_uniform, steps=6),

@@ -459,6 +459,7 @@ def test_every_parameter_is_learned_once_and_matrices_of_blocks_alone_decay(shap
         learned = [id(p) for group in groups for p in group['params']]
         assert sorted(learned) == sorted(id(p) for p in model.parameters())
         assert {id(p) for g in groups if g['weight_decay'] for p in g['params']} == inside
+        assert {g['betas'] for g in groups if 'betas' in g} == {(0.9, 0.99)}
 
 
 @pytest.mark.parametrize('like', ['Bert', 'Albert'])
@@ -708,6 +709,82 @@ def test_no_checkpoint_decides_whether_code_of_the_hub_is_run(monkeypatch):
         assert script.folder_for_shell(s) == "'a b'" + ' --trust_remote_code' * (len(words) == 2)
 
 
+def test_a_gradient_is_clipped(verse):
+    """To so little that AdamW's epsilon is all of the denominator."""
+    train(verse, *TINY, '--grad_clip=1e-30', '--optimizer=adamw', '--out_dir=out/clipped')
+    rows = log_without_times(verse / 'out/clipped')
+    assert rows[0]['val'] == rows[-1]['val']
+
+
+def test_a_resumed_run_counts_on_and_takes_its_new_settings(verse):
+    train(verse, *TINY, '--out_dir=out/time', '--max_iters=2')
+    path, found = verse / 'out/time/ckpt.pt', []
+    torch.save(torch.load(path, weights_only=True) | {'seconds': 1000.0}, path)
+    for decay in (0.0, 50.0):  # 50 times the rate, 0.02, is all
+        out = verse / f'out/decay{decay}'
+        shutil.copytree(path.parent, out)
+        train(verse, f'--out_dir={out}', '--resume', '--max_iters=3', f'--weight_decay={decay}')
+        found.append(weights(out)['blocks.0.attn.q.weight'].norm())
+    assert found[1] < 0.2 * found[0] and load_checkpoint(out)['seconds'] > 1000
+    rows = [*csv.DictReader((out / 'log.csv').read_text().splitlines())]
+    assert float(rows[-1]['tokens_per_second']) > 10, 'of this start'
+
+
+@pytest.mark.parametrize('objective', ['ar', 'mdm'])
+def test_the_last_line_is_true(verse, objective):
+    said = train(verse, *TINY, f'--objective={objective}', f'--out_dir=out/line_{objective}')
+    nats, spread, bits, n = re.search(
+        r'([\d.]+)( \+- [\d.]+)? nats/token, ([\d.]+) bits/token on .* \(([\d,]+) tokens of',
+        said).groups()
+    assert float(bits) == pytest.approx(float(nats) / math.log(2), abs=2e-4)
+    assert (spread is None) == (objective == 'ar')
+    meta = json.loads((verse / 'data/verse/meta.json').read_text())
+    assert int(n) == meta['counts']['val']['tokens']
+    assert log_without_times(verse / f'out/line_{objective}')[0]['lr'] == '2.000e-03'  # 6e-3 / 3
+
+
+def test_a_cosine_is_one():
+    assert script.lr_factor(rates_of(110, 10, 'cosine'), 35) == pytest.approx((2 + 2 ** 0.5) / 4)
+
+
+def test_a_seed_is_of_weights_and_of_noise(verse, monkeypatch):
+    seeds, loss = [], MaskedDiffusion.loss
+
+    def spy(self, model, x0, rng, *rest):
+        seeds.extend([torch.initial_seed(), rng.initial_seed()])
+        return loss(self, model, x0, rng, *rest)
+
+    monkeypatch.setattr(MaskedDiffusion, 'loss', spy)
+    for seed in (1, 2):
+        train(verse, *TINY, '--max_iters=1', f'--seed={seed}', '--learning_rate=1e-30',
+              f'--out_dir=out/seed{seed}')
+    a, b = (weights(verse / f'out/seed{seed}')['embed.weight'] for seed in (1, 2))
+    assert not torch.allclose(a, b) and len(set(seeds)) == 4
+
+
+def test_bfloat16_trains_as_float32_does_but_for_rounding(verse):
+    for dtype in ('float32', 'bfloat16'):
+        train(verse, *TINY, f'--dtype={dtype}', '--optimizer=adamw', f'--out_dir=out/{dtype}')
+    one, other = (verse / f'out/{dtype}' for dtype in ('float32', 'bfloat16'))
+    assert not torch.allclose(*(weights(d)['head.weight'] for d in (one, other)), atol=1e-6)
+    a, b = (float(log_without_times(d)[-1]['val']) for d in (one, other))
+    assert a == pytest.approx(b, abs=0.05)
+
+
+def test_a_diverged_run_that_is_stopped_saves_nothing(verse, monkeypatch):
+    step, done = torch.optim.AdamW.step, []
+
+    def third(self):
+        done.append(step(self))
+        if len(done) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', third)
+    ended = run('train.py', *TINY, '--out_dir=out/nan2', '--learning_rate=1e38', '--max_iters=99',
+                '--optimizer=adamw', '--log_interval=99', '--eval_interval=99', cwd=verse)
+    assert ended.returncode == 2 and load_checkpoint(verse / 'out/nan2')['iter'] == 0, ended.stderr
+
+
 def test_rows_that_were_written_twice_are_read_once(tmp_path):
     """As by two processes that resumed one run at a time."""
     (tmp_path / 'log.csv').write_text('iter,val\n0,4\n5,3\n5,3.5\n10,2\n0,9\n15,1\n20')
@@ -727,6 +804,7 @@ def test_a_loss_far_above_a_blind_guess_stops_the_run(verse):
     done = run('train.py', *TINY, '--out_dir=out/far', '--learning_rate=30.0', '--warmup_iters=0',
                '--optimizer=adamw', '--max_iters=50', '--eval_interval=10', cwd=verse)
     assert_one_line(done, 'diverged', 'learning rate', 'ckpt.pt has weights from before')
+    assert 'after 10 updates' not in done.stderr, 'that is the first evaluation'
     assert load_checkpoint(verse / 'out/far')['iter'] == 0
 
 
