@@ -770,8 +770,8 @@ def compile_model(run, s):
     if s.compile == 'on':
         # on a CPU compiled random numbers are slow: dropout's are drawn as if not compiled
         options = {'fallback_random': torch.device(run.device).type == 'cpu'}
-        run.compiled = torch.compile(run.model, options=options)
         try:
+            run.compiled = torch.compile(run.model, options=options)
             # torch compiles the first batch for its own number of masks and, at the next one with
             # another number, once more, for any number. The first batch is this one, outside of all
             # updates, so that those of a run that is resumed use the same kernels as others.

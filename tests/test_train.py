@@ -599,7 +599,8 @@ def test_training_goes_on_without_a_compiler_that_fails(verse, monkeypatch):
         def backward(ctx, gradient):
             raise RuntimeError('no space left')
 
-    def compiled(model):
+    def compiled(model, options):
+        assert options == {'fallback_random': True}  # of a CPU
         broken = copy.copy(model)  # with the same weights
         broken.forward = lambda *inputs, **how: Breaks.apply(model(*inputs, **how))
         return broken
