@@ -375,7 +375,7 @@ def read_fields(file, names):
         for i, record in enumerate(records, start=1):
             if missing := [name for name in names if record.get(name) is None]:
                 raise UserError(f'record {i} of {file.name} has no {missing[0]!r}, only '
-                                f'{", ".join(str(k) for k in record if record[k]) or "nulls"}')
+                                f'{", ".join(str(k) for k, v in record.items() if v is not None)}')
             texts = (v if isinstance(v := record[name], str) else json.dumps(v, ensure_ascii=False)
                      for name in names)
             # JSON can hold half a surrogate pair, which is no text

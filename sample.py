@@ -346,7 +346,7 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         return
     generated = to_generate.clone() if eta > 0 else to_generate
     for alpha_t, alpha_s, level in reverse_steps(model, x, generated, steps, noise_schedule):
-        if eta > 0:  # no row ends at an EOS that may be masked again, but after the last step
+        if eta > 0:  # an EOS may be masked again, so rows end after the last step
             to_generate[:] = generated & (alpha_s == 1)
         u = torch.rand(x.shape, generator=rng, device=rng.device).to(x.device)  # (B, T)
         is_mask = generated & (x == model.mask_id)
@@ -354,7 +354,8 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
         # one u serves both: a token is either masked or written
         reveal = is_mask & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
         remask = generated & ~is_mask & (u < sigma)
-        if not (reveal | remask | to_generate & (eta > 0)).any():  # the last step is yielded anyhow
+        # the last step is yielded in any case, so that rows can end
+        if not (reveal | remask | to_generate & (eta > 0)).any():
             continue
         if reveal.any():
             logits = model(x, level, where=reveal)  # (M, V), M to reveal
