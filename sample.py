@@ -8,7 +8,7 @@
     python sample.py --out_dir=out/talk --chat  # a run on prompts and answers; an empty line ends
     python sample.py --corrupt="What's in a name?"
 
-From a checkpoint to text, each calls the next:
+From a checkpoint to text; what is indented is called by what stands above it:
 
     main
         make_canvases     the ids of a text, with mask_id wherever a token is to be generated.
@@ -17,13 +17,14 @@ From a checkpoint to text, each calls the next:
         complete_best     complete, unless length_candidates asks for several lengths: skip it
             complete      fills canvases batch by batch: the ids of each up to its EOS
                 decode_batch
-                    make_decoder    a generator that fills the masks of x (B, T) step by step
+                    make_decoder    a generator function that fills the masks of x (B, T)
                     run_decoder     runs it, counts the passes of the network, ends rows at EOS
 
 At a first reading go from section to section: sampling a token, the loop around a decoder, decoders
-(remdm is the default of objective=mdm), the decoder of the settings with size, cached and guidance
-not set, runs and their canvases, from canvases to text; then make_canvases and main(). Blocks and
-guidance, the lengths of answers and the pictures can wait.
+(remdm is the default of objective=mdm; decode_ar and decode_uniform can wait), the decoder of the
+settings with block_length, prefix_cache and guidance not set, runs and their canvases, from
+canvases to text; then make_canvases and main(). Blocks and guidance, the lengths of answers and the
+pictures can wait.
 
 Letters are those of model.py: B rows of T tokens, which are the canvas x (B, T); V = V' + 1:
 the real tokens and the mask. where (B, T) bool marks the positions that a pass predicts,
@@ -75,7 +76,7 @@ num_samples = 1        # of each prompt
 batch_size = 16        # rows at a time
 gen_length = 0         # tokens to write after start (not in a template, which says how many). 0:
                        # fills the context or, of a run on documents whose objective is not ar or
-                       # block, a canvas as wide as documents in training
+                       # block, a canvas about as wide as documents in training
 seed = 1337
 # how it is decoded
 decoder = 'auto'       # ar: left to right; ancestral: places at random; confidence, threshold: most
@@ -90,12 +91,14 @@ counts = 'linear'      # confidence, remask: linear (as many each step), cosine 
 threshold = 0.9        # threshold: a pass commits all tokens of at least this confidence, and
                        # always at least one
 eta = 0.06             # remdm: largest probability per step that a written token is masked again
-cool = 0.7             # remdm: the temperature falls from (1 + cool) to (1 - cool) times its value
-block_length = 0       # write blocks of so many tokens from left to right; 0: as the model learned
+cool = 0.7             # remdm: the temperature falls from (1 + cool) towards (1 - cool) times its
+                       # value
+block_length = 0       # write blocks of so many tokens from left to right; 0: none, or those that
+                       # the model learned
 prefix_cache = False   # read what precedes a block once: faster, but an approximation
 guidance = 0.0         # above 0: follow the given text, where there is one, more closely, at two
                        # passes a step
-temperature = 0.7      # 0 takes the most likely token; RESULTS, What each decoder buys
+temperature = 0.7      # 0 takes the most likely token; data/RESULTS.md, What each decoder buys
 top_k = 0              # sample among the k most likely tokens; 0 = all
 top_p = 1.0            # sample among the fewest tokens that hold this probability together
 repetition_penalty = 1.0  # above 1: tokens that the text already holds are made less likely, except
@@ -123,7 +126,7 @@ SAMPLING = ('temperature', 'top_k', 'top_p', 'repetition_penalty')  # of probabi
 DECODING = ('decoder', 'steps', 'noise_schedule', 'order', 'counts', 'threshold', 'eta',
             'cool', 'block_length', 'prefix_cache', 'guidance', *SAMPLING, 'length', 'length_line',
             'length_quantile', 'length_candidates')
-PLAIN = {'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}  # no blocks, no guidance
+PLAIN = {'block_length': 0, 'prefix_cache': False, 'guidance': 0.0}  # nothing around a decoder
 ORDERS, COUNTS = ('max_prob', 'margin', 'entropy', 'random'), ('linear', 'cosine')
 PREDICTED = ('argmax', 'quantile', 'regress', 'classify', 'encoder')
 LENGTHS = ('full', 'fit', 'ratio', 'reference', *PREDICTED)
@@ -142,7 +145,7 @@ def defaults():
 
 
 def filter_logits(logits, top_k, top_p):
-    """logits (M, V) with -inf outside the top_k likeliest tokens, and then outside their nucleus.
+    """logits (M, V) with -inf outside the top_k likeliest tokens, and the nucleus of those left.
 
     Tokens as likely as the last of the top_k stay too. The nucleus [1904.09751] is the smallest set
     of likeliest tokens that holds at least top_p.
@@ -184,8 +187,9 @@ def probabilities(logits, x, where, *, temperature=1.0, top_k=0, top_p=1.0, repe
 def sample_categorical(p, rng):
     """One token (M,) for each row of p (M, V) float64, whose rows need not sum to 1.
 
-    The argmax of p / e, where e ~ Exponential(1) for each token, has exactly the distribution p (an
-    exponential race), and float64 keeps its tails, which float32 noise cuts off [2409.02908].
+    The argmax of p / e, where e ~ Exponential(1) for each token, is token j with probability
+    p_j / sum p, exactly (an exponential race), and float64 keeps the tails of p, which float32
+    noise cuts off [2409.02908].
     """
     return (p / torch.empty_like(p).exponential_(generator=rng)).argmax(-1)
 
@@ -203,16 +207,16 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 # ---------------------------------------------------------------------- the loop around a decoder
 #
 # What all decoders have in common; read it together with decode_ancestral, the first one.
-# decode_<name>(model, x, to_generate, rng, *, its own settings, **sampling) is a generator. It
-# writes tokens into the canvases x (B, T), in place, where to_generate (B, T) is True, and after
-# every step that changed something it yields `where, logits`: the positions (B, T) that its pass
-# predicted, and the logits (M, V) there.
+# decode_<name>(model, x, to_generate, rng, *, its own settings, **sampling) is a generator. In
+# place it fills the canvases x (B, T) where to_generate (B, T) is True at first, and nothing else:
+# other masks (later blocks, padding) are read and left. After a step that changed x or to_generate
+# it yields `where, logits`: the positions (B, T) that its pass predicted, and the logits (M, V)
+# there.
 #
-# Between two steps run_decoder() looks at x. Once a row has generated an EOS, it sets this row of
-# to_generate, the same tensor, to False: so a decoder reads to_generate anew in every step. A
-# decoder that may change what it wrote works from a copy, and keeps to_generate False until tokens
-# are final, so that no row ends at an EOS that may still change. Masks where to_generate is False
-# (later blocks, padding) are read and left as they are.
+# Then run_decoder() ends rows: once a row has an EOS where to_generate is True, with no mask before
+# it, the rest becomes EOS, and the row of to_generate, the same tensor, False. So most decoders
+# read to_generate anew in every step. One that may change what it wrote (remdm, remask, uniform)
+# reads a copy, and keeps to_generate False until a row is final, so that no EOS ends it too soon.
 #
 #     rng                   the torch.Generator of everything random
 #     its own settings      make_decoder() passes them all; defaults serve direct calls
@@ -221,8 +225,8 @@ def sample_token(logits, x, where, rng, *, temperature=1.0, **sampling):
 #
 # All but decode_ar call model(x, level, where=...), which returns the logits (M, V) at `where`.
 # level (B, 1), which only networks with time_cond read, is the fraction of the canvas that is
-# noise; without it the model counts the masks of x. To commit a token is to write it and never
-# change it. nfe, the number of function evaluations, counts passes.
+# noise; without it the model counts the masks of x. To commit a token is to write it for good.
+# nfe, the number of function evaluations, counts passes.
 #
 # A new decoder is named in DECODERS, and in `decoders` of the objectives that have it (model.py);
 # its settings stand at the top of this file and in DECODING.
@@ -255,7 +259,7 @@ def end_rows(x, to_generate, may_end, eos_id, mask_id):
 def run_decoder(decoder, model, x, rng, eos_id=None, on_step=None, lengths=None):
     """The canvases x (B, T) filled by a decoder, and how many passes of the network that took.
 
-    With an eos_id, a row ends at the first one that it generates after all that is given; in a
+    With an eos_id, a row ends at the first one that it generates after the last given token; in a
     blank with given text after it an eos_id is a token like others. on_step(x, nfe, where, logits)
     is called after every step, with the `where, logits` that the decoder yielded. The next step
     changes x in place: clone what is to be kept. lengths: of each row the number of tokens before
@@ -263,7 +267,7 @@ def run_decoder(decoder, model, x, rng, eos_id=None, on_step=None, lengths=None)
     """
     x, model = x.clone(), Counted(model)
     to_generate = x == model.mask_id
-    # nothing is given from here on, in padding neither
+    # True where only masks follow, those of padding among them
     may_end = to_generate.flip(1).cumprod(1).flip(1).bool()
     for row, length in zip(to_generate, lengths or ()):
         row[length:] = False
@@ -303,8 +307,8 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
     reveals none needs no pass, and any other step needs logits at these masks alone.
 
     To be skipped at first: a d3pm model with subs=False gives the mask a probability p_mask too,
-    and before the last step a mask is revealed less often: the posterior q(xs | xt, x0), with the
-    prediction in place of x0, reveals one with probability
+    and in all steps but the last a mask is revealed less often: the posterior q(xs | xt, x0), with
+    the prediction in place of x0, reveals one with probability
 
         (alpha_s - alpha_t) * (1 - p_mask) / (1 - alpha_t * (1 - p_mask))
     """
@@ -328,16 +332,17 @@ def decode_ancestral(model, x, to_generate, rng, *, steps, noise_schedule='linea
 
 def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', eta, cool=0.0,
                  temperature=1.0, **sampling):
-    """As decode_ancestral, but written tokens are masked again [ReMDM 2503.00307, schedule 'cap'].
+    """As decode_ancestral, but a written token may be masked again [ReMDM 2503.00307, its 'cap'].
 
         a written token is masked again with probability sigma = min(eta, (1 - alpha_s) / alpha_t),
-        a masked one is revealed with (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+        a masked one is revealed with probability (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
 
     so that the expected fraction of written tokens at s is alpha_s: (1 - sigma) * alpha_t stay, and
-    alpha_s - (1 - sigma) * alpha_t come. The temperature falls as text appears, from 1 + cool to
-    1 - cool times its value: early tokens are sampled with variety, late ones, which must fit the
-    text around them, from the likeliest. With eta = 0 nothing is masked again, and only the
-    temperature differs from decode_ancestral. (Skip at first: for a d3pm model with subs=False,
+    alpha_s - (1 - sigma) * alpha_t come. The temperature falls as text appears, from 1 + cool
+    towards 1 - cool times its value: early tokens are sampled with variety, late ones, which must
+    fit the text around them, from the likeliest. All rows take all steps. With eta = 0 nothing is
+    masked again: rows may end at any step, and only the temperature differs from decode_ancestral.
+    (Skip at first: for a d3pm model with subs=False,
     eta = 0 calls decode_ancestral, without that temperature.)
     """
     if eta == 0 and not model.config.subs:  # decode_ancestral knows that d3pm may predict a mask
@@ -390,8 +395,8 @@ def propose(model, x, is_mask, order, rng, sampling):
     """Samples a token wherever is_mask (B, T): (tokens (B, T), scores (B, T), logits (M, V)).
 
     tokens: x with its masks filled by the samples. A score is log(p / (1 - p)) and not the
-    confidence p: in float32 all p above 1 - 1e-7 would be 1, and have no order. It is -inf
-    elsewhere; at masks it is at least -1e4, even of confidence 0.
+    confidence p: in float32 (MPS has no float64) all p above 1 - 1e-7 would be 1, and have no
+    order. It is -inf elsewhere; at masks it is at least -1e4, even of confidence 0.
     """
     # (B, 1), counted here, over the whole canvas: PrefixCached shows the model a part of it
     level = (x == model.mask_id).float().mean(1, keepdim=True)
@@ -407,8 +412,8 @@ def propose(model, x, is_mask, order, rng, sampling):
 def confidence_rank(scores):
     """(B, T): 0 for the highest score of a row, 1 for the next; ties from left to right.
 
-    Scores are rounded to 1e-4, more than the noise of logits in float32, so that noise does not
-    order ties, and a greedy row does not depend on the rest of its batch.
+    Scores are rounded to 1e-4, more than the noise of logits in float32, so that noise orders no
+    ties, and a greedy row does not depend on the rest of its batch (unless a score is at an edge).
     """
     return scores.round(decimals=4).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
@@ -464,13 +469,14 @@ def decode_threshold(model, x, to_generate, rng, *, threshold, order='max_prob',
 
 def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts='linear',
                   **sampling):
-    """Keeps the most confident tokens, and commits none before the end [Mask-Predict 1904.09324].
+    """Keeps the most confident tokens, and commits none before a row is full [Mask-Predict
+    1904.09324].
 
     As decode_confidence, but every token keeps the score it had when it was sampled, and each step
     keeps the most confident of all, old and new, and masks the others again.
     """
     n_masks, score_of_all = to_generate.sum(1), torch.full(x.shape, -torch.inf, device=x.device)
-    generated = to_generate.clone()  # as in decode_remdm
+    generated = to_generate.clone()
     for i in range(1, (steps or x.size(1)) + 1):
         is_mask = generated & (x == model.mask_id)
         keep = n_masks - masks_left(n_masks, i, steps, counts)  # (B,)
@@ -480,7 +486,7 @@ def decode_remask(model, x, to_generate, rng, *, steps, order='max_prob', counts
         score_of_all = torch.where(is_mask, scores, score_of_all)
         x[is_mask] = tokens[is_mask]
         x[generated & (confidence_rank(score_of_all) >= keep[:, None])] = model.mask_id
-        to_generate[:] = generated & (keep == n_masks)[:, None]
+        to_generate[:] = generated & (keep == n_masks)[:, None]  # rows that are final
         yield is_mask, logits
 
 
@@ -530,18 +536,17 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
 
     All tokens to be generated start uniformly random, and every step may change all of them, so
     that errors are mended. With s = t - 1/steps, V' real tokens and p_j = p(x0 = j | the others
-    of xt), which is what Uniform in model.py learns, a token i becomes j with a probability
-    proportional to q(xt = i | xs = j) * q(xs = j | x0), in which p takes the place of x0
+    of xt), which is what Uniform in model.py learns, a token a becomes j with a probability
+    proportional to q(xt = a | xs = j) * q(xs = j | x0), in which p takes the place of x0
     [D3PM 2107.03006; Duo 2506.10892]:
 
-        (alpha_t / alpha_s * [i = j] + (1 - alpha_t / alpha_s) / V') * (alpha_s * p_j
+        (alpha_t / alpha_s * [a = j] + (1 - alpha_t / alpha_s) / V') * (alpha_s * p_j
                                                                         + (1 - alpha_s) / V')
 
     Temperature and the filters shape p. At temperature 0 all of p is on the likeliest token, and
     the last step, where alpha_s = 1, takes it; the steps before it still sample noise.
     """
     generated, n_real = to_generate.clone(), model.mask_id  # V': here the mask is the last id
-    to_generate[:] = False  # until the last step, as in decode_remdm
     noise = torch.randint(n_real, x.shape, generator=rng, device=rng.device).to(x.device)
     x[generated] = noise[generated]
     if not generated.any():
@@ -552,11 +557,11 @@ def decode_uniform(model, x, to_generate, rng, *, steps, noise_schedule='linear'
         held = x.masked_fill(generated, model.mask_id)
         p = probabilities(logits.to(rng.device), held, generated, **sampling)[:, :n_real]  # (M, V')
         keep = alpha_t / alpha_s
-        # [i = j], (M, V'), on the device of p, since MPS has no float64
+        # [a = j], (M, V'), on the device of p, since MPS has no float64
         current = F.one_hot(x[generated].to(p.device), n_real).double()
         p = (keep * current + (1 - keep) / n_real) * (alpha_s * p + (1 - alpha_s) / n_real)
         x[generated] = sample_categorical(p, rng).to(x.device)
-        to_generate[:] = generated & (alpha_s == 1)
+        to_generate[:] = generated & (alpha_s == 1)  # all tokens may change before the last step
         yield generated, logits
 
 
@@ -652,9 +657,9 @@ def decode_blocks(model, x, to_generate, rng, *, inner, block_length, steps=None
             before, after = (steps * (edge - first) // (end - first) for edge in (start, stop))
             inner = partial(inner, steps=max(1, after - before))
         for step in inner(reader, x, block, rng):
-            to_generate[:, start:stop] = block[:, start:stop]  # where tokens are final
+            to_generate[:, start:stop] = block[:, start:stop]  # tells run_decoder what is final
             yield step
-            block &= to_generate  # rows that have ended since
+            block &= to_generate  # tells the inner decoder which rows have ended
 
 
 class Guided:
@@ -728,7 +733,7 @@ def make_decoder(objective, settings, specials=()):
             'off unless block_length is set; a model that learned blocks has an exact cache')
     require('guidance', s['guidance'], not (s['guidance'] and cached),
             '0 with a cache: guidance reads finished text again, masked, and a cache reads it once')
-    # the keywords of a decoder, as steps, order, counts of decode_confidence, name its settings
+    # the keyword-only arguments of a decoder, as steps of decode_confidence, name its settings
     own = {key: s[key] for key in (*getfullargspec(DECODERS[name]).kwonlyargs, *SAMPLING)}
     decoder = partial(DECODERS[name], specials=specials, **own)
     if size:
@@ -798,9 +803,9 @@ def template_canvas(template, tokenizer, mask_id):
 def text_canvas(run, kind, text, settings):
     """The ids of a 'template', or of a 'prompt' and gen_length masks; 0 fills the context.
 
-    For documents, which are stored as answers without a prompt, 0 makes a canvas as wide as in
-    training, if the model reads it as a whole. With predict_pad there is one width in training;
-    without it only the width says where a document ends, and the canvas has the mean width.
+    Documents are stored as answers without a prompt. For a model that reads a canvas as a whole 0
+    then gives the one width of training with predict_pad, and without it the mean width, since the
+    width alone says where such a document ends.
     """
     T, mask_id = run.model.config.block_size, run.model.mask_id
     if kind == 'template':
@@ -869,7 +874,7 @@ def end_of(ids, canvas, eos_id, mask_id):
     """The length of the text in ids, which fill a canvas: up to EOS, without it.
 
     EOS is the first eos_id at one of the masks with which the canvas ends. Without one, all of the
-    canvas is text. (ids may be longer: then masks pad the canvas.)
+    canvas is text. (ids may be longer: padding follows.)
     """
     begin = len(canvas) - sum(1 for _ in takewhile(mask_id.__eq__, reversed(canvas)))
     written = ids[begin:len(canvas)]
