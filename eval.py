@@ -673,7 +673,7 @@ def power_law(C, L, with_floor):
     dx, dL = x - with_floor * x.mean(1, keepdims=True), L - with_floor * L.mean()
     a = dx @ dL / (dx ** 2).sum(1)  # (1000,)
     best = ((a[:, None] * dx - dL) ** 2).sum(1).argmin()
-    return 0.0 + with_floor * (L.mean() - a[best] * x[best].mean()), a[best], b[best]
+    return (L.mean() - a[best] * x[best].mean() if with_floor else 0.0), a[best], b[best]
 
 
 def scaling(runs, settings):
