@@ -1203,9 +1203,8 @@ def hub_settings(s):
                  'hub': c.to_json_string()}
     if c.model_type != 'gpt2':
         return found
-    usual = c.activation_function in GELUS and c.layer_norm_epsilon == 1e-5 \
-        and (c.scale_attn_weights, c.scale_attn_by_inverse_layer_idx, c.add_cross_attention) \
-        == (True, False, False)
+    usual = c.activation_function in GELUS and c.layer_norm_epsilon == 1e-5 and \
+        c.scale_attn_weights and not (c.scale_attn_by_inverse_layer_idx or c.add_cross_attention)
     require('init_from', s.init_from, usual, 'a GPT-2 with its usual GELU, norms and attention')
     return found | {'norm': 'layernorm', 'mlp': GELUS[c.activation_function], 'bias': True,
                     'n_hidden': c.n_inner or 0, 'qk_norm': False}
