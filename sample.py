@@ -342,8 +342,8 @@ def decode_remdm(model, x, to_generate, rng, *, steps, noise_schedule='linear', 
     towards 1 - cool times its value: early tokens are sampled with variety, late ones, which must
     fit the text around them, from the likeliest. All rows take all steps. With eta = 0 nothing is
     masked again: rows may end at any step, and only the temperature differs from decode_ancestral.
-    (Skip at first: for a d3pm model with subs=False,
-    eta = 0 calls decode_ancestral, without that temperature.)
+    (Skip at first: for a d3pm model with subs=False, eta = 0 calls decode_ancestral, without that
+    temperature.)
     """
     if eta == 0 and not model.config.subs:  # decode_ancestral knows that d3pm may predict a mask
         yield from decode_ancestral(model, x, to_generate, rng, steps=steps, **sampling,

@@ -105,8 +105,8 @@ time_cond = False           # show the network the noise level
 dropout = 0.0               # of what attention and mlp add, and of the embedding
 attn_dropout = 0.0          # of the weights of attention: slow on a CPU
 # objective
-objective = 'mdm'           # ar, mdm, d3pm, uniform, block. Of the settings below ar uses none (but
-                            # for check_loss, w_max), and "d3pm:" marks what d3pm alone uses
+objective = 'mdm'           # ar, mdm, d3pm, uniform, block. Of the settings below ar uses none but
+                            # w_max (see train()), and "d3pm:" marks what d3pm alone uses
 schedule = 'linear'         # linear, cosine, polynomial: alpha_t, the fraction of tokens kept at t
 loss_weight = 'clipped'     # weight of time t: elbo = w(t), clipped = min(w(t), w_max), flat = 1;
                             # masked_mean = 1, and the mean is over masked tokens alone. (uniform,
