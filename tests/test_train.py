@@ -394,8 +394,9 @@ def test_a_process_that_dies_ends_the_others(verse):
 def test_processes_say_what_is_wrong(verse):
     done = torchrun(2, *TINY, '--out_dir=out/wide', '--block_size=100000', cwd=verse)
     assert done.returncode != 0
+    # torchrun stops the other process once one has failed, perhaps before it has spoken
     said = 'error: block_size is 100000, but it must be'
-    assert done.stderr.count(said) == 2, done.stderr[-2000:]
+    assert said in done.stderr, done.stderr[-2000:]
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_update(verse):
