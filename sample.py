@@ -395,7 +395,7 @@ def propose(model, x, is_mask, order, rng, sampling):
     """Samples a token wherever is_mask (B, T): (tokens (B, T), scores (B, T), logits (M, V)).
 
     tokens: x with its masks filled by the samples. A score is log(p / (1 - p)) and not the
-    confidence p: in float32 (MPS has no float64) all p above 1 - 1e-7 would be 1, and have no
+    confidence p: in float32 (MPS has no float64) all p above 1 - 3e-8 would be 1, and have no
     order. It is -inf elsewhere; at masks it is at least -1e4, even of confidence 0.
     """
     # (B, 1), counted here, over the whole canvas: PrefixCached shows the model a part of it
