@@ -306,7 +306,7 @@ def after_start(model, x):
     """x (B, T) after a start token, (B, T + 1): the output at its position i predicts x[:, i].
 
     AR reads text in this way. So does masked diffusion with shift, and then a network that was AR
-    first still predicts each token at the position where it learned to [DiffuLLaMA sec. 3.2].
+    first still predicts each token at the position where it learned to [DiffuLLaMA].
     """
     return F.pad(x, (1, 0), value=model.config.start_id)
 

@@ -286,7 +286,7 @@ def attention_options(run, s, x0):
     """{'attn_mask': (T, T) bool} for x0 (B, T) while attn_anneal opens the attention, else {}.
 
     A token sees those before it, and each later one with a probability that grows from 0 to 1
-    [DiffuLLaMA sec. 3.2]. Evaluation sees all tokens.
+    [DiffuLLaMA]. Evaluation sees all tokens.
     """
     if run.iteration >= s.attn_anneal:
         return {}
