@@ -700,7 +700,7 @@ class Autoregression(Objective):
 
 def on_device(batch, device):
     """The tensors of a batch, (x0, given), on the device."""
-    return [x.to(device, non_blocking=True) for x in batch]
+    return [x.to(device) for x in batch]
 
 
 @torch.no_grad()
@@ -1104,8 +1104,8 @@ def peak_memory(device):
     return f', {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB at most'
 
 
-def load_checkpoint(out_dir, device='cpu', ckpt='last'):
-    """The dict that train.py saved in out_dir: model, optimizer, config, meta, iter, ...
+def load_checkpoint(out_dir, ckpt='last'):
+    """The dict that train.py saved in out_dir, on the CPU: model, optimizer, config, iter, ...
 
     ckpt: last, that of ckpt.pt; best, that of the lowest validation loss (keep_best), in best.pt.
     """
@@ -1117,7 +1117,7 @@ def load_checkpoint(out_dir, device='cpu', ckpt='last'):
     # torch raises half a dozen kinds of errors for damaged zip archives
     with as_user_error(Exception, f'{path} is damaged, or not a checkpoint',
                        '; train again with --overwrite'):
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         missing = {'model', 'optimizer', 'config', 'meta', 'iter', 'rng', 'best'} - set(checkpoint)
     if missing:
         raise UserError(f'{path} lacks {", ".join(sorted(missing))}: not written by train.py')

@@ -761,7 +761,7 @@ class Run(NamedTuple):
 
 def load_run(out_dir, device, ckpt='last', trust=False):
     """The Run that train.py saved in out_dir; ckpt: last, best; trust: trust_remote_code."""
-    checkpoint = load_checkpoint(out_dir, device, ckpt)
+    checkpoint = load_checkpoint(out_dir, ckpt)
     settings, meta = checkpoint['config'], checkpoint['meta']
     return Run(Path(out_dir).name, load_model(checkpoint, device, trust), make_objective(settings),
                meta, load_tokenizer(meta), settings, checkpoint['iter'], out_dir)
