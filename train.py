@@ -12,7 +12,7 @@ The first command takes 12 to 15 minutes on 2 CPU cores that have bfloat16 instr
 hour to an hour on others). It prepares the data set if that is missing and writes a run to out_dir:
 ckpt.pt (the weights), config.json, log.csv (evaluations), steps.csv (training losses) and loss.png
 (both). An interrupted run goes on with --resume, and ends with the weights that it would have had:
-the same bits, unless it is compiled and on several threads.
+the same bits on a CPU, unless it is compiled and on several threads.
 
 In an update, each process of a torchrun works through batch_size * gradient_accumulation_steps
 windows of its own: 2 processes with gradient_accumulation_steps=1 train as 1 process with 2. With
@@ -252,8 +252,9 @@ def join_processes(device):
     """
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world > 1:
+        require('device', device, not device.startswith('mps'), 'cpu or cuda under torchrun')
         if device.startswith('cuda'):
-            device = f'cuda:{os.environ["LOCAL_RANK"]}'
+            device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}')
             torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
         sys.excepthook = config.show_one_line  # torch's own would lose the line of an error
@@ -597,8 +598,7 @@ def load_first_weights(model, s, meta):
 
     A length head learns from a frozen model: then what that predicts, and how, must be equal too.
     """
-    source = load_hub(s, meta) if s.init_from.startswith('hf:') else \
-        load_checkpoint(s.init_from, model.device)
+    source = load_hub(s, meta) if s.init_from.startswith('hf:') else load_checkpoint(s.init_from)
     names = [name for name in vars(model.config) if name not in MAY_DIFFER]
     names += ['tokenizer', 'sep_id']
     if s.length_head:
