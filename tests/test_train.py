@@ -399,8 +399,8 @@ def test_processes_say_what_is_wrong(verse):
     assert said in done.stderr, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize('device, said', [
-    ('mps', "device is 'mps', but it must be cpu or cuda under torchrun"),  # gloo has no tensors there
+@pytest.mark.parametrize('device, said', [  # gloo has no tensors of MPS
+    ('mps', "device is 'mps', but it must be cpu or cuda under torchrun"),
     ('cuda', "device is 'cuda:7', but there is only")])
 def test_a_process_without_a_device_of_its_own_says_so(monkeypatch, device, said):
     for name, value in {'RANK': '7', 'WORLD_SIZE': '8', 'LOCAL_RANK': '7'}.items():
