@@ -792,7 +792,7 @@ def template_canvas(template, tokenizer, mask_id):
     touches a blank may get other tokens than it has inside a text, so put blanks at spaces.
     """
     first, *pieces = BLANK.split(template)  # first text, then in turn a width and a text
-    require('template', template, pieces, 'one with a blank: [___], or [___:9] for 9 tokens')
+    require('template', template, pieces, 'one with a blank: [___], or [___:9] for 9 (of up to 6 digits)')
     ids = tokenizer.encode(first)
     for width, text in zip(pieces[::2], pieces[1::2]):
         ids += [mask_id] * int(width or BLANK_WIDTH) + tokenizer.encode(text)
