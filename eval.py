@@ -741,15 +741,17 @@ def words_of(text):
 def text_row(name, texts, ids, known):
     """What can be counted in texts: known words, entropy of tokens, share of distinct n-grams.
 
-    ids: the tokens of each text; known: the set of words that count as known.
+    ids: the tokens of each text; known: the set of words that count as known. No n-gram reaches
+    from one text into the next.
     """
-    words, tokens = [w for text in texts for w in words_of(text)], [i for row in ids for i in row]
+    words_in, tokens = [*map(words_of, texts)], [i for row in ids for i in row]
+    words = [w for each in words_in for w in each]
     p = np.array(list(Counter(tokens).values())) / len(tokens)
     row = {'run': name, 'tokens': len(tokens),
            'known words (%)': 100 * sum(w in known for w in words) / max(1, len(words)),
            'unigram entropy (bits)': float(-(p * np.log2(p)).sum())}
     for n in (1, 2, 3):
-        grams = list(zip(*(words[i:] for i in range(n))))
+        grams = [gram for each in words_in for gram in zip(*(each[i:] for i in range(n)))]
         row[f'distinct-{n}'] = len(set(grams)) / max(1, len(grams))
     return row
 
