@@ -926,7 +926,7 @@ class Stream:
         """Raises UserError where val is missing or the training text is shorter than a window."""
         self.tokens('val')
         require('block_size', self.block_size, self.block_size <= len(self.train),
-                f'{len(self.train)} or less: data/{self.dataset} has no more training tokens')
+                f'{len(self.train)} or less: there are no more training tokens')
 
     def scored(self, split):
         """How many tokens of a split an evaluation scores: all."""

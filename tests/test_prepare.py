@@ -1135,7 +1135,7 @@ def test_data_that_do_not_fit_the_context_can_be_evaluated_but_not_trained_on(ta
     stream(100)
     widest = max(len(row) for row, _ in talk[1])
     rows_too_wide = f'block_size is {widest - 1}, but it must be {widest} or more: data/pairs'
-    too_short = 'block_size is 101, but it must be 100 or less: data/s has no more training tokens'
+    too_short = 'block_size is 101, but it must be 100 or less: there are no more training tokens'
     for data, message in ((prepare.open_data('s', 101, 2), too_short),
                           (prepare.open_data('pairs', widest - 1, 2), rows_too_wide)):
         with pytest.raises(UserError, match=message):
