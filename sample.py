@@ -792,7 +792,7 @@ def template_canvas(template, tokenizer, mask_id):
     touches a blank may get other tokens than it has inside a text, so put blanks at spaces.
     """
     first, *pieces = BLANK.split(template)  # first text, then in turn a width and a text
-    require('template', template, pieces, 'one with a blank: [___], or [___:9] for 9 (of up to 6 digits)')
+    require('template', template, pieces, 'one with a blank: [___], or [___:9] (6 digits at most)')
     ids = tokenizer.encode(first)
     for width, text in zip(pieces[::2], pieces[1::2]):
         ids += [mask_id] * int(width or BLANK_WIDTH) + tokenizer.encode(text)
@@ -1164,6 +1164,10 @@ def main():
     require('save', save, not save or Path(save).suffix in SAVERS and Path(save).parent.is_dir(),
             f'a file ending in one of {", ".join(SAVERS)}, in a folder that is there')
     require('watch', watch, not (watch and json), 'False with json')
+    alone = not any((start, template, prompt_file, watch, save, json, cleanup, gen_length,
+                     num_samples > 1))
+    for name in ('corrupt', 'export', 'chat'):  # which read none of these
+        require(name, settings[name], alone or not settings[name], 'alone: leave out save, start')
     no_run = corrupt and not (Path(out_dir) / 'ckpt.pt').is_file()
     run = None if no_run else load_run(out_dir, pick_device(device), ckpt, trust_remote_code)
     if corrupt:
@@ -1171,9 +1175,6 @@ def main():
     if export:
         return export_model(run, export)
     if chat:
-        alone = not any((start, template, prompt_file, watch, save, json, cleanup, gen_length,
-                         num_samples > 1))
-        require('chat', chat, alone, 'alone: it reads stdin, so leave out start, save and the like')
         return chat_with(run, settings, sys.stdin)
     name = decoder_name(decoder, run.objective)
     prompts = [prompt for prompt in read_prompts(start, template, prompt_file, gen_length)

@@ -1823,6 +1823,13 @@ def test_corrupt_shows_the_noise_of_the_run_and_what_it_makes_of_it(run_main, ru
         assert guess == sample.visible(run.tokenizer.decode(best[0].tolist())).ljust(T)
 
 
+@pytest.mark.parametrize('asked', ['--corrupt=What', '--export=x'])
+def test_what_reads_no_text_refuses_settings_of_texts(run_main, asked):
+    status, out, err = run_main('--out_dir=ar', asked, '--save=x.gif')
+    assert (status, out) == (2, '') and 'but it must be alone: leave out save' in err
+    assert not Path('x.gif').exists() and not Path('x').exists()
+
+
 def test_noise_is_shown_without_a_run_even_beside_export(run_main):
     alone = run_main('--corrupt=What', '--out_dir=none')
     assert alone[0] == 0 and run_main('--corrupt=What', '--out_dir=none', '--export=x') == alone
