@@ -541,7 +541,8 @@ def plot_losses(run, s):
         ax.plot(column(run.log, 'iter'), column(run.log, name), 'o-', ms=4, label=label)
     if not s.length_head:
         ax.axhline(math.log(run.data.meta['vocab_size']), c='0.5', ls=':', label="log V' (uniform)")
-    ax.set(xlabel='updates', title=f'{s.length_head or s.objective} on {s.dataset}',
+    dataset = s.dataset.replace('$', r'\$')  # between two of them matplotlib reads mathematics
+    ax.set(xlabel='updates', title=f'{s.length_head or s.objective} on {dataset}',
            ylabel=run.objective.measured.replace(' <=', ', a bound,') + run.objective.unit)
     millions = (run.tokens or run.tokens_per_update) / max(1, run.iteration) / 1e6  # per update
     ax.secondary_xaxis('top', xlabel='training tokens (millions)',
