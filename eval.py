@@ -664,14 +664,14 @@ def plot_curves(rows, path):
 
 
 def power_law(C, L, with_floor):
-    """L_inf, a, b of L(C) = L_inf + a C^-b by least squares; L_inf = 0 unless with_floor.
+    """L_inf, a > 0, b of L(C) = L_inf + a C^-b by least squares; L_inf = 0 unless with_floor.
 
     C, L (n,). For each b of a fine grid, L is linear in the other two.
     """
     b = np.geomspace(0.01, 4, 1000)
     x = C ** -b[:, None]  # (1000, n)
     dx, dL = x - with_floor * x.mean(1, keepdims=True), L - with_floor * L.mean()
-    a = dx @ dL / (dx ** 2).sum(1)  # (1000,)
+    a = (dx @ dL / (dx ** 2).sum(1)).clip(1e-9)  # (1000,)
     best = ((a[:, None] * dx - dL) ** 2).sum(1).argmin()
     return (L.mean() - a[best] * x[best].mean() if with_floor else 0.0), a[best], b[best]
 

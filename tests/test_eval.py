@@ -1259,6 +1259,15 @@ def test_scaling_recovers_a_known_law_and_how_much_more_compute_a_group_needs(
     assert Path('r/scaling.png').stat().st_size > 10_000
 
 
+def test_a_law_falls_even_where_redrawn_losses_rise():
+    """A single one that rose, with a < 0, made the error of the whole group nan."""
+    C = np.array([1.0, 2, 4, 8, 16])
+    floor, a, b = evaluation.power_law(C, np.array([1.2, 1.21, 1.23, 1.26, 1.3]), True)
+    assert a > 0 and floor == pytest.approx(1.24), 'as flat as a falling law can be: the mean'
+    floor, a, b = evaluation.power_law(C, 1.1 + 0.3 * C ** -0.5, True)
+    assert (floor, a, b) == pytest.approx((1.1, 0.3, 0.5), rel=0.02)
+
+
 def test_scaling_refuses_what_it_cannot_compare(abc):
     good = [write_log(f'ar_{k}', C, loss) for k, (C, loss) in enumerate(((1e12, 2.0), (4e12, 1.5)))]
     assert len(scaling_of(good)['rows']) == 3
