@@ -8,7 +8,7 @@
     python train.py config/shakespeare_ar.py --bench=10  how fast, and where the time goes
     torchrun --nproc_per_node=4 train.py config/shakespeare_mdm_10m.py
 
-The first command takes 12 to 15 minutes on 2 CPU cores that have bfloat16 instructions (half an
+The first command takes 12 to 17 minutes on 2 CPU cores that have bfloat16 instructions (half an
 hour to an hour on others). It prepares the data set if that is missing and writes a run to out_dir:
 ckpt.pt (the weights), config.json, log.csv (evaluations), steps.csv (training losses) and loss.png
 (both). An interrupted run goes on with --resume, and ends with the weights that it would have had:
