@@ -759,7 +759,8 @@ class D3PM(Objective):
 
     def corrupt(self, model, x0, given, rng):
         t = self.draw_t(len(x0), rng)  # (B, 1)
-        step = (t * self.diffusion_steps).ceil().long()  # (B, 1), 1..N
+        # less 2e-7: in float32 a t of k/N, which parts and corrupt ask for, may lie just above it
+        step = (t * (self.diffusion_steps * (1 - 2e-7))).ceil().long()  # (B, 1), 1..N
         m, c = self.grid(x0.device)
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]) & ~given
         weight = self.training_weight(self.diffusion_steps * c[step])

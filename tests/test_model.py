@@ -695,6 +695,15 @@ def test_d3pm_is_the_sum_of_divergences_over_all_steps(subs, schedule):
         assert abs(mean - exact) < 4 * error < 0.03 * exact
 
 
+@pytest.mark.parametrize('k, N', [(15, 100), (30, 50), (120, 200), (127, 1000)])
+def test_d3pm_takes_a_level_of_its_grid_as_it_is(k, N):
+    """In float32 k / N * N may be above k, which is rounded up."""
+    objective = D3PM(diffusion_steps=N, mask_range=(k / N, k / N))
+    nothing = torch.zeros(2, 16, dtype=torch.bool)
+    m_t, *_ = objective.corrupt(tiny(), tokens(2, 16), nothing, torch.Generator()).extra
+    assert m_t.flatten().tolist() == pytest.approx([k / N] * 2)
+
+
 def test_d3pm_falls_to_the_entropy_as_steps_grow():
     """For the best prediction: in ever more steps, independent guesses at a time cost ever less."""
     joint = np.random.default_rng(0).dirichlet(np.full(27, 0.3)).reshape(3, 3, 3)
