@@ -667,6 +667,15 @@ def test_a_checkpoint_with_settings_of_another_kind_resumes(verse):
     assert load_checkpoint(verse / 'out/bools')['config'] | {'compile': 'off'} == after['config']
 
 
+def test_a_run_goes_on_with_the_measure_that_its_log_has(verse):
+    train(verse, *TINY, '--objective=d3pm', '--out_dir=out/grid', '--overwrite')
+    before = (verse / 'out/grid/ckpt.pt').read_bytes()
+    assert_one_line(run('train.py', '--out_dir=out/grid', '--resume', '--diffusion_steps=7',
+                        cwd=verse),
+                    'cannot be continued with another diffusion_steps')
+    assert (verse / 'out/grid/ckpt.pt').read_bytes() == before
+
+
 @pytest.mark.parametrize('setting', [{'soft_inputs': True}, {'divergence': 'scaled_kl'},
                                      {'token_weights': (1.0, 3.0, 0.3)}])
 def test_a_run_of_a_training_that_is_gone_is_sampled_but_not_resumed(verse, setting):
