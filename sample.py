@@ -1167,7 +1167,7 @@ def main():
     alone = not any((start, template, prompt_file, watch, save, json, cleanup, gen_length,
                      num_samples > 1))
     for name in ('corrupt', 'export', 'chat'):  # which read none of these
-        require(name, settings[name], alone or not settings[name], 'alone: leave out save, start')
+        require(name, settings[name], alone or not settings[name], 'alone: leave out save, etc.')
     no_run = corrupt and not (Path(out_dir) / 'ckpt.pt').is_file()
     run = None if no_run else load_run(out_dir, pick_device(device), ckpt, trust_remote_code)
     if corrupt:
