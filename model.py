@@ -759,7 +759,7 @@ class D3PM(Objective):
 
     def corrupt(self, model, x0, given, rng):
         t = self.draw_t(len(x0), rng)  # (B, 1)
-        # less 2e-7: in float32 a t of k/N, which parts and corrupt ask for, may lie just above it
+        # less 2e-7: if t is k/N, as parts and corrupt ask for it, t * N may be above k in float32
         step = (t * (self.diffusion_steps * (1 - 2e-7))).ceil().long()  # (B, 1), 1..N
         m, c = self.grid(x0.device)
         is_mask = (torch.rand(x0.shape, generator=rng, device=x0.device) < m[step]) & ~given
