@@ -743,19 +743,18 @@ def fastest_flops(device, dtype):
     return 2 * n ** 3 / timer.blocked_autorange(min_run_time=0.3).median
 
 
-def compile_or_not(asked, device, dtype, data, seconds):
+def compile_or_not(asked, device, dtype, many_widths, seconds):
     """('on' or 'off', why). 'auto' compiles where that saves time within this run.
 
-    seconds: what the updates of this run would take if compiled. Otherwise they take twice as long
-    in bfloat16, a tenth longer in float32. On 2 cores compiling costs about 40 s.
+    seconds: what the updates of this run would take if compiled. Otherwise they take a tenth longer
+    in float32, and in bfloat16 twice as long, or a quarter longer if batches have many widths
+    (RESULTS, Speed). On 2 cores compiling costs about 40 s.
     """
     if asked != 'auto':
         return asked, 'as set, or as the run began'
-    if data.meta['layout'] == 'rows' or data.random_length:
-        return 'off', 'batches may have many widths, and each would be compiled anew'
     if device.startswith('mps'):
         return 'off', 'there is no compiler for this device'
-    saved = seconds if dtype == 'bfloat16' else seconds / 10
+    saved = seconds * (0.1 if dtype == 'float32' else 0.25 if many_widths else 1.0)
     return 'on' if saved >= 40 else 'off', f'it costs about 40 s and saves about {saved:.0f} s'
 
 
@@ -767,13 +766,15 @@ def compile_model(run, s):
     tokens = run.tokens_per_update * (s.max_iters - run.iteration)  # bench, too: of a whole run
     seconds = tokens * run.flops_per_token / (0.25 * run.peak)  # a quarter of peak is usual
     # what is decided stands in ckpt.pt, so that a resumed run goes on with the same kernels
-    s.compile, why = compile_or_not(s.compile, run.device, run.dtype, run.data, seconds)
+    many_widths = run.data.meta['layout'] == 'rows' or s.random_length > 0
+    s.compile, why = compile_or_not(s.compile, run.device, run.dtype, many_widths, seconds)
     print(f'compile: {s.compile} ({why})')
     if s.compile == 'on':
         # on a CPU compiled random numbers are slow: dropout's are drawn as if not compiled
         options = {'fallback_random': torch.device(run.device).type == 'cpu'}
         try:
-            run.compiled = torch.compile(run.model, options=options)
+            # dynamic: at once for any width, else for that of the first batch
+            run.compiled = torch.compile(run.model, options=options, dynamic=many_widths or None)
             # torch compiles the first batch for its own number of masks and, at the next one with
             # another number, once more, for any number. The first batch is this one, outside of all
             # updates, so that those of a run that is resumed use the same kernels as others.
