@@ -617,7 +617,7 @@ def restore(run, s, checkpoint):
     """Brings weights, optimizers, counters and the log back to where they were at a checkpoint."""
     names = [name for name in vars(run.model.config) if 'dropout' not in name]
     names += ['objective', 'init_from', 'optimizer', 'data set', *GONE]
-    names += ['predict_pad', 'diffusion_steps']  # another measure in the same log.csv
+    names += ['predict_pad', 'diffusion_steps', 'length_quantile']  # another measure in log.csv
     require_same(names, s.out_dir, checkpoint, s, run.data.meta)
     run.iteration = checkpoint['iter']
     require('max_iters', s.max_iters, s.max_iters >= run.iteration,

@@ -1216,6 +1216,8 @@ def test_a_length_head_is_trained_on_a_run_that_stays_as_it_is(verse, monkeypatc
             assert torch.equal(found[key], once[key]) == (key in frozen), key
             assert key not in frozen or torch.equal(found[key], frozen[key]), 'bit by bit'
         assert float(rows[-1]['val']) < 0.7 * float(rows[0]['val'])
+    assert_one_line(run('train.py', '--out_dir=out/length_regress', '--resume',
+                        '--length_quantile=0.5', cwd=verse), 'another length_quantile')
     head = [*words, '--length_head=classify', '--out_dir=out/bad']
     for bad, said in (('--init_from=', 'init_from is a run'),
                       ('--predict_pad=False', 'length_head is'),
