@@ -1278,19 +1278,19 @@ def load_hub(s, meta):
     settings = vars(s) | hub_settings(s)
     hub, c = json.loads(settings['hub']), model_config(settings, meta)
     vocabulary, is_gpt2 = hub_vocabulary(hub['name'], 'stream'), hub['model_type'] == 'gpt2'
+    theirs = vocabulary['mask_id']  # the id after all tokens, where their tokenizer has no mask
     network, report = from_hub(
         hub['class'], hub['name'], dtype=torch.float32, use_safetensors=True, key_mapping=DIFFUGPT,
         output_loading_info=True, trust_remote_code=s.trust_remote_code)
-    missing, rows = sorted(report['missing_keys']), network.get_input_embeddings().weight
+    missing = sorted(report['missing_keys'])
     # data in GPT-2's tokens fit every model with these tokens
     also = {'kind': 'gpt2'} if load_tokenizer(vocabulary).encode('It is') == [1026, 318] else None
-    fits = meta['tokenizer'] in (vocabulary['tokenizer'], also) \
-        and vocabulary['mask_id'] < c.vocab_size
+    fits = meta['tokenizer'] in (vocabulary['tokenizer'], also) and theirs < c.vocab_size
     require('init_from', s.init_from, not missing, f'a whole model, but this lacks {missing[:1]}')
     require('dataset', meta['name'], fits, f'prepared with --tokenizer={s.init_from}')
     print('hf:{name}: licence {licence}, revision {revision}'.format(**hub))
     rows = network.resize_token_embeddings(c.vocab_size).weight
-    rows[c.mask_id] = rows[vocabulary['mask_id']]
+    rows[c.mask_id] = rows[theirs if theirs < vocabulary['vocab_size'] else c.mask_id]
     return {'config': settings, 'meta': meta, 'model': by_our_names(network) if is_gpt2 else
             HubNetwork(c, network).state_dict()}
 

@@ -1539,6 +1539,18 @@ def test_an_exported_model_has_our_logits_in_transformers(tmp_path, shape):
             export_model(run, 'no')
 
 
+@pytest.mark.parametrize('like', ['gpt2'])
+def test_an_exported_model_of_prompts_and_answers_comes_back_as_it_was(tmp_path, like):
+    save_tokenizer(tmp_path, like, [PROSE])
+    meta, folder = hub_vocabulary(str(tmp_path), 'pairs'), str(tmp_path / 'out')
+    ours = tiny(vocab_size=meta['vocab_size'] + 1, mask_id=meta['mask_id'],
+                start_id=meta['mask_id'], causal=True, std=0.2, **GPT2_STYLE)
+    export_model(SimpleNamespace(model=ours, meta=meta, tokenizer=load_tokenizer(meta),
+                                 objective=Autoregression()), folder)
+    again, _ = imported(folder, 'ar', vocabulary=meta)
+    assert torch.equal(again.embed.weight, ours.embed.weight)
+
+
 def test_a_shifted_model_predicts_a_token_where_the_one_before_is_read():
     """The same weights on [start, x]; and a block is read again from a cache as without it."""
     from sample import PrefixCached
