@@ -1539,7 +1539,7 @@ def test_an_exported_model_has_our_logits_in_transformers(tmp_path, shape):
             export_model(run, 'no')
 
 
-@pytest.mark.parametrize('like', ['gpt2'])
+@pytest.mark.parametrize('like', ['gpt2', 'bert'])
 def test_an_exported_model_of_prompts_and_answers_comes_back_as_it_was(tmp_path, like):
     save_tokenizer(tmp_path, like, [PROSE])
     meta, folder = hub_vocabulary(str(tmp_path), 'pairs'), str(tmp_path / 'out')
