@@ -997,13 +997,15 @@ class Rows:
         self.kept = np.sort(unpadded.argsort(kind='stable')[:n])  # (n,) numbers of rows
         self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (n,)
         self.epoch = lru_cache(2)(self.shuffled_batches)  # 2: an update may reach into the next
-        self.batches_per_epoch = len(self.epoch(0))
-        self.tokens_per_epoch = int(self.widths.sum())
-        self.pad_share = 1 - unpadded[self.kept].sum() / self.tokens_per_epoch
+        ends, batches = unpadded[self.kept], self.epoch(0)  # (n,); random_length crops PAD
+        room = sum(len(b) * (self.widths[b[0]] - ends[b].max()) for b in batches)
+        self.tokens_per_epoch = round(self.widths.sum() - random_length / 2 * room)
+        self.pad_share = 1 - ends.sum() / self.tokens_per_epoch
         given = 0 if score_prompt else prompts[self.kept].sum()
         self.scored_share = 1 - given / self.tokens_per_epoch
+        self.batches_per_epoch = len(batches)
         self.tokens_per_batch = self.tokens_per_epoch / self.batches_per_epoch  # a mean
-        self.mean_width = round(self.widths.mean())
+        self.mean_width = round(self.tokens_per_epoch / n)
 
     def shuffled_batches(self, epoch):
         """The batches of an epoch, [(B,) indices into self.kept], in random order."""

@@ -1091,6 +1091,15 @@ def test_the_share_of_tokens_that_is_scored_is_that_of_an_epoch(talk, choices):
     assert data.scored_share == pytest.approx(1 - sum(part.sum().item() for part in given) / n)
 
 
+def test_what_is_said_of_rows_counts_the_pad_that_is_cropped(talk):
+    data = open_pairs(random_length=1.0, predict_pad=True)
+    read = [data.batch(i)[0] for i in range(50 * data.batches_per_epoch)]
+    n, pad = (sum(map(count, read)) for count in (
+        torch.Tensor.numel, lambda x0: (x0 == data.meta['pad_id']).sum().item()))
+    assert data.tokens_per_batch == pytest.approx(n / len(read), rel=0.02)
+    assert data.pad_share == pytest.approx(pad / n, abs=0.02)
+
+
 WORD = st.text('ab', min_size=1, max_size=6)
 
 
