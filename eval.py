@@ -40,6 +40,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from tqdm import tqdm
 
 import config
@@ -285,6 +286,8 @@ def save_figure(fig, path):
     inches = 0.6 + 0.07 * max(map(len, labels), default=0)  # of an entry
     fig.legend(handles, labels, loc='outside upper center', frameon=False, fontsize=9,
                ncols=max(1, int(fig.get_figwidth() / inches)))
+    for text in fig.findobj(Text):  # names of runs: between two $ matplotlib reads mathematics
+        text.set_parse_math('$' not in text.get_text())
     fig.savefig(path, dpi=150)
     return f'![{path.stem}]({path.name})'
 
@@ -918,7 +921,8 @@ def decoders_of(run, steps, guidance):
 def speed(runs, settings):
     """What text costs with every decoder and number of steps, and how good it is.
 
-    The columns are those of task=generation.
+    The columns are those of task=generation. decoder, steps, counts, threshold and prefix_cache are
+    those of the rows: settings of these names are not read.
     """
     require('block_length', settings['block_length'], not settings['block_length'],
             '0: there are rows of decoding in blocks')
@@ -1012,8 +1016,9 @@ def infill(runs, settings):
 
     AR fills from left to right without what follows, masked diffusion the most confident first
     unless decoder is set (on blocks one block after the other, without what follows), uniform all
-    in each step. accuracy: share of the masked tokens that are right, s.e. over windows. ROUGE (pip
-    install -e '.[eval]'): F1 of the words of whole windows.
+    in each step. Not read are temperature, top_k, top_p, repetition_penalty, block_length,
+    prefix_cache and guidance. accuracy: share of the masked tokens that are right, s.e. over
+    windows. ROUGE (pip install -e '.[eval]'): F1 of the words of whole windows.
     """
     decode, mask_id, rows = runs[0].tokenizer.decode, runs[0].model.mask_id, []
     x0, rng = common_windows(runs, settings), torch.Generator().manual_seed(settings['seed'])
@@ -1042,7 +1047,8 @@ def recover(runs, settings):
     accuracy: share of all tokens that are right; before: in the text that the run was given;
     s.e. over windows. Scores are nll: of ar, given the tokens before; of masked diffusion,
     given all tokens but an eighth of the positions, which is masked; of uniform, given all
-    tokens and (in both ways) the share that is noise. Runs on blocks are left out.
+    tokens and (in both ways) the share that is noise. Suspects are decoded as the blanks of
+    task=infill are. Runs on blocks are left out.
     """
     x0, rng = common_windows(runs, settings), torch.Generator().manual_seed(settings['seed'])
     V, everywhere, rows = runs[0].meta['vocab_size'], torch.ones_like(x0, dtype=torch.bool), []

@@ -141,6 +141,16 @@ def test_tables_are_markdown():
         '| <= 1.250 +- 0.500 |'
 
 
+def test_a_picture_shows_names_with_dollar_signs_as_they_are(tmp_path):
+    """'a$^$' would be mathematics, and none that matplotlib can read. An axis keeps its own."""
+    fig, (ax,) = evaluation.panels(1)
+    ax.plot([1e-3, 1e3], [1, 2], label='a$^$')
+    ax.set(xscale='log', title='b$^$', ylabel='nll under c$^$')
+    evaluation.save_figure(fig, tmp_path / 'x.png')
+    assert fig.legends[0].get_texts()[0].get_text() == 'a$^$'
+    assert ax.get_xticklabels()[0].get_parse_math(), '10 to the power of -3'
+
+
 def test_lines_of_a_picture_differ():
     _, (ax,) = evaluation.panels(1)
     lines = [ax.plot([0, 1])[0] for _ in range(80)]

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = {'config/__init__.py': 134, 'prepare.py': 707, 'model.py': 709, 'train.py': 574,
-           'sample.py': 820, 'eval.py': 913, 'data/*.py': 104}
+           'sample.py': 820, 'eval.py': 916, 'data/*.py': 104}
 SCRIPTS = ('prepare.py', 'model.py', 'train.py', 'sample.py', 'eval.py')
 
 
