@@ -748,14 +748,16 @@ def compile_or_not(asked, device, dtype, many_widths, seconds):
 
     seconds: what the updates of this run would take if compiled. Otherwise they take a tenth longer
     in float32, and in bfloat16 twice as long, or a quarter longer if batches have many widths
-    (RESULTS, Speed). On 2 cores compiling costs about 40 s.
+    (RESULTS, Speed). On 2 cores compiling costs about 40 s, of rows twice: torch compiles once more
+    when a batch has a single row.
     """
     if asked != 'auto':
         return asked, 'as set, or as the run began'
     if device.startswith('mps'):
         return 'off', 'there is no compiler for this device'
+    cost = 80 if many_widths else 40
     saved = seconds * (0.1 if dtype == 'float32' else 0.25 if many_widths else 1.0)
-    return 'on' if saved >= 40 else 'off', f'it costs about 40 s and saves about {saved:.0f} s'
+    return 'on' if saved > cost else 'off', f'it costs about {cost} s and saves about {saved:.0f} s'
 
 
 def compile_model(run, s):
