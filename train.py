@@ -188,7 +188,7 @@ def check_settings(s):
     off_unless(s, 'pad_curriculum', s.predict_pad, 'predict_pad is on')
     off_unless(s, 'shift', masks, 'objective is mdm or d3pm')
     off_unless(s, 'attn_anneal', masks and no_head, 'objective is mdm or d3pm, without length_head')
-    off_unless(s, 'length_head', masks and s.predict_pad and s.init_from,
+    off_unless(s, 'length_head', masks and s.predict_pad and s.init_from[:3] not in ('', 'hf:'),
                'objective is mdm or d3pm, predict_pad is on and init_from is a run')
     off_unless(s, 'dropout', no_head, 'there is no length_head')
     off_unless(s, 'attn_dropout', no_head, 'there is no length_head')

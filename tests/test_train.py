@@ -1349,6 +1349,9 @@ def test_settings_that_contradict_a_model_of_the_hub_are_one_line(tmp_path):
         assert not (tmp_path / 'out').exists()
     assert_one_line(run('train.py', '--init_from=hf:bert', '--dataset=of_bert', '--attn_anneal=5',
                         '--out_dir=out/bert', *tiny, cwd=tmp_path), 'attn_anneal is 5')
+    for objective in ('ar', 'mdm'):  # a GPT-2 that never saw a mask or PAD cannot be asked
+        assert_one_line(run('train.py', *words, f'--objective={objective}', '--predict_pad',
+                            '--length_head=classify', cwd=tmp_path), 'and init_from is a run')
     assert not (tmp_path / 'out').exists()
     train(tmp_path, *words)
     config = load_checkpoint(tmp_path / 'out/ar')['config']
