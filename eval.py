@@ -921,8 +921,8 @@ def decoders_of(run, steps, guidance):
 def speed(runs, settings):
     """What text costs with every decoder and number of steps, and how good it is.
 
-    The columns are those of task=generation. decoder, steps, counts, threshold and prefix_cache are
-    those of the rows: settings of these names are not read.
+    The columns are those of task=generation. decoder, steps and threshold are those of the rows,
+    whatever the settings say, and so are counts and prefix_cache where a row names them.
     """
     require('block_length', settings['block_length'], not settings['block_length'],
             '0: there are rows of decoding in blocks')
