@@ -90,7 +90,8 @@ def show_one_line(kind, error, trace):
         error = f'out of memory, lower batch_size: {" ".join(str(error).split())[:99]}'
     elif not issubclass(kind, (UserError, OSError, UnicodeError)):
         return sys.__excepthook__(kind, error, trace)
-    print('error:', *str(error).splitlines(), file=sys.stderr)
+    # written at once: print() would mix the words of the processes of a torchrun
+    sys.stderr.write(f'error: {" ".join(str(error).splitlines())}\n')
     sys.exit(130 if issubclass(kind, KeyboardInterrupt) else 2)
 
 
