@@ -1323,6 +1323,7 @@ def export_model(run, folder):
     network.generation_config.suppress_tokens = [c.mask_id]  # ours never predicts it
     network.save_pretrained(folder)
     if run.meta['tokenizer']['kind'] == 'hf':
+        # the roles in which hub_vocabulary() reads them back
         roles = {'eos': 'eos_id', 'cls': 'sep_id', 'pad': 'pad_id', 'mask': 'mask_id'}
         tokens = {f'{role}_token': run.tokenizer.library.id_to_token(run.meta[key])  # or None
                   for role, key in roles.items() if run.meta[key] is not None}

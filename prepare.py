@@ -997,7 +997,9 @@ class Rows:
         self.kept = np.sort(unpadded.argsort(kind='stable')[:n])  # (n,) numbers of rows
         self.widths = row_widths(rows, meta, predict_pad)[self.kept]  # (n,)
         self.epoch = lru_cache(2)(self.shuffled_batches)  # 2: an update may reach into the next
-        ends, batches = unpadded[self.kept], self.epoch(0)  # (n,); random_length crops PAD
+        ends, batches = unpadded[self.kept], self.epoch(0)  # (n,), widths without PAD
+        # random_length crops its share of the batches by half, in the mean, of the PAD that all
+        # rows of a batch have at their end
         room = sum(len(b) * (self.widths[b[0]] - ends[b].max()) for b in batches)
         self.tokens_per_epoch = round(self.widths.sum() - random_length / 2 * room)
         self.pad_share = 1 - ends.sum() / self.tokens_per_epoch

@@ -747,9 +747,9 @@ def compile_or_not(asked, device, dtype, many_widths, seconds):
     """('on' or 'off', why). 'auto' compiles where that saves time within this run.
 
     seconds: what the updates of this run would take if compiled. Otherwise they take a tenth longer
-    in float32, and in bfloat16 twice as long, or a fifth longer if batches have many widths
-    (RESULTS, Speed). On 2 cores compiling costs about 40 s, of rows twice: torch compiles once more
-    when a batch has a single row.
+    in float32, and in bfloat16 up to twice as long, or a fifth longer if batches have many
+    widths (RESULTS, Speed). On 2 cores compiling costs about 40 s, of rows twice: torch compiles
+    once more when a batch has a single row.
     """
     if asked != 'auto':
         return asked, 'as set, or as the run began'
